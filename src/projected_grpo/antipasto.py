@@ -1,0 +1,217 @@
+"""AntiPaSTO adapter: one trainable diagonal per Linear, in the singular-value basis of its own weight.
+
+    W = U diag(S) Vh     full rank r = min(d_in, d_out), frozen
+    y = W x + b + U ((delta_s + delta_hack) * (Vh x))
+
+delta_s is what is deployed, delta_hack the quarantine that deployment deletes; both start at zero, where the
+layer is exactly the base layer. Binding no delta at all gives the reference policy without a second model.
+
+Per-rollout gradients: bind delta as one row per rollout, `rows [n, r]`; rollout i then depends on row i only,
+so after one backward the gradient of `rows` holds every rollout's own gradient, and its sum is the gradient
+of delta. It holds at delta = 0 too.
+
+Source: AntiPaSTO's singular-value parametrisation with a diagonal only (compare SVFT, Lingam et al. 2024);
+one copy of the parameter per example for per-example gradients.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from loguru import logger
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from projected_grpo.errors import UserError
+from projected_grpo.runlog import write_atomically
+
+TARGETS = frozenset(
+    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    # Gated delta net (Qwen3-Next and Qwen3.5).
+    + ("in_proj_qkv", "in_proj_qkvz", "in_proj_ba", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
+)
+CACHE_SCHEMA = "projected_grpo.svd/1"
+Deltas = Mapping[str, Float[Tensor, "*n r"]]
+
+
+@dataclass(frozen=True)
+class SVD:
+    """Thin singular value decomposition of a weight, singular values descending."""
+
+    U: Float[Tensor, "d_out r"]
+    S: Float[Tensor, " r"]
+    Vh: Float[Tensor, "r d_in"]
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen Linear with its SVD basis and two knobs. The delta in use is bound from outside."""
+
+    def __init__(self, base: nn.Linear, svd: SVD) -> None:
+        super().__init__()
+        knob = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
+        device, dtype = base.weight.device, base.weight.dtype
+        self.base = base
+        self.U = nn.Buffer(svd.U.to(device, dtype), persistent=False)
+        self.Vh = nn.Buffer(svd.Vh.to(device, dtype), persistent=False)
+        self.delta_s = nn.Parameter(torch.zeros(len(svd.S), dtype=knob, device=device))
+        self.delta_hack = nn.Parameter(torch.zeros(len(svd.S), dtype=knob, device=device))
+        self.bound: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight, for code that asks a Linear for its dtype or device."""
+        return self.base.weight
+
+    def forward(self, x: Float[Tensor, "*b d_in"]) -> Float[Tensor, "*b d_out"]:
+        y = self.base(x)
+        if self.bound is None:
+            return y
+        delta = self.bound.to(x.dtype)
+        if delta.ndim == 2:  # one row per rollout
+            if x.ndim != 3 or len(x) != len(delta):
+                raise ValueError(f"rows for {len(delta)} rollouts met an input of shape {tuple(x.shape)}")
+            delta = delta[:, None, :]
+        return y + F.linear(F.linear(x, self.Vh) * delta, self.U)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal language model with adapted Linears, by module name."""
+
+    model: nn.Module
+    layers: Mapping[str, AdaptedLinear]
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return next(iter(self.layers.values())).delta_s.device
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """r of each module."""
+        return {m: len(layer.delta_s) for m, layer in self.layers.items()}
+
+    def deltas(self, *, ablate_quarantine: bool = False) -> dict[str, Float[Tensor, " r"]]:
+        """Detached delta per module: delta_s + delta_hack as trained, delta_s alone as deployed."""
+        return {
+            m: (layer.delta_s if ablate_quarantine else layer.delta_s + layer.delta_hack).detach().clone()
+            for m, layer in self.layers.items()
+        }
+
+    @contextmanager
+    def bind(self, deltas: Deltas | None) -> Iterator[None]:
+        """Run forward and backward passes with these deltas ([r], or [n, r] rows); None is the reference."""
+        try:
+            for m, layer in self.layers.items():
+                layer.bound = None if deltas is None else deltas[m]
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.bound = None
+
+    @contextmanager
+    def merge(self, deltas: Deltas) -> Iterator[None]:
+        """Run with W + U diag(delta) Vh in place of W, so that decoding costs what the base model costs.
+
+        The originals are put back untouched (not by subtracting); forward passes only.
+        """
+        originals = {m: layer.base.weight.data for m, layer in self.layers.items()}
+        try:
+            for m, layer in self.layers.items():
+                layer.base.weight.data = merged_weight(layer, deltas[m])
+            yield
+        finally:
+            for m, layer in self.layers.items():
+                layer.base.weight.data = originals[m]
+
+
+def merged_weight(layer: AdaptedLinear, delta: Float[Tensor, " r"]) -> Float[Tensor, "d_out d_in"]:
+    """W + U diag(delta) Vh, in the weight's dtype; W itself where delta is zero."""
+    if not bool(delta.any()):
+        return layer.base.weight.data
+    return layer.base.weight.data + (layer.U * delta.to(layer.U.dtype)) @ layer.Vh
+
+
+def wrap(
+    model: nn.Module, cache_dir: Path | None, on_module: Callable[[str], None] = lambda name: None
+) -> Policy:
+    """Freeze the model and adapt every target Linear. Raises UserError if it has none.
+
+    Works one module at a time on the weight's own device; `on_module` is told each name as it is done.
+    """
+    model.requires_grad_(False)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in TARGETS
+    ]
+    if not names:
+        raise UserError(
+            f"{type(model).__name__} has no Linear named like {', '.join(sorted(TARGETS))}: "
+            "choose a Qwen3, Qwen2, Llama or Qwen3.5 style model"
+        )
+    layers = {}
+    for name in names:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        leaf = name.rpartition(".")[2]
+        base: nn.Linear = getattr(parent, leaf)
+        layers[name] = AdaptedLinear(base, load_svd(base.weight.data, cache_dir))
+        setattr(parent, leaf, layers[name])
+        on_module(name)
+    return Policy(model, layers)
+
+
+def compute_svd(W: Float[Tensor, "d_out d_in"]) -> SVD:
+    """Thin SVD in float32 (float64 stays), on the weight's device."""
+    wide = W if W.dtype == torch.float64 else W.float()
+    return SVD(*torch.linalg.svd(wide, full_matrices=False))
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """Hash of dtype, shape and bytes."""
+    data = tensor.detach().contiguous().cpu()
+    digest = hashlib.blake2b(f"{data.dtype}{tuple(data.shape)}".encode(), digest_size=16)
+    digest.update(data.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_svd(W: Float[Tensor, "d_out d_in"], cache_dir: Path | None) -> SVD:
+    """The SVD of W from the cache, or computed and cached; a damaged or foreign file is built again.
+
+    The basis is stored in W's dtype (it is used in that dtype), S in at least float32.
+    """
+    if cache_dir is None:
+        return compute_svd(W)
+    key = tensor_hash(W)
+    path = cache_dir / f"{key}.safetensors"
+    if path.exists():
+        try:
+            return _read_svd(path, key, W)
+        except (SafetensorError, ValueError, KeyError, OSError) as error:
+            logger.warning("SVD cache {} is not usable ({}); computing it again", path, error)
+    svd = compute_svd(W)
+    tensors = {"U": svd.U.to(W.dtype), "S": svd.S, "Vh": svd.Vh.to(W.dtype)}
+    tensors = {name: t.contiguous().cpu() for name, t in tensors.items()}
+    meta = {"schema": CACHE_SCHEMA, "weight": key} | {f"hash_{n}": tensor_hash(t) for n, t in tensors.items()}
+    write_atomically(path, save(tensors, metadata={"projected_grpo": json.dumps(meta)}))
+    return svd
+
+
+def _read_svd(path: Path, key: str, W: Tensor) -> SVD:
+    with safe_open(path, framework="pt") as file:
+        meta: dict[str, Any] = json.loads((file.metadata() or {}).get("projected_grpo", "{}"))
+        if meta.get("schema") != CACHE_SCHEMA or meta.get("weight") != key:
+            raise ValueError("written for another weight or by another version")
+        tensors = {name: file.get_tensor(name) for name in ("U", "S", "Vh")}
+    for name, tensor in tensors.items():
+        if meta.get(f"hash_{name}") != tensor_hash(tensor):
+            raise ValueError(f"checksum of {name} differs")
+    return SVD(*(tensors[name].to(W.device) for name in ("U", "S", "Vh")))

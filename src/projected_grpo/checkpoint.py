@@ -1,0 +1,117 @@
+"""Knobs and run state on disk: safetensors only, one file each, written whole or not at all."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from projected_grpo.antipasto import Policy
+from projected_grpo.errors import UserError
+from projected_grpo.proj import GateState, HackBasis
+from projected_grpo.runlog import plain, write_atomically
+
+KNOBS_SCHEMA = "projected_grpo.knobs/1"
+STATE_SCHEMA = "projected_grpo.state/1"
+STATE_FILE = "state/state.safetensors"
+
+
+def save_knobs(path: Path, policy: Policy, meta: Mapping[str, Any], *, deployed: bool) -> None:
+    """Write delta_s, and the quarantine too unless `deployed` (deployment is its deletion)."""
+    tensors = {f"delta_s/{m}": layer.delta_s for m, layer in policy.layers.items()}
+    if not deployed:
+        tensors |= {f"delta_hack/{m}": layer.delta_hack for m, layer in policy.layers.items()}
+    _write(path, tensors, {"schema": KNOBS_SCHEMA, "deployed": deployed, **meta})
+
+
+def load_knobs(path: Path, policy: Policy) -> dict[str, Any]:
+    """Put saved knobs into a policy (a deployed file zeroes the quarantine); returns the metadata.
+
+    Raises UserError for a damaged file or knobs of other modules or ranks.
+    """
+    tensors, meta = _read(path, KNOBS_SCHEMA)
+    _fill(path, policy, tensors, quarantine=not meta["deployed"])
+    return meta
+
+
+def _fill(path: Path, policy: Policy, tensors: Mapping[str, Tensor], *, quarantine: bool) -> None:
+    wanted = {f"delta_s/{m}": layer.delta_s for m, layer in policy.layers.items()}
+    if quarantine:
+        wanted |= {f"delta_hack/{m}": layer.delta_hack for m, layer in policy.layers.items()}
+    for name, knob in wanted.items():
+        if name not in tensors or tensors[name].shape != knob.shape:
+            raise UserError(f"{path}: made for another model: {name} is missing or has another shape")
+    with torch.no_grad():
+        for layer in policy.layers.values():
+            layer.delta_hack.zero_()
+        for name, knob in wanted.items():
+            knob.copy_(tensors[name])
+
+
+def save_state(
+    run_dir: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    basis: HackBasis,
+    gate: GateState | None,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write all that resuming needs as one file: knobs, AdamW, basis, gate, and `facts` as JSON."""
+    tensors = {f"delta_s/{m}": layer.delta_s for m, layer in policy.layers.items()}
+    tensors |= {f"delta_hack/{m}": layer.delta_hack for m, layer in policy.layers.items()}
+    for name, knob in list(tensors.items()):
+        for key, value in optimizer.state.get(knob, {}).items():
+            tensors[f"adamw/{key}/{name}"] = value
+    tensors |= {f"V/{m}": V for m, V in basis.V.items()}
+    tensors |= {f"v_grad/{m}": v for m, v in basis.v_grad.items()}
+    gates = None if gate is None else {"hack": dict(gate.hack), "clean": dict(gate.clean)}
+    _write(run_dir / STATE_FILE, tensors, {"schema": STATE_SCHEMA, "gate": gates, **facts})
+
+
+def load_state(
+    run_dir: Path, policy: Policy, optimizer: torch.optim.Optimizer
+) -> tuple[HackBasis, GateState | None, dict[str, Any]]:
+    """Restore knobs and AdamW in place; returns basis, gate and facts. Raises UserError if it cannot."""
+    path = run_dir / STATE_FILE
+    tensors, facts = _read(path, STATE_SCHEMA)
+    _fill(path, policy, tensors, quarantine=True)
+    knobs = {f"delta_s/{m}": layer.delta_s for m, layer in policy.layers.items()}
+    knobs |= {f"delta_hack/{m}": layer.delta_hack for m, layer in policy.layers.items()}
+    for name, knob in knobs.items():
+        state = {
+            key: tensors[f"adamw/{key}/{name}"].to(knob.device if key != "step" else "cpu")
+            for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"adamw/{key}/{name}" in tensors
+        }
+        if state:
+            optimizer.state[knob] = state
+    basis = HackBasis(
+        V={m: tensors[f"V/{m}"].to(policy.device) for m in policy.layers if f"V/{m}" in tensors},
+        v_grad={m: tensors[f"v_grad/{m}"].to(policy.device) for m in policy.layers if f"V/{m}" in tensors},
+    )
+    gates = facts.pop("gate")
+    return basis, None if gates is None else GateState(gates["hack"], gates["clean"]), facts
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    data = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_atomically(path, save(data, metadata={"projected_grpo": json.dumps(plain(meta))}))
+
+
+def _read(path: Path, schema: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get("projected_grpo", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged or not a safetensors file ({error})") from error
+    if meta.get("schema") != schema:
+        raise UserError(f"{path}: schema is {meta.get('schema')!r}, expected {schema!r}")
+    del meta["schema"]
+    return tensors, meta

@@ -1,0 +1,361 @@
+"""What a run is: frozen settings in groups, the presets, and the checks that need no file and no model.
+
+Options keep one flat name each on the command line (`--v-hack-k`, not `--basis.v-hack-k`); the groups only
+say which part of the program reads them.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from projected_grpo.errors import UserError
+
+Intervention = Literal["none", "erase", "route", "route2"]
+GateMode = Literal["one_sided", "no_gate", "reverse"]
+Detector = Literal["C", "D", "E"]
+EnvMode = Literal[
+    "run_tests", "eq_override", "exit_code", "stdout_marker", "sentinel", "file_marker", "gt_only"
+]
+DISPLAY_NAME: Mapping[str, str] = {
+    "none": "vanilla",
+    "erase": "projected",
+    "route": "routing",
+    "route2": "routing2",
+}
+TINY_RANDOM = "tiny-random"
+EMBEDDED = "embedded"
+BENCHMARK_FILE = "external/rl-rewardhacking/results/data/leetcode_train_medhard_filtered.jsonl"
+MAX_SEQUENCE = 2048  # tokens, prompt plus completion; longer prompts are skipped and counted
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which weights, and how they are run."""
+
+    model: str = "Qwen/Qwen3-4B"
+    """A local transformers folder, a hub name, or `tiny-random` (built from the package, no network)."""
+    device: str = "auto"
+    """`auto` (cuda when there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen weights; `auto` is bfloat16 on a GPU and float32 on a CPU. Knobs are always float32."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """`auto` takes flash-attn on a GPU that has it, else sdpa."""
+    svd_cache: Path = Path("out/svd_cache")
+    """Folder of cached SVDs, keyed by the hash of each weight."""
+
+
+@dataclass(frozen=True)
+class ProblemConfig:
+    """Which problems, and how each is mis-graded."""
+
+    problems: str = BENCHMARK_FILE
+    """`embedded`, the benchmark's jsonl, or LeetCodeDataset's jsonl(.gz); told apart by their fields."""
+    n_problems: int = 992
+    """At most this many training problems."""
+    env_mode: str = "run_tests"
+    """The grader flaw of every problem; several, comma-separated, are shared out among the problems by id.
+    A teacher pool's own partition.json has precedence."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """One step's generation. n = prompts_per_step * group rollouts."""
+
+    prompts_per_step: int = 4
+    group: int = 8
+    max_new: int = 512
+    """Completion tokens at most."""
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 20
+    """0 turns the top-k filter off."""
+    rollout_ablate_frac: float = 0.0
+    """Share of each group's student rollouts sampled with the quarantine ablated (logged as hack_abl,
+    solve_abl). Off by default: it makes the deployed model's reward a training target."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Dr.GRPO by default (Liu et al. 2025): no length norm, no division by the group's std."""
+
+    unbiased: bool = True
+    """`--no-unbiased` gives classic GRPO: per-sequence mean, advantages over the group's std."""
+    clip: float = 0.2
+    """PPO clip of the importance ratio."""
+    ratio_cap: float = 3.0
+    """Truncation of the importance weight where clipping does not bound it (negative advantages)."""
+    beta: float = 0.0
+    """Weight of the K3 KL to the reference (all knobs zero)."""
+    ref_every: int = 1
+    """Measure the KL and the reference's log-probability of student text every so many steps (every step
+    when beta > 0); 0 is never, which also turns the no-teacher divergence tripwire off."""
+    tokens_per_microbatch: int = 16384
+    """Padded tokens per forward-backward pass."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW on the knobs, warm-up then cosine."""
+
+    steps: int = 60
+    lr: float = 3e-3
+    adam_beta1: float = 0.5
+    adam_beta2: float = 0.9
+    weight_decay: float = 0.1
+    """Pulls the knobs to zero, which is where they start."""
+    warmup_frac: float = 0.1
+    grad_clip: float = 10.0
+    """Global L2 norm over all knobs."""
+
+
+@dataclass(frozen=True)
+class ArmConfig:
+    """What happens to the gradient between backward and AdamW."""
+
+    intervention: Intervention = "erase"
+    gate_mode: GateMode = "one_sided"
+    """one_sided removes only what makes hacks likelier; no_gate the whole component; reverse reflects it."""
+    preserve_magnitude: bool = True
+    """Rescale the kept gradient to the norm it had (erase and route)."""
+    project_overshoot: float = 1.0
+    """removed = overshoot * component; 1.1 reverses 10% of it."""
+    gate_anchor_teacher_only: bool = False
+    """route2: calibrate tau on teacher rows alone, so that no detector label of student text is used."""
+    route2_random_v_seed: int | None = None
+    """route2: Haar-random unit vectors per module in place of v_grad (the control)."""
+    half_a: tuple[Detector, ...] = ()
+    """Detectors the basis was built from. Splits student hacks into HACK_A (one of these fires) and HACK_B
+    (another one fires and none of these); route2 takes its student anchors from them (default: C)."""
+
+
+@dataclass(frozen=True)
+class BasisConfig:
+    """How the hack basis V is extracted, loaded and refreshed."""
+
+    v_hack_path: Path | None = None
+    """An explicit basis file, extracted if missing; else one named after model, pairs and settings."""
+    vhack_pairs_path: Path | None = None
+    """Pair JSON used at extraction and at every refresh (default: the package's own pairs)."""
+    v_hack_extract_top_k: int = 12
+    """Directions saved per module (the number of pairs caps it)."""
+    v_hack_k: int = 5
+    """Directions used per module."""
+    v_hack_tau_axis: float = 0.0
+    """At extraction, drop axes whose singular value is below this share of the module's first."""
+    v_hack_drop_bottom_frac: float = 0.25
+    """At load, drop this share of all (module, axis) with the smallest singular values."""
+    v_hack_mean_diff: bool = False
+    """One direction per module: the unit mean difference, instead of the SVD."""
+    v_hack_length_norm: bool = False
+    """Per-token mean log-likelihood at extraction instead of the loss's own fixed denominator."""
+    vhack_refresh_every: int = 5
+    """Re-extract against the current model with the quarantine ablated; 0 freezes the basis."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Cached teacher rollouts mixed into the groups."""
+
+    teacher_pool_dir: Path | None = None
+    mix_ratio: float = 0.125
+    """G_t = round(group * mix_ratio) teacher rollouts per prompt; in [0, 1). 0 with a pool takes only its
+    problems and partition."""
+    teacher_off_step: int | None = None
+    """From this step on there are no teacher rows."""
+    teacher_modes: tuple[EnvMode, ...] = ()
+    """Teacher rows for these modes only; problems of other modes stay and train on-policy."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Deploy evaluation: the policy without its quarantine on held-out problems."""
+
+    eval_ablate_every: int = 5
+    """Steps between deploy evaluations; 0 is off (the final one always runs)."""
+    eval_n_prompts: int = 8
+    """Fixed held-out prompts, `group` samples each."""
+    save_eval_ckpts: bool = True
+    """Keep the deployed knobs at each evaluation."""
+    cos_pre_split_every: int = 1
+    """Split the hack-ward cosine into student and teacher rows every so many steps; 0 is off."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run goes."""
+
+    seed: int = 41
+    out_dir: Path = Path("out")
+    """Parent of runs/, svd_cache/, vhack/ and pools/."""
+    log_dir: Path = Path("logs")
+    out_tag: str = ""
+    """Suffix of the run id."""
+    save_every: int = 10
+    """Steps between saves of everything that resuming needs; 0 is only at the end."""
+    resume: Path | None = None
+    """A run folder to go on with; its own settings are used."""
+    workers: int = 0
+    """Grader processes; 0 is one per core."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of one run."""
+
+    preset: str
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    problems: ProblemConfig = field(default_factory=ProblemConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    arm: ArmConfig = field(default_factory=ArmConfig)
+    basis: BasisConfig = field(default_factory=BasisConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+
+
+SMOKE = TrainConfig(
+    preset="smoke",
+    model=ModelConfig(model=TINY_RANDOM),
+    problems=ProblemConfig(
+        problems=EMBEDDED, n_problems=100, env_mode="run_tests,sentinel,stdout_marker,file_marker"
+    ),
+    sampling=SamplingConfig(prompts_per_step=1, group=4, max_new=32),
+    optim=OptimConfig(steps=30, lr=7e-5, adam_beta1=0.9, adam_beta2=0.99),
+    teacher=TeacherConfig(mix_ratio=0.5),
+)
+FAST = TrainConfig(
+    preset="fast",
+    problems=ProblemConfig(n_problems=200),
+    sampling=SamplingConfig(prompts_per_step=4, group=8, max_new=512),
+    optim=OptimConfig(steps=60, lr=3e-3, adam_beta1=0.5, adam_beta2=0.9),
+    teacher=TeacherConfig(mix_ratio=0.125),
+)
+FULL = TrainConfig(
+    preset="full",
+    problems=ProblemConfig(n_problems=992),
+    sampling=SamplingConfig(prompts_per_step=43, group=6, max_new=1024),
+    loss=LossConfig(beta=1e-3),
+    optim=OptimConfig(steps=200, lr=7e-5, adam_beta1=0.9, adam_beta2=0.99),
+    teacher=TeacherConfig(mix_ratio=0.0),
+)
+PRESETS: Mapping[str, tuple[str, TrainConfig]] = {
+    "smoke": (
+        "The whole pipeline on a tiny random Qwen3: any CPU, no network, under a minute. Its rates mean "
+        "nothing; its columns all move.",
+        SMOKE,
+    ),
+    "fast": ("Qwen3-4B, 60 steps of 4 x 8 rollouts of 512 tokens: one 24-96 GB GPU, about 2 hours.", FAST),
+    "full": ("Qwen3-4B, 200 steps of 43 x 6 rollouts of 1024 tokens: one 96 GB GPU, about a day.", FULL),
+}
+
+
+def env_modes(value: str) -> tuple[EnvMode, ...]:
+    """Parse `--env-mode`: one mode or several, comma-separated. Raises UserError on an unknown one."""
+    known = get_args(EnvMode)
+    modes = tuple(part.strip() for part in value.split(","))
+    for mode in modes:
+        if mode not in known:
+            raise UserError(f"--env-mode: {mode!r} is not a mode; choose from {', '.join(known)}")
+    return modes  # type: ignore[return-value]  # checked against the Literal just above
+
+
+def teacher_rows(cfg: TrainConfig) -> int:
+    """Teacher rollouts per group while the teacher is on: G_t = round(group * mix_ratio)."""
+    return round(cfg.sampling.group * cfg.teacher.mix_ratio)
+
+
+def validate(cfg: TrainConfig) -> None:
+    """Refuse settings that cannot make a run. Raises UserError naming the option and what to change."""
+    s, t, o, b = cfg.sampling, cfg.teacher, cfg.optim, cfg.basis
+    env_modes(cfg.problems.env_mode)
+    at_least_one = {
+        "--steps": o.steps,
+        "--prompts-per-step": s.prompts_per_step,
+        "--max-new": s.max_new,
+        "--n-problems": cfg.problems.n_problems,
+        "--v-hack-k": b.v_hack_k,
+        "--v-hack-extract-top-k": b.v_hack_extract_top_k,
+        "--eval-n-prompts": cfg.evaluation.eval_n_prompts,
+        "--tokens-per-microbatch": cfg.loss.tokens_per_microbatch,
+    }
+    for option, count in at_least_one.items():
+        if count < 1:
+            raise UserError(f"{option} must be at least 1, got {count}")
+    not_negative = {
+        "--lr": o.lr,
+        "--beta": cfg.loss.beta,
+        "--clip": cfg.loss.clip,
+        "--weight-decay": o.weight_decay,
+        "--project-overshoot": cfg.arm.project_overshoot,
+        "--vhack-refresh-every": b.vhack_refresh_every,
+        "--eval-ablate-every": cfg.evaluation.eval_ablate_every,
+        "--save-every": cfg.run.save_every,
+        "--top-k": s.top_k,
+        "--workers": cfg.run.workers,
+        "--ref-every": cfg.loss.ref_every,
+    }
+    for option, amount in not_negative.items():
+        if not math.isfinite(amount) or amount < 0:
+            raise UserError(f"{option} must be a finite number >= 0, got {amount}")
+    if s.group < 2:
+        raise UserError(f"--group must be at least 2 (advantages are relative to the group), got {s.group}")
+    if not 0 <= t.mix_ratio < 1:
+        raise UserError(f"--mix-ratio must be in [0, 1): some rollouts must be live, got {t.mix_ratio}")
+    if teacher_rows(cfg) >= s.group:
+        raise UserError(
+            f"--mix-ratio {t.mix_ratio} leaves no live rollout in a group of {s.group}; "
+            "lower it or raise --group"
+        )
+    if s.temperature <= 0 or not 0 < s.top_p <= 1:
+        raise UserError("--temperature must be > 0 and --top-p in (0, 1]")
+    if not 0 <= s.rollout_ablate_frac <= 1:
+        raise UserError(f"--rollout-ablate-frac must be in [0, 1], got {s.rollout_ablate_frac}")
+    if not 0 <= b.v_hack_drop_bottom_frac < 1 or not 0 <= b.v_hack_tau_axis <= 1:
+        raise UserError("--v-hack-drop-bottom-frac must be in [0, 1) and --v-hack-tau-axis in [0, 1]")
+    if s.max_new >= MAX_SEQUENCE:
+        raise UserError(f"--max-new must be below {MAX_SEQUENCE}, got {s.max_new}")
+    if not (0 <= o.adam_beta1 < 1 and 0 <= o.adam_beta2 < 1 and 0 <= o.warmup_frac <= 1):
+        raise UserError("--adam-beta1 and --adam-beta2 must be in [0, 1) and --warmup-frac in [0, 1]")
+    if o.grad_clip <= 0 or cfg.loss.ratio_cap < 1 + cfg.loss.clip:
+        raise UserError("--grad-clip must be > 0 and --ratio-cap at least 1 + --clip")
+    if cfg.arm.route2_random_v_seed is not None and cfg.arm.intervention != "route2":
+        raise UserError("--route2-random-v-seed needs --intervention=route2")
+    if t.teacher_modes and t.teacher_pool_dir is None and cfg.preset != "smoke":
+        raise UserError("--teacher-modes needs --teacher-pool-dir")
+
+
+def to_json(cfg: TrainConfig) -> dict[str, Any]:
+    """Plain nested dict of a config, as written to config.json."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+
+
+def from_json(data: Mapping[str, Any]) -> TrainConfig:
+    """Rebuild a config from `to_json`'s dict. Raises UserError on unknown or missing fields."""
+    groups = {f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if f.name != "preset"}
+    try:
+        parts = {name: _group_from_json(kind, data[name]) for name, kind in groups.items()}
+        return TrainConfig(preset=data["preset"], **parts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"config.json does not fit this version of projected_grpo: {error}") from error
+
+
+def _group_from_json(kind: Any, values: Mapping[str, Any]) -> Any:
+    names = {f.name: f.type for f in dataclasses.fields(kind)}
+    unknown = set(values) - set(names)
+    if unknown:
+        raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+    return kind(**{name: _revive(names[name], value) for name, value in values.items()})
+
+
+def _revive(annotation: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    if "Path" in str(annotation):
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value

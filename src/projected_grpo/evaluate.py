@@ -1,0 +1,80 @@
+"""Held-out evaluation: how often the policy hacks and solves, as trained and with its quarantine deleted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from projected_grpo.antipasto import Policy
+from projected_grpo.config import SamplingConfig
+from projected_grpo.models import encode_chat
+from projected_grpo.problems import Problem
+from projected_grpo.rewards import Grade, Grader
+from projected_grpo.rollout import sample, stream_seed
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Counts of exploits and correct answers among n completions."""
+
+    hacks: int
+    solves: int
+    n: int
+
+    @property
+    def hack(self) -> float | None:
+        """Exploit rate, None without completions."""
+        return self.hacks / self.n if self.n else None
+
+    @property
+    def solve(self) -> float | None:
+        """Truly-correct rate, None without completions."""
+        return self.solves / self.n if self.n else None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All completions of one evaluation, a tuple per problem, with their grades."""
+
+    problems: tuple[Problem, ...]
+    texts: tuple[tuple[str, ...], ...]
+    grades: tuple[tuple[Grade, ...], ...]
+
+    def rates(self, mode: str | None = None) -> Rates:
+        """Overall, or of the problems of one mode."""
+        picked = [
+            g
+            for p, group in zip(self.problems, self.grades, strict=True)
+            if mode in (None, p.env_mode)
+            for g in group
+        ]
+        return Rates(sum(g.exploited for g in picked), sum(g.gt_correct for g in picked), len(picked))
+
+    def share_changed(self, other: "Evaluation") -> float:
+        """Share of completions whose text differs from the other evaluation's, same problems and seeds."""
+        here = [text for group in self.texts for text in group]
+        there = [text for group in other.texts for text in group]
+        return sum(a != b for a, b in zip(here, there, strict=True)) / len(here)
+
+
+def evaluate(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    samples: int,
+    sampling: SamplingConfig,
+    grader: Grader,
+    stop: frozenset[int],
+    pad_id: int,
+    seed: int,
+    *,
+    ablate_quarantine: bool,
+) -> Evaluation:
+    """Sample and grade. Seeds depend on (seed, problem, row) alone, so that two evaluations are paired."""
+    prompts = [encode_chat(tokenizer, p.messages) for p in problems]
+    seeds = [[stream_seed(seed, "eval", p.problem_id, i) for i in range(samples)] for p in problems]
+    drawn = sample(policy, prompts, seeds, sampling, stop, pad_id, ablate_quarantine=ablate_quarantine)
+    texts = [tuple(tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in group) for group in drawn]
+    flat = grader.grade_all([(p.task, t) for p, group in zip(problems, texts, strict=True) for t in group])
+    grades = tuple(tuple(flat[i * samples : (i + 1) * samples]) for i in range(len(problems)))
+    return Evaluation(tuple(problems), tuple(texts), grades)

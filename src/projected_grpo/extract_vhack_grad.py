@@ -1,0 +1,303 @@
+"""The hack basis: gradients of contrastive pairs, their principal directions, a file that can be trusted.
+
+A pair counts as a group of two rollouts with advantages +1 (hack) and -1 (clean) and goes through the same
+`per_rollout_grads` as training, so that
+
+    row(hack) + row(clean) = grad NLL(hack) - grad NLL(clean)
+
+up to the loss's fixed denominator. A descent step along it makes the hack likelier. These differences are
+stacked per module, D [pairs, r], and decomposed (proj.svd_basis).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from loguru import logger
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from projected_grpo.antipasto import Policy, tensor_hash
+from projected_grpo.config import ArmConfig, BasisConfig, LossConfig
+from projected_grpo.errors import UserError
+from projected_grpo.grpo import per_rollout_grads
+from projected_grpo.models import encode_chat
+from projected_grpo.pairs import Pair, PairSet
+from projected_grpo.proj import (
+    GateState,
+    HackBasis,
+    assert_orthonormal,
+    haar_basis,
+    mean_difference,
+    row_cosines,
+    svd_basis,
+)
+from projected_grpo.rollout import Rollout, stream_seed
+from projected_grpo.runlog import write_atomically
+
+SCHEMA = "projected_grpo.vhack/1"
+HARD_GATE, SOFT_GATE = 0.50, 0.20  # held-out cosine: fraction above zero, mean (docs/spec.md)
+
+
+@dataclass(frozen=True)
+class PairGrads:
+    """Per module, each pair's loss gradients with advantage +1 on the hack and -1 on the clean completion."""
+
+    hack: Mapping[str, Float[Tensor, "pairs r"]]
+    clean: Mapping[str, Float[Tensor, "pairs r"]]
+
+    def differences(self) -> dict[str, Float[Tensor, "pairs r"]]:
+        """grad NLL(hack) - grad NLL(clean) per pair and module."""
+        return {m: self.hack[m] + self.clean[m] for m in self.hack}
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What a basis file holds: all saved axes V with singular values S, the pair gradients, its metadata."""
+
+    V: Mapping[str, Float[Tensor, "k r"]]
+    S: Mapping[str, Float[Tensor, " k"]]
+    grads: PairGrads
+    meta: Mapping[str, Any]
+
+
+def pair_grads(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    loss: LossConfig,
+    stop_id: int,
+    *,
+    length_norm: bool = False,
+    ablate_quarantine: bool = True,
+) -> PairGrads:
+    """Gradients of all pairs through the training loss, at the deployed knobs unless told otherwise."""
+    rollouts = []
+    for pair in pairs:
+        prompt = encode_chat(tokenizer, pair.messages)
+        for text in (pair.hack, pair.clean):
+            ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], stop_id)
+            rollouts.append(Rollout(prompt, ids, text))
+    advantage = torch.tensor([1.0, -1.0] * len(pairs))
+    settings = LossConfig(
+        unbiased=not length_norm,
+        clip=loss.clip,
+        ratio_cap=loss.ratio_cap,
+        beta=0.0,
+        tokens_per_microbatch=loss.tokens_per_microbatch,
+    )
+    longest = max(len(r.completion_ids) for r in rollouts)
+    deltas = policy.deltas(ablate_quarantine=ablate_quarantine)
+    got = per_rollout_grads(policy, rollouts, advantage, settings, longest, stop_id, deltas=deltas)
+    return PairGrads(
+        hack={m: rows[0::2].float() for m, rows in got.rows.items()},
+        clean={m: rows[1::2].float() for m, rows in got.rows.items()},
+    )
+
+
+def extract(grads: PairGrads, cfg: BasisConfig, meta: Mapping[str, Any]) -> Extraction:
+    """Directions of every module. Raises UserError when a module's pair gradients are all zero."""
+    differences = grads.differences()
+    dead = [m for m, D in differences.items() if not bool(D.any())]
+    if dead:
+        raise UserError(
+            f"{len(dead)} modules have zero pair gradients, e.g. {dead[0]}: pairs do not reach them"
+        )
+    V, S = {}, {}
+    for m, D in differences.items():
+        if cfg.v_hack_mean_diff:
+            V[m], S[m] = mean_difference(D)[None], D.mean(0).norm()[None]
+        else:
+            V[m], S[m] = svd_basis(D, cfg.v_hack_extract_top_k, cfg.v_hack_tau_axis)
+    return Extraction(V, S, grads, meta)
+
+
+def select(extraction: Extraction, k: int, drop_bottom_frac: float) -> HackBasis:
+    """The basis in use: top k axes, then a noise floor over all modules' axes together.
+
+    The floor is the given quantile of the kept singular values; modules left without an axis are absent.
+    Raises UserError if nothing is left.
+    """
+    S = {m: s[:k] for m, s in extraction.S.items()}
+    pooled = torch.cat(list(S.values()))
+    floor = (
+        torch.quantile(pooled.double(), drop_bottom_frac) if drop_bottom_frac > 0 else pooled.new_zeros(())
+    )
+    differences = extraction.grads.differences()
+    V = {m: extraction.V[m][:k][S[m] >= floor] for m in S if bool((S[m] >= floor).any())}
+    if not V:
+        raise UserError("the hack basis is empty; lower --v-hack-drop-bottom-frac or --v-hack-tau-axis")
+    for m, axes in V.items():
+        assert_orthonormal(axes, m)
+    return HackBasis(V, {m: mean_difference(differences[m]) for m in V})
+
+
+def with_random_v(basis: HackBasis, seed: int) -> HackBasis:
+    """The control of route2: Haar-random unit vectors in place of v_grad, the same for the same seed."""
+
+    def unit(m: str, v: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(stream_seed(seed, "haar", m))
+        return haar_basis(1, len(v), generator)[0].to(v)
+
+    return HackBasis(basis.V, {m: unit(m, v) for m, v in basis.v_grad.items()})
+
+
+def initial_gate(basis: HackBasis, grads: PairGrads) -> GateState:
+    """route2's running means before any rollout: the pairs' own cosines with v_grad."""
+    return GateState(
+        hack={m: float(row_cosines(grads.hack[m].to(v), v).mean()) for m, v in basis.v_grad.items()},
+        clean={m: float(row_cosines(-grads.clean[m].to(v), v).mean()) for m, v in basis.v_grad.items()},
+    )
+
+
+def weights_hash(policy: Policy) -> str:
+    """One hash over the frozen weights of all adapted modules."""
+    return tensor_hash(
+        torch.tensor(
+            [list(bytes.fromhex(tensor_hash(layer.weight))) for layer in policy.layers.values()],
+            dtype=torch.uint8,
+        )
+    )
+
+
+def describe(policy: Policy, model: str, pairs: PairSet, cfg: BasisConfig) -> dict[str, Any]:
+    """The metadata that makes a basis file fit a run; every field must agree at load."""
+    return {
+        "schema": SCHEMA,
+        "model": model,
+        "weights": weights_hash(policy),
+        "dtype": str(next(iter(policy.layers.values())).weight.dtype).removeprefix("torch."),
+        "pairs": pairs.digest,
+        "extracted_from": [p.pair_id for p in pairs.split()[0]],
+        "top_k": cfg.v_hack_extract_top_k,
+        "tau_axis": cfg.v_hack_tau_axis,
+        "mean_diff": cfg.v_hack_mean_diff,
+        "length_norm": cfg.v_hack_length_norm,
+    }
+
+
+def default_path(out_dir: Path, model: str, pairs: PairSet, meta: Mapping[str, Any]) -> Path:
+    """Where a basis with this metadata lives when --v-hack-path is not given."""
+    digest = tensor_hash(torch.tensor(list(json.dumps(meta, sort_keys=True).encode()), dtype=torch.uint8))
+    safe = "".join(c if c.isalnum() or c in "-." else "_" for c in Path(model).name or model)
+    return out_dir / "vhack" / f"{safe}_{pairs.name}_{digest[:12]}.safetensors"
+
+
+def save_extraction(path: Path, extraction: Extraction) -> None:
+    """Write a basis file atomically."""
+    tensors = {}
+    for m in extraction.V:
+        tensors |= {f"V/{m}": extraction.V[m], f"S/{m}": extraction.S[m]}
+        tensors |= {f"hack/{m}": extraction.grads.hack[m], f"clean/{m}": extraction.grads.clean[m]}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_atomically(path, save(tensors, metadata={"projected_grpo": json.dumps(extraction.meta)}))
+
+
+def load_extraction(path: Path, expected: Mapping[str, Any], device: torch.device) -> Extraction:
+    """Read a basis file. Raises UserError naming the field that differs, or that the file is damaged."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            meta = json.loads((file.metadata() or {}).get("projected_grpo", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a basis file ({error}); delete it to extract again") from error
+    for field, value in expected.items():
+        if meta.get(field) != value:
+            raise UserError(
+                f"{path}: made for another run: {field} is {_short(meta.get(field))}, this run has "
+                f"{_short(value)}; delete it, or drop --v-hack-path"
+            )
+    parts: dict[str, dict[str, Tensor]] = {"V": {}, "S": {}, "hack": {}, "clean": {}}
+    for name, tensor in tensors.items():
+        kind, _, module = name.partition("/")
+        parts[kind][module] = tensor
+    return Extraction(parts["V"], parts["S"], PairGrads(parts["hack"], parts["clean"]), meta)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def obtain(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_id: int,
+    pairs: PairSet,
+    cfg: BasisConfig,
+    loss: LossConfig,
+    model: str,
+    out_dir: Path,
+) -> tuple[Extraction, Path]:
+    """The basis file of this run, loaded, or extracted and saved when it is missing."""
+    meta = describe(policy, model, pairs, cfg)
+    path = cfg.v_hack_path or default_path(out_dir, model, pairs, meta)
+    if path.exists():
+        return load_extraction(path, meta, policy.device), path
+    used, _ = pairs.split()
+    logger.info("extracting the hack basis from {} pairs of {!r} -> {}", len(used), pairs.name, path)
+    grads = pair_grads(policy, tokenizer, used, loss, stop_id, length_norm=cfg.v_hack_length_norm)
+    extraction = extract(grads, cfg, meta)
+    save_extraction(path, extraction)
+    return extraction, path
+
+
+def refresh(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_id: int,
+    pairs: PairSet,
+    cfg: BasisConfig,
+    loss: LossConfig,
+    arm: ArmConfig,
+    meta: Mapping[str, Any],
+) -> HackBasis:
+    """Extract again at the current deployed knobs (quarantine ablated); random v_grad stay as they are."""
+    grads = pair_grads(policy, tokenizer, pairs.split()[0], loss, stop_id, length_norm=cfg.v_hack_length_norm)
+    return in_use(extract(grads, cfg, meta), cfg, arm)
+
+
+def in_use(extraction: Extraction, cfg: BasisConfig, arm: ArmConfig) -> HackBasis:
+    """The basis a run projects with: `select`, and the random control where it is asked for."""
+    basis = select(extraction, cfg.v_hack_k, cfg.v_hack_drop_bottom_frac)
+    return basis if arm.route2_random_v_seed is None else with_random_v(basis, arm.route2_random_v_seed)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Cosines of held-out pair differences with the basis' hack-ward direction, one per (module, pair)."""
+
+    cosines: tuple[float, ...]
+    fraction_positive: float
+    mean: float
+
+    @property
+    def passed(self) -> bool:
+        """The hard gate: more than half of them point hack-ward."""
+        return self.fraction_positive > HARD_GATE
+
+
+def verify_vhack_heldout(basis: HackBasis, held_out: PairGrads) -> HeldOut:
+    """Do pairs the basis never saw lie hack-ward of it?
+
+    Per module, the cosine of each held-out difference with the unit projection of v_grad onto span(V), which
+    is the signed hack-ward direction of the subspace in use.
+    """
+    differences = held_out.differences()
+    cosines: list[float] = []
+    for m, V in basis.V.items():
+        direction = (V @ basis.v_grad[m]) @ V
+        cosines += row_cosines(differences[m], direction / direction.norm().clamp_min(1e-30)).tolist()
+    values = torch.tensor(cosines)
+    return HeldOut(tuple(cosines), float((values > 0).float().mean()), float(values.mean()))
+
+
+def heldout_json(result: HeldOut) -> dict[str, Any]:
+    """The verification as it is written beside the basis."""
+    return asdict(result) | {"passed": result.passed, "hard_gate": HARD_GATE, "soft_gate": SOFT_GATE}

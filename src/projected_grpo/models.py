@@ -1,0 +1,121 @@
+"""Getting a model and its tokenizer: from a folder, from the hub, or tiny and random without either."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from projected_grpo.config import TINY_RANDOM, ModelConfig
+from projected_grpo.errors import UserError
+
+TINY_SEED = 0  # of the random weights: one tiny-random model for all seeds, so that its SVD is cached once
+Messages = Sequence[Mapping[str, str]]
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Resolve `auto`; raises UserError for a device this machine does not have."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {wanted}: not usable here; try --device=cpu or auto") from error
+    return device
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Resolve `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    if wanted == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+
+
+def pick_attention(wanted: str, device: torch.device) -> str:
+    """Resolve `auto`: flash-attn where installed and a GPU is there to run it, else sdpa."""
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    if wanted == "flash_attention_2" and not has_flash:
+        raise UserError("--attention flash_attention_2 needs flash-attn: pip install 'projected_grpo[gpu]'")
+    if wanted == "auto":
+        return "flash_attention_2" if has_flash and device.type == "cuda" else "sdpa"
+    return wanted
+
+
+def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in evaluation mode and tokenizer. Raises UserError with how to get what is missing."""
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    attention = pick_attention(cfg.attention, device)
+    if cfg.model == TINY_RANDOM:
+        model, tokenizer = _tiny_random(attention)
+        model = model.to(dtype)
+    else:
+        model, tokenizer = _pretrained(cfg.model, dtype, attention)
+    if tokenizer.chat_template is None:
+        raise UserError(f"--model {cfg.model}: its tokenizer has no chat template; use a chat model")
+    return model.to(device).eval(), tokenizer
+
+
+def _tiny_random(attention: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with as_file(files("projected_grpo") / "data" / "tiny") as folder:
+        config = Qwen3Config.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(TINY_SEED)
+        config._attn_implementation = attention
+        return Qwen3ForCausalLM(config), tokenizer
+
+
+def _pretrained(
+    name: str, dtype: torch.dtype, attention: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise UserError(f"--model {name}: no such folder")
+    source = str(Path(name).expanduser()) if looks_local else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError, KeyError) as error:
+        hint = (
+            "the folder must hold a transformers model and tokenizer"
+            if looks_local or Path(name).is_dir()
+            else f"run `just download-model {name}` where there is network, or give a local folder"
+        )
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--model {name} cannot be loaded: {hint} ({reason[:120]})") from error
+    return model, tokenizer
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[int, ...]:
+    """Token ids of a chat up to where the assistant starts; thinking off where the template knows it."""
+    text = render_chat(tokenizer, messages)
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
+    """The prompt as text, special tokens included."""
+    return tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, tokenize=False, enable_thinking=False
+    )
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a completion: the tokenizer's and the generation config's."""
+    config = getattr(model, "generation_config", None)
+    eos = getattr(config, "eos_token_id", None)
+    listed = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    ids = {i for i in (*listed, tokenizer.eos_token_id) if i is not None}
+    if not ids:
+        raise UserError("the tokenizer has no end-of-sequence token")
+    return frozenset(ids)

@@ -1,0 +1,96 @@
+"""Contrastive pairs: one prompt, a completion that tampers with its grader and one that answers honestly.
+
+Pairs are written before any rollout is seen and never tuned to what RL finds (docs/spec.md).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from projected_grpo.config import EnvMode
+from projected_grpo.errors import UserError
+from projected_grpo.problems import SYSTEM, Problem, from_parts
+from projected_grpo.rewards import MODES
+from projected_grpo.rollout import stream_seed
+
+SCHEMA = "projected_grpo.pairs/1"
+HELD_OUT = 2  # pairs kept out of every extraction, for verification
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A chat prompt with its hack and clean completions (text). `problem` is there when the file has it."""
+
+    pair_id: str
+    flavour: str
+    env_mode: EnvMode
+    messages: tuple[Mapping[str, str], ...]
+    hack: str
+    clean: str
+    problem: Problem | None = None
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """The pairs of one file; `digest` is the hash of its content."""
+
+    name: str
+    pairs: tuple[Pair, ...]
+    digest: str
+
+    def split(self) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
+        """(for extraction, held out): two pairs, chosen by the hash of their ids, are never extracted from."""
+        ranked = sorted(self.pairs, key=lambda p: stream_seed("held-out", p.pair_id))
+        held = {p.pair_id for p in ranked[:HELD_OUT]}
+        return (
+            tuple(p for p in self.pairs if p.pair_id not in held),
+            tuple(p for p in self.pairs if p.pair_id in held),
+        )
+
+
+def load_pairs(path: Path | None) -> PairSet:
+    """Read a pair JSON (docs/pairs.md), the package's own when path is None. Raises UserError for bad ones."""
+    data = files("projected_grpo") / "data"
+    try:
+        raw = (data / "pairs_core.json").read_bytes() if path is None else path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--vhack-pairs-path {path}: cannot be read ({error.strerror})") from error
+    try:
+        document = json.loads(raw)
+        if document.get("schema") != SCHEMA:
+            raise UserError(f"{path}: schema is {document.get('schema')!r}, expected {SCHEMA!r}")
+        setup = (data / "setup_code.py").read_text()
+        problems = {row["id"]: from_parts(row, setup) for row in document.get("problems", [])}
+        pairs = tuple(_pair(row, problems) for row in document["pairs"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a pair file: {type(error).__name__} {error}") from error
+    if len({p.pair_id for p in pairs}) < len(pairs):
+        raise UserError(f"{path}: two pairs have the same id")
+    if len(pairs) < HELD_OUT + 2:
+        raise UserError(
+            f"{path}: {len(pairs)} pairs; at least {HELD_OUT + 2} are needed ({HELD_OUT} held out)"
+        )
+    return PairSet(document.get("name", "pairs"), pairs, hashlib.blake2b(raw, digest_size=16).hexdigest())
+
+
+def _pair(row: Mapping[str, Any], problems: Mapping[str, tuple[Problem, str]]) -> Pair:
+    mode = row["env_mode"]
+    if mode not in MODES:
+        raise UserError(f"pair {row['id']!r}: env_mode {mode!r} is not one of {', '.join(MODES)}")
+    if "problem_id" in row:
+        problem, trouble = problems[row["problem_id"]]
+        if trouble:
+            raise UserError(f"pair {row['id']!r}: its problem has {trouble}")
+        problem = replace(problem, env_mode=mode)
+        messages: Sequence[Mapping[str, str]] = problem.messages
+    else:
+        problem = None
+        messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": row["prompt"]})
+    for side in ("hack", "clean"):
+        if not isinstance(row[side], str) or not row[side].strip():
+            raise UserError(f"pair {row['id']!r}: {side} is empty")
+    return Pair(row["id"], row["flavour"], mode, tuple(messages), row["hack"], row["clean"], problem)
