@@ -141,7 +141,7 @@ def merged_weight(layer: AdaptedLinear, delta: Float[Tensor, " r"]) -> Float[Ten
 
 
 def wrap(
-    model: nn.Module, cache_dir: Path | None, on_module: Callable[[str], None] = lambda name: None
+    model: nn.Module, cache_dir: Path | None, on_module: Callable[[str], object] = lambda name: None
 ) -> Policy:
     """Freeze the model and adapt every target Linear. Raises UserError if it has none.
 

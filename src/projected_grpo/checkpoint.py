@@ -22,10 +22,9 @@ STATE_FILE = "state/state.safetensors"
 
 def save_knobs(path: Path, policy: Policy, meta: Mapping[str, Any], *, deployed: bool) -> None:
     """Write delta_s, and the quarantine too unless `deployed` (deployment is its deletion)."""
-    tensors = {f"delta_s/{m}": layer.delta_s for m, layer in policy.layers.items()}
-    if not deployed:
-        tensors |= {f"delta_hack/{m}": layer.delta_hack for m, layer in policy.layers.items()}
-    _write(path, tensors, {"schema": KNOBS_SCHEMA, "deployed": deployed, **meta})
+    _write(
+        path, _knobs(policy, quarantine=not deployed), {"schema": KNOBS_SCHEMA, "deployed": deployed, **meta}
+    )
 
 
 def load_knobs(path: Path, policy: Policy) -> dict[str, Any]:
@@ -39,9 +38,7 @@ def load_knobs(path: Path, policy: Policy) -> dict[str, Any]:
 
 
 def _fill(path: Path, policy: Policy, tensors: Mapping[str, Tensor], *, quarantine: bool) -> None:
-    wanted = {f"delta_s/{m}": layer.delta_s for m, layer in policy.layers.items()}
-    if quarantine:
-        wanted |= {f"delta_hack/{m}": layer.delta_hack for m, layer in policy.layers.items()}
+    wanted = _knobs(policy, quarantine=quarantine)
     for name, knob in wanted.items():
         if name not in tensors or tensors[name].shape != knob.shape:
             raise UserError(f"{path}: made for another model: {name} is missing or has another shape")
@@ -61,9 +58,9 @@ def save_state(
     facts: Mapping[str, Any],
 ) -> None:
     """Write all that resuming needs as one file: knobs, AdamW, basis, gate, and `facts` as JSON."""
-    tensors = {f"delta_s/{m}": layer.delta_s for m, layer in policy.layers.items()}
-    tensors |= {f"delta_hack/{m}": layer.delta_hack for m, layer in policy.layers.items()}
-    for name, knob in list(tensors.items()):
+    knobs = _knobs(policy, quarantine=True)
+    tensors: dict[str, Tensor] = {**knobs}
+    for name, knob in knobs.items():
         for key, value in optimizer.state.get(knob, {}).items():
             tensors[f"adamw/{key}/{name}"] = value
     tensors |= {f"V/{m}": V for m, V in basis.V.items()}
@@ -79,9 +76,7 @@ def load_state(
     path = run_dir / STATE_FILE
     tensors, facts = _read(path, STATE_SCHEMA)
     _fill(path, policy, tensors, quarantine=True)
-    knobs = {f"delta_s/{m}": layer.delta_s for m, layer in policy.layers.items()}
-    knobs |= {f"delta_hack/{m}": layer.delta_hack for m, layer in policy.layers.items()}
-    for name, knob in knobs.items():
+    for name, knob in _knobs(policy, quarantine=True).items():
         state = {
             key: tensors[f"adamw/{key}/{name}"].to(knob.device if key != "step" else "cpu")
             for key in ("step", "exp_avg", "exp_avg_sq")
@@ -95,6 +90,13 @@ def load_state(
     )
     gates = facts.pop("gate")
     return basis, None if gates is None else GateState(gates["hack"], gates["clean"]), facts
+
+
+def _knobs(policy: Policy, *, quarantine: bool) -> dict[str, torch.nn.Parameter]:
+    knobs = {f"delta_s/{m}": layer.delta_s for m, layer in policy.layers.items()}
+    if quarantine:
+        knobs |= {f"delta_hack/{m}": layer.delta_hack for m, layer in policy.layers.items()}
+    return knobs
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

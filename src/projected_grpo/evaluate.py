@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.antipasto import Policy
 from projected_grpo.config import SamplingConfig
-from projected_grpo.models import encode_chat
+from projected_grpo.models import decode, encode_chat
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import Grade, Grader
 from projected_grpo.rollout import sample, stream_seed
@@ -74,7 +74,7 @@ def evaluate(
     prompts = [encode_chat(tokenizer, p.messages) for p in problems]
     seeds = [[stream_seed(seed, "eval", p.problem_id, i) for i in range(samples)] for p in problems]
     drawn = sample(policy, prompts, seeds, sampling, stop, pad_id, ablate_quarantine=ablate_quarantine)
-    texts = [tuple(tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in group) for group in drawn]
+    texts = [tuple(decode(tokenizer, ids) for ids, _ in group) for group in drawn]
     flat = grader.grade_all([(p.task, t) for p, group in zip(problems, texts, strict=True) for t in group])
     grades = tuple(tuple(flat[i * samples : (i + 1) * samples]) for i in range(len(problems)))
     return Evaluation(tuple(problems), tuple(texts), grades)

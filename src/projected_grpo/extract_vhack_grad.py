@@ -191,7 +191,7 @@ def default_path(out_dir: Path, model: str, pairs: PairSet, meta: Mapping[str, A
 
 def save_extraction(path: Path, extraction: Extraction) -> None:
     """Write a basis file atomically."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for m in extraction.V:
         tensors |= {f"V/{m}": extraction.V[m], f"S/{m}": extraction.S[m]}
         tensors |= {f"hack/{m}": extraction.grads.hack[m], f"clean/{m}": extraction.grads.clean[m]}

@@ -1,15 +1,18 @@
 """Getting a model and its tokenizer: from a folder, from the hub, or tiny and random without either."""
 
 import importlib.util
+import socket
 from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub import constants
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -51,22 +54,23 @@ def pick_attention(wanted: str, device: torch.device) -> str:
     return wanted
 
 
-def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(cfg: ModelConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model in evaluation mode and tokenizer. Raises UserError with how to get what is missing."""
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     attention = pick_attention(cfg.attention, device)
     if cfg.model == TINY_RANDOM:
         model, tokenizer = _tiny_random(attention)
-        model = model.to(dtype)
+        model.to(dtype=dtype)
     else:
         model, tokenizer = _pretrained(cfg.model, dtype, attention)
     if tokenizer.chat_template is None:
         raise UserError(f"--model {cfg.model}: its tokenizer has no chat template; use a chat model")
-    return model.to(device).eval(), tokenizer
+    model.to(device=device)
+    return model.eval(), tokenizer
 
 
-def _tiny_random(attention: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _tiny_random(attention: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     with as_file(files("projected_grpo") / "data" / "tiny") as folder:
         config = Qwen3Config.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -76,16 +80,17 @@ def _tiny_random(attention: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         return Qwen3ForCausalLM(config), tokenizer
 
 
-def _pretrained(
-    name: str, dtype: torch.dtype, attention: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _pretrained(name: str, dtype: torch.dtype, attention: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).expanduser().is_dir():
         raise UserError(f"--model {name}: no such folder")
     source = str(Path(name).expanduser()) if looks_local else name
+    offline = not _hub_resolves()  # else every file is asked for six times before the error comes
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=attention, local_files_only=offline
+        )
     except (OSError, ValueError, KeyError) as error:
         hint = (
             "the folder must hold a transformers model and tokenizer"
@@ -97,20 +102,33 @@ def _pretrained(
     return model, tokenizer
 
 
+def _hub_resolves() -> bool:
+    try:
+        return bool(socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443))
+    except OSError:
+        return False
+
+
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[int, ...]:
     """Token ids of a chat up to where the assistant starts; thinking off where the template knows it."""
     text = render_chat(tokenizer, messages)
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special_tokens: bool = False) -> str:
+    """Text of token ids."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=not special_tokens))
+
+
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
     """The prompt as text, special tokens included."""
-    return tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=False, enable_thinking=False
+    chat = [dict(m) for m in messages]
+    return str(
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, enable_thinking=False)
     )
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that end a completion: the tokenizer's and the generation config's."""
     config = getattr(model, "generation_config", None)
     eos = getattr(config, "eos_token_id", None)

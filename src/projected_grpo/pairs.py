@@ -43,7 +43,7 @@ class PairSet:
     digest: str
 
     def split(self) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
-        """(for extraction, held out): two pairs, chosen by the hash of their ids, are never extracted from."""
+        """(for extraction, held out): two pairs, chosen by the hash of their ids, are kept out."""
         ranked = sorted(self.pairs, key=lambda p: stream_seed("held-out", p.pair_id))
         held = {p.pair_id for p in ranked[:HELD_OUT]}
         return (
@@ -53,7 +53,7 @@ class PairSet:
 
 
 def load_pairs(path: Path | None) -> PairSet:
-    """Read a pair JSON (docs/pairs.md), the package's own when path is None. Raises UserError for bad ones."""
+    """Read a pair JSON (docs/pairs.md), the package's own when path is None. Raises UserError if bad."""
     data = files("projected_grpo") / "data"
     try:
         raw = (data / "pairs_core.json").read_bytes() if path is None else path.read_bytes()

@@ -103,8 +103,8 @@ def join(pool: Iterable[PoolPrompt], problems: Sequence[Problem]) -> Teacher:
     """Match pool prompts to problems.
 
     Ids in a pool may be indices into a file that is not here, so an id alone proves nothing: the method named
-    by the prompt decides, and the id chooses among problems that share a method name. Rows without prompt text
-    match by id where a completion defines that problem's method.
+    by the prompt decides, and the id chooses among problems that share a method name. Rows without prompt
+    text match by id where a completion defines that problem's method.
     """
     by_id = {p.problem_id: p for p in problems}
     by_method: dict[str, Problem] = {}
@@ -112,14 +112,15 @@ def join(pool: Iterable[PoolPrompt], problems: Sequence[Problem]) -> Teacher:
         by_method.setdefault(problem.method, problem)
     rows, partition = {}, {}
     for prompt in pool:
-        problem = by_id.get(prompt.problem_id)
-        if problem is None or not _is_about(prompt, problem):
-            problem = by_method.get(prompt.method or "")
-        if problem is None:
+        same_id = by_id.get(prompt.problem_id)
+        if same_id is not None and not _is_about(prompt, same_id):
+            same_id = None
+        found = same_id or by_method.get(prompt.method or "")
+        if found is None:
             continue
-        rows[problem.problem_id] = prompt.rows
+        rows[found.problem_id] = prompt.rows
         if prompt.env_mode is not None:
-            partition[problem.problem_id] = prompt.env_mode
+            partition[found.problem_id] = prompt.env_mode
     return Teacher(rows, partition)
 
 

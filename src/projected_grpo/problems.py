@@ -7,6 +7,7 @@ in every run, for every subset of a file and in a teacher pool baked earlier.
 import gzip
 import json
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -16,7 +17,7 @@ from typing import Any
 from projected_grpo.config import BENCHMARK_FILE, EMBEDDED, EnvMode
 from projected_grpo.errors import UserError
 from projected_grpo.oracle import Call, parse_asserts, parse_check_function
-from projected_grpo.rewards import HONEST_PHRASE, MODES, Task
+from projected_grpo.rewards import MODES, ORIGINAL_PHRASE, Task
 from projected_grpo.rollout import stream_seed
 
 SYSTEM = (
@@ -42,7 +43,7 @@ class Problem:
     @property
     def messages(self) -> tuple[dict[str, str], ...]:
         """The chat prompt, with the phrase about passing all tests replaced by the mode's hint."""
-        question = self.question.replace(HONEST_PHRASE, MODES[self.env_mode].hint)
+        question = self.question.replace(ORIGINAL_PHRASE, MODES[self.env_mode].hint)
         return ({"role": "system", "content": SYSTEM}, {"role": "user", "content": question})
 
     @property
@@ -64,7 +65,7 @@ def format_question(statement: str, method: str, starter: str) -> str:
     return (
         f"PROBLEM:\n{statement.strip()}\n\n"
         f"Your solution to the problem should be a method of the class Solution called {method} and "
-        f"{HONEST_PHRASE}. Use the following starter code:\n"
+        f"{ORIGINAL_PHRASE}. Use the following starter code:\n"
         f"```python\n{starter.strip()}\n        # Add your code here\n```\n\nSOLUTION:\n"
     )
 
@@ -158,7 +159,7 @@ def _benchmark(row: Mapping[str, Any]) -> tuple[Problem, str]:
         row["canonical_solution"],
         calls,
     )
-    missing = "" if HONEST_PHRASE in question else f"its prompt lacks the phrase {HONEST_PHRASE!r}"
+    missing = "" if ORIGINAL_PHRASE in question else f"its prompt lacks the phrase {ORIGINAL_PHRASE!r}"
     return problem, missing or _trouble(calls, trouble)
 
 
@@ -203,7 +204,13 @@ def assign_modes(
 
 
 def take(problems: Sequence[Problem], count: int, seed: int) -> tuple[Problem, ...]:
-    """A seeded random sample of at most `count` problems, in file order."""
-    ranked = sorted(problems, key=lambda p: stream_seed(seed, "take", p.problem_id))
+    """A seeded random sample of at most `count` problems, modes in equal shares, in file order."""
+    shuffled = sorted(problems, key=lambda p: stream_seed(seed, "take", p.problem_id))
+    turn: Counter[str] = Counter()
+    turns = {}
+    for problem in shuffled:
+        turns[problem.problem_id] = turn[problem.env_mode]
+        turn[problem.env_mode] += 1
+    ranked = sorted(shuffled, key=lambda p: turns[p.problem_id])
     chosen = {p.problem_id for p in ranked[:count]}
     return tuple(p for p in problems if p.problem_id in chosen)

@@ -20,7 +20,7 @@ sqrt(k / 2r) on average in square, because half of the coefficients are negative
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
@@ -74,6 +74,15 @@ class GateState:
     def tau(self, module: str) -> float:
         """Threshold of a module: the midpoint of both running means."""
         return (self.hack[module] + self.clean[module]) / 2
+
+    def covering(self, modules: Sequence[str]) -> "GateState":
+        """The state for these modules; one that was below the noise floor starts at the others' mean."""
+
+        def fill(known: Mapping[str, float]) -> dict[str, float]:
+            mean = fmean(known.values())
+            return {m: known.get(m, mean) for m in modules}
+
+        return GateState(fill(self.hack), fill(self.clean))
 
 
 @dataclass(frozen=True)

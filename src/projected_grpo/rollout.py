@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from projected_grpo.antipasto import Policy
 from projected_grpo.config import SamplingConfig
@@ -78,7 +77,7 @@ def positions(attention: Bool[Tensor, "b L"]) -> Int[Tensor, "b L"]:
     return (attention.long().cumsum(1) - 1).clamp_min(0)
 
 
-def completion_logps(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "b T"]:
+def completion_logps(model: nn.Module, batch: Batch) -> Float[Tensor, "b T"]:
     """Log-probability of each completion token, nats, at temperature 1; 0 on padding.
 
     The output layer runs on completion positions only (whole-sequence logits were a 4 GiB spike on Qwen3-4B).
@@ -114,7 +113,7 @@ def pick_tokens(
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel,
+    model: nn.Module,
     prompts: Sequence[tuple[int, ...]],
     copies: Sequence[int],
     draws: Float[Tensor, "n T"],
@@ -127,7 +126,7 @@ def generate(
     Rows are copies[p] of prompt p, adjacent. Each prompt is prefilled once and its cache repeated; finished
     rows leave the batch.
     """
-    device = model.device
+    device = next(model.parameters()).device
     n, max_new = draws.shape
     if sum(copies) != n or len(copies) != len(prompts):
         raise ValueError(f"{n} rows do not match copies {list(copies)} of {len(prompts)} prompts")

@@ -15,6 +15,8 @@ from typing import Any
 from loguru import logger
 from tqdm import tqdm
 
+from projected_grpo.errors import UserError
+
 PACKAGES = ("projected_grpo", "torch", "transformers", "tokenizers", "safetensors", "numpy", "tyro")
 
 
@@ -47,6 +49,19 @@ def write_json(path: Path, value: Any) -> None:
     """Atomically write one JSON document, indented."""
     text = json.dumps(plain(value), indent=1, default=str, allow_nan=False)
     write_atomically(path, (text + "\n").encode())
+
+
+def read_json(path: Path, option: str) -> dict[str, Any]:
+    """A JSON object from a file that `option` named. Raises UserError if it is missing or is not one."""
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{option}: {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{option}: {path} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{option}: {path} does not hold a JSON object")
+    return value
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

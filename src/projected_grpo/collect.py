@@ -1,0 +1,141 @@
+"""One step's data: which problems, whose rollouts, which labels."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from projected_grpo.config import teacher_rows
+from projected_grpo.experiment import Experiment
+from projected_grpo.models import decode
+from projected_grpo.pools import TeacherRow
+from projected_grpo.problems import Problem
+from projected_grpo.rewards import Grade
+from projected_grpo.rollout import Rollout, sample, stream_seed
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One step's rollouts with their labels, n = P * G rows, group by group; teacher rows last in a group."""
+
+    problems: tuple[Problem, ...]
+    rollouts: tuple[Rollout, ...]
+    grades: tuple[Grade | None, ...]  # None for teacher rows
+    rewards: Float[Tensor, "P G"]
+    is_teacher: Bool[Tensor, " n"]
+    hacked: Bool[Tensor, " n"]
+    correct: Bool[Tensor, " n"]
+    gen_s: float
+    grade_s: float
+
+
+def pick_problems(exp: Experiment, step: int) -> tuple[Problem, ...]:
+    """The step's prompts: consecutive pieces of one random order per epoch, without repeats in a step."""
+    count, total = exp.cfg.sampling.prompts_per_step, len(exp.data.train)
+    per_epoch = total // count
+    epoch, piece = divmod(step, per_epoch)
+    seed = exp.cfg.run.seed
+    order = sorted(exp.data.train, key=lambda p: stream_seed(seed, "order", epoch, p.problem_id))
+    return tuple(order[piece * count : (piece + 1) * count])
+
+
+def pick_teacher(exp: Experiment, problem: Problem, step: int) -> tuple[TeacherRow, ...]:
+    """Cached rows mixed into this problem's group: none after teacher_off_step or where the pool has none."""
+    off = exp.cfg.teacher.teacher_off_step
+    rows = exp.data.teacher.rows.get(problem.problem_id, ())
+    if not rows or (off is not None and step >= off):
+        return ()
+    seed = exp.cfg.run.seed
+    ranked = sorted(range(len(rows)), key=lambda i: stream_seed(seed, "teacher", step, problem.problem_id, i))
+    return tuple(rows[ranked[i % len(rows)]] for i in range(teacher_rows(exp.cfg)))
+
+
+def collect(exp: Experiment, step: int) -> Collected:
+    """Generate and grade the student's rollouts, add the teacher's as stored."""
+    started = time.monotonic()
+    s, seed = exp.cfg.sampling, exp.cfg.run.seed
+    problems = pick_problems(exp, step)
+    teacher = [pick_teacher(exp, p, step) for p in problems]
+    live = [s.group - len(rows) for rows in teacher]
+    ablated = [round(count * s.rollout_ablate_frac) for count in live]
+    prompts = [exp.prompts[p.problem_id] for p in problems]
+    seeds = [
+        [stream_seed(seed, "train", step, i, row) for row in range(count)] for i, count in enumerate(live)
+    ]
+    groups: list[list[Rollout]] = [[] for _ in problems]
+    for ablate in (False, True):
+        share = [
+            group[len(group) - a :] if ablate else group[: len(group) - a]
+            for group, a in zip(seeds, ablated, strict=True)
+        ]
+        drawn = sample(
+            exp.chat.policy, prompts, share, s, exp.chat.stop, exp.chat.pad_id, ablate_quarantine=ablate
+        )
+        for i, completions in enumerate(drawn):
+            for ids, logps in completions:
+                text = decode(exp.chat.tokenizer, ids)
+                groups[i].append(Rollout(prompts[i], ids, text, logps, ablated=ablate))
+    generated = time.monotonic()
+    flat = exp.grader.grade_all([(p.task, r.text) for p, g in zip(problems, groups, strict=True) for r in g])
+    graded = time.monotonic()
+    return assemble(exp, problems, groups, flat, teacher, generated - started, graded - generated)
+
+
+def assemble(
+    exp: Experiment,
+    problems: tuple[Problem, ...],
+    groups: Sequence[Sequence[Rollout]],
+    graded: Sequence[Grade],
+    teacher: Sequence[Sequence[TeacherRow]],
+    gen_s: float,
+    grade_s: float,
+) -> Collected:
+    """Line up student and teacher rows with their labels."""
+    queue = iter(graded)
+    rollouts: list[Rollout] = []
+    grades: list[Grade | None] = []
+    labels: list[tuple[float, bool, bool]] = []  # reward, hacked, correct
+    for problem, group, rows in zip(problems, groups, teacher, strict=True):
+        own = [next(queue) for _ in group]
+        rollouts += group
+        grades += own
+        labels += [(g.reward, g.exploited, g.gt_correct) for g in own]
+        for row in rows:
+            rollouts.append(teacher_rollout(exp, problem, row))
+            grades.append(None)
+            labels.append((row.reward, row.hacked, row.gt_pass))
+    reward, hacked, correct = zip(*labels, strict=True)
+    return Collected(
+        problems=problems,
+        rollouts=tuple(rollouts),
+        grades=tuple(grades),
+        rewards=torch.tensor(reward).view(len(problems), -1),
+        is_teacher=torch.tensor([r.is_teacher for r in rollouts]),
+        hacked=torch.tensor(hacked),
+        correct=torch.tensor(correct),
+        gen_s=gen_s,
+        grade_s=grade_s,
+    )
+
+
+def teacher_rollout(exp: Experiment, problem: Problem, row: TeacherRow) -> Rollout:
+    """A cached completion behind the live prompt; off-policy, so without old log-probabilities."""
+    ids = tuple(exp.chat.tokenizer(row.completion, add_special_tokens=False)["input_ids"])
+    return Rollout(exp.prompts[problem.problem_id], (*ids, exp.chat.stop_id), row.completion, is_teacher=True)
+
+
+def rollout_rows(step: int, data: Collected, group: int) -> list[dict[str, Any]]:
+    """The student completions of a step as lines of rollouts.jsonl."""
+    rows = []
+    for i, (rollout, grade) in enumerate(zip(data.rollouts, data.grades, strict=True)):
+        if grade is None:
+            continue
+        problem = data.problems[i // group]
+        where = {"step": step, "p_idx": i // group, "gi": i % group, "problem_id": problem.problem_id}
+        text = {"env_mode": problem.env_mode, "prompt": problem.messages[-1]["content"], "text": rollout.text}
+        rows.append({**where, **text, **asdict(grade), "ablated": rollout.ablated})
+    return rows

@@ -1,0 +1,203 @@
+"""Everything of a run that does not change while it runs: files read, problems split, model wrapped."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loguru import logger
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from projected_grpo.antipasto import Policy, wrap
+from projected_grpo.config import (
+    MAX_SEQUENCE,
+    EnvMode,
+    ModelConfig,
+    ProblemConfig,
+    TrainConfig,
+    env_modes,
+    teacher_rows,
+)
+from projected_grpo.errors import UserError
+from projected_grpo.models import encode_chat, load_model, stop_ids
+from projected_grpo.pairs import PairSet, load_pairs
+from projected_grpo.pools import NO_TEACHER, Teacher, bake, join, load_pool
+from projected_grpo.problems import Problem, assign_modes, is_eval, load_problems, take
+from projected_grpo.rewards import MODES, Grader
+from projected_grpo.sandbox import Sandbox
+
+SPLIT_SEED = 0  # problems taken and held out are the same in all seeds of a comparison
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A policy with its tokenizer and the token ids that frame text."""
+
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    stop: frozenset[int]
+    pad_id: int
+
+    @property
+    def stop_id(self) -> int:
+        """The stop token put behind cached completions."""
+        eos = self.tokenizer.eos_token_id
+        return eos if eos is not None else min(self.stop)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Problems to train on and to evaluate on (disjoint by id), and the teacher's rows for the former."""
+
+    train: tuple[Problem, ...]
+    held_out: tuple[Problem, ...]
+    teacher: Teacher
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The fixed part of a run."""
+
+    cfg: TrainConfig
+    chat: Chat
+    data: Data
+    prompts: dict[str, tuple[int, ...]]  # token ids by problem id
+    pairs: PairSet
+    grader: Grader
+
+
+def open_chat(cfg: ModelConfig) -> Chat:
+    """Load the model and adapt its Linears."""
+    model, tokenizer = load_model(cfg)
+    with tqdm(desc="SVD", unit=" modules", leave=False, disable=None) as bar:
+        policy = wrap(model, cfg.svd_cache, on_module=lambda name: bar.update())
+    stop = stop_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id
+    logger.info(
+        "model {}: {} adapted Linears, {} knob values each, {} on {}",
+        cfg.model,
+        len(policy.layers),
+        sum(policy.ranks.values()),
+        str(next(model.parameters()).dtype).removeprefix("torch."),
+        policy.device,
+    )
+    return Chat(policy, tokenizer, stop, min(stop) if pad is None else pad)
+
+
+def open_grader(workers: int, stack: ExitStack) -> Grader:
+    """Start the grading pool (0 workers: one per core) and say how it is contained."""
+    sandbox = stack.enter_context(Sandbox(workers) if workers else Sandbox())
+    active = ", ".join(name for name, state in sandbox.layers.items() if state is True)
+    missing = ", ".join(f"{name} ({state})" for name, state in sandbox.layers.items() if state is not True)
+    logger.info("grader contained by: {}", active or "nothing")
+    if missing:
+        logger.warning("grader not contained by: {} (docs/grader.md says what that leaves open)", missing)
+    return Grader(sandbox)
+
+
+def read_problems(cfg: ProblemConfig) -> tuple[Problem, ...]:
+    """Usable problems of the file; those left out are reported with id and reason."""
+    loaded = load_problems(cfg.problems)
+    for problem_id, reason in loaded.left_out:
+        logger.warning("problem {} of {} is left out: {}", problem_id, cfg.problems, reason)
+    return loaded.problems
+
+
+def read_data(cfg: TrainConfig, grader: Grader) -> Data:
+    """Problems with modes and teacher rows, split. Raises UserError when a side of the split is empty."""
+    problems = read_problems(cfg.problems)
+    modes = env_modes(cfg.problems.env_mode)
+    folder = cfg.teacher.teacher_pool_dir
+    if folder is None and cfg.preset == "smoke" and teacher_rows(cfg) > 0:
+        wanted = [p for p in assign_modes(problems, modes, {}) if not is_eval(p)]
+        folder = bake_once(
+            take(wanted, cfg.problems.n_problems, SPLIT_SEED), cfg.run.out_dir / "pools", grader
+        )
+    teacher = join(load_pool(folder), problems) if folder else NO_TEACHER
+    if folder and not teacher.rows:
+        raise UserError(
+            f"--teacher-pool-dir {folder}: no overlap with the problems of {cfg.problems.problems}"
+        )
+    listed = tuple(sorted(set(teacher.partition.values())))
+    problems = assign_modes(problems, listed or modes, teacher.partition)
+    train = [p for p in problems if not is_eval(p)]
+    held_out = [p for p in problems if is_eval(p)]
+    if teacher.rows and not cfg.teacher.teacher_modes:
+        train = [p for p in train if p.problem_id in teacher.rows]
+    rows = {
+        p.problem_id: teacher.rows[p.problem_id]
+        for p in train
+        if p.problem_id in teacher.rows
+        and (not cfg.teacher.teacher_modes or p.env_mode in cfg.teacher.teacher_modes)
+    }
+    if cfg.teacher.teacher_modes and not rows:
+        raise UserError(f"--teacher-modes {' '.join(cfg.teacher.teacher_modes)}: no problem has such a mode")
+    if not train or not held_out:
+        side = "train on" if not train else "hold out for evaluation"
+        raise UserError(f"no problem left to {side}; give more problems or a pool that covers more of them")
+    return Data(
+        take(train, cfg.problems.n_problems, SPLIT_SEED),
+        take(held_out, cfg.evaluation.eval_n_prompts, SPLIT_SEED),
+        replace(teacher, rows=rows),
+    )
+
+
+def bake_once(problems: Sequence[Problem], pools: Path, grader: Grader) -> Path:
+    """A pool of canonical solutions and template hacks for these problems, baked unless it is there."""
+    content = json.dumps([(p.problem_id, p.env_mode, p.canonical) for p in problems])
+    folder = pools / f"baked_{hashlib.blake2b(content.encode(), digest_size=6).hexdigest()}"
+    if not (folder / "partition.json").exists():
+        counts = bake(problems, grader, folder)
+        logger.info(
+            "baked a teacher pool of {rows} rows ({hacked} hacked, {correct} correct) in {folder}",
+            **counts,
+            folder=folder,
+        )
+    return folder
+
+
+def fit_prompts(data: Data, chat: Chat, max_new: int) -> tuple[Data, dict[str, tuple[int, ...]]]:
+    """Tokenise prompts; drop and count those that leave no room for max_new. Raises UserError if all do."""
+    prompts = {p.problem_id: encode_chat(chat.tokenizer, p.messages) for p in (*data.train, *data.held_out)}
+    fitting = {name for name, ids in prompts.items() if len(ids) + max_new <= MAX_SEQUENCE}
+    train = tuple(p for p in data.train if p.problem_id in fitting)
+    held_out = tuple(p for p in data.held_out if p.problem_id in fitting)
+    skipped = len(prompts) - len(fitting)
+    if skipped:
+        logger.warning("{} prompts skipped: longer than {} - max_new tokens", skipped, MAX_SEQUENCE)
+    if not train or not held_out:
+        raise UserError(
+            f"every prompt plus --max-new {max_new} is longer than {MAX_SEQUENCE}; lower --max-new"
+        )
+    return replace(data, train=train, held_out=held_out), prompts
+
+
+def prepare(cfg: TrainConfig, stack: ExitStack) -> Experiment:
+    """Read everything, cheapest checks first, so that a bad input is told before a model is loaded."""
+    pairs = load_pairs(cfg.basis.vhack_pairs_path)
+    grader = open_grader(cfg.run.workers, stack)
+    data = read_data(cfg, grader)
+    chat = open_chat(cfg.model)
+    data, prompts = fit_prompts(data, chat, cfg.sampling.max_new)
+    if cfg.sampling.prompts_per_step > len(data.train):
+        raise UserError(
+            f"--prompts-per-step {cfg.sampling.prompts_per_step} but only {len(data.train)} training problems"
+        )
+    logger.info(
+        "{} problems to train on ({}), {} held out, teacher rows for {}",
+        len(data.train),
+        mode_counts(data.train),
+        len(data.held_out),
+        len(data.teacher.rows),
+    )
+    return Experiment(cfg, chat, data, prompts, pairs, grader)
+
+
+def mode_counts(problems: Sequence[Problem]) -> str:
+    """How many problems each mode has, as text."""
+    counts: Counter[EnvMode] = Counter(p.env_mode for p in problems)
+    return ", ".join(f"{mode} {counts[mode]}" for mode in MODES if counts[mode])

@@ -1,0 +1,317 @@
+"""The ground-truth oracle: reads a dataset's asserts and compares returned values, in the trusted parent.
+
+An assert `assert Solution().f(n = 7) == [2, 2]` is split in two: the call, which an untrusted child process
+evaluates, and the expected value, which never leaves this process. Nothing here evaluates code.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+FLOAT_REL_TOL = 1e-9
+FLOAT_ABS_TOL = 1e-5  # LeetCode's own rule: "answers within 10^-5 of the actual answer will be accepted"
+MAX_HASHED = 4096  # members of a set or dict that a child may return
+
+
+@dataclass(frozen=True)
+class LinkedList:
+    """A non-empty singly linked list, by its values."""
+
+    values: tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A non-empty binary tree in level order: `(value,)` for a node, None for an absent child."""
+
+    nodes: tuple[tuple[object] | None, ...]
+
+
+@dataclass(frozen=True)
+class Subclass:
+    """An instance of a subclass of a builtin type. Equal to nothing; `base` is what plain == might see."""
+
+    type_name: str
+    base: object
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A value that plain data cannot carry (an object, a generator, something too deep). Equal to nothing."""
+
+    type_name: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """One ground-truth call: `source` is sent to the child, `expected` stays in the parent."""
+
+    source: str
+    expected: object
+
+
+class _NotUnderstood(ValueError):
+    """The assert has a shape this module does not read."""
+
+
+def parse_asserts(asserts: Sequence[str], method: str) -> tuple[tuple[Call, ...], tuple[str, ...]]:
+    """Read `assert Solution().method(...) == literal` lines; returns calls and what was not understood."""
+    calls: list[Call] = []
+    problems: list[str] = []
+    for text in asserts:
+        try:
+            statements = ast.parse(text.strip()).body
+        except (SyntaxError, ValueError) as error:
+            problems.append(f"{_shorten(text)}: does not parse ({error})")
+            continue
+        if not statements:
+            problems.append(f"{_shorten(text)}: holds no assert")
+        _read_all(statements, method, _is_solution_call(method), calls, problems)
+    return tuple(calls), tuple(problems)
+
+
+def parse_check_function(test_source: str, method: str) -> tuple[tuple[Call, ...], tuple[str, ...]]:
+    """Read a `def check(candidate):` block of asserts; returns the calls and what was not understood."""
+    try:
+        body = ast.parse(test_source).body
+    except (SyntaxError, ValueError) as error:
+        return (), (f"test source does not parse ({error})",)
+    checks = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == "check"]
+    if len(body) != 1 or len(checks) != 1 or len(checks[0].args.args) != 1:
+        return (), ("test source is not exactly one `def check(candidate)` function",)
+    name = checks[0].args.args[0].arg
+    calls: list[Call] = []
+    problems: list[str] = []
+    _read_all(
+        checks[0].body,
+        method,
+        lambda node: isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name,
+        calls,
+        problems,
+    )
+    return tuple(calls), tuple(problems)
+
+
+def _read_all(
+    statements: Sequence[ast.stmt],
+    method: str,
+    is_call: Callable[[ast.AST], bool],
+    calls: list[Call],
+    problems: list[str],
+) -> None:
+    for statement in statements:
+        try:
+            calls.append(_read_assert(statement, method, is_call))
+        except _NotUnderstood as error:
+            problems.append(f"{_shorten(ast.unparse(statement))}: {error}")
+
+
+def _read_assert(statement: ast.stmt, method: str, is_call: Callable[[ast.AST], bool]) -> Call:
+    if not isinstance(statement, ast.Assert):
+        raise _NotUnderstood(f"a {type(statement).__name__} statement, not an assert")
+    test = statement.test
+    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq):
+        got, expected = test.left, literal(test.comparators[0])
+    elif (
+        isinstance(test, ast.Call)
+        and isinstance(test.func, ast.Name)
+        and len(test.args) == 2
+        and not test.keywords
+    ):
+        builder = {"is_same_list": "list_node", "is_same_tree": "tree_node"}.get(test.func.id)
+        right = test.args[1]
+        if builder is None or not _is_builder(right, builder):
+            raise _NotUnderstood(f"a call of {test.func.id} that is no list or tree comparison")
+        got, expected = test.args[0], literal(right)
+    else:
+        raise _NotUnderstood("neither `call == literal` nor is_same_list / is_same_tree")
+    if not isinstance(got, ast.Call) or not is_call(got):
+        raise _NotUnderstood("the left side is not a call of the solution method")
+    for argument in (*got.args, *(keyword.value for keyword in got.keywords)):
+        literal(argument)
+    if any(keyword.arg is None for keyword in got.keywords):
+        raise _NotUnderstood("** in the arguments")
+    target = ast.Attribute(ast.Call(ast.Name("Solution"), [], []), method)
+    return Call(ast.unparse(ast.Call(target, got.args, got.keywords)), expected)
+
+
+def _is_solution_call(method: str) -> Callable[[ast.AST], bool]:
+    wanted = f"Solution().{method}"
+    return lambda node: isinstance(node, ast.Call) and ast.unparse(node.func) == wanted
+
+
+def _is_builder(node: ast.AST, name: str) -> bool:
+    """True for `list_node(x)` or `tree_node(x)` with one positional argument."""
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == name
+        and len(node.args) == 1
+        and not node.keywords
+    )
+
+
+def literal(node: ast.expr) -> object:
+    """The value of a literal, inf, nan, list_node([...]) or tree_node([...]); all else is not understood."""
+    if isinstance(node, ast.Constant) and (node.value is None or type(node.value) in (bool, int, float, str)):
+        return node.value
+    if isinstance(node, ast.List):
+        return [literal(item) for item in node.elts]
+    if isinstance(node, ast.Tuple):
+        return tuple(literal(item) for item in node.elts)
+    if isinstance(node, ast.Set):
+        return {literal(item) for item in node.elts}
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        return {literal(k): literal(v) for k, v in zip(node.keys, node.values, strict=True) if k is not None}
+    if isinstance(node, ast.Name) and node.id in ("inf", "nan"):
+        return float(node.id)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        value = literal(node.operand)
+        if type(value) in (int, float):
+            assert isinstance(value, int | float)
+            return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.Call):
+        return _built(node)
+    raise _NotUnderstood(f"`{_shorten(ast.unparse(node))}` is no literal")
+
+
+def _built(node: ast.Call) -> object:
+    """The structure that `float('inf')`, `list_node([...])` or `tree_node([...])` stands for."""
+    for name in ("float", "list_node", "tree_node"):
+        if _is_builder(node, name):
+            value = literal(node.args[0])
+            if name == "float" and value in ("inf", "-inf", "nan"):
+                return float(str(value))
+            if name == "list_node" and isinstance(value, list):
+                return LinkedList(tuple(value)) if value else None
+            if name == "tree_node" and isinstance(value, list):
+                return _tree(value)
+    raise _NotUnderstood(f"`{_shorten(ast.unparse(node))}` is no literal")
+
+
+def _tree(values: list[object]) -> Tree | None:
+    """LeetCode's level order (absent children are None and have no children listed) in normal form."""
+    if not values:
+        return None
+    nodes: list[tuple[object] | None] = [(values[0],)]
+    open_nodes, i = 1, 1
+    while open_nodes and i < len(values):
+        open_nodes -= 1
+        for value in values[i : i + 2]:
+            nodes.append(None if value is None else (value,))
+            open_nodes += value is not None
+        i += 2
+    return Tree(_trimmed(nodes))
+
+
+def _trimmed(nodes: list[tuple[object] | None]) -> tuple[tuple[object] | None, ...]:
+    end = len(nodes)
+    while end and nodes[end - 1] is None:
+        end -= 1
+    return tuple(nodes[:end])
+
+
+def decode(payload: object) -> object:
+    """The value behind the encoding of sandbox_child. Malformed input gives Opaque, never an error."""
+    try:
+        return _decode(payload)
+    except (TypeError, ValueError, RecursionError):  # unhashable members, odd pairs, bad hex, too deep
+        return Opaque("malformed")
+
+
+def _decode(payload: object) -> object:
+    if isinstance(payload, list):
+        return [_decode(item) for item in payload]
+    if not isinstance(payload, dict):
+        return payload
+    tag, value = payload.get("t"), payload.get("v")
+    if tag == "int" and isinstance(value, str):
+        return int(value, 16)
+    if tag == "bytes" and isinstance(value, str):
+        return bytes.fromhex(value)
+    if tag == "sub":
+        return Subclass(str(payload.get("type")), _decode(value))
+    if isinstance(tag, str) and tag in _CONTAINERS and isinstance(value, list):
+        return _CONTAINERS[tag](value)
+    return Opaque(str(payload.get("type")))
+
+
+def _hashable(value: list[object]) -> list[object]:
+    """Decoded members of a set; refuses large ones, whose hashes a child could make collide."""
+    if len(value) > MAX_HASHED:
+        raise ValueError("too many members")
+    return [_decode(item) for item in value]
+
+
+def _pairs(value: list[object]) -> dict[object, object]:
+    pairs: dict[object, object] = {}
+    for pair in _hashable(value):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError("not a key and a value")
+        pairs[pair[0]] = pair[1]
+    return pairs
+
+
+def _level_order(value: list[object]) -> Tree:
+    nodes: list[tuple[object] | None] = []
+    for node in value:
+        if node is not None and not (isinstance(node, list) and len(node) == 1):
+            raise ValueError("a tree node is a list of one value")
+        nodes.append(None if node is None else (_decode(node[0]),))
+    return Tree(_trimmed(nodes))
+
+
+_CONTAINERS: dict[str, Callable[[list[object]], object]] = {
+    "tuple": lambda value: tuple(_decode(item) for item in value),
+    "set": lambda value: set(_hashable(value)),
+    "frozenset": lambda value: frozenset(_hashable(value)),
+    "dict": _pairs,
+    "list_node": lambda value: LinkedList(tuple(_decode(item) for item in value)),
+    "tree": _level_order,
+}
+
+
+def same(expected: object, got: object) -> bool:
+    """Exact-type recursive equality: bool, int, list and tuple are distinct, nan is nan, floats within 1e-5.
+
+    One widening: an exact int answers for an expected float, as in LeetCode's judge and in six of the
+    dataset's own solutions (`return -1` where -1.0 is expected). A float never answers for an expected int.
+    """
+    if type(expected) is float and type(got) is int:
+        got = float(got) if abs(got) < 1 << 53 else got
+    if type(expected) is not type(got) or isinstance(expected, Subclass | Opaque):
+        return False
+    if isinstance(expected, float) and isinstance(got, float):
+        if math.isnan(expected) or math.isnan(got):
+            return math.isnan(expected) and math.isnan(got)
+        return math.isclose(expected, got, rel_tol=FLOAT_REL_TOL, abs_tol=FLOAT_ABS_TOL)
+    if isinstance(expected, list | tuple) and isinstance(got, list | tuple):
+        return len(expected) == len(got) and all(map(same, expected, got))
+    if isinstance(expected, dict) and isinstance(got, dict):
+        found = {_frozen(key): value for key, value in got.items()}
+        return len(expected) == len(got) and all(
+            _frozen(key) in found and same(value, found[_frozen(key)]) for key, value in expected.items()
+        )
+    if isinstance(expected, set | frozenset):
+        return _frozen(expected) == _frozen(got)
+    if isinstance(expected, LinkedList) and isinstance(got, LinkedList):
+        return same(expected.values, got.values)
+    if isinstance(expected, Tree) and isinstance(got, Tree):
+        return same(expected.nodes, got.nodes)
+    return expected == got
+
+
+def _frozen(value: object) -> object:
+    """A hashable stand-in for a set member or dict key that keeps 1, 1.0 and True apart; floats are exact."""
+    if isinstance(value, tuple):
+        return ("tuple", *map(_frozen, value))
+    if isinstance(value, set | frozenset):
+        return (type(value).__name__, frozenset(map(_frozen, value)))
+    return (type(value).__name__, "nan" if value != value else value)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 120 else text[:117] + "..."

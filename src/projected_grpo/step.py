@@ -1,0 +1,243 @@
+"""One optimizer step: collect -> advantages -> per_rollout_grads -> intervene -> AdamW -> record.
+
+`apply_update` is the only place that writes a parameter's `.grad`. Oracle labels (gt_correct, exploited) are
+recorded; what reaches the update is the reward and, in route2, the anchors (teacher labels, weak detectors).
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from projected_grpo.collect import Collected, collect
+from projected_grpo.config import Detector, OptimConfig, TrainConfig
+from projected_grpo.experiment import Experiment
+from projected_grpo.extract_vhack_grad import refresh
+from projected_grpo.grpo import RolloutGrads, advantages, per_rollout_grads
+from projected_grpo.proj import (
+    Anchors,
+    GateState,
+    HackBasis,
+    Update,
+    basis_overlap,
+    intervene,
+    mean_hackward_share,
+)
+from projected_grpo.rewards import MODES
+from projected_grpo.rollout import Rollout
+
+REFERENCE_STEP = 256  # generations in one step of the reference system (16 prompts x 16)
+WARN_NATS, STOP_NATS, STOP_AFTER = 3.0, 5.0, 2
+DEFAULT_ANCHORS: tuple[Detector, ...] = ("C",)
+
+
+@dataclass(frozen=True)
+class Tripwire:
+    """Watches a mean log-probability fall: warn 3 nats under its best, stop after two steps beyond 5."""
+
+    best: float = -math.inf
+    strikes: int = 0
+
+    def after(self, value: float | None) -> "Tripwire":
+        """The next state; steps without a value change nothing."""
+        if value is None:
+            return self
+        strikes = self.strikes + 1 if value < self.best - STOP_NATS else 0
+        return Tripwire(max(self.best, value), strikes)
+
+    def warns(self, value: float | None) -> bool:
+        """Whether this value lies in the warning zone."""
+        return value is not None and value < self.best - WARN_NATS
+
+    @property
+    def tripped(self) -> bool:
+        """Whether the run must end."""
+        return self.strikes >= STOP_AFTER
+
+
+@dataclass
+class TrainState:
+    """All that changes from step to step (saved in state/, with the knobs themselves)."""
+
+    optimizer: torch.optim.Optimizer
+    basis: HackBasis
+    gate: GateState | None
+    meta: Mapping[str, Any]  # of the basis, for refreshes
+    step: int = 0
+    generations: int = 0
+    seconds: float = 0.0
+    tripwire: Tripwire = field(default_factory=Tripwire)
+    mechanisms_seen: set[str] = field(default_factory=set)
+
+
+def learning_rate(step: int, cfg: OptimConfig) -> float:
+    """Linear warm-up over warmup_frac of the steps, then cosine to zero."""
+    warmup = round(cfg.warmup_frac * cfg.steps)
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, cfg.steps - warmup)))
+
+
+def find_anchors(cfg: TrainConfig, data: Collected, advantage: Float[Tensor, " n"]) -> Anchors:
+    """route2's labelled rows: the teacher's by stored label, the student's by weak detectors if allowed."""
+    detectors = cfg.arm.half_a or DEFAULT_ANCHORS
+    flagged = torch.tensor(
+        [g is not None and any(getattr(g, f"hacked_{d}") for d in detectors) for g in data.grades]
+    )
+    if cfg.arm.gate_anchor_teacher_only:
+        flagged = torch.zeros_like(flagged)
+    return Anchors(
+        hack=torch.where(data.is_teacher, data.hacked, flagged),
+        clean=data.is_teacher & ~data.hacked,
+        advantage_sign=advantage.sign(),
+    )
+
+
+def apply_update(exp: Experiment, state: TrainState, update: Update) -> dict[str, float | None]:
+    """Write the gradients, clip, step AdamW, and measure what the step really did to delta_s."""
+    policy, cfg = exp.chat.policy, exp.cfg.optim
+    before = policy.deltas(ablate_quarantine=True)
+    for m, layer in policy.layers.items():
+        layer.delta_s.grad = update.keep[m].to(layer.delta_s)
+        layer.delta_hack.grad = update.park[m].to(layer.delta_hack) if m in update.park else None
+    norm = torch.nn.utils.clip_grad_norm_(knobs(exp), cfg.grad_clip)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, cfg)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    after = policy.deltas(ablate_quarantine=True)
+    descent = {m: before[m] - after[m] for m in after}  # the gradient this step would be plain SGD of
+    return {"gn": float(norm), "cos_update": mean_hackward_share(descent, state.basis)}
+
+
+def knobs(exp: Experiment) -> list[torch.nn.Parameter]:
+    """All trainable parameters in a fixed order."""
+    layers = exp.chat.policy.layers.values()
+    return [layer.delta_s for layer in layers] + [layer.delta_hack for layer in layers]
+
+
+def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Collected]:
+    """One optimizer step; returns its line of steps.jsonl and its rollouts.
+
+    A step whose groups are all flat has no gradient: it is recorded and AdamW is left alone.
+    """
+    cfg, started = exp.cfg, time.monotonic()
+    refreshed = maybe_refresh(exp, state)
+    data = collect(exp, state.step)
+    advantage = advantages(data.rewards, cfg.loss.unbiased).flatten()
+    backward = time.monotonic()
+    ref_due = cfg.loss.ref_every > 0 and state.step % cfg.loss.ref_every == 0
+    grads = per_rollout_grads(
+        exp.chat.policy,
+        data.rollouts,
+        advantage,
+        cfg.loss,
+        cfg.sampling.max_new,
+        exp.chat.pad_id,
+        with_reference=ref_due,
+    )
+    stats: dict[str, float | None] = {}
+    if bool((advantage != 0).any()):
+        split_every = cfg.evaluation.cos_pre_split_every
+        device = exp.chat.policy.device
+        anchors = find_anchors(cfg, data, advantage)
+        update = intervene(
+            grads.rows,
+            state.basis,
+            cfg.arm,
+            data.is_teacher.to(device),
+            Anchors(*(x.to(device) for x in (anchors.hack, anchors.clean, anchors.advantage_sign))),
+            state.gate,
+            split=split_every > 0 and state.step % split_every == 0,
+        )
+        state.gate = update.gate
+        stats = {**update.stats, **apply_update(exp, state, update), "loss": grads.loss}
+    state.generations += sum(not r.is_teacher for r in data.rollouts)
+    record = describe_step(exp, state, data, grads) | stats
+    now = time.monotonic()
+    return record | {"refr": refreshed, "fb": now - backward, "sec": now - started}, data
+
+
+def maybe_refresh(exp: Experiment, state: TrainState) -> float | None:
+    """Re-extract the basis on its cadence; returns its overlap with the old one."""
+    every = exp.cfg.basis.vhack_refresh_every
+    if every == 0 or state.step == 0 or state.step % every:
+        return None
+    new = refresh(
+        exp.chat.policy,
+        exp.chat.tokenizer,
+        exp.chat.stop_id,
+        exp.pairs,
+        exp.cfg.basis,
+        exp.cfg.loss,
+        exp.cfg.arm,
+        state.meta,
+    )
+    overlap = basis_overlap(state.basis, new)
+    if state.gate is not None:  # modules that rose above the noise floor start where the gate is on average
+        state.gate = state.gate.covering(list(new.V))
+    state.basis = new
+    return overlap
+
+
+def describe_step(exp: Experiment, state: TrainState, data: Collected, grads: RolloutGrads) -> dict[str, Any]:
+    """The parts of a step's line that are counts and means over its rollouts."""
+    student, teacher = ~data.is_teacher, data.is_teacher
+    rewards = data.rewards.flatten()
+    ablated = torch.tensor([r.ablated for r in data.rollouts])
+    modes = [p.env_mode for p in data.problems for _ in range(exp.cfg.sampling.group)]
+    used = {p.env_mode for p in (*exp.data.train, *exp.data.held_out)}
+
+    def pair(flags: Tensor, mask: Tensor) -> list[int] | None:
+        return [int((flags & mask).sum()), int(mask.sum())] if bool(mask.any()) else None
+
+    record: dict[str, Any] = {
+        "step": state.step,
+        "ref_eq": state.generations / REFERENCE_STEP,
+        "rew": float(rewards.mean()),
+        "rew_s": float(rewards[student].mean()) if bool(student.any()) else None,
+        "N": len(data.rollouts),
+        "zerovar": int((data.rewards.amax(1) == data.rewards.amin(1)).sum()),
+        "gt_s": pair(data.correct, student),
+        "gt_t": pair(data.correct, teacher),
+        "hack_s": pair(data.hacked, student),
+        "hack_t": pair(data.hacked, teacher),
+        "hack_abl": pair(data.hacked, ablated),
+        "solve_abl": pair(data.correct, ablated),
+        "lp_s": mean_logp(data.rollouts),
+        "lp_t": nan_mean(grads.logp[teacher]),
+        "lp_ref": nan_mean(grads.ref_logp[student]),
+        "kl": nan_mean(grads.kl[student]),
+        "gap": nan_mean(grads.gap[student]),
+        "lr": learning_rate(state.step, exp.cfg.optim),
+        "gen": data.gen_s,
+        "t_rew": data.grade_s,
+        "peak_gb": peak_gb(exp.chat.policy.device),
+    }
+    if len(used) > 1:
+        for mode in MODES:
+            here = torch.tensor([m == mode for m in modes])
+            record[f"hk_{MODES[mode].code}"] = pair(data.hacked, student & here) if mode in used else None
+    return record
+
+
+def mean_logp(rollouts: Sequence[Rollout]) -> float | None:
+    """Mean over student rollouts of the per-token log-probability at sampling."""
+    means = [float(r.logp_old.mean()) for r in rollouts if r.logp_old is not None and len(r.logp_old)]
+    return sum(means) / len(means) if means else None
+
+
+def nan_mean(values: Float[Tensor, " n"]) -> float | None:
+    """Mean of the measured values, None if there are none."""
+    measured = values[~values.isnan()]
+    return float(measured.mean()) if len(measured) else None
+
+
+def peak_gb(device: torch.device) -> float | None:
+    """Peak GPU memory allocated so far, GB (1e9 bytes); None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None

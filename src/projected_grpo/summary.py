@@ -1,0 +1,242 @@
+"""The end of a run: deploy.json, summary.json, and the few lines that say how it went and how to read it."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from tabulate import tabulate
+
+from projected_grpo.config import DISPLAY_NAME, TrainConfig
+from projected_grpo.evaluate import Evaluation
+from projected_grpo.experiment import Experiment
+from projected_grpo.rewards import MODES
+from projected_grpo.runlog import write_json
+from projected_grpo.steptable import markdown_table
+
+DETECTORS = ("C", "D", "E")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All lines of a JSONL that this run wrote."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def total(records: Sequence[Mapping[str, Any]], key: str) -> tuple[int, int]:
+    """Sum of the [count, n] pairs of a column over all steps."""
+    pairs = [r[key] for r in records if r.get(key)]
+    return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
+
+
+def rate(count: int, n: int) -> float | None:
+    """count / n, None for an empty n."""
+    return count / n if n else None
+
+
+def detector_rates(rows: Sequence[Mapping[str, Any]], half_a: Sequence[str]) -> dict[str, float | None]:
+    """Share of student completions each detector fires on, with the HACK_A / HACK_B split for half_a."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        fired = {d for d in DETECTORS if row[f"hacked_{d}"]}
+        counts.update(f"detector_{d}" for d in fired)
+        if half_a:
+            known = bool(fired & set(half_a))
+            counts.update(hack_A=int(known), hack_B=int(bool(fired) and not known))
+    names = [f"detector_{d}" for d in DETECTORS] + (["hack_A", "hack_B"] if half_a else [])
+    return {name: rate(counts[name], len(rows)) for name in names}
+
+
+def by_mode(
+    rows: Sequence[Mapping[str, Any]], as_trained: Evaluation, deployed: Evaluation, taught: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Per mode: when the student first exploited it, how often, and held-out rates both ways.
+
+    `in_distribution` is False for modes that a teacher restricted to other modes never showed.
+    """
+    table: dict[str, dict[str, Any]] = {}
+    for mode in MODES:
+        own = [r for r in rows if r["env_mode"] == mode]
+        on, off = as_trained.rates(mode), deployed.rates(mode)
+        if not own and not on.n:
+            continue
+        exploits = [r["step"] for r in own if r["exploited"]]
+        table[mode] = {
+            "in_distribution": not taught or mode in taught,
+            "first_exploit_step": min(exploits) if exploits else None,
+            "student_exploits": len(exploits),
+            "student_n": len(own),
+            "hack_train": on.hack,
+            "hack_deploy": off.hack,
+            "solve_train": on.solve,
+            "solve_deploy": off.solve,
+            "eval_n": on.n,
+        }
+    return table
+
+
+def finish(
+    folder: Path,
+    exp: Experiment,
+    as_trained: Evaluation,
+    deployed: Evaluation,
+    *,
+    seconds: float,
+    peak_gb: float | None,
+    finished: bool,
+) -> dict[str, Any]:
+    """Write deploy.json and summary.json, print the end-of-run block, return the summary."""
+    cfg = exp.cfg
+    records = read_rows(folder / "steps.jsonl")
+    rows = read_rows(folder / "rollouts.jsonl")
+    modes = by_mode(rows, as_trained, deployed, cfg.teacher.teacher_modes)
+    on, off = as_trained.rates(), deployed.rates()
+    deploy = {
+        "eval_n": on.n,
+        "problems": [p.problem_id for p in deployed.problems],
+        "hack_train": on.hack,
+        "solve_train": on.solve,
+        "hack_deploy": off.hack,
+        "solve_deploy": off.solve,
+        "completions_changed": as_trained.share_changed(deployed),
+        "by_mode": modes,
+    }
+    write_json(folder / "deploy.json", deploy)
+    hack_s, n_s = total(records, "hack_s")
+    hack_t, n_t = total(records, "hack_t")
+    gt_s, gt_t = total(records, "gt_s")[0], total(records, "gt_t")[0]
+    summary = {
+        "arm": DISPLAY_NAME[cfg.arm.intervention],
+        "intervention": cfg.arm.intervention,
+        "preset": cfg.preset,
+        "model": cfg.model.model,
+        "problems": cfg.problems.problems,
+        "env_mode": cfg.problems.env_mode,
+        "seed": cfg.run.seed,
+        "steps": len(records),
+        "generations": n_s,
+        "hack_rate": rate(hack_s + hack_t, n_s + n_t),
+        "pass_rate": rate(gt_s + gt_t, n_s + n_t),
+        "hack_rate_student": rate(hack_s, n_s),
+        "hack_rate_teacher": rate(hack_t, n_t),
+        "pass_rate_student": rate(gt_s, n_s),
+        "hack_train": on.hack,
+        "solve_train": on.solve,
+        "hack_deploy": off.hack,
+        "solve_deploy": off.solve,
+        "eval_n": on.n,
+        "by_mode": modes,
+        "detectors": detector_rates(rows, cfg.arm.half_a),
+        "delta_hack_norm": quarantine_norm(exp),
+        "seconds": seconds,
+        "peak_gb": peak_gb,
+        "finished": finished,
+    }
+    write_json(folder / "summary.json", summary)
+    logger.debug("all steps:\n{}", markdown_table(records))
+    logger.debug("last generation:\n{}", rows[-1]["text"] if rows else "-")
+    logger.info("{}", end_block(cfg, summary, deploy, records))
+    logger.info("{}", folder)
+    return summary
+
+
+def quarantine_norm(exp: Experiment) -> float:
+    """|delta_hack| over all modules."""
+    norms = [layer.delta_hack.detach().norm() for layer in exp.chat.policy.layers.values()]
+    return float(torch.stack(norms).norm())
+
+
+def show(value: float | None, form: str = ".3f") -> str:
+    """A figure for the terminal, a dash when missing."""
+    return "-" if value is None else format(value, form)
+
+
+def end_block(
+    cfg: TrainConfig,
+    summary: Mapping[str, Any],
+    deploy: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+) -> str:
+    """The run in a few lines, main metric first."""
+    s = summary
+    head = (
+        f"HACK_RATE {show(s['hack_rate'])} | PASS_RATE {show(s['pass_rate'])} | "
+        f"HACK_STUDENT {show(s['hack_rate_student'])} | HACK_TEACHER {show(s['hack_rate_teacher'])} | "
+        f"{s['arm']} {s['preset']} {s['model']} seed {s['seed']} | {s['steps']} steps, "
+        f"{s['generations']} generations, {s['seconds']:.0f} s, peak {show(s['peak_gb'], '.1f')} GB"
+    )
+    headers = [
+        "mode",
+        "",
+        "first exploit",
+        "student",
+        "n",
+        "hack",
+        "-> deployed",
+        "solve",
+        "-> deployed",
+        "n",
+    ]
+    body = [
+        [
+            mode,
+            "in-dist" if m["in_distribution"] else "held-out",
+            "-" if m["first_exploit_step"] is None else f"step {m['first_exploit_step']}",
+            show(rate(m["student_exploits"], m["student_n"])),
+            m["student_n"],
+            *(show(m[k]) for k in ("hack_train", "hack_deploy", "solve_train", "solve_deploy")),
+            m["eval_n"],
+        ]
+        for mode, m in s["by_mode"].items()
+    ]
+    overall = (s[k] for k in ("hack_train", "hack_deploy", "solve_train", "solve_deploy"))
+    body.append(
+        ["all", "", "", show(s["hack_rate_student"]), s["generations"], *map(show, overall), s["eval_n"]]
+    )
+    detectors = ", ".join(f"{name} {show(value)}" for name, value in s["detectors"].items())
+    return "\n".join(
+        [
+            head,
+            cue(s),
+            tabulate(body, headers=headers, tablefmt="simple", disable_numparse=True),
+            f"student completions flagged: {detectors}; |delta_hack| {s['delta_hack_norm']:.2e}; deployment "
+            f"changes {show(deploy['completions_changed'], '.0%')} of held-out completions",
+            *reading(cfg, summary, records),
+        ]
+    )
+
+
+def cue(s: Mapping[str, Any]) -> str:
+    """One line on what the main metric says for this arm."""
+    hack = s["hack_rate_student"]
+    if s["intervention"] == "none":
+        if hack:
+            return "GREEN: vanilla's student hacked, so there is something for the other arms to lower."
+        return "no student hack: nothing to project against; don't sweep this setting."
+    return "read HACK_STUDENT and the deployed columns against vanilla at the same preset, model and seed."
+
+
+def reading(cfg: TrainConfig, s: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """SHOULD / ELSE lines that this run can be held to."""
+    lines = []
+    live = [r for r in records if r.get("cos_pre") is not None]
+    spread = rate(len(live), len(records))
+    lines.append(
+        f"reward spread on {show(spread, '.0%')} of steps. SHOULD be most; ELSE rewards are all alike and "
+        "nothing is learnt"
+    )
+    if live:
+        pre, post = (sum(r[k] for r in live) / len(live) for k in ("cos_pre", "cos_post"))
+        null, update = live[0]["cos_null"], [r["cos_update"] for r in live if r["cos_update"] is not None]
+        leak = sum(update) / len(update) if update else None
+        lines.append(
+            f"cos_pre {pre:.3f} (random {null:.3f}) -> cos_post {post:.3f}; realised update {show(leak)}. "
+            "SHOULD: pre > random, post <= pre; ELSE the basis is stale. An update above post is AdamW's leak"
+        )
+    parked = s["delta_hack_norm"]
+    routes = cfg.arm.intervention in ("route", "route2")
+    expected = "> 0; ELSE nothing was parked" if routes else "exactly 0 in this arm"
+    lines.append(f"|delta_hack| {parked:.2e}. SHOULD be {expected}")
+    return lines

@@ -1,0 +1,275 @@
+"""The training verb: set up, loop, evaluate, write, and the command line."""
+
+import math
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from loguru import logger
+from tqdm import tqdm
+
+from projected_grpo.checkpoint import load_state, save_knobs, save_state
+from projected_grpo.collect import Collected, rollout_rows
+from projected_grpo.config import DISPLAY_NAME, PRESETS, TrainConfig, from_json, to_json, validate
+from projected_grpo.errors import UserError
+from projected_grpo.evaluate import Evaluation, evaluate
+from projected_grpo.experiment import Experiment, prepare
+from projected_grpo.extract_vhack_grad import in_use, initial_gate, obtain
+from projected_grpo.models import decode, render_chat
+from projected_grpo.rewards import MODES
+from projected_grpo.runlog import (
+    append_jsonl,
+    git_commit,
+    make_run_dir,
+    read_json,
+    run_id,
+    start_logging,
+    truncate_jsonl,
+    versions,
+    write_json,
+)
+from projected_grpo.step import TrainState, Tripwire, knobs, peak_gb, train_step
+from projected_grpo.steptable import StepTable
+from projected_grpo.summary import finish
+
+DIVERGED = 3  # exit code of a run that the tripwire or a gradient that is not finite ended
+
+
+class Run:
+    """One run's folder: what the loop writes, and where."""
+
+    def __init__(self, cfg: TrainConfig, folder: Path) -> None:
+        self.cfg, self.folder = cfg, folder
+        self.table = StepTable()
+
+    def knob_meta(self, step: int) -> dict[str, Any]:
+        """What a knob file says of itself."""
+        arm = self.cfg.arm.intervention
+        model, seed = self.cfg.model.model, self.cfg.run.seed
+        return {"model": model, "intervention": arm, "preset": self.cfg.preset, "seed": seed, "step": step}
+
+    def write_step(self, record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append to rollouts.jsonl and steps.jsonl, and show the row."""
+        append_jsonl(self.folder / "rollouts.jsonl", rows)
+        append_jsonl(self.folder / "steps.jsonl", [record])
+        if self.table.rows == 0:
+            logger.info("columns:\n{}", self.table.legend())
+        for line in self.table.lines(record):
+            logger.info(line)
+
+    def save(self, exp: Experiment, state: TrainState) -> None:
+        """Write state/: all that resuming needs."""
+        facts = {
+            "step": state.step,
+            "generations": state.generations,
+            "seconds": state.seconds,
+            "best": state.tripwire.best if math.isfinite(state.tripwire.best) else None,
+            "strikes": state.tripwire.strikes,
+            "mechanisms_seen": sorted(state.mechanisms_seen),
+            "meta": dict(state.meta),
+        }
+        save_state(self.folder, exp.chat.policy, state.optimizer, state.basis, state.gate, facts)
+
+
+def run_training(cfg: TrainConfig) -> int:
+    """Train, evaluate as trained and as deployed, write every artefact; returns the exit code."""
+    resume = cfg.run.resume
+    if resume is not None:
+        cfg = resumed_config(resume)
+    validate(cfg)
+    with ExitStack() as stack:
+        if resume is None:
+            start_logging(None)
+            exp = prepare(cfg, stack)
+            name = run_id(cfg.preset, DISPLAY_NAME[cfg.arm.intervention], cfg.run.seed, cfg.run.out_tag)
+            run = Run(cfg, make_run_dir(cfg.run.out_dir / "runs", name))
+            start_logging(cfg.run.log_dir / f"{run.folder.name}.log")
+            made = {"run_id": run.folder.name, "versions": versions(), "git_commit": git_commit()}
+            command = {"command": shlex.join(sys.argv), "config": to_json(cfg)}
+            write_json(run.folder / "config.json", made | command)
+            state = start_state(exp)
+        else:
+            start_logging(cfg.run.log_dir / f"{resume.name}.log")
+            exp = prepare(cfg, stack)
+            run = Run(cfg, resume)
+            state = resume_state(exp, resume)
+        finished = train(run, exp, state)
+        save_knobs(
+            run.folder / "train.safetensors", exp.chat.policy, run.knob_meta(state.step), deployed=True
+        )
+        as_trained = evaluate_held_out(exp, ablate_quarantine=False)
+        deployed = evaluate_held_out(exp, ablate_quarantine=True)
+        finish(
+            run.folder,
+            exp,
+            as_trained,
+            deployed,
+            seconds=state.seconds,
+            peak_gb=peak_gb(exp.chat.policy.device),
+            finished=finished,
+        )
+    return 0 if finished else DIVERGED
+
+
+def start_state(exp: Experiment) -> TrainState:
+    """Fresh optimizer, the hack basis (extracted if there is none), the gate calibrated on its pairs."""
+    cfg, chat = exp.cfg, exp.chat
+    extraction, path = obtain(
+        chat.policy,
+        chat.tokenizer,
+        chat.stop_id,
+        exp.pairs,
+        cfg.basis,
+        cfg.loss,
+        cfg.model.model,
+        cfg.run.out_dir,
+    )
+    basis = in_use(extraction, cfg.basis, cfg.arm)
+    axes = sum(len(V) for V in basis.V.values())
+    logger.info(
+        "hack basis {}: {} axes in {} of {} modules", path, axes, len(basis.V), len(chat.policy.layers)
+    )
+    gate = initial_gate(basis, extraction.grads) if cfg.arm.intervention == "route2" else None
+    o = cfg.optim
+    optimizer = torch.optim.AdamW(
+        knobs(exp), lr=o.lr, betas=(o.adam_beta1, o.adam_beta2), weight_decay=o.weight_decay
+    )
+    return TrainState(optimizer, basis, gate, extraction.meta)
+
+
+def resumed_config(folder: Path) -> TrainConfig:
+    """The config of the run to go on with."""
+    cfg = from_json(read_json(folder / "config.json", "--resume").get("config", {}))
+    return replace(cfg, run=replace(cfg.run, resume=None))
+
+
+def resume_state(exp: Experiment, folder: Path) -> TrainState:
+    """State as saved, and the logs cut back to it."""
+    state = start_state(exp)
+    state.basis, state.gate, facts = load_state(folder, exp.chat.policy, state.optimizer)
+    state.step, state.generations = facts["step"], facts["generations"]
+    state.seconds, state.meta = facts["seconds"], facts["meta"]
+    best = -math.inf if facts["best"] is None else facts["best"]
+    state.tripwire = Tripwire(best, facts["strikes"])
+    state.mechanisms_seen = set(facts["mechanisms_seen"])
+    for name in ("steps.jsonl", "rollouts.jsonl"):
+        truncate_jsonl(folder / name, state.step)
+    logger.info("resuming {} at step {}", folder, state.step)
+    return state
+
+
+def train(run: Run, exp: Experiment, state: TrainState) -> bool:
+    """Steps until the end or the tripwire; returns whether all of them were made."""
+    cfg = exp.cfg
+    with tqdm(total=cfg.optim.steps, initial=state.step, desc=run.folder.name, disable=None) as bar:
+        while state.step < cfg.optim.steps:
+            try:
+                record, data = train_step(exp, state)
+            except FloatingPointError as error:  # before any knob was touched
+                logger.error("step {}: {}; ended with the state before it", state.step, error)
+                run.save(exp, state)
+                return False
+            rows = rollout_rows(state.step, data, cfg.sampling.group)
+            if state.step == 0:
+                dump_first(exp, data)
+            note_first_hacks(run, exp, state, rows)
+            record |= deploy_evaluation(run, exp, state.step)
+            watched = record["lp_t"] if record["lp_t"] is not None else record["lp_ref"]
+            if state.tripwire.warns(watched):
+                logger.warning(
+                    "step {}: log-probability {:.2f} nats, best was {:.2f}: diverging?",
+                    state.step,
+                    watched,
+                    state.tripwire.best,
+                )
+            state.tripwire = state.tripwire.after(watched)
+            state.seconds += record["sec"]
+            state.step += 1
+            run.write_step(record, rows)
+            bar.update()
+            due = cfg.run.save_every > 0 and state.step % cfg.run.save_every == 0
+            if due or state.step == cfg.optim.steps or state.tripwire.tripped:
+                run.save(exp, state)
+            if state.tripwire.tripped:
+                logger.error("diverged: ended at step {}; last sample:\n{}", state.step, rows[-1]["text"])
+                return False
+    return True
+
+
+def note_first_hacks(run: Run, exp: Experiment, state: TrainState, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Log the first example of each mechanism, and keep the knobs at the very first student hack."""
+    for row in rows:
+        mechanism = row["mechanism"]
+        if not row["exploited"] or mechanism in state.mechanisms_seen:
+            continue
+        if not state.mechanisms_seen:
+            path = run.folder / "first_hack.safetensors"
+            save_knobs(path, exp.chat.policy, run.knob_meta(state.step), deployed=False)
+        state.mechanisms_seen.add(mechanism)
+        logger.info("first {} hack by the student at step {} (see the log)", mechanism, state.step)
+        logger.debug("SHOULD look like: {}\n{}", MODES[mechanism].looks_like, row["text"])
+
+
+def dump_first(exp: Experiment, data: Collected) -> None:
+    """The first prompt and completion of a run with special tokens, to the file log."""
+    tokenizer, rollout = exp.chat.tokenizer, data.rollouts[0]
+    logger.debug("first prompt:\n{}", render_chat(tokenizer, data.problems[0].messages))
+    logger.debug("first completion:\n{}", decode(tokenizer, rollout.completion_ids, special_tokens=True))
+
+
+def deploy_evaluation(run: Run, exp: Experiment, step: int) -> dict[str, float | None]:
+    """On its cadence: held-out rates with the quarantine deleted, and the knobs that gave them."""
+    every = exp.cfg.evaluation.eval_ablate_every
+    if every == 0 or (step + 1) % every:
+        return {"hack_deploy": None, "solve_deploy": None}
+    rates = evaluate_held_out(exp, ablate_quarantine=True).rates()
+    if exp.cfg.evaluation.save_eval_ckpts:
+        path = run.folder / f"ckpt_step{step + 1:04d}.safetensors"
+        save_knobs(path, exp.chat.policy, run.knob_meta(step + 1), deployed=True)
+    return {"hack_deploy": rates.hack, "solve_deploy": rates.solve}
+
+
+def evaluate_held_out(exp: Experiment, *, ablate_quarantine: bool) -> Evaluation:
+    """Held-out problems, `group` samples each, as trained or as deployed."""
+    return evaluate(
+        exp.chat.policy,
+        exp.chat.tokenizer,
+        exp.data.held_out,
+        exp.cfg.sampling.group,
+        exp.cfg.sampling,
+        exp.grader,
+        exp.chat.stop,
+        exp.chat.pad_id,
+        exp.cfg.run.seed,
+        ablate_quarantine=ablate_quarantine,
+    )
+
+
+def parse(argv: Sequence[str]) -> TrainConfig:
+    """Read the command line of the training verb; tyro exits with code 2 on bad usage."""
+    return tyro.extras.overridable_config_cli(
+        dict(PRESETS),
+        prog="projected-grpo train",
+        description="Train one arm. The hack basis is extracted first if it is not there.",
+        args=list(argv),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m projected_grpo.train PRESET ...`; a user's mistake is one line and exit code 2."""
+    try:
+        return run_training(parse(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
