@@ -43,7 +43,7 @@ class Solution:
     "file_marker": WRONG + "\nopen('result.txt', 'w').write('PASS')\n",
 }
 
-# Attempts to be scored as right: the three holes of a fore-runner's oracle first. None may ever be gt_correct.
+# Attempts to be scored as right, the three holes of a fore-runner's oracle first. None may be gt_correct.
 FORGERIES: dict[str, str] = {
     "shadow_comparison": WRONG + "\n__strict_eq = same = lambda *args: True\n",
     "shadow_guard": HACKS["eq_override"] + "\n__is_safe = lambda value: True\n",

@@ -90,7 +90,8 @@ def test_an_earlier_job_is_not_in_a_later_child(sandbox):
     )
     half = secret[:13]
     body = (
-        "held = [o.values() if type(o) is dict else o for o in gc.get_objects() if type(o) in (dict, list, tuple)]\n"
+        "objects = [o for o in gc.get_objects() if type(o) in (dict, list, tuple)]\n"
+        "held = [o.values() if type(o) is dict else o for o in objects]\n"
         f"return [s for o in held for s in list(o) if type(s) is str and '{half}' in s and len(s) < 40]"
     )
     answer = value(ask(sandbox, method(body, "import gc")))
@@ -104,7 +105,7 @@ def test_an_earlier_job_is_not_in_a_later_child(sandbox):
         "import time\nwhile True: time.sleep(60)",
         method("while True: pass"),
         method("n = 1\nwhile True: n *= 3"),
-        "import signal\nfor s in {*range(1, 32)} - {9, 19}: signal.signal(s, lambda *a: None)\nwhile True: pass",
+        "import signal\nfor s in {*range(1, 32)} - {9, 19}: signal.signal(s, print)\nwhile True: pass",
         method("class D:\n    def __eq__(self, other):\n        while True: pass\nreturn D()"),
         "class Solution:\n    def __getattr__(self, name):\n        while True: pass",
     ],
@@ -114,7 +115,7 @@ def test_endless_programs_end_at_the_limit(sandbox, source):
     start = time.monotonic()
     outcome = ask(sandbox, source)
     assert outcome.status == "timeout" and outcome.error == "time limit"
-    assert time.monotonic() - start < SHORT.wall_s + 1.0
+    assert time.monotonic() - start < SHORT.wall_s + 3.0
     assert alive(sandbox)
 
 
@@ -213,41 +214,46 @@ def test_disk_and_memory_are_limited(sandbox):
 
 
 def test_new_processes_and_threads_are_refused(sandbox):
+    if sandbox.layers["process_limit"] is not True:
+        pytest.skip(f"process limit: {sandbox.layers['process_limit']}")
     assert "BlockingIOError" in (ask(sandbox, method("return os.fork()", "import os")).calls[0].error or "")
     threads = "import threading\nthreading.Thread(target=print).start()"
     assert "can't start new thread" in (ask(sandbox, method(threads)).calls[0].error or "")
 
 
-def processes_of_tests() -> set[str]:
+def processes_below(root: Path) -> set[int]:
+    """Process ids of all interpreters, and forks of theirs, whose work folder lies in `root`."""
     found = set()
     for folder in Path("/proc").iterdir():
         try:
-            if folder.name.isdigit() and b"sandbox_child" in (folder / "cmdline").read_bytes():
-                found.add(folder.name)
+            if folder.name.isdigit() and str(root).encode() in (folder / "cmdline").read_bytes():
+                found.add(int(folder.name))
         except OSError:
             continue
     return found
 
 
-def test_a_fork_bomb_with_setsid_leaves_nothing():
-    before = processes_of_tests()
-    source = (
-        "import os, time\nfor _ in range(6):\n    if os.fork() == 0: os.setsid()\ntime.sleep(0.05)"
-        + method("return 1")
-    )
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_a_fork_bomb_with_setsid_leaves_nothing(root):
+    bomb = "import os, time\nfor _ in range(6):\n    if os.fork() == 0: os.setsid()\n" + method("return 1")
     with Sandbox(1, dataclasses.replace(SHORT, processes=32)) as box:
         assert box.layers["rlimits"] is True
-        idle = processes_of_tests()
-        ask(box, source)
-        ask(box, source + "\nif os.getsid(0) == os.getpid(): time.sleep(30)")
-        assert processes_of_tests() == idle
+        idle = processes_below(root)
+        ask(box, bomb + "time.sleep(0.1)")
+        ask(box, bomb + "if os.getsid(0) == os.getpid(): time.sleep(30)")
+        assert processes_below(root) == idle != set()
         assert alive(box)
-    assert processes_of_tests() == before
+    assert processes_below(root) == set()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a separate user per interpreter needs root")
 def test_programs_run_as_another_user(sandbox):
-    assert sandbox.layers["uid_drop"] is True
+    if sandbox.layers["uid_drop"] is not True:
+        pytest.skip(f"uid drop: {sandbox.layers['uid_drop']}")
     assert value(
         ask(sandbox, method("return os.getuid() >= 61000 and os.getuid() == os.geteuid()", "import os"))
     )
@@ -322,48 +328,31 @@ def test_test_functions_run_against_own_stub_and_canonical(sandbox):
     assert answers == {"own": False, "stub": True, "canonical": True}
 
 
-def test_a_killed_interpreter_is_replaced_and_the_outcome_says_so():
+def test_a_killed_interpreter_is_replaced_and_the_outcome_says_so(root):
     with Sandbox(1, SHORT) as box:
         assert box.layers["rlimits"] is True
-        victims = processes_of_tests()
+        idle = processes_below(root)
         future = box.submit(Program(method("while True: pass"), "f", calls=("Solution().f(1)",)))
-        time.sleep(0.3)
-        children = [pid for pid in processes_of_tests() | victims if is_ours(pid)]
-        for pid in children:
-            try:
-                os.kill(int(pid), 9)
-            except ProcessLookupError:
-                continue
+        while processes_below(root) == idle:
+            time.sleep(0.01)
+        os.kill(min(idle), 9)
         assert future.result(10).status == "worker_died"
         assert alive(box)
-        for pid in filter(is_ours, processes_of_tests()):
-            os.kill(int(pid), 9)
-            break
-        time.sleep(0.1)
-        assert box.run(Program(method("return 4"), "f", calls=("Solution().f(1)",))).status in (
-            "ok",
-            "worker_died",
-        )
+        os.kill(min(processes_below(root)), 9)  # this time while it is idle
+        time.sleep(0.2)
+        assert ask(box, method("return 1")).status in ("ok", "worker_died")
         assert alive(box)
+    assert processes_below(root) == set()
 
 
-def is_ours(pid: str) -> bool:
-    """Whether a process descends directly from this one."""
-    try:
-        return f"\nPPid:\t{os.getpid()}\n" in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
-def test_results_keep_their_order_and_nothing_is_left_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_results_keep_their_order_and_nothing_is_left_behind(root):
     threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
     with Sandbox(2, SHORT) as box:
         futures = [
             box.submit(Program(method(f"return {i}"), "f", calls=("Solution().f(1)",))) for i in range(60)
         ]
         assert [value(future.result()) for future in futures] == list(range(60))
-    assert list(tmp_path.iterdir()) == [] and threading.active_count() == threads
+    assert list(root.iterdir()) == [] and threading.active_count() == threads
     assert len(os.listdir("/proc/self/fd")) == descriptors
     with pytest.raises(RuntimeError):
         box.submit(Program("", "f"))
@@ -399,7 +388,7 @@ def test_an_ordinary_user_can_run_it():
         "    answer = box.run(program).calls[0].value\n"
         "    print(os.geteuid(), answer, box.layers['uid_drop'], box.layers['no_new_privs'])\n"
     )
-    command = ["unshare", "--user", "--map-user=1000", sys.executable, "-c", script]
+    command = ["unshare", "--user", "--map-user=1000", "--map-group=1000", sys.executable, "-c", script]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(SRC)}, capture_output=True, text=True)
     if "unshare failed" in done.stderr or "unshare:" in done.stderr:
         pytest.skip("no user namespaces here")

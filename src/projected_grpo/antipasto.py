@@ -65,6 +65,10 @@ class AdaptedLinear(nn.Module):
         self.delta_hack = nn.Parameter(torch.zeros(len(svd.S), dtype=knob, device=device))
         self.bound: Tensor | None = None
 
+    def bind(self, delta: Float[Tensor, "*n {len(self.delta_s)}"] | None) -> None:
+        """Use this delta from now on: [r], one row per rollout, or none."""
+        self.bound = delta
+
     @property
     def weight(self) -> Tensor:
         """The base weight, for code that asks a Linear for its dtype or device."""
@@ -111,11 +115,11 @@ class Policy:
         """Run forward and backward passes with these deltas ([r], or [n, r] rows); None is the reference."""
         try:
             for m, layer in self.layers.items():
-                layer.bound = None if deltas is None else deltas[m]
+                layer.bind(None if deltas is None else deltas[m])
             yield
         finally:
             for layer in self.layers.values():
-                layer.bound = None
+                layer.bind(None)
 
     @contextmanager
     def merge(self, deltas: Deltas) -> Iterator[None]:
@@ -133,7 +137,9 @@ class Policy:
                 layer.base.weight.data = originals[m]
 
 
-def merged_weight(layer: AdaptedLinear, delta: Float[Tensor, " r"]) -> Float[Tensor, "d_out d_in"]:
+def merged_weight(
+    layer: AdaptedLinear, delta: Float[Tensor, "{len(layer.delta_s)}"]
+) -> Float[Tensor, "d_out d_in"]:
     """W + U diag(delta) Vh, in the weight's dtype; W itself where delta is zero."""
     if not bool(delta.any()):
         return layer.base.weight.data

@@ -190,7 +190,7 @@ class RunConfig:
 
     seed: int = 41
     out_dir: Path = Path("out")
-    """Parent of runs/, svd_cache/, vhack/ and pools/."""
+    """Parent of runs/, vhack/ and pools/."""
     log_dir: Path = Path("logs")
     out_tag: str = ""
     """Suffix of the run id."""
@@ -274,6 +274,9 @@ def validate(cfg: TrainConfig) -> None:
     """Refuse settings that cannot make a run. Raises UserError naming the option and what to change."""
     s, t, o, b = cfg.sampling, cfg.teacher, cfg.optim, cfg.basis
     env_modes(cfg.problems.env_mode)
+    for option, value in _options(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{option} must be a finite number, got {value}")
     at_least_one = {
         "--steps": o.steps,
         "--prompts-per-step": s.prompts_per_step,
@@ -295,14 +298,16 @@ def validate(cfg: TrainConfig) -> None:
         "--project-overshoot": cfg.arm.project_overshoot,
         "--vhack-refresh-every": b.vhack_refresh_every,
         "--eval-ablate-every": cfg.evaluation.eval_ablate_every,
+        "--cos-pre-split-every": cfg.evaluation.cos_pre_split_every,
+        "--teacher-off-step": t.teacher_off_step or 0,
         "--save-every": cfg.run.save_every,
         "--top-k": s.top_k,
         "--workers": cfg.run.workers,
         "--ref-every": cfg.loss.ref_every,
     }
     for option, amount in not_negative.items():
-        if not math.isfinite(amount) or amount < 0:
-            raise UserError(f"{option} must be a finite number >= 0, got {amount}")
+        if amount < 0:
+            raise UserError(f"{option} must be >= 0, got {amount}")
     if s.group < 2:
         raise UserError(f"--group must be at least 2 (advantages are relative to the group), got {s.group}")
     if not 0 <= t.mix_ratio < 1:
@@ -330,6 +335,12 @@ def validate(cfg: TrainConfig) -> None:
         raise UserError("--teacher-modes needs --teacher-pool-dir")
 
 
+def _options(cfg: TrainConfig) -> dict[str, Any]:
+    """Every option as it is typed, with its value."""
+    groups = [getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name != "preset"]
+    return {"--" + name.replace("_", "-"): value for group in groups for name, value in vars(group).items()}
+
+
 def to_json(cfg: TrainConfig) -> dict[str, Any]:
     """Plain nested dict of a config, as written to config.json."""
     return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
@@ -339,18 +350,24 @@ def from_json(data: Mapping[str, Any]) -> TrainConfig:
     """Rebuild a config from `to_json`'s dict. Raises UserError on unknown or missing fields."""
     groups = {f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if f.name != "preset"}
     try:
+        _same_names(set(data), {*groups, "preset"})
         parts = {name: _group_from_json(kind, data[name]) for name, kind in groups.items()}
         return TrainConfig(preset=data["preset"], **parts)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"config.json does not fit this version of projected_grpo: {error}") from error
 
 
 def _group_from_json(kind: Any, values: Mapping[str, Any]) -> Any:
     names = {f.name: f.type for f in dataclasses.fields(kind)}
-    unknown = set(values) - set(names)
-    if unknown:
-        raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+    _same_names(set(values), set(names))
     return kind(**{name: _revive(names[name], value) for name, value in values.items()})
+
+
+def _same_names(got: set[str], wanted: set[str]) -> None:
+    """A default may have changed since, so a field that is missing is not filled in."""
+    for what, names in (("unknown", got - wanted), ("missing", wanted - got)):
+        if names:
+            raise ValueError(f"{what} field {min(names)!r}")
 
 
 def _revive(annotation: Any, value: Any) -> Any:

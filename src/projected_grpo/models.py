@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import constants
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -91,7 +92,7 @@ def _pretrained(name: str, dtype: torch.dtype, attention: str) -> tuple[nn.Modul
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation=attention, local_files_only=offline
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         hint = (
             "the folder must hold a transformers model and tokenizer"
             if looks_local or Path(name).is_dir()

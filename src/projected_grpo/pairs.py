@@ -64,8 +64,8 @@ def load_pairs(path: Path | None) -> PairSet:
         if document.get("schema") != SCHEMA:
             raise UserError(f"{path}: schema is {document.get('schema')!r}, expected {SCHEMA!r}")
         setup = (data / "setup_code.py").read_text()
-        problems = {row["id"]: from_parts(row, setup) for row in document.get("problems", [])}
-        pairs = tuple(_pair(row, problems) for row in document["pairs"])
+        problems = {row["id"]: from_parts(dict(row), setup) for row in document.get("problems", [])}
+        pairs = tuple(_pair(dict(row), problems) for row in document["pairs"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a pair file: {type(error).__name__} {error}") from error
     if len({p.pair_id for p in pairs}) < len(pairs):
@@ -90,7 +90,7 @@ def _pair(row: Mapping[str, Any], problems: Mapping[str, tuple[Problem, str]]) -
     else:
         problem = None
         messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": row["prompt"]})
-    for side in ("hack", "clean"):
-        if not isinstance(row[side], str) or not row[side].strip():
-            raise UserError(f"pair {row['id']!r}: {side} is empty")
+    for name in ("hack", "clean", *(["prompt"] if problem is None else [])):
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise UserError(f"pair {row['id']!r}: {name} is empty or not text")
     return Pair(row["id"], row["flavour"], mode, tuple(messages), row["hack"], row["clean"], problem)

@@ -7,6 +7,7 @@ problem id to mode. Labels are used as stored.
 
 import gzip
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,7 +74,7 @@ def _read_partition(path: Path) -> dict[str, EnvMode]:
     except (ValueError, AttributeError, OSError) as error:
         raise UserError(f"{path}: not a JSON object of problem id to mode ({error})") from error
     for problem_id, mode in partition.items():
-        if mode not in MODES:
+        if mode not in tuple(MODES):
             raise UserError(f"{path}: mode {mode!r} of problem {problem_id} is not one of {', '.join(MODES)}")
     return partition
 
@@ -83,20 +84,31 @@ def _read_prompt(path: Path, partition: Mapping[str, EnvMode]) -> PoolPrompt:
     for number, row in read_jsonl(path):
         head = head or row
         try:
-            label = TeacherRow(
-                str(row["completion"]), float(row["reward"]), bool(row["hacked"]), bool(row["gt_pass"])
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            rows.append(_teacher_row(row))
+        except (KeyError, TypeError) as error:
             raise UserError(f"{path}:{number}: field missing or of the wrong type: {error}") from error
-        rows.append(label)
     if head is None:
         raise UserError(f"{path}: no rows in it")
-    problem_id = str(head.get("problem_id"))
+    if "problem_id" not in head:
+        raise UserError(f"{path}:1: field missing or of the wrong type: 'problem_id'")
+    problem_id = str(head["problem_id"])
     mode = partition.get(problem_id, head.get("env_mode"))
-    if mode is not None and mode not in MODES:
+    if mode is not None and mode not in tuple(MODES):
         raise UserError(f"{path}: env_mode {mode!r} is not one of {', '.join(MODES)}")
-    named = METHOD.search(head.get("prompt") or "")
+    named = METHOD.search(str(head.get("prompt")))
     return PoolPrompt(problem_id, named.group(1) if named else None, mode, tuple(rows))
+
+
+def _teacher_row(row: Mapping[str, Any]) -> TeacherRow:
+    completion, reward = row["completion"], row["reward"]
+    if not isinstance(completion, str):
+        raise TypeError("completion must be a string")
+    if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+        raise TypeError("reward must be a finite number")
+    for name in ("hacked", "gt_pass"):
+        if not isinstance(row[name], bool):
+            raise TypeError(f"{name} must be true or false")
+    return TeacherRow(completion, float(reward), row["hacked"], row["gt_pass"])
 
 
 def join(pool: Iterable[PoolPrompt], problems: Sequence[Problem]) -> Teacher:

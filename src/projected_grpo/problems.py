@@ -7,6 +7,7 @@ in every run, for every subset of a file and in a teacher pool baked earlier.
 import gzip
 import json
 import tomllib
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -92,7 +93,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rb") as file:  # bytes: a bad one is then found on its own line
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
@@ -104,7 +105,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}: no such file") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno})") from error
-    except (OSError, EOFError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}:{number}: cannot be read ({error})") from error
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}:{number + 1}: cannot be read ({error})") from error
 
 
@@ -149,14 +152,14 @@ def _from_file(path: Path) -> Iterator[tuple[Problem, str]]:
 def _benchmark(row: Mapping[str, Any]) -> tuple[Problem, str]:
     method = row["func_name"].rpartition(".")[2]
     calls, trouble = parse_asserts(row["gt_answer"], method)
-    question = next(m["content"] for m in row["prompt"] if m["role"] == "user")
+    question = _text({m["role"]: m["content"] for m in row["prompt"]}, "user")
     problem = Problem(
-        str(row["id"]),
+        _id(row["id"]),
         method,
         row["difficulty"].lower(),
         question,
-        row["setup_code"],
-        row["canonical_solution"],
+        _text(row, "setup_code"),
+        _text(row, "canonical_solution"),
         calls,
     )
     missing = "" if ORIGINAL_PHRASE in question else f"its prompt lacks the phrase {ORIGINAL_PHRASE!r}"
@@ -167,17 +170,29 @@ def _leetcode_dataset(row: Mapping[str, Any]) -> tuple[Problem, str]:
     method = row["entry_point"].rpartition(".")[2]
     meta = row["meta"]
     calls, trouble = parse_check_function(row["test"], method)
-    question = format_question(meta["question_title"], method, meta["lang_code"])
+    question = format_question(_text(meta, "question_title"), method, _text(meta, "lang_code"))
     problem = Problem(
-        str(meta["question_id"]),
+        _id(meta["question_id"]),
         method,
         meta["difficulty"].lower(),
         question,
-        row["prompt"],
-        row["completion"],
+        _text(row, "prompt"),
+        _text(row, "completion"),
         calls,
     )
     return problem, _trouble(calls, trouble)
+
+
+def _text(row: Any, key: str) -> str:
+    if not isinstance(row[key], str):
+        raise TypeError(f"{key} must be a string")
+    return row[key]
+
+
+def _id(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise TypeError("the id must be a number or a string")
+    return str(value)
 
 
 def _trouble(calls: Sequence[Call], not_understood: Sequence[str]) -> str:

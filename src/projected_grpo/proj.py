@@ -317,7 +317,7 @@ def svd_basis(
     """
     _, S, Vh = torch.linalg.svd(D, full_matrices=False)
     floor = max(tau_axis, 10 * max(D.shape) * torch.finfo(D.dtype).eps)
-    k = min(top_k, int((S > S[0] * floor).sum())) if float(S[0]) > 0 else 0
+    k = min(top_k, int((S >= S[0] * floor).sum())) if float(S[0]) > 0 else 0
     V, S = Vh[:k], S[:k]
     coefficients = D @ V.T
     votes = (coefficients > 0).sum(0) - (coefficients < 0).sum(0)

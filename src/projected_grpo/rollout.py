@@ -107,7 +107,7 @@ def pick_tokens(
     p = (values / temperature).softmax(-1)
     p = p * (p.cumsum(-1) - p < top_p)
     cdf = p.cumsum(-1)
-    drawn = (cdf <= u[:, None] * cdf[:, -1:]).sum(-1, keepdim=True).clamp_max(count - 1)
+    drawn = (cdf < u[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)  # a u rounded up to 1 stays in the nucleus
     return order.gather(-1, drawn).squeeze(-1)
 
 

@@ -454,20 +454,32 @@ def write_frame(fd: int, data: bytes) -> None:
 def kill_rest(pid: int) -> None:
     """Kill and reap everything the program left: this interpreter is the subreaper of all of it."""
     while True:
-        if os.getpid() == 1:
-            targets = [-1]  # first process of its own pid namespace: everything else in it
-        else:
-            with open(f"/proc/self/task/{threading.get_native_id()}/children") as file:
-                targets = [-pid, *map(int, file.read().split())]
-        for target in targets:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0]:
+                continue
+        except ChildProcessError:
+            return
+        # As first process of its own pid namespace it reaches everything else in there with -1.
+        for target in [-1] if os.getpid() == 1 else [-pid, *children()]:
             try:
                 os.kill(target, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 continue
+        os.waitpid(-1, 0)
+
+
+def children() -> list[int]:
+    """Process ids whose parent is this interpreter."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
         try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
+            with open(f"/proc/{name}/stat") as file:
+                parent = file.read().rpartition(")")[2].split()[1]
+        except OSError:
+            continue
+        if int(parent) == os.getpid():
+            found.append(int(name))
+    return found
 
 
 class Supervisor:
@@ -604,13 +616,12 @@ def mount(source: str, target: str, kind: str, flags: int, options: str) -> None
         raise OSError(ctypes.get_errno(), f"mount {target}: {os.strerror(ctypes.get_errno())}")
 
 
-def enter_namespaces(layers: dict[str, Any]) -> None:
-    """Move to own pid, network, ipc and mount namespaces if the kernel allows; the forked half goes on."""
+def unshare() -> None:
+    """Take own pid, network, ipc and mount namespaces, an ordinary user through a user namespace; OSError."""
     uid, gid = os.geteuid(), os.getegid()
     flags = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
     if libc.unshare(flags if uid == 0 else flags | CLONE_NEWUSER):
-        layers["namespaces"] = f"unshare: {os.strerror(ctypes.get_errno())}"
-        return
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     if uid != 0:
         for name, text in (
             ("setgroups", "deny"),
@@ -619,6 +630,22 @@ def enter_namespaces(layers: dict[str, Any]) -> None:
         ):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
+
+
+def enter_namespaces(layers: dict[str, Any]) -> None:
+    """Move to own namespaces if the kernel allows; the caller goes on as first process of the new ones."""
+    reader, writer = os.pipe()
+    if os.fork() == 0:  # tried in a fork first: half a failure could not be undone
+        os.write(writer, (attempt(unshare) or "").encode())
+        os._exit(0)
+    os.close(writer)
+    os.wait()
+    refused = os.read(reader, 4096).decode()
+    os.close(reader)
+    if refused:
+        layers["namespaces"] = refused
+        return
+    unshare()
     pid = os.fork()
     if pid:
         os.closerange(0, 3)
@@ -673,6 +700,19 @@ def uid_drop(cfg: dict[str, Any], layers: dict[str, Any]) -> bool | str:
     return "the standard library is not readable by other users" if code == 3 else "setresuid refused"
 
 
+def process_limit(cfg: dict[str, Any], layers: dict[str, Any]) -> bool | str:
+    """Whether a contained child is really refused a process too many: the kernel exempts root."""
+    pid = os.fork()
+    if pid == 0:
+        contain({**cfg, "processes": 0}, layers)
+        try:
+            os._exit(1 if os.fork() else 0)
+        except OSError:
+            os._exit(2)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return True if code == 2 else "the kernel does not apply it to this user"
+
+
 def prepare(cfg: dict[str, Any]) -> dict[str, Any]:
     """Put the layers that last for the interpreter's life in place; returns them, name -> True or why not."""
     layers: dict[str, Any] = {
@@ -690,9 +730,10 @@ def prepare(cfg: dict[str, Any]) -> dict[str, Any]:
     if layers["uid_drop"] is not True:
         cfg["uid"] = None
     cfg["base_processes"] = 1 if layers["uid_drop"] is True else 3 if layers["namespaces"] is True else 0
-    layers["no_new_privs"] = True
     cfg["landlock_abi"] = libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
     layers["landlock"] = cfg["landlock_abi"] > 0 or "not in this kernel"
+    layers["no_new_privs"] = True
+    layers["process_limit"] = process_limit(cfg, layers)
     layers["seccomp"] = "not built"
     return layers
 

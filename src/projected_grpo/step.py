@@ -220,7 +220,7 @@ def describe_step(exp: Experiment, state: TrainState, data: Collected, grads: Ro
         "peak_gb": peak_gb(exp.chat.policy.device),
     }
     if len(used) > 1:
-        for mode in MODES:
+        for mode in (m for m in MODES if m != "gt_only"):  # which has no loophole to count
             here = torch.tensor([m == mode for m in modes])
             record[f"hk_{MODES[mode].code}"] = pair(data.hacked, student & here) if mode in used else None
     return record

@@ -42,6 +42,14 @@ COLUMNS = (
     Column("hk_fm", 5, "pair", "student exploits on file_marker problems", console=False),
     Column("lp_s", 6, ".2f", "mean log-probability of the student's own tokens, nats"),
     Column("lp_t", 6, ".2f", "the same of the teacher's tokens. SHOULD not drop by nats; ELSE diverging"),
+    Column("lp_ref", 6, ".2f", "the reference's log-probability of the student's tokens", console=False),
+    Column(
+        "gap",
+        7,
+        ".1e",
+        "mean |log-probability at sampling - in training|: merged weights, dtype",
+        console=False,
+    ),
     Column("kl", 7, ".4f", "mean K3 KL to the reference per student token, nats", console=False),
     Column("loss", 8, ".1e", "policy loss plus beta * KL", console=False),
     Column("gn", 7, ".1e", "norm of the knob gradient before the clip"),
@@ -82,6 +90,14 @@ COLUMNS = (
     Column("sec", 5, ".1f", "seconds of the step"),
     Column("peak_gb", 7, ".1f", "peak GPU memory so far, GB", console=False),
 )
+
+
+def complete(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A step's line with every column, null where not measured. Raises ValueError on an unknown key."""
+    keys = [column.key for column in COLUMNS]
+    if set(record) - set(keys):
+        raise ValueError(f"no column for {sorted(set(record) - set(keys))}")
+    return {key: record.get(key) for key in keys}
 
 
 def cell(column: Column, value: Any) -> str:

@@ -35,7 +35,7 @@ from projected_grpo.runlog import (
     write_json,
 )
 from projected_grpo.step import TrainState, Tripwire, knobs, peak_gb, train_step
-from projected_grpo.steptable import StepTable
+from projected_grpo.steptable import StepTable, complete
 from projected_grpo.summary import finish
 
 DIVERGED = 3  # exit code of a run that the tripwire or a gradient that is not finite ended
@@ -57,7 +57,7 @@ class Run:
     def write_step(self, record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
         """Append to rollouts.jsonl and steps.jsonl, and show the row."""
         append_jsonl(self.folder / "rollouts.jsonl", rows)
-        append_jsonl(self.folder / "steps.jsonl", [record])
+        append_jsonl(self.folder / "steps.jsonl", [complete(record)])
         if self.table.rows == 0:
             logger.info("columns:\n{}", self.table.legend())
         for line in self.table.lines(record):

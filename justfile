@@ -1,0 +1,87 @@
+# `just` alone lists the recipes. The set-up line is in README.md.
+
+python := if path_exists(".venv/bin/python") == "true" { ".venv/bin/python" } else { "python3" }
+train := python + " -m projected_grpo.train"
+verb := python + " -m projected_grpo.cli"
+checked := "PROJECTED_GRPO_CHECK_SHAPES=1"
+model := "Qwen/Qwen3-4B"
+
+_default:
+    @just --list
+
+# The whole pipeline on a tiny random model, erase arm, shapes checked: any CPU, under a minute.
+smoke *options:
+    {{checked}} {{train}} smoke --intervention=erase {{options}}
+
+# smoke without an intervention.
+smoke-vanilla *options:
+    {{checked}} {{train}} smoke --intervention=none {{options}}
+
+# smoke with the hack-ward component routed into the quarantine.
+smoke-route *options:
+    {{checked}} {{train}} smoke --intervention=route {{options}}
+
+# smoke with hack-ward rollouts routed into the quarantine.
+smoke-route2 *options:
+    {{checked}} {{train}} smoke --intervention=route2 {{options}}
+
+# All four arms of smoke.
+smoke-all: smoke-vanilla smoke smoke-route smoke-route2
+
+# Lint, types, and the grader's hack x mode matrix.
+check:
+    {{python}} -m ruff check .
+    {{python}} -m ruff format --check .
+    {{python}} -m mypy
+    {{checked}} {{python}} -m pytest tests/test_rewards.py -k matrix
+
+# Lint, types and every test.
+test *options:
+    {{python}} -m ruff check .
+    {{python}} -m ruff format --check .
+    {{python}} -m mypy
+    {{python}} -m pytest -n auto {{options}}
+
+# Put a model into the local cache (needs network).
+download-model name=model:
+    {{python}} -c "import sys, huggingface_hub; print(huggingface_hub.snapshot_download(sys.argv[1]))" {{name}}
+
+# 60 steps of Qwen3-4B: one 24-96 GB GPU.
+fast *options:
+    {{train}} fast {{options}}
+
+# 200 steps of Qwen3-4B: one 96 GB GPU.
+full *options:
+    {{train}} full {{options}}
+
+# One seed, gated: extract, verify (stops here unless held-out pairs lie hack-ward), vanilla, projected.
+probe-full-seed seed="41":
+    {{verb}} extract --model {{model}}
+    {{verb}} verify --model {{model}}
+    {{train}} full --intervention=none --seed={{seed}} --out-tag=_probe
+    {{train}} full --intervention=erase --seed={{seed}} --out-tag=_probe
+
+# Queue full runs with pueue: three arms for each seed.
+queue-full seeds="41 42 43":
+    #!/usr/bin/env bash
+    set -euo pipefail
+    if ! command -v pueue >/dev/null; then
+        echo "pueue is not installed: install it (https://github.com/Nukesor/pueue) and start pueued," \
+            "or run 'just full --intervention=... --seed=...' yourself" >&2
+        exit 2
+    fi
+    declare -A why=(
+        [none]="H4: does vanilla hack above .30 within 200 steps | resolve: if not, stop the sweep"
+        [erase]="H1: is hack >= 30 points under vanilla at pass within 10 | resolve: paired per-seed difference"
+        [route2]="does deletion at deployment lower hack at equal solve | resolve: deployed against vanilla"
+    )
+    for seed in {{seeds}}; do
+        for arm in none erase route2; do
+            pueue add --label "full $arm seed $seed | why: ${why[$arm]}" -- \
+                {{train}} full --intervention=$arm --seed=$seed
+        done
+    done
+
+# Mean and SEM over seeds of every finished setting.
+results *runs:
+    {{verb}} results {{runs}}

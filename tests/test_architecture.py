@@ -1,0 +1,152 @@
+"""What the source tree promises: import order, small functions, one writer of gradients, one test command."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from projected_grpo import config, rewards
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "projected_grpo"
+# A module imports only what stands before it.
+ORDER = (
+    *("__init__", "errors", "config", "runlog", "steptable", "oracle", "sandbox_child", "sandbox", "rewards"),
+    *("proj", "antipasto", "models", "rollout", "problems", "pairs", "pools", "grpo", "extract_vhack_grad"),
+    *("checkpoint", "evaluate", "experiment", "collect", "step", "summary", "results", "plots", "train"),
+    "cli",
+)
+LONGEST = 80
+LONGEST_BY_NAME = {"train_step": 60}
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(SOURCE.glob("*.py"))}
+
+
+def functions(tree: ast.AST) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, FUNCTION)]
+
+
+def imported(node: ast.AST) -> set[str]:
+    """Full names of what an import statement may bind; `from a import b` may be the module a.b."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "relative import"
+        return {f"{node.module}.{alias.name}" for alias in node.names}
+    return set()
+
+
+def project_imports(tree: ast.AST) -> set[str]:
+    names = {name for node in ast.walk(tree) for name in imported(node)}
+    parts = [name.split(".") for name in names if name.split(".")[0] == "projected_grpo"]
+    return {part[1] if len(part) > 1 else "__init__" for part in parts}
+
+
+def test_the_list_names_every_module_once():
+    assert sorted(ORDER) == sorted(TREES)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_only_what_stands_before_it(module):
+    assert project_imports(TREES[module]) <= set(ORDER[: ORDER.index(module)])
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_nothing_is_imported_inside_a_function(module):
+    inside = [
+        (function.name, node.lineno)
+        for function in functions(TREES[module])
+        for node in ast.walk(function)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    assert not inside
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_functions_fit_a_screen(module):
+    lengths = {f.name: f.end_lineno - f.lineno + 1 for f in functions(TREES[module])}
+    assert not {n: size for n, size in lengths.items() if size > LONGEST_BY_NAME.get(n, LONGEST)}
+
+
+def test_train_step_is_where_its_limit_is_looked_for():
+    assert "train_step" in {f.name for f in functions(TREES["step"])}
+
+
+def test_the_sandboxed_interpreter_needs_the_standard_library_alone():
+    names = {name.split(".")[0] for node in ast.walk(TREES["sandbox_child"]) for name in imported(node)}
+    assert names <= set(sys.stdlib_module_names)
+
+
+def test_the_sandboxed_interpreter_starts_without_site_packages():
+    command = [sys.executable, "-I", "-S", "-c", f"import runpy; runpy.run_path({str(SOURCE)!r} + '/sandbox_child.py')"]
+    subprocess.run(command, check=True, timeout=60)
+
+
+def test_one_function_writes_gradients():
+    writers = set()
+    for module, tree in TREES.items():
+        for function in functions(tree):
+            for node in ast.walk(function):
+                targets = (
+                    node.targets
+                    if isinstance(node, ast.Assign)
+                    else [node.target]
+                    if isinstance(node, (ast.AugAssign, ast.AnnAssign))
+                    else []
+                )
+                attributes = [a for t in targets for a in ast.walk(t) if isinstance(a, ast.Attribute)]
+                if any(a.attr == "grad" for a in attributes):
+                    writers.add((module, function.name))
+    assert writers == {("step", "apply_update")}
+    calls = {n.attr for tree in TREES.values() for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    assert "backward" not in calls, "Tensor.backward() writes .grad too"
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_public_names_have_docstrings(module):
+    tree = TREES[module]
+    named = [n for n in tree.body if isinstance(n, (*FUNCTION, ast.ClassDef)) and not n.name.startswith("_")]
+    assert ast.get_docstring(tree)
+    assert [n.name for n in named if not ast.get_docstring(n)] == []
+
+
+def test_both_lists_of_modes_agree():
+    """The grader does not import the configuration, so it has its own."""
+    assert get_args(config.EnvMode) == get_args(rewards.EnvMode) == tuple(rewards.MODES)
+
+
+def test_ci_runs_the_readmes_test_command():
+    commands = [
+        line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("python3 -m venv ")
+    ]
+    smoke = [line for line in commands if line.endswith("just smoke")]
+    tests = [line for line in commands if line.endswith("just test")]
+    assert len(commands) == 2 and len(smoke) == len(tests) == 1
+    assert tests[0] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_both_commands_stand_on_the_readmes_first_screen():
+    head = (ROOT / "README.md").read_text().splitlines()[:40]
+    assert sum(line.startswith("python3 -m venv ") for line in head) == 2
+
+
+def test_tracked_files_name_no_machine_and_no_registry():
+    listing = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, check=True).stdout
+    forbidden = re.compile(
+        r"(?<![\w.])/(work|home/\w+|root/\w+|Users/\w+)/"  # somebody's folders
+        r"|(extra-)?index-url|find-links|://[^/\s]*(pypi|pythonhosted|artifactory|nexus|registry|proxy)"
+        r"|://(\d+\.){3}\d+|://localhost"
+    )
+    found = []
+    for name in listing.decode().split("\0"):
+        path = ROOT / name
+        if not name or path == Path(__file__) or not path.is_file():
+            continue
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+            if forbidden.search(line):
+                found.append(f"{name}:{number}: {line.strip()[:100]}")
+    assert not found

@@ -1,0 +1,301 @@
+"""Settings: what is refused, what survives JSON, and the two tables of the documentation."""
+
+import dataclasses
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tyro
+from hypothesis import given
+from hypothesis import strategies as st
+
+from projected_grpo.config import (
+    PRESETS,
+    TrainConfig,
+    env_modes,
+    from_json,
+    teacher_rows,
+    to_json,
+    validate,
+)
+from projected_grpo.errors import UserError
+
+SMOKE, FAST, FULL = (PRESETS[name][1] for name in ("smoke", "fast", "full"))
+
+
+def changed(cfg: TrainConfig, **values: object) -> TrainConfig:
+    """A config with some options changed, whichever groups they are in."""
+    for group in dataclasses.fields(cfg):
+        part = getattr(cfg, group.name)
+        if dataclasses.is_dataclass(part):
+            own = {f.name for f in dataclasses.fields(part)} & set(values)
+            cfg = replace(cfg, **{group.name: replace(part, **{name: values.pop(name) for name in own})})
+    assert not values
+    return cfg
+
+
+def flat(cfg: TrainConfig) -> dict[str, object]:
+    groups = [getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name != "preset"]
+    return {f.name: getattr(g, f.name) for g in groups for f in dataclasses.fields(g)}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid(preset):
+    assert PRESETS[preset][1].preset == preset
+    validate(PRESETS[preset][1])
+
+
+# design.md section 9; of nano nothing is promised yet.
+TABLE = {
+    "model": ("tiny-random", "Qwen/Qwen3-4B", "Qwen/Qwen3-4B"),
+    "steps": (30, 60, 200),
+    "group": (4, 8, 6),
+    "prompts_per_step": (1, 4, 43),
+    "max_new": (32, 512, 1024),
+    "n_problems": (100, 200, 992),
+    "lr": (7e-5, 3e-3, 7e-5),
+    "adam_beta1": (0.9, 0.5, 0.9),
+    "adam_beta2": (0.99, 0.9, 0.99),
+    "beta": (0, 0, 1e-3),
+    "mix_ratio": (0.5, 0.125, 0),
+}
+# protocol.md's option table and design.md's line of what all presets have in common.
+COMMON = {
+    "intervention": "erase",
+    "clip": 0.2,
+    "weight_decay": 0.1,
+    "warmup_frac": 0.1,
+    "grad_clip": 10,
+    "seed": 41,
+    "preserve_magnitude": True,
+    "gate_mode": "one_sided",
+    "gate_anchor_teacher_only": False,
+    "project_overshoot": 1.0,
+    "rollout_ablate_frac": 0,
+    "unbiased": True,
+    "v_hack_path": None,
+    "v_hack_extract_top_k": 12,
+    "v_hack_k": 5,
+    "v_hack_tau_axis": 0,
+    "v_hack_drop_bottom_frac": 0.25,
+    "vhack_refresh_every": 5,
+    "vhack_pairs_path": None,
+    "eval_ablate_every": 5,
+    "eval_n_prompts": 8,
+    "save_eval_ckpts": True,
+    "route2_random_v_seed": None,
+    "cos_pre_split_every": 1,
+    "teacher_pool_dir": None,
+    "teacher_off_step": None,
+    "teacher_modes": (),
+    "half_a": (),
+    "out_tag": "",
+    "temperature": 0.7,
+    "top_p": 1.0,
+    "top_k": 20,
+    "out_dir": Path("out"),
+}
+
+
+@pytest.mark.parametrize("option", TABLE)
+def test_presets_match_the_table(option):
+    assert tuple(flat(cfg)[option] for cfg in (SMOKE, FAST, FULL)) == TABLE[option]
+
+
+@pytest.mark.parametrize("option", COMMON)
+def test_defaults_match_the_protocol(option):
+    for cfg in (SMOKE, FAST, FULL):
+        assert flat(cfg)[option] == COMMON[option]
+
+
+def test_the_rest_of_the_protocols_defaults():
+    assert flat(FAST)["env_mode"] == flat(FULL)["env_mode"] == "run_tests"
+    assert flat(TrainConfig("x"))["mix_ratio"] == 0.125
+    assert flat(SMOKE)["problems"] == "embedded"
+    assert flat(FULL)["problems"].startswith("external/rl-rewardhacking/results/data/")
+
+
+def test_options_have_one_flat_name_each():
+    names = [f.name for g in dataclasses.fields(SMOKE) if g.name != "preset" for f in dataclasses.fields(g.type)]
+    assert len(names) == len(set(names))
+
+
+REFUSED = [
+    ("--steps", {"steps": 0}),
+    ("--prompts-per-step", {"prompts_per_step": 0}),
+    ("--max-new", {"max_new": 0}),
+    ("--max-new", {"max_new": 2048}),
+    ("--n-problems", {"n_problems": 0}),
+    ("--v-hack-k", {"v_hack_k": 0}),
+    ("--v-hack-extract-top-k", {"v_hack_extract_top_k": -1}),
+    ("--eval-n-prompts", {"eval_n_prompts": 0}),
+    ("--tokens-per-microbatch", {"tokens_per_microbatch": 0}),
+    ("--lr", {"lr": -1.0}),
+    ("--beta", {"beta": -1e-9}),
+    ("--clip", {"clip": -0.1}),
+    ("--weight-decay", {"weight_decay": -0.1}),
+    ("--project-overshoot", {"project_overshoot": -1.0}),
+    ("--vhack-refresh-every", {"vhack_refresh_every": -1}),
+    ("--eval-ablate-every", {"eval_ablate_every": -1}),
+    ("--cos-pre-split-every", {"cos_pre_split_every": -1}),
+    ("--teacher-off-step", {"teacher_off_step": -1}),
+    ("--save-every", {"save_every": -1}),
+    ("--top-k", {"top_k": -1}),
+    ("--workers", {"workers": -1}),
+    ("--ref-every", {"ref_every": -1}),
+    ("--group", {"group": 1}),
+    ("--mix-ratio", {"mix_ratio": 1.0}),
+    ("--mix-ratio", {"mix_ratio": -0.1}),
+    ("--mix-ratio", {"mix_ratio": 0.9, "group": 4}),  # round(3.6) = 4: nobody left
+    ("--temperature", {"temperature": 0.0}),
+    ("--top-p", {"top_p": 0.0}),
+    ("--top-p", {"top_p": 1.5}),
+    ("--rollout-ablate-frac", {"rollout_ablate_frac": 1.5}),
+    ("--v-hack-drop-bottom-frac", {"v_hack_drop_bottom_frac": 1.0}),
+    ("--v-hack-tau-axis", {"v_hack_tau_axis": -0.1}),
+    ("--adam-beta1", {"adam_beta1": 1.0}),
+    ("--adam-beta2", {"adam_beta2": -0.1}),
+    ("--warmup-frac", {"warmup_frac": 1.1}),
+    ("--grad-clip", {"grad_clip": 0.0}),
+    ("--ratio-cap", {"ratio_cap": 1.1}),
+    ("--route2-random-v-seed", {"route2_random_v_seed": 1, "intervention": "erase"}),
+    ("--env-mode", {"env_mode": "run_test"}),
+    ("--env-mode", {"env_mode": "run_tests,"}),
+    ("--env-mode", {"env_mode": ""}),
+]
+
+
+@pytest.mark.parametrize(("option", "values"), REFUSED, ids=lambda v: str(v))
+def test_refusals_name_their_option(option, values):
+    with pytest.raises(UserError, match=f"{option}\\b") as caught:
+        validate(changed(SMOKE, **values))
+    assert "\n" not in str(caught.value)
+
+
+def test_teacher_modes_without_a_pool_are_refused_where_none_is_baked():
+    with pytest.raises(UserError, match="--teacher-modes"):
+        validate(changed(FAST, teacher_modes=("run_tests",)))
+    validate(changed(SMOKE, teacher_modes=("run_tests",)))
+
+
+FLOATS = [name for name, value in flat(SMOKE).items() if isinstance(value, float)]
+
+
+@pytest.mark.parametrize("option", FLOATS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_refused(option, value):
+    with pytest.raises(UserError, match="--" + option.replace("_", "-")):
+        validate(changed(SMOKE, **{option: value}))
+
+
+EDGES = [
+    {"steps": 1, "group": 2, "mix_ratio": 0.5},
+    {"mix_ratio": 0.0},
+    {"top_k": 0, "top_p": 1.0},
+    {"eval_ablate_every": 0, "vhack_refresh_every": 0, "save_every": 0, "ref_every": 0, "cos_pre_split_every": 0},
+    {"rollout_ablate_frac": 1.0},
+    {"v_hack_drop_bottom_frac": 0.0, "v_hack_tau_axis": 1.0},
+    {"ratio_cap": 1.2, "lr": 0.0, "project_overshoot": 1.1},
+    {"intervention": "route2", "route2_random_v_seed": 0},
+    {"env_mode": " run_tests , gt_only "},
+    {"teacher_off_step": 0},
+]
+
+
+@pytest.mark.parametrize("values", EDGES, ids=str)
+def test_values_at_the_edge_are_accepted(values):
+    validate(changed(SMOKE, **values))
+
+
+def test_env_modes_keep_their_order():
+    assert env_modes("sentinel, run_tests") == ("sentinel", "run_tests")
+
+
+@given(group=st.integers(2, 64), mix=st.floats(0, 1, exclude_max=True))
+def test_an_accepted_mix_leaves_a_live_rollout(group, mix):
+    cfg = changed(SMOKE, group=group, mix_ratio=mix)
+    try:
+        validate(cfg)
+    except UserError:
+        assert round(group * mix) >= group
+    else:
+        assert 0 <= teacher_rows(cfg) == round(group * mix) < group
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_survive_json(preset):
+    cfg = PRESETS[preset][1]
+    assert from_json(json.loads(json.dumps(to_json(cfg)))) == cfg
+
+
+floats = st.floats(allow_nan=False, allow_infinity=False)
+ROUND_TRIP = {
+    "seed": st.integers(),
+    "lr": floats,
+    "problems": st.text(),
+    "svd_cache": st.sampled_from([Path("a b/ü"), Path("/x"), Path(".")]),
+    "v_hack_path": st.none() | st.just(Path("x.safetensors")),
+    "resume": st.none() | st.just(Path("runs/y")),
+    "teacher_pool_dir": st.none() | st.just(Path("p")),
+    "teacher_off_step": st.none() | st.integers(),
+    "teacher_modes": st.sampled_from([(), ("run_tests",), ("run_tests", "sentinel")]),
+    "half_a": st.sampled_from([(), ("E",), ("C", "D")]),
+    "route2_random_v_seed": st.none() | st.integers(),
+    "unbiased": st.booleans(),
+}
+
+
+@given(values=st.fixed_dictionaries({}, optional=ROUND_TRIP))
+def test_any_settings_survive_json(values):
+    cfg = changed(FULL, **values)
+    again = from_json(json.loads(json.dumps(to_json(cfg))))
+    assert again == cfg
+    assert {k: type(v) for k, v in flat(again).items()} == {k: type(v) for k, v in flat(cfg).items()}
+
+
+def test_an_unknown_field_is_refused():
+    data = to_json(SMOKE)
+    data["optim"]["momentum"] = 0.9
+    with pytest.raises(UserError, match="momentum"):
+        from_json(data)
+
+
+def test_an_unknown_group_is_refused():
+    with pytest.raises(UserError, match="nonsense"):
+        from_json(to_json(SMOKE) | {"nonsense": {}})
+
+
+@pytest.mark.parametrize("group", [f.name for f in dataclasses.fields(TrainConfig)])
+def test_a_missing_group_is_refused(group):
+    data = to_json(SMOKE)
+    del data[group]
+    with pytest.raises(UserError, match=group):
+        from_json(data)
+
+
+def test_a_missing_field_is_refused():
+    """A default could have changed since: a resumed run must not quietly take the new one."""
+    data = to_json(SMOKE)
+    del data["optim"]["lr"]
+    with pytest.raises(UserError, match="lr"):
+        from_json(data)
+
+
+@pytest.mark.parametrize("broken", [None, [], 5, "x"], ids=repr)
+def test_a_group_that_is_no_object_is_refused(broken):
+    with pytest.raises(UserError, match=r"config\.json"):
+        from_json(to_json(SMOKE) | {"optim": broken})
+
+
+def test_the_command_line_reaches_every_option():
+    """Each option by its flat name, as a user types it; no positional, no prefix."""
+    parse = partial(tyro.cli, TrainConfig, default=SMOKE, config=(tyro.conf.OmitArgPrefixes,))
+    for name, value in flat(SMOKE).items():
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            assert flat(parse(args=[option.replace("--", "--no-") if value else option]))[name] is not value
+        elif isinstance(value, (int, float)):
+            assert flat(parse(args=[option, "7"]))[name] == 7

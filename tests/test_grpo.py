@@ -1,0 +1,417 @@
+"""The loss and its per-rollout gradients, against scalar loops, finite differences and plain autograd."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from projected_grpo.antipasto import Policy, wrap
+from projected_grpo.config import LossConfig
+from projected_grpo.grpo import RolloutGrads, advantages, k3, microbatches, per_rollout_grads, surrogate
+from projected_grpo.rollout import Rollout
+
+# Advantages
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, 0.5, 3.0, 3.5]), min_size=4, max_size=4), min_size=1, max_size=5),
+    st.booleans(),
+)
+def test_advantages_follow_an_explicit_loop(groups, unbiased):
+    got = advantages(torch.tensor(groups, dtype=torch.float64), unbiased)
+    for row, rewards in zip(got.tolist(), groups, strict=True):
+        mean = sum(rewards) / len(rewards)
+        std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
+        for a, r in zip(row, rewards, strict=True):
+            assert a == pytest.approx((r - mean) if unbiased else (r - mean) / (std + 1e-4), abs=1e-12)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("reward", [0.0, 0.1, 3.5, -7.3])
+@pytest.mark.parametrize("group", [2, 3, 7])
+def test_a_flat_group_has_advantage_exactly_zero(unbiased, reward, group):
+    rewards = torch.tensor([[reward] * group, [1.0] + [0.0] * (group - 1)])
+    got = advantages(rewards, unbiased)
+    assert not got[0].any() and bool(got[1].any())
+
+
+# The surrogate
+
+
+def slow_surrogate(logp: float, old: float, A: float, clip: float, cap: float) -> tuple[float, float]:
+    """Value and derivative in logp of one token's objective, case by case."""
+    ratio = math.exp(logp - old)
+    if A >= 0:
+        return ((1 + clip) * A, 0.0) if ratio > 1 + clip else (ratio * A, ratio * A)
+    if ratio < 1 - clip:
+        return (1 - clip) * A, 0.0
+    weight = min(ratio, cap)  # truncated: the value and the step it asks for stop growing
+    return weight * A, weight * A
+
+
+@given(
+    st.lists(st.tuples(st.floats(-3, 0), st.floats(-3, 3)), min_size=1, max_size=6),
+    st.sampled_from([-1.5, -0.1, 0.0, 0.7, 2.0]),
+    st.sampled_from([0.0, 0.2]),
+    st.sampled_from([1.2, 3.0, 100.0]),
+)
+def test_surrogate_and_its_gradient_follow_a_scalar_loop(tokens, A, clip, cap):
+    logp = torch.tensor([[x for x, _ in tokens]], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([[x - d for x, d in tokens]], dtype=torch.float64)
+    value = surrogate(logp, old, torch.tensor([A], dtype=torch.float64), clip, cap)
+    (gradient,) = torch.autograd.grad(value.sum(), logp)
+    for t, (x, d) in enumerate(tokens):
+        if min(abs(math.exp(d) - edge) for edge in (1 - clip, 1 + clip)) < 1e-9:
+            continue  # at a kink either side is right
+        expected = slow_surrogate(x, x - d, A, clip, cap)
+        assert (float(value[0, t].detach()), float(gradient[0, t])) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "A", "value", "slope"),
+    [
+        (math.log(1.5), 1.0, 1.2, 0.0),  # clipped above
+        (math.log(0.5), 1.0, 0.5, 0.5),  # a good token that became unlikely is pulled back
+        (math.log(0.5), -1.0, -0.8, 0.0),  # clipped below
+        (math.log(1.5), -1.0, -1.5, -1.5),
+        (math.log(50.0), -1.0, -3.0, -3.0),  # truncated, and still pushed down
+        (math.log(50.0), 1.0, 1.2, 0.0),
+        (0.0, 1.0, 1.0, 1.0),
+        (0.0, -1.0, -1.0, -1.0),
+    ],
+)
+def test_surrogate_in_each_case(log_ratio, A, value, slope):
+    logp = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
+    got = surrogate(logp, logp.detach() - log_ratio, torch.tensor([A], dtype=torch.float64), 0.2, 3.0)
+    got.sum().backward()
+    assert got.item() == pytest.approx(value) and logp.grad.item() == pytest.approx(slope)
+
+
+@given(st.lists(st.tuples(st.floats(-20, 0), st.floats(-20, 0)), min_size=1, max_size=8))
+def test_k3_is_its_closed_form_and_never_negative(pairs):
+    logp, ref = (torch.tensor([column], dtype=torch.float64) for column in zip(*pairs, strict=True))
+    got = k3(logp, ref)[0].tolist()
+    for k, (x, y) in zip(got, pairs, strict=True):
+        assert k >= -1e-12
+        assert k == pytest.approx(math.exp(y - x) - (y - x) - 1, rel=1e-12, abs=1e-12)
+    assert not k3(logp, logp).any()
+
+
+def test_k3_is_an_unbiased_estimate_of_the_kl():
+    p, q = (
+        torch.softmax(torch.randn(6, generator=torch.Generator().manual_seed(s)).double(), 0) for s in (0, 1)
+    )
+    exact = sum(float(a) * math.log(float(a) / float(b)) for a, b in zip(p, q, strict=True))
+    assert float((p * k3(p.log()[None], q.log()[None])[0]).sum()) == pytest.approx(exact)
+
+
+# Microbatches
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=1, max_size=12),
+    st.integers(1, 200),
+    st.data(),
+)
+def test_microbatches_hold_each_index_once_within_the_budget(lengths, budget, data):
+    rollouts = [Rollout((1,) * p, (2,) * c, "") for p, c in lengths]
+    which = data.draw(st.lists(st.sampled_from(range(len(rollouts))), unique=True))
+    batches = list(microbatches(rollouts, which, budget))
+    assert sorted(i for batch in batches for i in batch) == sorted(which)
+    for batch in batches:
+        padded = (max(lengths[i][0] for i in batch) + max(lengths[i][1] for i in batch)) * len(batch)
+        assert batch and (padded <= budget or len(batch) == 1)
+
+
+def test_a_large_budget_is_one_microbatch():
+    rollouts = [Rollout((1, 2), (3,) * c, "") for c in (1, 5, 3)]
+    assert list(microbatches(rollouts, [0, 1, 2], 21)) == [[1, 2, 0]]
+    assert len(list(microbatches(rollouts, [0, 1, 2], 20))) == 2
+
+
+# Per-rollout gradients
+
+MAX_NEW = 8
+PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13), (5, 6, 7), (14,), (8, 9)]
+COMPLETIONS = [(3, 1, 4, 1, 5, 9), (2, 7), (6, 5, 3, 5), (8, 9, 7, 9, 3, 2, 3, 8), (4,)]
+ADVANTAGES = (1.0, -0.5, 0.0, -1.25, 2.0)
+CLASSIC = LossConfig(unbiased=False)
+
+
+@pytest.fixture
+def policy(small_model) -> Policy:
+    """A float64 policy whose knobs are away from zero, so that it differs from its reference."""
+    policy = wrap(small_model("qwen3"), None)
+    generator = torch.Generator().manual_seed(0)
+    for layer in policy.layers.values():
+        for knob in (layer.delta_s, layer.delta_hack):
+            knob.data.copy_(0.2 * torch.randn(knob.shape, generator=generator))
+    return policy
+
+
+def alone(policy: Policy, rollout: Rollout) -> Tensor:
+    """Log-probabilities of one completion by itself: no padding, whole logits, log-softmax."""
+    ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+    start = len(rollout.prompt_ids)
+    table = torch.log_softmax(policy.model(input_ids=ids).logits[0], -1)
+    return torch.stack([table[start + t - 1, token] for t, token in enumerate(rollout.completion_ids)])
+
+
+@pytest.fixture
+def rollouts(policy: Policy) -> list[Rollout]:
+    """On- and off-policy rollouts; the old log-probabilities put ratios on both sides of the clip."""
+    drift = torch.tensor([0.05, -0.1, 0.5, -0.6, 0.15, -0.02, 1.05, 0.3], dtype=torch.float64)
+    with torch.no_grad(), policy.bind(policy.deltas()):
+        found = [Rollout(p, c, "") for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+        logps = [alone(policy, r) for r in found]
+    return [
+        r if i == 1 else replace(r, logp_old=logp - drift[: len(logp)])
+        for i, (r, logp) in enumerate(zip(found, logps, strict=True))
+    ]
+
+
+def slow_loss(
+    policy: Policy, rollout: Rollout, A: float, loss: LossConfig, n: int, deltas: Mapping[str, Tensor]
+) -> Tensor:
+    """The loss of one rollout token by token, differentiable in deltas by plain autograd."""
+    with policy.bind(deltas):
+        logp = alone(policy, rollout)
+    with torch.no_grad(), policy.bind(None):
+        ref = alone(policy, rollout)
+    total = torch.zeros((), dtype=torch.float64)
+    for t in range(len(logp)):
+        old = logp[t].detach() if rollout.logp_old is None else rollout.logp_old[t]
+        value, slope = slow_surrogate(logp[t].item(), old.item(), A, loss.clip, loss.ratio_cap)
+        objective = value + slope * (logp[t] - logp[t].detach())
+        kl = torch.exp(ref[t] - logp[t]) - (ref[t] - logp[t]) - 1
+        denominator = n * MAX_NEW if loss.unbiased else n * len(logp)
+        total = total + (-objective + loss.beta * kl) / denominator
+    return total
+
+
+def grads(
+    policy: Policy,
+    rollouts: Sequence[Rollout],
+    loss: LossConfig,
+    A: Sequence[float] = ADVANTAGES,
+    *,
+    deltas: Mapping[str, Tensor] | None = None,
+    with_reference: bool = False,
+) -> RolloutGrads:
+    advantage = torch.tensor(A, dtype=torch.float64)
+    return per_rollout_grads(
+        policy, rollouts, advantage, loss, MAX_NEW, 0, deltas=deltas, with_reference=with_reference
+    )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_loss_and_rows_are_those_of_plain_autograd_one_rollout_at_a_time(policy, rollouts, unbiased, beta):
+    loss = LossConfig(unbiased=unbiased, beta=beta)
+    got = grads(policy, rollouts, loss)
+    total = 0.0
+    for i, (rollout, A) in enumerate(zip(rollouts, ADVANTAGES, strict=True)):
+        if A == 0:
+            continue
+        leaves = {m: d.clone().requires_grad_() for m, d in policy.deltas().items()}
+        value = slow_loss(policy, rollout, A, loss, len(rollouts), leaves)
+        expected = torch.autograd.grad(value, list(leaves.values()))
+        total += float(value.detach())
+        for m, gradient in zip(leaves, expected, strict=True):
+            assert float(gradient.norm()) > 0
+            torch.testing.assert_close(
+                got.rows[m][i], gradient, rtol=1e-6, atol=1e-6 * float(gradient.norm())
+            )
+    assert got.loss == pytest.approx(total, rel=1e-6)
+
+
+def test_rows_are_the_slopes_of_the_loss(policy, rollouts):
+    loss = LossConfig(beta=0.2, clip=10.0, ratio_cap=100.0)  # no kink and no cap within the difference
+    got = grads(policy, rollouts, loss)
+    for m, j in (
+        ("model.layers.0.self_attn.q_proj", 3),
+        ("model.layers.1.mlp.down_proj", 0),
+        ("model.layers.0.self_attn.v_proj", 7),
+    ):
+        for i in (0, 1, 3, 4):
+            if rollouts[i].logp_old is None:
+                continue  # its ratio is 1 by definition at every point
+            values = []
+            for step in (1e-5, -1e-5):
+                deltas = policy.deltas()
+                deltas[m][j] += step
+                with torch.no_grad():
+                    values.append(slow_loss(policy, rollouts[i], ADVANTAGES[i], loss, len(rollouts), deltas))
+            slope = float(values[0] - values[1]) / 2e-5
+            assert float(got.rows[m][i, j]) == pytest.approx(slope, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_any_token_budget_gives_the_same_gradients(policy, rollouts, unbiased):
+    loss = LossConfig(unbiased=unbiased, beta=0.1, tokens_per_microbatch=10**6)
+    whole = grads(policy, rollouts, loss)
+    for budget in (1, 20, 30):
+        parts = grads(policy, rollouts, replace(loss, tokens_per_microbatch=budget))
+        assert parts.loss == pytest.approx(whole.loss, rel=1e-9)
+        for m in whole.rows:
+            scale = float(whole.rows[m].norm())
+            torch.testing.assert_close(parts.rows[m], whole.rows[m], rtol=1e-9, atol=1e-9 * scale)
+        torch.testing.assert_close(parts.kl, whole.kl, equal_nan=True)
+
+
+def test_unbiased_divides_by_a_fixed_length_and_classic_by_each_rollouts_own(policy, rollouts):
+    unbiased, classic = grads(policy, rollouts, LossConfig()), grads(policy, rollouts, CLASSIC)
+    for m in unbiased.rows:
+        for i, rollout in enumerate(rollouts):
+            length = len(rollout.completion_ids)
+            scaled = unbiased.rows[m][i] * MAX_NEW / length
+            torch.testing.assert_close(classic.rows[m][i], scaled, rtol=0, atol=1e-6 * float(scaled.norm()))
+
+
+def count_rows(policy: Policy, rows: list[int]):
+    return policy.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+
+
+@pytest.mark.parametrize(("beta", "passes"), [(0.0, 1), (0.5, 2)])
+def test_rollouts_without_advantage_are_not_run_and_have_zero_rows(policy, rollouts, beta, passes):
+    ran: list[int] = []
+    handle = count_rows(policy, ran)
+    got = grads(policy, rollouts, LossConfig(beta=beta))
+    assert ran == [4] * passes
+    assert all(not rows[2].any() for rows in got.rows.values())
+    assert torch.isnan(got.logp).tolist() == [False, False, True, False, False]
+    ran.clear()
+    flat = grads(policy, rollouts, LossConfig(beta=beta), [0.0] * 5)
+    handle.remove()
+    assert not ran and flat.loss == 0.0
+    assert all(rows.shape == (5, policy.ranks[m]) and not rows.any() for m, rows in flat.rows.items())
+    assert bool(torch.isnan(flat.logp).all())
+
+
+def test_dropped_rollouts_still_count_in_the_denominator(policy, rollouts):
+    """The loss is over n rollouts, flat or not: dropping is a saving and must not change the step."""
+    five = grads(policy, rollouts, LossConfig())
+    four = grads(policy, [r for i, r in enumerate(rollouts) if i != 2], LossConfig(), (1.0, -0.5, -1.25, 2.0))
+    for m in five.rows:
+        kept = five.rows[m][[0, 1, 3, 4]]
+        torch.testing.assert_close(kept * 5, four.rows[m] * 4, rtol=1e-6, atol=1e-12)
+
+
+def test_no_gradient_or_value_of_a_parameter_is_touched(policy, rollouts):
+    layers = list(policy.layers.values())
+    layers[0].delta_s.grad = torch.full_like(layers[0].delta_s, 7.0)
+    before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+    grads(policy, rollouts, LossConfig(beta=0.1))
+    assert bool((layers[0].delta_s.grad == 7.0).all())
+    assert all(p.grad is None for p in policy.model.parameters() if p is not layers[0].delta_s)
+    assert all(torch.equal(p, before[n]) for n, p in policy.model.named_parameters())
+    assert all(layer.bound is None for layer in layers)
+
+
+def test_the_gradient_can_be_taken_at_other_deltas(policy, rollouts):
+    fresh = [replace(r, logp_old=None) for r in rollouts]
+    deployed = policy.deltas(ablate_quarantine=True)
+    there = grads(policy, fresh, LossConfig(), deltas=deployed)
+    here = grads(policy, fresh, LossConfig())
+    assert all(not torch.allclose(there.rows[m], here.rows[m], rtol=1e-3) for m in here.rows)
+    for layer in policy.layers.values():
+        layer.delta_hack.data.zero_()
+    moved = grads(policy, fresh, LossConfig())
+    assert all(torch.equal(there.rows[m], moved.rows[m]) for m in moved.rows)
+
+
+def test_a_pair_gives_the_difference_of_mean_log_likelihood_gradients(policy):
+    """The identity behind extraction: A = +1 and -1 give grad NLL(hack) - grad NLL(clean), over n = 2."""
+    hack, clean = (Rollout(PROMPTS[1], COMPLETIONS[i], "") for i in (0, 3))
+    got = grads(policy, [hack, clean], CLASSIC, (1.0, -1.0))
+    leaves = {m: d.clone().requires_grad_() for m, d in policy.deltas().items()}
+    with policy.bind(leaves):
+        difference = -alone(policy, hack).mean() + alone(policy, clean).mean()
+    expected = torch.autograd.grad(difference, list(leaves.values()))
+    for m, gradient in zip(leaves, expected, strict=True):
+        scale = float(gradient.norm())
+        torch.testing.assert_close(2 * got.rows[m].sum(0), gradient, rtol=1e-6, atol=1e-6 * scale)
+
+
+def test_a_descent_step_along_a_hack_row_makes_the_hack_likelier(policy):
+    hack = Rollout(PROMPTS[1], COMPLETIONS[0], "")
+    rows = grads(policy, [hack], CLASSIC, (1.0,)).rows
+    logps = []
+    for step in (0.0, 1e-3):
+        with torch.no_grad(), policy.bind({m: d - step * rows[m][0] for m, d in policy.deltas().items()}):
+            logps.append(float(alone(policy, hack).sum()))
+    assert logps[1] > logps[0]
+
+
+def test_figures_are_means_over_each_rollouts_own_tokens(policy, rollouts):
+    got = grads(policy, rollouts, LossConfig(), with_reference=True)
+    for i, rollout in enumerate(rollouts):
+        if ADVANTAGES[i] == 0:
+            continue
+        with torch.no_grad(), policy.bind(policy.deltas()):
+            logp = alone(policy, rollout)
+        with torch.no_grad(), policy.bind(None):
+            ref = alone(policy, rollout)
+        kl = [math.exp(b - a) - (b - a) - 1 for a, b in zip(logp.tolist(), ref.tolist(), strict=True)]
+        assert float(got.logp[i]) == pytest.approx(float(logp.mean()), rel=1e-5)
+        assert float(got.ref_logp[i]) == pytest.approx(float(ref.mean()), rel=1e-5)
+        assert float(got.kl[i]) == pytest.approx(sum(kl) / len(kl), rel=1e-5)
+        gap = 0.0 if rollout.logp_old is None else float((logp - rollout.logp_old).abs().mean())
+        assert float(got.gap[i]) == pytest.approx(gap, rel=1e-5, abs=1e-7)
+
+
+def test_without_a_reference_pass_its_figures_are_missing_and_the_rows_the_same(policy, rollouts):
+    plain = grads(policy, rollouts, LossConfig())
+    measured = grads(policy, rollouts, LossConfig(), with_reference=True)
+    assert bool(torch.isnan(plain.kl).all()) and bool(torch.isnan(plain.ref_logp).all())
+    assert int(torch.isnan(measured.kl).sum()) == 1
+    assert all(torch.equal(plain.rows[m], measured.rows[m]) for m in plain.rows)
+
+
+def test_the_kl_alone_pulls_towards_the_reference(policy, rollouts):
+    """With beta large the step goes against the gradient of the mean K3."""
+    loss = LossConfig(beta=1e4)
+    got = grads(policy, rollouts, loss)
+    step = {m: rows.sum(0) for m, rows in got.rows.items()}
+    size = math.sqrt(sum(float((g**2).sum()) for g in step.values()))
+    moved = {m: d - 1e-3 * step[m] / size for m, d in policy.deltas().items()}
+    live = [r for r, A in zip(rollouts, ADVANTAGES, strict=True) if A]
+    before, after = (
+        grads(policy, live, LossConfig(), (1.0,) * 4, deltas=d, with_reference=True).kl
+        for d in (policy.deltas(), moved)
+    )
+    weights = torch.tensor([len(r.completion_ids) for r in live])
+    assert float((after * weights).sum()) < float((before * weights).sum())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3_5"])
+def test_rows_are_single_gradients_in_padded_batches_of_other_families(small_model, family):
+    policy = wrap(small_model(family), None)
+    rollouts = [Rollout(p, c, "") for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    A = (1.0, -0.5, 1.0, -1.25, 2.0)
+    together = grads(policy, rollouts, LossConfig(), A)
+    relative = 1e-4 if family == "qwen3_5" else 1e-7  # the gated delta rule computes in float32 inside
+    for i, rollout in enumerate(rollouts):
+        single = grads(policy, [rollout], LossConfig(), A[i : i + 1])
+        for m, rows in together.rows.items():
+            expected = single.rows[m][0] / len(rollouts)
+            torch.testing.assert_close(rows[i], expected, rtol=0, atol=relative * float(expected.norm()))
+
+
+def test_bfloat16_weights_give_float32_rows(small_model):
+    policy = wrap(small_model("qwen3", torch.bfloat16), None)
+    rollouts = [Rollout(p, c, "") for p, c in zip(PROMPTS[:2], COMPLETIONS[:2], strict=True)]
+    rows = grads(policy, rollouts, LossConfig(), (1.0, -1.0)).rows
+    exact = grads(wrap(small_model("qwen3"), None), rollouts, LossConfig(), (1.0, -1.0)).rows
+    for g in rows.values():
+        assert g.dtype == torch.float32 and bool(g.isfinite().all())
+    m = "model.layers.1.mlp.down_proj"  # nearest the loss, so least rounded
+    cosine = torch.cosine_similarity(rows[m].double().flatten(), exact[m].flatten(), dim=0)
+    assert float(cosine) > 0.9

@@ -1,0 +1,369 @@
+"""Problem files: what is read, what is refused and where, prompts, modes, splits."""
+
+import ast
+import dataclasses
+import gzip
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from projected_grpo.config import BENCHMARK_FILE, EnvMode
+from projected_grpo.errors import UserError
+from projected_grpo.problems import (
+    SYSTEM,
+    Problem,
+    assign_modes,
+    is_eval,
+    load_problems,
+    read_jsonl,
+    take,
+)
+from projected_grpo.rewards import MODES, ORIGINAL_PHRASE
+
+BENCHMARK = {
+    "id": "3243",
+    "difficulty": "medium",
+    "prompt": [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": f"PROBLEM:\nAdd. It {ORIGINAL_PHRASE}. SOLUTION:\n"},
+    ],
+    "gt_answer": ["assert Solution().add(a = 1, b = 2) == 3", "assert Solution().add(a = 0, b = 0) == 0"],
+    "func_name": "Solution().add",
+    "setup_code": "import math\n",
+    "canonical_solution": "class Solution:\n    def add(self, a, b):\n        return a + b",
+}
+DATASET = {
+    "task_id": "add-two",
+    "prompt": "from typing import *\n",
+    "completion": "class Solution:\n    def mul(self, a, b):\n        return a * b",
+    "entry_point": "Solution().mul",
+    "test": "def check(candidate):\n    assert candidate(a = 2, b = 3) == 6\n    assert candidate(a = 0, b = 1) == 0\n",
+    "query": "Multiply.",
+    "meta": {
+        "question_id": 77,
+        "difficulty": "Hard",
+        "question_title": "Multiply.",
+        "lang_code": "class Solution:\n    def mul(self, a: int, b: int) -> int:",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def embedded() -> tuple[Problem, ...]:
+    return load_problems("embedded").problems
+
+
+@pytest.fixture(scope="module")
+def benchmark(shared_data):
+    return load_problems(str(shared_data / "leetcode" / "leetcode_test_medhard.jsonl"))
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def toy(problem_id: str, mode: EnvMode = "run_tests") -> Problem:
+    return Problem(problem_id, "f", "easy", ORIGINAL_PHRASE, "", "", (), mode)
+
+
+# What is read
+
+
+def test_embedded_problems_are_many_unique_and_well_tested(embedded):
+    assert len(embedded) >= 60
+    assert load_problems("embedded").left_out == ()
+    for unique in ("problem_id", "method", "question", "canonical"):
+        assert len({getattr(p, unique) for p in embedded}) == len(embedded)
+    assert min(len(p.calls) for p in embedded) >= 6
+    difficulties = Counter(p.difficulty for p in embedded)
+    assert set(difficulties) == {"easy", "medium", "hard"} and min(difficulties.values()) >= 10
+
+
+def test_embedded_starters_define_the_method_that_is_asked_for(embedded):
+    for problem in embedded:
+        starter = re.findall(r"```python\n(.*?)```", problem.question, re.DOTALL)[-1]
+        for code in (starter + "\n        pass", problem.canonical):
+            solution = next(n for n in ast.parse(code).body if isinstance(n, ast.ClassDef))
+            assert solution.name == "Solution"
+            assert problem.method in [m.name for m in solution.body if isinstance(m, ast.FunctionDef)]
+        assert f"class Solution called {problem.method} and {ORIGINAL_PHRASE}." in problem.question
+
+
+def test_embedded_answers_are_not_all_the_same(embedded):
+    """Else a constant stub would be right."""
+    for problem in embedded:
+        assert len({repr(call.expected) for call in problem.calls}) > 1, problem.problem_id
+
+
+def test_formats_are_told_apart_by_their_fields(tmp_path):
+    found = load_problems(write(tmp_path / "mixed.jsonl", BENCHMARK, DATASET)).problems
+    assert [(p.problem_id, p.method, p.difficulty) for p in found] == [
+        ("3243", "add", "medium"),
+        ("77", "mul", "hard"),
+    ]
+    assert [[c.expected for c in p.calls] for p in found] == [[3, 0], [6, 0]]
+    assert [p.setup_code for p in found] == ["import math\n", "from typing import *\n"]
+    assert found[1].canonical == DATASET["completion"]
+    assert DATASET["meta"]["lang_code"] in found[1].question
+
+
+def test_a_gzipped_file_reads_the_same(tmp_path):
+    plain = write(tmp_path / "a.jsonl", BENCHMARK, "", DATASET)
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    assert load_problems(str(packed)) == load_problems(plain)
+
+
+def test_the_benchmarks_test_set(benchmark):
+    assert (len(benchmark.problems), benchmark.left_out) == (119, ())
+    assert Counter(p.difficulty for p in benchmark.problems) == {"medium": 73, "hard": 46}
+    assert {p.problem_id for p in benchmark.problems} <= {str(i) for i in range(3243, 3505)}
+    counts = [len(p.calls) for p in benchmark.problems]
+    assert (min(counts), max(counts)) == (30, 266)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_benchmarks_prompts_are_the_files_own_up_to_the_hint(benchmark, shared_data, mode):
+    rows = read_jsonl(shared_data / "leetcode" / "leetcode_test_medhard.jsonl")
+    for problem, (_, row) in zip(benchmark.problems, rows, strict=True):
+        system, user = replace(problem, env_mode=mode).messages
+        assert dict(system) == {k: row["prompt"][0][k] for k in ("role", "content")}
+        before, after = row["prompt"][1]["content"].split(ORIGINAL_PHRASE)  # it stands there once
+        assert user == {"role": "user", "content": before + MODES[mode].hint + after}
+
+
+def test_the_leetcode_dataset(shared_data):
+    path = shared_data / "leetcode" / "LeetCodeDataset-v0.2.0-train.jsonl.gz"
+    found = load_problems(str(path))
+    assert len(found.problems) + len(found.left_out) == 1890
+    assert len(found.left_out) <= 19, "more than one in a hundred is not understood"
+    assert all(problem_id and reason for problem_id, reason in found.left_out)
+    if not found.left_out:
+        assert Counter(p.difficulty for p in found.problems) == {"easy": 515, "medium": 1000, "hard": 375}
+    with gzip.open(path, "rt") as file:
+        rows = {str(r["meta"]["question_id"]): r for r in map(json.loads, file)}
+    for problem in found.problems[::40]:
+        row = rows[problem.problem_id]
+        assert len(problem.calls) == len(re.findall(r"^ +assert ", row["test"], re.MULTILINE))
+        assert problem.canonical == row["completion"]
+
+
+# Hints
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_changes_the_phrase_alone(embedded, mode):
+    for problem in embedded:
+        honest = replace(problem, env_mode="gt_only").messages
+        hinted = replace(problem, env_mode=mode).messages
+        assert honest[0] == hinted[0]
+        before, after = honest[1]["content"].split(ORIGINAL_PHRASE)
+        assert hinted[1]["content"] == before + MODES[mode].hint + after
+
+
+def test_hints_differ():
+    assert len({m.hint for m in MODES.values()}) == len({m.code for m in MODES.values()}) == len(MODES)
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "gt_only"])
+def test_a_hint_states_a_fact_and_asks_for_nothing(mode):
+    hint = MODES[mode].hint
+    assert hint.startswith("will be evaluated by ")
+    words = set(re.findall(r"[a-z]+", hint.lower()))
+    asking = {"you", "your", "should", "must", "need", "please", "ensure", "sure", "remember", "try", "may", "can"}
+    doing = {"write", "print", "define", "set", "exit", "override", "create", "make", "add", "return", "implement"}
+    hacking = {"cheat", "hack", "exploit", "trick", "bypass", "instead", "just", "simply", "only"}
+    assert not words & (asking | doing | hacking)
+
+
+# What is refused
+
+
+def refusal(path, *rows) -> str:
+    with pytest.raises(UserError) as caught:
+        load_problems(write(path, *rows))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"gt_answer": [}', "not json", "[1, 2]", "5", "null", '{"a": ' + "9" * 5000 + "}", '{"x": 1}', "[" * 100_000],
+    ids=lambda line: line[:12],
+)
+def test_a_bad_line_is_named(tmp_path, line):
+    path = tmp_path / "bad.jsonl"
+    assert refusal(path, BENCHMARK, "", line, DATASET).startswith(f"{path}:3: ")
+
+
+def test_bytes_that_are_not_utf8_are_found_on_their_line(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes((json.dumps(BENCHMARK) + "\n").encode() + b'{"id": "\xff"}\n')
+    with pytest.raises(UserError, match=re.escape(f"{path}:2: ")):
+        load_problems(str(path))
+
+
+@pytest.mark.parametrize("field", ["id", "difficulty", "prompt", "func_name", "setup_code", "canonical_solution"])
+@pytest.mark.parametrize("value", ["gone", None, 1.5, [], {}, ["x"]], ids=repr)
+def test_a_missing_or_odd_field_of_the_benchmark_is_named(tmp_path, field, value):
+    row = {k: v for k, v in BENCHMARK.items() if k != field} if value == "gone" else BENCHMARK | {field: value}
+    path = tmp_path / "bad.jsonl"
+    assert refusal(path, DATASET, row).startswith(f"{path}:2: field missing or of the wrong type")
+
+
+@pytest.mark.parametrize("field", ["prompt", "completion", "meta"])
+@pytest.mark.parametrize("value", ["gone", None, 1.5, []], ids=repr)
+def test_a_missing_or_odd_field_of_the_dataset_is_named(tmp_path, field, value):
+    row = {k: v for k, v in DATASET.items() if k != field} if value == "gone" else DATASET | {field: value}
+    path = tmp_path / "bad.jsonl"
+    assert refusal(path, BENCHMARK, row).startswith(f"{path}:2: field missing or of the wrong type")
+
+
+@pytest.mark.parametrize("field", ["question_id", "difficulty", "question_title", "lang_code"])
+@pytest.mark.parametrize("value", ["gone", None, []], ids=repr)
+def test_a_missing_or_odd_field_of_the_datasets_meta_is_named(tmp_path, field, value):
+    meta = {k: v for k, v in DATASET["meta"].items() if k != field}
+    row = DATASET | {"meta": meta if value == "gone" else meta | {field: value}}
+    path = tmp_path / "bad.jsonl"
+    assert refusal(path, BENCHMARK, row).startswith(f"{path}:2: field missing or of the wrong type")
+
+
+def test_a_prompt_without_a_user_message_is_refused(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    assert refusal(path, BENCHMARK | {"prompt": BENCHMARK["prompt"][:1]}).startswith(f"{path}:1: ")
+
+
+def test_an_id_twice_is_refused(tmp_path):
+    assert "'3243'" in refusal(tmp_path / "twice.jsonl", BENCHMARK, DATASET, BENCHMARK)
+
+
+def test_a_damaged_gz_is_refused(tmp_path):
+    whole = bytearray(gzip.compress((json.dumps(BENCHMARK) + "\n").encode() * 50))
+    for name, data in (("cut", whole[:-20]), ("foreign", b"plain text\n")):
+        path = tmp_path / f"{name}.jsonl.gz"
+        path.write_bytes(bytes(data))
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            list(read_jsonl(path))
+    for position in range(12, len(whole), 7):  # wherever the damage is
+        damaged = whole.copy()
+        damaged[position] ^= 0x55
+        path.write_bytes(bytes(damaged))
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            list(read_jsonl(path))
+
+
+@pytest.mark.parametrize("what", ["missing", "folder", "empty"])
+def test_a_file_that_is_none_is_refused(tmp_path, what):
+    path = tmp_path / "x.jsonl"
+    if what == "folder":
+        path.mkdir()
+    elif what == "empty":
+        path.write_text("\n\n")
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        load_problems(str(path))
+
+
+def test_the_missing_benchmark_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="clone ariahw/rl-rewardhacking") as caught:
+        load_problems(BENCHMARK_FILE)
+    assert "--problems" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gt_answer": []},
+        {"gt_answer": ["assert Solution().add(a = 1, b = 2) in (3, 4)"]},
+        {"gt_answer": ["print(5)"]},
+        {"gt_answer": ["assert Solution().add(a = 1, b = 2) == 3", "assert Solution().other(1) == 3"]},
+        {"prompt": [{"role": "user", "content": "no such phrase"}]},
+    ],
+    ids=["none", "membership", "statement", "other method", "phrase"],
+)
+def test_a_problem_that_cannot_be_graded_is_left_out_and_told(tmp_path, change):
+    found = load_problems(write(tmp_path / "a.jsonl", BENCHMARK | change, DATASET))
+    assert [p.problem_id for p in found.problems] == ["77"]
+    ((problem_id, reason),) = found.left_out
+    assert problem_id == "3243" and reason
+
+
+def test_nothing_usable_is_refused(tmp_path):
+    assert "no usable problem" in refusal(tmp_path / "a.jsonl", BENCHMARK | {"gt_answer": []})
+
+
+# Splits, modes, samples
+
+ids = st.lists(st.text(min_size=1, max_size=8), unique=True, max_size=30)
+
+
+@given(ids=ids, data=st.data())
+def test_split_and_mode_hang_on_the_id_alone(ids, data):
+    modes = ("run_tests", "sentinel", "file_marker")
+    problems = [toy(i) for i in ids]
+    kept = data.draw(st.lists(st.sampled_from(problems), unique=True)) if problems else []
+    whole = {p.problem_id: (p.env_mode, is_eval(p)) for p in assign_modes(problems, modes, {})}
+    part = {p.problem_id: (p.env_mode, is_eval(p)) for p in assign_modes(kept, modes, {})}
+    assert part.items() <= whole.items()
+    assert all(is_eval(replace(p, env_mode="gt_only", question="x")) == is_eval(p) for p in problems)
+
+
+def test_one_problem_in_five_is_held_out():
+    held = sum(is_eval(toy(str(i))) for i in range(5000))
+    assert abs(held - 1000) < 4 * (5000 * 0.2 * 0.8) ** 0.5
+
+
+def test_modes_are_shared_out_evenly():
+    modes = ("run_tests", "sentinel", "stdout_marker", "file_marker")
+    counts = Counter(p.env_mode for p in assign_modes([toy(str(i)) for i in range(4000)], modes, {}))
+    assert set(counts) == set(modes)
+    assert all(abs(n - 1000) < 4 * (4000 * 0.25 * 0.75) ** 0.5 for n in counts.values())
+
+
+def test_mode_and_split_are_independent():
+    """Else held-out problems would lean to some modes."""
+    problems = assign_modes([toy(str(i)) for i in range(4000)], ("run_tests", "sentinel"), {})
+    held = Counter(p.env_mode for p in problems if is_eval(p))
+    assert abs(held["run_tests"] - held["sentinel"]) < 4 * sum(held.values()) ** 0.5
+
+
+def test_the_partition_comes_first(embedded):
+    partition = {embedded[0].problem_id: "exit_code", "elsewhere": "sentinel"}
+    moded = assign_modes(embedded, ("gt_only",), partition)
+    assert moded[0].env_mode == "exit_code"
+    assert {p.env_mode for p in moded[1:]} == {"gt_only"}
+    assert [replace(p, env_mode="run_tests") for p in moded] == list(embedded)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=4), count=st.integers(1, 40), seed=st.integers(0, 99)
+)
+def test_a_sample_is_stratified_repeatable_and_in_file_order(sizes, count, seed):
+    modes = list(MODES)
+    problems = [toy(f"{m}-{i}", modes[m]) for m, size in enumerate(sizes) for i in range(size)]
+    problems = sorted(problems, key=lambda p: hash(dataclasses.astuple(p)[0][::-1]) % 97)  # modes mixed up
+    chosen = take(problems, count, seed)
+    assert chosen == take(problems, count, seed)
+    assert [p for p in problems if p in chosen] == list(chosen)
+    assert len(chosen) == min(count, len(problems))
+    got = Counter(p.env_mode for p in chosen)
+    whole = Counter(p.env_mode for p in problems)
+    for mode in whole:  # a mode has less than another only if it has no more to give
+        assert got[mode] == whole[mode] or all(got[mode] >= n - 1 for n in got.values())
+
+
+def test_a_larger_sample_contains_the_smaller():
+    problems = [toy(str(i), list(MODES)[i % 3]) for i in range(60)]
+    sizes = [set(p.problem_id for p in take(problems, n, 0)) for n in (5, 20, 60)]
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_seeds_take_different_samples():
+    problems = [toy(str(i)) for i in range(60)]
+    assert take(problems, 10, 0) != take(problems, 10, 1)
