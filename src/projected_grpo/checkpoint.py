@@ -39,6 +39,9 @@ def load_knobs(path: Path, policy: Policy) -> dict[str, Any]:
 
 def _fill(path: Path, policy: Policy, tensors: Mapping[str, Tensor], *, quarantine: bool) -> None:
     wanted = _knobs(policy, quarantine=quarantine)
+    extra = sorted(n for n in tensors if n.startswith(("delta_s/", "delta_hack/")) and n not in wanted)
+    if extra:
+        raise UserError(f"{path}: made for another model: this one has no {extra[0]}")
     for name, knob in wanted.items():
         if name not in tensors or tensors[name].shape != knob.shape:
             raise UserError(f"{path}: made for another model: {name} is missing or has another shape")

@@ -216,7 +216,9 @@ def load_extraction(path: Path, expected: Mapping[str, Any], device: torch.devic
     parts: dict[str, dict[str, Tensor]] = {"V": {}, "S": {}, "hack": {}, "clean": {}}
     for name, tensor in tensors.items():
         kind, _, module = name.partition("/")
-        parts[kind][module] = tensor
+        parts.setdefault(kind, {})[module] = tensor
+    if len(parts) > 4 or len({frozenset(modules) for modules in parts.values()}) != 1:
+        raise UserError(f"{path}: tensors are missing from it; delete it to extract again")
     return Extraction(parts["V"], parts["S"], PairGrads(parts["hack"], parts["clean"]), meta)
 
 

@@ -35,31 +35,9 @@ START_S = 60.0
 # Imported once, before forking: what the datasets' setup code and ordinary solutions use.
 PRELOAD = (
     *("array", "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "enum", "fractions"),
-    *(
-        "functools",
-        "hashlib",
-        "heapq",
-        "inspect",
-        "io",
-        "itertools",
-        "json",
-        "math",
-        "numbers",
-        "operator",
-        "queue",
-    ),
-    *(
-        "random",
-        "re",
-        "statistics",
-        "string",
-        "textwrap",
-        "time",
-        "traceback",
-        "typing",
-        "unicodedata",
-        "unittest",
-    ),
+    *("functools", "hashlib", "heapq", "inspect", "io", "itertools", "json", "math", "numbers", "operator"),
+    *("queue", "random", "re", "statistics", "string", "textwrap", "time", "traceback", "typing"),
+    *("unicodedata", "unittest"),
 )
 
 # Third-party packages that LeetCode offers to solutions: imported before forking, where they are installed.

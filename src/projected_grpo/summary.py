@@ -80,9 +80,9 @@ def by_mode(
 def finish(
     folder: Path,
     exp: Experiment,
+    *,
     as_trained: Evaluation,
     deployed: Evaluation,
-    *,
     seconds: float,
     peak_gb: float | None,
     finished: bool,

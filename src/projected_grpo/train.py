@@ -3,6 +3,7 @@
 import math
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -79,42 +80,54 @@ class Run:
 
 def run_training(cfg: TrainConfig) -> int:
     """Train, evaluate as trained and as deployed, write every artefact; returns the exit code."""
-    resume = cfg.run.resume
-    if resume is not None:
-        cfg = resumed_config(resume)
-    validate(cfg)
     with ExitStack() as stack:
-        if resume is None:
-            start_logging(None)
-            exp = prepare(cfg, stack)
-            name = run_id(cfg.preset, DISPLAY_NAME[cfg.arm.intervention], cfg.run.seed, cfg.run.out_tag)
-            run = Run(cfg, make_run_dir(cfg.run.out_dir / "runs", name))
-            start_logging(cfg.run.log_dir / f"{run.folder.name}.log")
-            made = {"run_id": run.folder.name, "versions": versions(), "git_commit": git_commit()}
-            command = {"command": shlex.join(sys.argv), "config": to_json(cfg)}
-            write_json(run.folder / "config.json", made | command)
-            state = start_state(exp)
-        else:
-            start_logging(cfg.run.log_dir / f"{resume.name}.log")
-            exp = prepare(cfg, stack)
-            run = Run(cfg, resume)
-            state = resume_state(exp, resume)
+        run, exp, state = resume_run(cfg.run.resume, stack) if cfg.run.resume else start_run(cfg, stack)
         finished = train(run, exp, state)
-        save_knobs(
-            run.folder / "train.safetensors", exp.chat.policy, run.knob_meta(state.step), deployed=True
-        )
-        as_trained = evaluate_held_out(exp, ablate_quarantine=False)
-        deployed = evaluate_held_out(exp, ablate_quarantine=True)
+        knobs_file = run.folder / "train.safetensors"
+        save_knobs(knobs_file, exp.chat.policy, run.knob_meta(state.step), deployed=True)
         finish(
             run.folder,
             exp,
-            as_trained,
-            deployed,
+            as_trained=evaluate_held_out(exp, ablate_quarantine=False),
+            deployed=evaluate_held_out(exp, ablate_quarantine=True),
             seconds=state.seconds,
             peak_gb=peak_gb(exp.chat.policy.device),
             finished=finished,
         )
     return 0 if finished else DIVERGED
+
+
+def start_run(cfg: TrainConfig, stack: ExitStack) -> tuple[Run, Experiment, TrainState]:
+    """A new run; its folder is made last, so that refused input leaves none."""
+    validate(cfg)
+    start_logging(None)
+    exp = prepare(cfg, stack)
+    state = start_state(exp)
+    name = run_id(cfg.preset, DISPLAY_NAME[cfg.arm.intervention], cfg.run.seed, cfg.run.out_tag)
+    run = Run(cfg, make_run_dir(cfg.run.out_dir / "runs", name))
+    start_logging(cfg.run.log_dir / f"{run.folder.name}.log")
+    made = {"run_id": run.folder.name, "command": shlex.join(sys.argv), "git_commit": git_commit()}
+    write_json(run.folder / "config.json", made | {"versions": versions(), "config": to_json(cfg)})
+    return run, exp, state
+
+
+def resume_run(folder: Path, stack: ExitStack) -> tuple[Run, Experiment, TrainState]:
+    """A run as it was last saved, under its own settings, its logs cut back to there."""
+    cfg = from_json(read_json(folder / "config.json", "--resume").get("config", {}))
+    cfg = replace(cfg, run=replace(cfg.run, resume=None))
+    start_logging(cfg.run.log_dir / f"{folder.name}.log")
+    exp = prepare(cfg, stack)
+    state = start_state(exp)
+    state.basis, state.gate, facts = load_state(folder, exp.chat.policy, state.optimizer)
+    state.step, state.generations = facts["step"], facts["generations"]
+    state.seconds, state.meta = facts["seconds"], facts["meta"]
+    best = -math.inf if facts["best"] is None else facts["best"]
+    state.tripwire = Tripwire(best, facts["strikes"])
+    state.mechanisms_seen = set(facts["mechanisms_seen"])
+    for name in ("steps.jsonl", "rollouts.jsonl"):
+        truncate_jsonl(folder / name, state.step)
+    logger.info("resuming {} at step {}", folder, state.step)
+    return Run(cfg, folder), exp, state
 
 
 def start_state(exp: Experiment) -> TrainState:
@@ -143,32 +156,12 @@ def start_state(exp: Experiment) -> TrainState:
     return TrainState(optimizer, basis, gate, extraction.meta)
 
 
-def resumed_config(folder: Path) -> TrainConfig:
-    """The config of the run to go on with."""
-    cfg = from_json(read_json(folder / "config.json", "--resume").get("config", {}))
-    return replace(cfg, run=replace(cfg.run, resume=None))
-
-
-def resume_state(exp: Experiment, folder: Path) -> TrainState:
-    """State as saved, and the logs cut back to it."""
-    state = start_state(exp)
-    state.basis, state.gate, facts = load_state(folder, exp.chat.policy, state.optimizer)
-    state.step, state.generations = facts["step"], facts["generations"]
-    state.seconds, state.meta = facts["seconds"], facts["meta"]
-    best = -math.inf if facts["best"] is None else facts["best"]
-    state.tripwire = Tripwire(best, facts["strikes"])
-    state.mechanisms_seen = set(facts["mechanisms_seen"])
-    for name in ("steps.jsonl", "rollouts.jsonl"):
-        truncate_jsonl(folder / name, state.step)
-    logger.info("resuming {} at step {}", folder, state.step)
-    return state
-
-
 def train(run: Run, exp: Experiment, state: TrainState) -> bool:
     """Steps until the end or the tripwire; returns whether all of them were made."""
     cfg = exp.cfg
     with tqdm(total=cfg.optim.steps, initial=state.step, desc=run.folder.name, disable=None) as bar:
         while state.step < cfg.optim.steps:
+            started = time.monotonic()
             try:
                 record, data = train_step(exp, state)
             except FloatingPointError as error:  # before any knob was touched
@@ -189,7 +182,7 @@ def train(run: Run, exp: Experiment, state: TrainState) -> bool:
                     state.tripwire.best,
                 )
             state.tripwire = state.tripwire.after(watched)
-            state.seconds += record["sec"]
+            state.seconds += time.monotonic() - started
             state.step += 1
             run.write_step(record, rows)
             bar.update()
