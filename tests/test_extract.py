@@ -330,9 +330,9 @@ def test_random_v_is_unit_seeded_and_leaves_the_axes():
 def test_random_v_points_everywhere():
     """Mean 0 and second moment 1/r in every coordinate, over many seeds."""
     basis = HackBasis({"m": torch.eye(4)[:1]}, {"m": torch.eye(4)[0]})
-    drawn = torch.stack([with_random_v(basis, seed).v_grad["m"] for seed in range(2000)])
-    assert float(drawn.mean(0).abs().max()) < 4 * (0.25 / 2000) ** 0.5
-    assert torch.allclose(drawn.square().mean(0), torch.full((4,), 0.25), atol=0.03)
+    drawn = torch.stack([with_random_v(basis, seed).v_grad["m"] for seed in range(600)])
+    assert float(drawn.mean(0).abs().max()) < 4 * (0.25 / 600) ** 0.5
+    assert torch.allclose(drawn.square().mean(0), torch.full((4,), 0.25), atol=0.05)
 
 
 def test_in_use_gives_the_control_where_it_is_asked_for():

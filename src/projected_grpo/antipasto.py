@@ -113,13 +113,14 @@ class Policy:
     @contextmanager
     def bind(self, deltas: Deltas | None) -> Iterator[None]:
         """Run forward and backward passes with these deltas ([r], or [n, r] rows); None is the reference."""
+        outer = {m: layer.bound for m, layer in self.layers.items()}
         try:
             for m, layer in self.layers.items():
                 layer.bind(None if deltas is None else deltas[m])
             yield
         finally:
-            for layer in self.layers.values():
-                layer.bind(None)
+            for m, layer in self.layers.items():
+                layer.bound = outer[m]
 
     @contextmanager
     def merge(self, deltas: Deltas) -> Iterator[None]:

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -89,10 +90,14 @@ def _pretrained(name: str, dtype: torch.dtype, attention: str) -> tuple[nn.Modul
     offline = not _hub_resolves()  # else every file is asked for six times before the error comes
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention, local_files_only=offline
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=offline,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         hint = (
             "the folder must hold a transformers model and tokenizer"
             if looks_local or Path(name).is_dir()
@@ -100,6 +105,10 @@ def _pretrained(name: str, dtype: torch.dtype, attention: str) -> tuple[nn.Modul
         )
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--model {name} cannot be loaded: {hint} ({reason[:120]})") from error
+    model, loading = loaded
+    if loading["missing_keys"]:  # transformers would go on with random numbers in their place
+        missing = sorted(loading["missing_keys"])
+        raise UserError(f"--model {name}: {len(missing)} weights are not in its files, e.g. {missing[0]}")
     return model, tokenizer
 
 

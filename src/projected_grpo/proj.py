@@ -242,12 +242,13 @@ def arm_route2(x: ArmInput) -> Update:
     flagged = {m: (c > gate.tau(m)) | x.anchors.hack for m, c in cosines.items()}
     park = {m: (x.rows[m] * f[:, None]).sum(0) for m, f in flagged.items()}
     keep = x.total | {m: (x.rows[m] * ~f[:, None]).sum(0) for m, f in flagged.items()}
+    live = x.anchors.advantage_sign != 0
     residual = [row_cosines(keep[m][None], v)[0] for m, v in x.basis.v_grad.items()]
     stats = {
         "tau": fmean(gate.tau(m) for m in flagged),
         "hkgap": fmean(gate.hack[m] - gate.clean[m] for m in flagged),
         "resid": float(torch.stack(residual).mean()),
-        "fired": float(torch.stack([f.float().mean() for f in flagged.values()]).mean()),
+        "fired": float(torch.stack([f[live].float().mean() for f in flagged.values()]).mean()),
     }
     return Update(keep=keep, park=park, gate=gate, stats=stats)
 
@@ -316,7 +317,7 @@ def svd_basis(
     S_i / S_0 < tau_axis, or at rounding level, are left out, so k can be smaller than top_k.
     """
     _, S, Vh = torch.linalg.svd(D, full_matrices=False)
-    floor = max(tau_axis, 10 * max(D.shape) * torch.finfo(D.dtype).eps)
+    floor = max(tau_axis, max(D.shape) * torch.finfo(D.dtype).eps)  # as numpy's matrix_rank
     k = min(top_k, int((S >= S[0] * floor).sum())) if float(S[0]) > 0 else 0
     V, S = Vh[:k], S[:k]
     coefficients = D @ V.T

@@ -1,0 +1,108 @@
+"""Settings that must stand before the package is imported, and the small models that tests share."""
+
+import copy
+import os
+
+os.environ["PROJECTED_GRPO_CHECK_SHAPES"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import settings
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from projected_grpo.antipasto import Policy, wrap
+from projected_grpo.config import TINY_RANDOM, ModelConfig
+from projected_grpo.models import load_model
+
+torch.set_num_threads(1)
+transformers.utils.logging.set_verbosity_error()
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=40)
+settings.load_profile("repeatable")
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+SMALL = {
+    "vocab_size": 48,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+}
+GATED_DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+FAMILIES: dict[str, tuple[str, str, dict[str, object]]] = {
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"head_dim": 6}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
+    "qwen3_5": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", GATED_DELTA),
+    "qwen3_next": (
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        GATED_DELTA | {"mlp_only_layers": [0, 1], "num_experts": 0},
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The package's tiny-random model and tokenizer; copy the model before changing it."""
+    return load_model(ModelConfig(model=TINY_RANDOM, device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def svd_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("svd_cache")
+
+
+@pytest.fixture
+def tiny_policy(tiny: tuple[nn.Module, PreTrainedTokenizerBase], svd_cache: Path) -> Policy:
+    """A fresh tiny-random policy, knobs at zero."""
+    return wrap(copy.deepcopy(tiny[0]), svd_cache)
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Callable[..., nn.Module]:
+    """Build a two-layer transformers model of a family, by default in float64, the same at every call."""
+
+    def build(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+        model_class, config_class, extra = FAMILIES[family]
+        config = getattr(transformers, config_class)(**SMALL | extra)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            model = getattr(transformers, model_class)(config)
+        if dtype == torch.float64:
+            compute_norms_in_float64(model)
+        return model.to(dtype).eval()
+
+    return build
+
+
+def compute_norms_in_float64(model: nn.Module) -> None:
+    """transformers' RMSNorm works in float32 whatever its dtype, too coarse for finite differences."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ in ("Qwen3RMSNorm", "Qwen2RMSNorm", "LlamaRMSNorm"):
+            norm = nn.RMSNorm(len(module.weight), eps=module.variance_epsilon)
+            model.set_submodule(name, norm)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data beside the checkout; tests that need it are skipped where it is not there."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no ../shared/data beside the repository")
+    return SHARED_DATA

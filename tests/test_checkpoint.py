@@ -1,0 +1,202 @@
+"""Knobs and state on disk: what comes back is what was saved, and nothing else is taken."""
+
+import copy
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from projected_grpo.antipasto import wrap
+from projected_grpo.checkpoint import STATE_FILE, load_knobs, load_state, save_knobs, save_state
+from projected_grpo.errors import UserError
+from projected_grpo.proj import GateState, HackBasis
+
+META = {"model": "tiny-random", "step": 7, "seed": 41}
+FACTS = {"step": 3, "generations": 12, "best": None, "seen": ["sentinel"]}
+IDS = torch.tensor([[5, 9, 200, 31, 7]])
+
+
+@dataclass
+class Saved:
+    """A policy whose knobs moved, and how to get a fresh one."""
+
+    policy: object
+    fresh: object
+
+
+@pytest.fixture
+def two(tiny, svd_cache):
+    """A policy whose knobs have moved and one whose knobs are at zero."""
+    policies = [wrap(copy.deepcopy(tiny[0]), svd_cache) for _ in range(2)]
+    generator = torch.Generator().manual_seed(1)
+    for layer in policies[0].layers.values():
+        for knob in (layer.delta_s, layer.delta_hack):
+            knob.data = 0.1 * torch.randn(knob.shape, generator=generator)
+    return Saved(*policies)
+
+
+@torch.no_grad()
+def logits(policy, *, ablate_quarantine=False):
+    with policy.bind(policy.deltas(ablate_quarantine=ablate_quarantine)):
+        return policy.model(input_ids=IDS).logits
+
+
+def optimizer(policy):
+    knobs = [k for layer in policy.layers.values() for k in (layer.delta_s, layer.delta_hack)]
+    return torch.optim.AdamW(knobs, lr=1e-2, betas=(0.5, 0.9), weight_decay=0.1)
+
+
+def step(policy, adam, seed, *, quarantine=True):
+    generator = torch.Generator().manual_seed(seed)
+    for layer in policy.layers.values():
+        layer.delta_s.grad = torch.randn(layer.delta_s.shape, generator=generator)
+        layer.delta_hack.grad = torch.randn(layer.delta_s.shape, generator=generator) if quarantine else None
+    adam.step()
+
+
+def edit(path, change):
+    """Rewrite a safetensors file with its tensors and metadata changed."""
+    with safe_open(path, framework="pt") as file:
+        meta = json.loads(file.metadata()["projected_grpo"])
+    tensors = load_file(path)
+    change(tensors, meta)
+    save_file(tensors, path, {"projected_grpo": json.dumps(meta)})
+
+
+def test_knobs_come_back_bit_for_bit(two, tmp_path):
+    path = tmp_path / "new" / "k.safetensors"
+    save_knobs(path, two.policy, META, deployed=False)
+    assert load_knobs(path, two.fresh) == META | {"deployed": False}
+    assert torch.equal(logits(two.fresh), logits(two.policy))
+    for m, layer in two.policy.layers.items():
+        assert torch.equal(two.fresh.layers[m].delta_s, layer.delta_s)
+        assert torch.equal(two.fresh.layers[m].delta_hack, layer.delta_hack)
+
+
+def test_a_deployed_file_has_no_quarantine(two, tmp_path):
+    path = tmp_path / "k.safetensors"
+    save_knobs(path, two.policy, META, deployed=True)
+    assert {name.split("/")[0] for name in load_file(path)} == {"delta_s"}
+    for layer in two.fresh.layers.values():
+        layer.delta_hack.data.fill_(9.0)
+    load_knobs(path, two.fresh)
+    assert all(not layer.delta_hack.any() for layer in two.fresh.layers.values())
+    assert torch.equal(logits(two.fresh), logits(two.policy, ablate_quarantine=True))
+    assert not torch.equal(logits(two.fresh), logits(two.policy))
+
+
+def drop(tensors, meta):
+    tensors.popitem()
+
+
+def reshape(tensors, meta):
+    name = next(iter(tensors))
+    tensors[name] = tensors[name][:-1].clone()
+
+
+def rename(tensors, meta):
+    tensors["delta_s/elsewhere"] = tensors.pop(next(n for n in tensors if n.startswith("delta_s/")))
+
+
+def enlarge(tensors, meta):
+    """All of ours and one more: a deeper model of the same shape."""
+    tensors["delta_s/model.layers.2.mlp.up_proj"] = torch.zeros(64)
+
+
+def other_schema(tensors, meta):
+    meta["schema"] = "projected_grpo.knobs/99"
+
+
+@pytest.mark.parametrize("deployed", [True, False])
+@pytest.mark.parametrize("change", [drop, reshape, rename, enlarge, other_schema])
+def test_knobs_of_another_model_are_refused_whole(two, tmp_path, change, deployed):
+    path = tmp_path / "k.safetensors"
+    save_knobs(path, two.policy, META, deployed=deployed)
+    edit(path, change)
+    with pytest.raises(UserError, match=r"k\.safetensors") as caught:
+        load_knobs(path, two.fresh)
+    assert "\n" not in str(caught.value)
+    assert all(not k.any() for layer in two.fresh.layers.values() for k in (layer.delta_s, layer.delta_hack))
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "text", "folder"])
+def test_a_damaged_file_is_refused(two, tmp_path, damage):
+    path = tmp_path / "k.safetensors"
+    save_knobs(path, two.policy, META, deployed=True)
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage != "missing":
+        path.write_bytes({"empty": b"", "cut": data[:-100], "text": b"nothing" * 20}[damage])
+    with pytest.raises(UserError, match=r"k\.safetensors"):
+        load_knobs(path, two.fresh)
+
+
+def test_a_foreign_safetensors_file_is_refused(two, tmp_path):
+    save_file({"x": torch.zeros(2)}, tmp_path / "k.safetensors")
+    with pytest.raises(UserError, match="schema"):
+        load_knobs(tmp_path / "k.safetensors", two.fresh)
+
+
+# State
+
+
+def basis_of(policy):
+    names = list(policy.layers)[:3]  # not all modules have a basis
+    V = {m: torch.eye(policy.ranks[m])[: i + 1].contiguous() for i, m in enumerate(names)}
+    return HackBasis(V, {m: torch.full((policy.ranks[m],), 0.125) for m in names})
+
+
+@pytest.mark.parametrize("quarantine", [True, False], ids=["route", "erase"])
+def test_the_next_step_after_a_resume_is_the_same(two, tmp_path, quarantine):
+    """Moments and step counts of AdamW come back, and are absent where a knob never had a gradient."""
+    adam, again = optimizer(two.policy), optimizer(two.fresh)
+    for seed in range(3):
+        step(two.policy, adam, seed, quarantine=quarantine)
+    basis = basis_of(two.policy)
+    gate = GateState({m: 0.25 for m in basis.V}, {m: -0.125 for m in basis.V})
+    save_state(tmp_path, two.policy, adam, basis, gate, FACTS)
+    found_basis, found_gate, facts = load_state(tmp_path, two.fresh, again)
+    assert facts == FACTS and found_gate == gate
+    assert list(found_basis.V) == list(basis.V) and list(found_basis.v_grad) == list(basis.v_grad)
+    assert all(torch.equal(found_basis.V[m], V) for m, V in basis.V.items())
+    assert all(torch.equal(found_basis.v_grad[m], v) for m, v in basis.v_grad.items())
+    assert torch.equal(logits(two.fresh), logits(two.policy))
+    for seed in range(3, 6):
+        step(two.policy, adam, seed, quarantine=quarantine)
+        step(two.fresh, again, seed, quarantine=quarantine)
+        for m, layer in two.policy.layers.items():
+            assert torch.equal(two.fresh.layers[m].delta_s, layer.delta_s)
+            assert torch.equal(two.fresh.layers[m].delta_hack, layer.delta_hack)
+
+
+def test_moments_are_what_makes_the_next_step_the_same(two, tmp_path):
+    """The check above could not fail if the moments did not matter."""
+    adam, cold = optimizer(two.policy), optimizer(two.fresh)
+    step(two.policy, adam, 0)
+    save_knobs(tmp_path / "k.safetensors", two.policy, META, deployed=False)
+    load_knobs(tmp_path / "k.safetensors", two.fresh)
+    step(two.policy, adam, 1)
+    step(two.fresh, cold, 1)
+    assert any(not torch.equal(two.fresh.layers[m].delta_s, layer.delta_s) for m, layer in two.policy.layers.items())
+
+
+def test_a_state_without_gate_has_none(two, tmp_path):
+    save_state(tmp_path, two.policy, optimizer(two.policy), basis_of(two.policy), None, FACTS)
+    assert load_state(tmp_path, two.fresh, optimizer(two.fresh))[1] is None
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "knobs"])
+def test_a_state_that_is_none_is_refused(two, tmp_path, damage):
+    path = tmp_path / STATE_FILE
+    if damage == "knobs":
+        save_knobs(path, two.policy, META, deployed=False)
+    elif damage == "cut":
+        save_state(tmp_path, two.policy, optimizer(two.policy), basis_of(two.policy), None, FACTS)
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"state\.safetensors"):
+        load_state(tmp_path, two.fresh, optimizer(two.fresh))

@@ -1,0 +1,605 @@
+"""One step and the loop around it: what may move the knobs, what is recorded, and that a run can be repeated."""
+
+import json
+import math
+import shutil
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from projected_grpo import step as step_module
+from projected_grpo import train as train_module
+from projected_grpo.cli import main
+from projected_grpo.collect import collect, pick_problems, pick_teacher, teacher_rollout
+from projected_grpo.config import PRESETS, OptimConfig
+from projected_grpo.errors import UserError
+from projected_grpo.experiment import prepare, read_data
+from projected_grpo.pools import TeacherRow
+from projected_grpo.proj import GateState
+from projected_grpo.rewards import Grade
+from projected_grpo.step import Tripwire, find_anchors, knobs, learning_rate, train_step
+from projected_grpo.steptable import complete
+from projected_grpo.train import start_state
+
+ARMS = ("none", "erase", "route", "route2")
+TIMINGS = {"gen", "fb", "t_rew", "sec"}
+CPU = torch.device("cpu")
+
+
+def changed(cfg, **values):
+    """A config with some options changed, whichever groups they are in."""
+    for name, part in vars(cfg).items():
+        own = {k: values.pop(k) for k in list(values) if name != "preset" and hasattr(part, k)}
+        if own:
+            cfg = replace(cfg, **{name: replace(part, **own)})
+    assert not values
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    return changed(
+        PRESETS["smoke"][1],
+        **{"out_dir": home / "out", "log_dir": home / "logs", "svd_cache": home / "svd", "device": "cpu"},
+        **{"workers": 1, "n_problems": 6, "eval_n_prompts": 2, "max_new": 8, "steps": 6},
+    )
+
+
+@pytest.fixture(scope="module")
+def experiment(settings):
+    with ExitStack() as stack:
+        yield prepare(settings, stack)
+
+
+@pytest.fixture
+def begin(experiment):
+    """(experiment, state) at the start of a run with some options changed."""
+
+    def start(**options):
+        exp = replace(experiment, cfg=changed(experiment.cfg, **options))
+        for knob in knobs(exp):
+            knob.data.zero_()
+            knob.grad = None
+        return exp, start_state(exp)
+
+    return start
+
+
+def values(exp):
+    return [knob.detach().clone() for knob in knobs(exp)]
+
+
+def same(one, two):
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def quarantine(exp):
+    return math.sqrt(sum(float(layer.delta_hack.square().sum()) for layer in exp.chat.policy.layers.values()))
+
+
+# Schedules and pickers
+
+
+def test_the_learning_rate_in_closed_form():
+    cfg = OptimConfig(steps=20, lr=2.0, warmup_frac=0.1)
+    got = [learning_rate(s, cfg) for s in range(20)]
+    assert got[:3] == [1.0, 2.0, 2.0]
+    assert got[11] == pytest.approx(1.0)  # half of the cosine: 9 of 18
+    assert got[2:] == pytest.approx([2 * math.cos(math.pi * i / 36) ** 2 for i in range(18)])
+    assert learning_rate(20, cfg) == pytest.approx(0)
+
+
+def test_the_learning_rate_without_warm_up_and_of_one_step():
+    assert learning_rate(0, OptimConfig(steps=10, lr=3.0, warmup_frac=0.0)) == 3.0
+    assert learning_rate(0, OptimConfig(steps=1, lr=3.0, warmup_frac=0.1)) == 3.0
+    assert learning_rate(0, OptimConfig(steps=1, lr=3.0, warmup_frac=1.0)) == 3.0
+    ramp = OptimConfig(steps=4, lr=4.0, warmup_frac=1.0)
+    assert [learning_rate(s, ramp) for s in range(4)] == [1, 2, 3, 4]
+
+
+def test_the_tripwire_warns_at_three_nats_and_trips_after_two_steps_at_five():
+    wire = Tripwire().after(-2.0).after(-1.0)
+    assert wire.best == -1.0
+    assert not wire.warns(-4.0) and wire.warns(-4.1) and not wire.warns(None)
+    once = wire.after(-6.1)
+    assert (once.tripped, once.after(None), once.after(-6.1).tripped) == (False, once, True)
+    assert not once.after(-5.9).after(-6.1).tripped  # two in a row
+    assert once.best == -1.0
+    assert not Tripwire().warns(-99.0) and not Tripwire().after(-99.0).after(-99.0).tripped
+
+
+def test_an_epoch_shows_every_problem_once(begin):
+    exp, _ = begin(prompts_per_step=2)
+    epochs = []
+    for epoch in range(3):
+        steps = [pick_problems(exp, epoch * 3 + i) for i in range(3)]
+        assert Counter(p for s in steps for p in s) == Counter(exp.data.train)
+        epochs.append([p.problem_id for s in steps for p in s])
+    assert epochs[0] != epochs[1]
+    other = replace(exp, cfg=changed(exp.cfg, seed=42))
+    assert [p.problem_id for i in range(3) for p in pick_problems(other, i)] != epochs[0]
+
+
+def test_a_step_never_repeats_a_problem_where_the_count_does_not_divide(begin):
+    exp, _ = begin(prompts_per_step=4)  # of 6 problems
+    for step in range(12):
+        assert len({p.problem_id for p in pick_problems(exp, step)}) == 4
+
+
+def test_the_teacher_leaves_at_its_step_and_for_good(begin):
+    exp, _ = begin(teacher_off_step=2)
+    problem = exp.data.train[0]
+    assert [len(pick_teacher(exp, problem, s)) for s in range(5)] == [2, 2, 0, 0, 0]
+    assert len(pick_teacher(begin()[0], problem, 5)) == 2
+    assert pick_teacher(begin(mix_ratio=0.0)[0], problem, 0) == ()
+
+
+def test_teacher_rows_come_from_the_pool_without_repeats_while_there_are_enough(begin):
+    exp, _ = begin(group=8)
+    problem = exp.data.train[0]
+    pool = exp.data.teacher.rows[problem.problem_id]
+    assert Counter(pick_teacher(exp, problem, 3)) == Counter(pool)
+    more, _ = begin(group=12)
+    assert set(Counter(pick_teacher(more, problem, 3)).values()) == {1, 2}
+
+
+def test_teacher_modes_keep_the_other_problems_on_policy(settings, experiment):
+    only = read_data(changed(settings, teacher_modes=("sentinel",)), experiment.grader)
+    taught = {p.problem_id for p in only.train if p.env_mode == "sentinel"}
+    assert taught and set(only.teacher.rows) == taught
+    assert {p.env_mode for p in only.train} > {"sentinel"}
+    with pytest.raises(UserError, match="--teacher-modes"):
+        read_data(changed(settings, teacher_modes=("exit_code",)), experiment.grader)
+
+
+def test_train_and_held_out_are_disjoint_and_covered(experiment):
+    train, held = ({p.problem_id for p in side} for side in (experiment.data.train, experiment.data.held_out))
+    assert len(train) == 6 and len(held) == 2 and not train & held
+    assert set(experiment.data.teacher.rows) == train
+    assert train | held <= set(experiment.prompts)
+
+
+def test_a_teacher_row_is_the_cached_text_behind_the_live_prompt(experiment):
+    tokenizer, problem = experiment.chat.tokenizer, experiment.data.train[0]
+    got = teacher_rollout(experiment, problem, TeacherRow("def f(): pass", 3.5, True, False))
+    assert got.is_teacher and got.logp_old is None and not got.ablated
+    assert got.prompt_ids == experiment.prompts[problem.problem_id]
+    assert tokenizer.decode(list(got.completion_ids)) == "def f(): pass" + tokenizer.eos_token
+
+
+# What a step collects
+
+
+def test_collected_rows_line_up_with_their_labels(begin):
+    exp, _ = begin(prompts_per_step=2)
+    data = collect(exp, 0)
+    assert data.problems == pick_problems(exp, 0)
+    assert data.rewards.shape == (2, 4)
+    assert data.is_teacher.tolist() == [False, False, True, True] * 2
+    for i, (rollout, grade) in enumerate(zip(data.rollouts, data.grades, strict=True)):
+        problem, reward = data.problems[i // 4], float(data.rewards[i // 4, i % 4])
+        assert rollout.prompt_ids == exp.prompts[problem.problem_id]
+        assert (grade is None) == rollout.is_teacher == bool(data.is_teacher[i])
+        if grade is None:
+            row = next(r for r in exp.data.teacher.rows[problem.problem_id] if r.completion == rollout.text)
+            expected = (row.reward, row.hacked, row.gt_pass)
+        else:
+            again = exp.grader.grade(problem.task, rollout.text)
+            expected = (again.reward, again.exploited, again.gt_correct)
+            assert len(rollout.logp_old) == len(rollout.completion_ids) <= 8
+        assert (reward, bool(data.hacked[i]), bool(data.correct[i])) == expected
+
+
+def test_what_a_step_draws_hangs_on_its_number_alone(begin):
+    exp, _ = begin()
+    texts = [[r.text for r in collect(exp, s).rollouts] for s in (0, 1, 0)]
+    assert texts[0] == texts[2] != texts[1]
+
+
+def test_ablated_rollouts_are_marked_and_drawn_from_the_deployed_policy(begin):
+    exp, _ = begin(rollout_ablate_frac=0.5, mix_ratio=0.0, temperature=1.0, max_new=16)
+    clean = collect(exp, 0)
+    assert [r.ablated for r in clean.rollouts] == [False, False, True, True]
+    for layer in exp.chat.policy.layers.values():
+        layer.delta_hack.data.normal_(generator=torch.Generator().manual_seed(0))
+    moved = collect(exp, 0)
+    changed_ids = [a.completion_ids != b.completion_ids for a, b in zip(clean.rollouts, moved.rollouts, strict=True)]
+    assert changed_ids == [True, True, False, False]
+
+
+# Anchors
+
+
+def grade(**flags):
+    blank = Grade(0.5, False, False, False, None, True, False, False, False, None)
+    return replace(blank, **flags)
+
+
+@pytest.fixture
+def labelled(begin):
+    """Student rows: C, D, E, nothing; teacher rows: hack, clean."""
+    exp, _ = begin()
+    data = collect(exp, 0)
+    grades = (*(grade(**{f"hacked_{d}": True}) for d in "CDE"), grade(gt_correct=True, exploited=True), None, None)
+    rollouts = (data.rollouts[0],) * 4 + (data.rollouts[-1],) * 2
+    teacher = torch.tensor([False] * 4 + [True] * 2)
+    hacked = torch.tensor([True] * 4 + [True, False])
+    return exp.cfg, replace(data, grades=grades, rollouts=rollouts, is_teacher=teacher, hacked=hacked)
+
+
+@pytest.mark.parametrize(
+    ("options", "students"),
+    [
+        ({}, [True, False, False, False]),
+        ({"half_a": ("E",)}, [False, False, True, False]),
+        ({"half_a": ("C", "D")}, [True, True, False, False]),
+        ({"gate_anchor_teacher_only": True}, [False] * 4),
+        ({"gate_anchor_teacher_only": True, "half_a": ("E",)}, [False] * 4),
+    ],
+    ids=str,
+)
+def test_anchors_are_teacher_labels_and_weak_detectors(labelled, options, students):
+    cfg, data = labelled
+    advantage = torch.tensor([1.0, -2.0, 0.0, 1.0, 0.5, -0.5])
+    got = find_anchors(changed(cfg, **options), data, advantage)
+    assert got.hack.tolist() == [*students, True, False]
+    assert got.clean.tolist() == [False] * 4 + [False, True]
+    assert got.advantage_sign.tolist() == [1, -1, 0, 1, 1, -1]
+
+
+# What may move the knobs
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_oracle_labels_of_the_student_never_reach_the_update(begin, monkeypatch, arm):
+    exp, state = begin(intervention=arm, ref_every=0)
+    data = collect(exp, 0)
+    flipped = replace(
+        data,
+        hacked=torch.where(data.is_teacher, data.hacked, ~data.hacked),
+        correct=~data.correct,
+        grades=tuple(
+            g
+            and replace(g, gt_correct=not g.gt_correct, exploited=not g.exploited, mechanism="sentinel", passed=True)
+            for g in data.grades
+        ),
+    )
+    outcomes = []
+    for seen in (data, flipped):
+        exp, state = begin(intervention=arm, ref_every=0)
+        monkeypatch.setattr(step_module, "collect", lambda exp, step, seen=seen: seen)
+        record, _ = train_step(exp, state)
+        outcomes.append((values(exp), record, state.gate))
+    (one, first, gate_one), (two, second, gate_two) = outcomes
+    assert same(one, two) and gate_one == gate_two
+    assert any(bool(knob.any()) for knob in one)
+    assert first["hack_s"] != second["hack_s"] and first["gn"] == second["gn"]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_rewards_do_reach_the_update(begin, monkeypatch, arm):
+    """The test above could not fail if nothing did."""
+    outcomes = []
+    for sign in (1, -1):
+        exp, state = begin(intervention=arm, ref_every=0)
+        data = collect(exp, 0)
+        seen = replace(data, rewards=sign * data.rewards)
+        monkeypatch.setattr(step_module, "collect", lambda exp, step, seen=seen: seen)
+        train_step(exp, state)
+        monkeypatch.undo()
+        outcomes.append(values(exp))
+    assert not same(*outcomes)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_step_of_flat_groups_leaves_everything_alone(begin, monkeypatch, arm):
+    exp, state = begin(intervention=arm, weight_decay=0.5)
+    train_step(exp, state)  # moments and knobs that a careless step would move
+    state.step = 1
+    before, gate = values(exp), state.gate
+    moments = [{k: v.clone() for k, v in state.optimizer.state[knob].items()} for knob in knobs(exp)]
+    data = collect(exp, 1)
+    flat = replace(data, rewards=torch.full_like(data.rewards, 0.5))
+    monkeypatch.setattr(step_module, "collect", lambda exp, step: flat)
+    record, _ = train_step(exp, state)
+    assert same(before, values(exp)) and state.gate == gate
+    for knob, old in zip(knobs(exp), moments, strict=True):
+        assert all(torch.equal(state.optimizer.state[knob][k], v) for k, v in old.items())
+    assert record["zerovar"] == 1 and record["rew"] == 0.5
+    assert all(complete(record)[k] is None for k in ("loss", "gn", "cos_pre", "cos_post", "cos_update", "q_egy"))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_what_each_arm_moves(begin, arm):
+    exp, state = begin(intervention=arm)
+    records = []
+    for state.step in range(3):
+        records.append(complete(train_step(exp, state)[0]))
+    deltas, deployed = (exp.chat.policy.deltas(ablate_quarantine=a) for a in (False, True))
+    ids = torch.tensor([next(iter(exp.prompts.values()))])
+    logits = []
+    for bound in (deltas, deployed):
+        with torch.no_grad(), exp.chat.policy.bind(bound):
+            logits.append(exp.chat.policy.model(input_ids=ids).logits)
+    if arm in ("route", "route2"):
+        assert quarantine(exp) > 0 and not torch.equal(*logits)
+        assert all(0 < r["q_egy"] <= 1 for r in records)
+    else:
+        assert quarantine(exp) == 0.0 and torch.equal(*logits)
+        assert all(r["q_egy"] == 0 for r in records)
+    assert any(bool(delta.any()) for delta in deployed.values())
+    if arm in ("erase", "route"):
+        assert all(r["cos_post"] < 1e-5 < r["cos_pre"] for r in records)
+    if arm == "none":
+        assert all(r["cos_post"] == r["cos_pre"] for r in records)
+    for key in ("tau", "hkgap", "resid"):
+        assert all((r[key] is not None) == (arm == "route2") for r in records)
+    assert all(math.isfinite(r["loss"]) and r["gn"] > 0 for r in records)
+
+
+def test_the_leak_is_measured_on_the_parameter_change(begin):
+    exp, state = begin(intervention="erase", weight_decay=0.1)
+    train_step(exp, state)
+    state.step = 1
+    before = {m: layer.delta_s.detach().clone() for m, layer in exp.chat.policy.layers.items()}
+    record, _ = train_step(exp, state)
+    shares = []
+    for m, V in state.basis.V.items():
+        descent = (before[m] - exp.chat.policy.layers[m].delta_s.detach()).double()
+        shares.append(float((V.double() @ descent).clamp_min(0).norm() / descent.norm()))
+    assert record["cos_update"] == pytest.approx(sum(shares) / len(shares), rel=1e-4)
+    assert record["cos_update"] > record["cos_post"]  # AdamW turns a projected gradient back
+
+
+def test_gn_is_the_norm_before_the_clip(begin, monkeypatch):
+    exp, state = begin(intervention="route", grad_clip=1e-6)
+    seen = {}
+    real = state.optimizer.step
+
+    def spy():
+        seen["clipped"] = math.sqrt(sum(float(k.grad.square().sum()) for k in knobs(exp) if k.grad is not None))
+        return real()
+
+    monkeypatch.setattr(state.optimizer, "step", spy)
+    record, _ = train_step(exp, state)
+    assert seen["clipped"] == pytest.approx(1e-6, rel=1e-3) and record["gn"] > 1e-3
+    assert all(knob.grad is None for knob in knobs(exp))
+
+
+def test_a_refresh_of_an_unmoved_policy_overlaps_wholly(begin):
+    exp, state = begin(intervention="route2", lr=0.0, weight_decay=0.0, vhack_refresh_every=2)
+    overlaps = []
+    for state.step in range(5):
+        overlaps.append(train_step(exp, state)[0]["refr"])
+    assert [o is not None for o in overlaps] == [False, False, True, False, True]
+    assert overlaps[2] == pytest.approx(1, abs=1e-3)
+    frozen, state = begin(vhack_refresh_every=0)
+    state.step = 2
+    assert train_step(frozen, state)[0]["refr"] is None
+
+
+def test_a_refresh_keeps_the_gate_of_every_module_in_use(begin):
+    exp, state = begin(intervention="route2", vhack_refresh_every=1)
+    state.gate = GateState(*({m: s for m in list(state.basis.V)[:5]} for s in (0.5, -0.5)))
+    state.step = 1
+    train_step(exp, state)
+    assert set(state.gate.hack) == set(state.gate.clean) == set(state.basis.V)
+
+
+def test_counts_of_a_line_are_those_of_its_rollouts(begin):
+    exp, state = begin(prompts_per_step=3, rollout_ablate_frac=0.5)
+    record, data = train_step(exp, state)
+    student = [g for g in data.grades if g is not None]
+    taught = [i for i, g in enumerate(data.grades) if g is None]
+    assert record["N"] == 12
+    assert record["hack_s"] == [sum(g.exploited for g in student), len(student)]
+    assert record["gt_s"] == [sum(g.gt_correct for g in student), len(student)]
+    assert record["hack_t"] == [sum(bool(data.hacked[i]) for i in taught), len(taught)]
+    assert record["gt_t"] == [sum(bool(data.correct[i]) for i in taught), len(taught)]
+    assert record["hack_abl"][1] == record["solve_abl"][1] == sum(r.ablated for r in data.rollouts) == 3
+    assert record["rew"] == pytest.approx(float(data.rewards.mean()))
+    assert record["rew_s"] == pytest.approx(sum(g.reward for g in student) / len(student))
+    assert state.generations == len(student) and record["ref_eq"] == len(student) / 256
+    by_mode = Counter(p.env_mode for p in data.problems)
+    codes = {"rt": "run_tests", "so": "stdout_marker", "se": "sentinel", "fm": "file_marker"}
+    for code, mode in codes.items():
+        assert record[f"hk_{code}"] == (None if not by_mode[mode] else [0, 2 * by_mode[mode]]) or by_mode[mode] == 0
+    own = [float(r.logp_old.mean()) for r in data.rollouts if r.logp_old is not None]
+    assert record["lp_s"] == pytest.approx(sum(own) / len(own), rel=1e-5)
+
+
+def test_the_split_of_the_cosine_can_be_turned_off(begin):
+    exp, state = begin(cos_pre_split_every=2)
+    split = []
+    for state.step in range(3):
+        record = complete(train_step(exp, state)[0])
+        split.append((record["cos_pre_s"] is not None, record["cos_pre_t"] is not None))
+    assert split == [(True, True), (False, False), (True, True)]
+    exp, state = begin(cos_pre_split_every=0)
+    assert complete(train_step(exp, state)[0])["cos_pre_t"] is None
+
+
+# Whole runs
+
+
+@pytest.fixture
+def run(settings, tmp_path, monkeypatch):
+    """Run the training verb in an own folder, with the module's caches; returns (exit code, run folder)."""
+    monkeypatch.chdir(tmp_path)
+    for cache in ("pools", "vhack"):
+        shutil.copytree(settings.run.out_dir / cache, tmp_path / "out" / cache, dirs_exist_ok=True)
+
+    def start(*options, arm="route2", steps=4):
+        common = ["--n-problems=6", "--eval-n-prompts=2", "--max-new=8", f"--svd-cache={settings.model.svd_cache}"]
+        common += ["--workers=1", f"--intervention={arm}", f"--steps={steps}", "--device=cpu"]
+        before = set((tmp_path / "out").glob("runs/*"))
+        code = main(["train", "smoke", *common, *options])
+        (folder,) = set((tmp_path / "out").glob("runs/*")) - before or {None}
+        return code, folder
+
+    return start
+
+
+def lines(folder, name="steps.jsonl"):
+    rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+
+
+def same_run(one, two):
+    assert lines(one) == lines(two)
+    assert (one / "rollouts.jsonl").read_bytes() == (two / "rollouts.jsonl").read_bytes()
+    a, b = (load_file(folder / "train.safetensors") for folder in (one, two))
+    assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (load_file(folder / "state" / "state.safetensors") for folder in (one, two))
+    assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (json.loads((folder / "deploy.json").read_text()) for folder in (one, two))
+    assert a == b
+
+
+def test_the_same_seed_gives_the_same_run_whatever_the_workers(run):
+    one, two = run("--workers=1"), run("--workers=2")
+    assert one[0] == two[0] == 0
+    same_run(one[1], two[1])
+    assert (one[1] / "train.safetensors").read_bytes() == (two[1] / "train.safetensors").read_bytes()
+
+
+def test_another_seed_gives_another_run(run):
+    one, two = run("--seed=1")[1], run("--seed=2")[1]
+    assert lines(one, "rollouts.jsonl") != lines(two, "rollouts.jsonl")
+    held = [json.loads((f / "deploy.json").read_text())["problems"] for f in (one, two)]
+    assert held[0] == held[1]  # seeds of a comparison share their problems
+
+
+class Stopped(Exception):
+    """Stands for a machine that was taken away."""
+
+
+INTERRUPTED = ("--save-every=2", "--eval-ablate-every=2", "--vhack-refresh-every=3", "--rollout-ablate-frac=0.5")
+
+
+@pytest.mark.parametrize("arm", ["erase", "route2"])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, monkeypatch, tmp_path, arm):
+    _, whole = run(*INTERRUPTED, arm=arm, steps=6)
+    real = train_module.Run.write_step
+
+    def stop_later(self, record, rows):
+        real(self, record, rows)
+        if record["step"] == 4:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.Run, "write_step", stop_later)
+        with pytest.raises(Stopped):
+            run(*INTERRUPTED, arm=arm, steps=6)
+    (cut,) = set((tmp_path / "out" / "runs").iterdir()) - {whole}
+    assert len(lines(cut)) == 5 and not (cut / "summary.json").exists()
+    with open(cut / "steps.jsonl", "a") as file:
+        file.write('{"step": 5, "re')  # cut off in mid-write
+    code, new = run_resumed(cut, tmp_path)
+    assert code == 0 and new == {whole, cut}
+    same_run(whole, cut)
+    assert {p.name for p in cut.iterdir()} == {p.name for p in whole.iterdir()}
+    summaries = [json.loads((f / "summary.json").read_text()) | {"seconds": 0} for f in (whole, cut)]
+    assert summaries[0] == summaries[1] and summaries[1]["finished"]
+
+
+def run_resumed(folder, home):
+    code = main(["train", "smoke", f"--resume={folder}"])
+    return code, set((home / "out" / "runs").iterdir())
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_with_the_state_before_it(run, monkeypatch, tmp_path):
+    _, whole = run(steps=4)
+    real = step_module.intervene
+
+    def poisoned(rows, *arguments, **options):
+        if poisoned.calls == 2:
+            rows = {m: g * float("nan") for m, g in rows.items()}
+        poisoned.calls += 1
+        return real(rows, *arguments, **options)
+
+    poisoned.calls = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(step_module, "intervene", poisoned)
+        code, cut = run(steps=4)
+    assert code == train_module.DIVERGED
+    assert len(lines(cut)) == 2
+    assert json.loads((cut / "summary.json").read_text())["finished"] is False
+    assert run_resumed(cut, tmp_path)[0] == 0
+    same_run(whole, cut)
+
+
+def watched(monkeypatch, series):
+    """Let the loop see these (lp_t, lp_ref) instead of the measured ones."""
+    real = train_module.train_step
+
+    def altered(exp, state):
+        record, data = real(exp, state)
+        lp_t, lp_ref = series[state.step]
+        return record | {"lp_t": lp_t, "lp_ref": lp_ref}, data
+
+    monkeypatch.setattr(train_module, "train_step", altered)
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        [(-1.0, -1.0), (-1.0, -1.0), (-6.5, -1.0), (-6.5, -1.0), (-1.0, -1.0)],
+        [(None, -1.0), (None, -1.0), (None, -6.5), (None, -6.5), (None, -1.0)],
+    ],
+    ids=["teacher text", "student text"],
+)
+def test_a_falling_log_probability_ends_the_run(run, monkeypatch, series):
+    watched(monkeypatch, series)
+    code, folder = run(steps=5)
+    assert code == train_module.DIVERGED
+    assert len(lines(folder)) == 4
+    assert json.loads((folder / "summary.json").read_text())["finished"] is False
+
+
+def test_teacher_and_student_text_are_each_held_to_their_own_best(run, monkeypatch):
+    """When the teacher leaves, the student's text is not measured against the teacher's."""
+    watched(monkeypatch, [(-1.0, -8.0), (-1.0, -8.0), (None, -8.0), (None, -8.0), (None, -8.1)])
+    code, folder = run(steps=5)
+    assert code == 0 and len(lines(folder)) == 5
+
+
+def test_the_teachers_leaving_shows_in_the_log(run):
+    _, folder = run("--teacher-off-step=2", "--ref-every=1")
+    rows = lines(folder)
+    assert [r["hack_t"] is not None for r in rows] == [True, True, False, False]
+    assert [r["hack_s"][1] for r in rows] == [2, 2, 4, 4]
+
+
+def test_ablated_rollouts_are_told_apart_in_the_files(run):
+    _, folder = run("--rollout-ablate-frac=0.5", arm="route")
+    for row in lines(folder):
+        assert row["hack_abl"][1] == row["solve_abl"][1] == 1
+    rollouts = lines(folder, "rollouts.jsonl")
+    assert Counter(r["ablated"] for r in rollouts) == {True: 4, False: 4}
+    _, plain = run(arm="route")
+    assert all(r["hack_abl"] is None and r["solve_abl"] is None for r in lines(plain))
+
+
+def test_the_first_hack_keeps_its_knobs(run, monkeypatch):
+    """A student that hacks at step 1 (played by a teacher's text in its mouth)."""
+    real = train_module.rollout_rows
+
+    def hacking(step, data, group):
+        rows = real(step, data, group)
+        return [r | {"exploited": True, "mechanism": r["env_mode"]} for r in rows] if step >= 1 else rows
+
+    monkeypatch.setattr(train_module, "rollout_rows", hacking)
+    _, folder = run(arm="route")
+    names = {name.split("/")[0] for name in load_file(folder / "first_hack.safetensors")}
+    assert names == {"delta_s", "delta_hack"}
+    final = load_file(folder / "state" / "state.safetensors")
+    assert any(not torch.equal(final[n], t) for n, t in load_file(folder / "first_hack.safetensors").items())
+    by_mode = json.loads((folder / "summary.json").read_text())["by_mode"]
+    firsts = [m["first_exploit_step"] for m in by_mode.values() if m["student_n"]]
+    assert min(f for f in firsts if f is not None) == 1
