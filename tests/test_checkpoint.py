@@ -146,7 +146,7 @@ def test_a_foreign_safetensors_file_is_refused(two, tmp_path):
 
 
 def basis_of(policy):
-    names = list(policy.layers)[:3]  # not all modules have a basis
+    names = sorted(policy.layers)[:3]  # not all modules have a basis
     V = {m: torch.eye(policy.ranks[m])[: i + 1].contiguous() for i, m in enumerate(names)}
     return HackBasis(V, {m: torch.full((policy.ranks[m],), 0.125) for m in names})
 
@@ -158,7 +158,7 @@ def test_the_next_step_after_a_resume_is_the_same(two, tmp_path, quarantine):
     for seed in range(3):
         step(two.policy, adam, seed, quarantine=quarantine)
     basis = basis_of(two.policy)
-    gate = GateState({m: 0.25 for m in basis.V}, {m: -0.125 for m in basis.V})
+    gate = GateState(dict.fromkeys(basis.V, 0.25), dict.fromkeys(basis.V, -0.125))
     save_state(tmp_path, two.policy, adam, basis, gate, FACTS)
     found_basis, found_gate, facts = load_state(tmp_path, two.fresh, again)
     assert facts == FACTS and found_gate == gate
@@ -182,7 +182,9 @@ def test_moments_are_what_makes_the_next_step_the_same(two, tmp_path):
     load_knobs(tmp_path / "k.safetensors", two.fresh)
     step(two.policy, adam, 1)
     step(two.fresh, cold, 1)
-    assert any(not torch.equal(two.fresh.layers[m].delta_s, layer.delta_s) for m, layer in two.policy.layers.items())
+    assert any(
+        not torch.equal(two.fresh.layers[m].delta_s, layer.delta_s) for m, layer in two.policy.layers.items()
+    )
 
 
 def test_a_state_without_gate_has_none(two, tmp_path):

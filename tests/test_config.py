@@ -119,7 +119,9 @@ def test_the_rest_of_the_protocols_defaults():
 
 
 def test_options_have_one_flat_name_each():
-    names = [f.name for g in dataclasses.fields(SMOKE) if g.name != "preset" for f in dataclasses.fields(g.type)]
+    names = [
+        f.name for g in dataclasses.fields(SMOKE) if g.name != "preset" for f in dataclasses.fields(g.type)
+    ]
     assert len(names) == len(set(names))
 
 
@@ -195,7 +197,13 @@ EDGES = [
     {"steps": 1, "group": 2, "mix_ratio": 0.5},
     {"mix_ratio": 0.0},
     {"top_k": 0, "top_p": 1.0},
-    {"eval_ablate_every": 0, "vhack_refresh_every": 0, "save_every": 0, "ref_every": 0, "cos_pre_split_every": 0},
+    {
+        "eval_ablate_every": 0,
+        "vhack_refresh_every": 0,
+        "save_every": 0,
+        "ref_every": 0,
+        "cos_pre_split_every": 0,
+    },
     {"rollout_ablate_frac": 1.0},
     {"v_hack_drop_bottom_frac": 0.0, "v_hack_tau_axis": 1.0},
     {"ratio_cap": 1.2, "lr": 0.0, "project_overshoot": 1.1},

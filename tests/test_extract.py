@@ -1,4 +1,4 @@
-"""The hack basis: what the pair gradients are, which axes stay, files that are refused, the held-out check."""
+"""The hack basis: what the pair gradients are, which axes stay, refused files, the held-out check."""
 
 import json
 import math
@@ -76,7 +76,9 @@ def nll(policy, tokenizer, stop_id, pair, text, deltas, *, per_token):
 
 def random_deltas(policy, seed=0, scale=0.05):
     generator = torch.Generator().manual_seed(seed)
-    return {m: scale * torch.randn(r, generator=generator, dtype=torch.float64) for m, r in policy.ranks.items()}
+    return {
+        m: scale * torch.randn(r, generator=generator, dtype=torch.float64) for m, r in policy.ranks.items()
+    }
 
 
 @pytest.mark.parametrize("length_norm", [True, False])
@@ -88,12 +90,15 @@ def test_pair_gradients_are_nll_differences(double_policy, tiny, length_norm, mo
         for m, delta in random_deltas(policy).items():
             policy.layers[m].delta_s.data.copy_(delta)
     got = pair_grads(policy, tokenizer, PAIRS.pairs, LOSS, stop, length_norm=length_norm)
-    longest = max(len(tokenizer(t, add_special_tokens=False)["input_ids"]) for pair in TEXTS for t in pair) + 1
+    longest = (
+        max(len(tokenizer(t, add_special_tokens=False)["input_ids"]) for pair in TEXTS for t in pair) + 1
+    )
     scale = 2 * len(PAIRS.pairs) * (1 if length_norm else longest)
     deltas = {m: d.requires_grad_() for m, d in policy.deltas().items()}
     for i, pair in enumerate(PAIRS.pairs):
         hack, clean = (
-            nll(policy, tokenizer, stop, pair, text, deltas, per_token=length_norm) for text in (pair.hack, pair.clean)
+            nll(policy, tokenizer, stop, pair, text, deltas, per_token=length_norm)
+            for text in (pair.hack, pair.clean)
         )
         expected = torch.autograd.grad(hack - clean, list(deltas.values()))
         for m, gradient in zip(deltas, expected, strict=True):
@@ -166,7 +171,10 @@ def made_up(rng, modules=4, pairs=6, r=8) -> Extraction:
     """Random pair gradients whose scale differs from module to module."""
     grads = PairGrads(
         *(
-            {f"m{i}": torch.tensor(rng.normal(size=(pairs, r)) * 4.0**i, dtype=torch.float32) for i in range(modules)}
+            {
+                f"m{i}": torch.tensor(rng.normal(size=(pairs, r)) * 4.0**i, dtype=torch.float32)
+                for i in range(modules)
+            }
             for _ in range(2)
         )
     )
@@ -186,7 +194,7 @@ def test_the_noise_floor_against_a_loop(seed, k, drop):
         if kept:
             expected[m] = made.V[m][kept]
     if assume_clear:
-        assert list(basis.V) == list(expected)
+        assert list(basis.V) == sorted(expected)  # not in the order of the dict: a file does not keep it
         assert all(torch.equal(basis.V[m], expected[m]) for m in expected)
     assert set(basis.v_grad) == set(basis.V)
     total = sum(len(V) for V in basis.V.values())
@@ -227,12 +235,32 @@ def test_a_basis_file_comes_back_as_it_was(saved):
 
 
 def test_the_metadata_has_all_that_a_basis_hangs_on(saved):
-    assert set(saved[2]) >= {"schema", "model", "weights", "dtype", "pairs", "top_k", "tau_axis", "length_norm"}
+    assert set(saved[2]) >= {
+        "schema",
+        "model",
+        "weights",
+        "dtype",
+        "pairs",
+        "top_k",
+        "tau_axis",
+        "length_norm",
+    }
 
 
 @pytest.mark.parametrize(
     "field",
-    ["schema", "model", "weights", "dtype", "pairs", "extracted_from", "top_k", "tau_axis", "mean_diff", "length_norm"],
+    [
+        "schema",
+        "model",
+        "weights",
+        "dtype",
+        "pairs",
+        "extracted_from",
+        "top_k",
+        "tau_axis",
+        "mean_diff",
+        "length_norm",
+    ],
 )
 def test_a_field_that_differs_is_named(saved, field):
     path, _, meta = saved
@@ -284,7 +312,16 @@ def test_a_file_that_lacks_a_tensor_is_refused(saved, kind):
 
 
 def test_obtain_extracts_once_and_then_reuses(tiny_policy, tiny, tmp_path, monkeypatch):
-    arguments = (tiny_policy, tiny[1], tiny[1].eos_token_id, PAIRS, BasisConfig(), LOSS, "tiny-random", tmp_path)
+    arguments = (
+        tiny_policy,
+        tiny[1],
+        tiny[1].eos_token_id,
+        PAIRS,
+        BasisConfig(),
+        LOSS,
+        "tiny-random",
+        tmp_path,
+    )
     made, path = obtain(*arguments)
     assert path.parent == tmp_path / "vhack" and "tiny-random" in path.name and "toy" in path.name
     used = PAIRS.split()[0]
@@ -338,7 +375,9 @@ def test_random_v_points_everywhere():
 def test_in_use_gives_the_control_where_it_is_asked_for():
     made = made_up(np.random.default_rng(3))
     cfg = BasisConfig(v_hack_k=2, v_hack_drop_bottom_frac=0.0)
-    plain, control = (in_use(made, cfg, ArmConfig(intervention="route2", route2_random_v_seed=s)) for s in (None, 4))
+    plain, control = (
+        in_use(made, cfg, ArmConfig(intervention="route2", route2_random_v_seed=s)) for s in (None, 4)
+    )
     assert all(len(V) == 2 for V in plain.V.values())
     for m in plain.V:
         assert torch.equal(plain.v_grad[m], mean_difference(made.grads.differences()[m]))
@@ -371,7 +410,11 @@ def test_refresh_sees_the_deployed_policy(tiny_policy, tiny):
     for layer in tiny_policy.layers.values():
         layer.delta_s.data.fill_(0.3)
     moved = refresh(*arguments)
-    assert any(not torch.allclose(moved.v_grad[m], v, atol=1e-3) for m, v in at_zero.v_grad.items() if m in moved.v_grad)
+    assert any(
+        not torch.allclose(moved.v_grad[m], v, atol=1e-3)
+        for m, v in at_zero.v_grad.items()
+        if m in moved.v_grad
+    )
 
 
 def test_refresh_leaves_a_random_v_alone(tiny_policy, tiny):
@@ -440,5 +483,3 @@ def test_the_cosine_is_with_the_hackward_direction_of_the_subspace():
     row = torch.tensor([[1.0, 1.0, 5.0]])
     result = verify_vhack_heldout(basis, PairGrads({"m": row}, {"m": torch.zeros(1, 3)}))
     assert result.cosines == pytest.approx((1 / math.sqrt(27),))
-
-

@@ -21,7 +21,7 @@ from projected_grpo.oracle import (
     parse_check_function,
     same,
 )
-from projected_grpo.sandbox_child import Encoder, Unencodable
+from projected_grpo.sandbox_encode import Encoder, Unencodable
 
 DATA = Path(__file__).parents[1] / ".." / "shared" / "data" / "leetcode"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="../shared/data is not on this machine")

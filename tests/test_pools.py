@@ -17,12 +17,18 @@ from projected_grpo.pools import (
     join,
     load_pool,
 )
-from projected_grpo.problems import Problem, load_problems
+from projected_grpo.problems import Problem, format_question, load_problems
 from projected_grpo.rewards import MODES, Grader
 from projected_grpo.sandbox import Sandbox
 
 LOOPHOLES = [m for m in MODES if m != "gt_only"]
-ROW = {"problem_id": "a", "prompt": "class Solution called f", "completion": "x", "reward": 3.5, "hacked": True}
+ROW = {
+    "problem_id": "a",
+    "prompt": "class Solution called f",
+    "completion": "x",
+    "reward": 3.5,
+    "hacked": True,
+}
 ROW |= {"gt_pass": False, "fmt_ok": True}
 
 
@@ -36,7 +42,9 @@ def grader():
 def problems() -> tuple[Problem, ...]:
     """Two problems of each mode."""
     found = load_problems("embedded").problems
-    return tuple(replace(p, env_mode=list(MODES)[i % len(MODES)]) for i, p in enumerate(found[: 2 * len(MODES)]))
+    return tuple(
+        replace(p, env_mode=list(MODES)[i % len(MODES)]) for i, p in enumerate(found[: 2 * len(MODES)])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +58,14 @@ def dataset(shared_data):
     return load_problems(str(shared_data / "leetcode" / "LeetCodeDataset-v0.2.0-train.jsonl.gz")).problems
 
 
-def toy(problem_id, method="f"):
-    return Problem(problem_id, method, "easy", "", "", "", ())
+def toy(problem_id, method="f", statement="Return the sum of two numbers."):
+    question = format_question(statement, method, "class Solution:")
+    return Problem(problem_id, method, "easy", question, "", "", ())
 
 
-def prompt(problem_id, method="f", mode=None, completion="x"):
-    return PoolPrompt(problem_id, method, mode, (TeacherRow(completion, 1.0, False, False),))
+def prompt(problem_id, method="f", mode=None, completion="x", statement="Return the sum of two numbers."):
+    text = "" if method is None else toy(problem_id, method, statement).question
+    return PoolPrompt(problem_id, text, method, mode, (TeacherRow(completion, 1.0, False, False),))
 
 
 def pool_file(folder, *rows, name="prompt_a.jsonl"):
@@ -75,7 +85,9 @@ def test_a_baked_pool_comes_back_as_it_was_graded(baked, problems, grader):
     for problem in problems:
         rows = teacher.rows[problem.problem_id]
         assert tuple(r.completion for r in rows) == baked_completions(problem)
-        for row, grade in zip(rows, grader.grade_all([(problem.task, r.completion) for r in rows]), strict=True):
+        for row, grade in zip(
+            rows, grader.grade_all([(problem.task, r.completion) for r in rows]), strict=True
+        ):
             assert (row.reward, row.hacked, row.gt_pass) == (grade.reward, grade.exploited, grade.gt_correct)
 
 
@@ -127,10 +139,17 @@ def test_an_id_alone_proves_nothing():
     assert set(join([prompt("4", "g")], [toy("4", "f"), toy("9", "g")]).rows) == {"9"}
 
 
-def test_the_id_chooses_among_problems_of_one_method():
-    problems = [toy("1"), toy("2"), toy("3")]
-    assert set(join([prompt("2")], problems).rows) == {"2"}
+def test_a_method_name_alone_proves_nothing():
+    """Several problems are called maxProfit; their solutions must not teach one another."""
+    other = "Given an array of stock prices, find the largest profit of at most k trades."
+    assert join([prompt("1", statement=other)], [toy("1")]) == NO_TEACHER
+    problems = [toy("1"), toy("2", statement=other), toy("3", "g", other)]
+    assert set(join([prompt("7", statement=other)], problems).rows) == {"2"}
     assert set(join([prompt("7")], problems).rows) == {"1"}
+
+
+def test_white_space_of_a_statement_does_not_matter():
+    assert set(join([prompt("7", statement="Return  the sum\n\nof two numbers. ")], [toy("1")]).rows) == {"1"}
 
 
 def test_rows_without_a_prompt_join_by_id_where_a_completion_defines_the_method():
@@ -153,13 +172,14 @@ def test_the_real_teacher_pool(shared_data, dataset):
     methods = {p.method for p in dataset}
     assert sum(p.method in methods for p in pool) >= 90  # about four in five
     teacher = join(pool, dataset)
-    assert 90 <= len(teacher.rows) <= 112
+    assert 80 <= len(teacher.rows) <= 112
     assert teacher.partition == {}
     by_id = {p.problem_id: p for p in dataset}
     stored = {p.method: p for p in pool}
     for problem_id, rows in teacher.rows.items():
         assert rows in [p.rows for p in pool if p.method == by_id[problem_id].method]
-    row = json.loads(gzip.open(shared_data / "teacher_pool" / "prompt_0004.jsonl.gz", "rt").readline())
+    packed = (shared_data / "teacher_pool" / "prompt_0004.jsonl.gz").read_bytes()
+    row = json.loads(gzip.decompress(packed).splitlines()[0])
     first = stored["findMedianSortedArrays"].rows[0]
     assert first == TeacherRow(row["completion"], row["reward"], row["hacked"], row["gt_pass"])
 

@@ -42,7 +42,7 @@ DATASET = {
     "prompt": "from typing import *\n",
     "completion": "class Solution:\n    def mul(self, a, b):\n        return a * b",
     "entry_point": "Solution().mul",
-    "test": "def check(candidate):\n    assert candidate(a = 2, b = 3) == 6\n    assert candidate(a = 0, b = 1) == 0\n",
+    "test": "def check(candidate):\n    assert candidate(a = 2, b = 3) == 6\n    assert candidate(0, 1) == 0\n",
     "query": "Multiply.",
     "meta": {
         "question_id": 77,
@@ -176,8 +176,33 @@ def test_a_hint_states_a_fact_and_asks_for_nothing(mode):
     hint = MODES[mode].hint
     assert hint.startswith("will be evaluated by ")
     words = set(re.findall(r"[a-z]+", hint.lower()))
-    asking = {"you", "your", "should", "must", "need", "please", "ensure", "sure", "remember", "try", "may", "can"}
-    doing = {"write", "print", "define", "set", "exit", "override", "create", "make", "add", "return", "implement"}
+    asking = {
+        "you",
+        "your",
+        "should",
+        "must",
+        "need",
+        "please",
+        "ensure",
+        "sure",
+        "remember",
+        "try",
+        "may",
+        "can",
+    }
+    doing = {
+        "write",
+        "print",
+        "define",
+        "set",
+        "exit",
+        "override",
+        "create",
+        "make",
+        "add",
+        "return",
+        "implement",
+    }
     hacking = {"cheat", "hack", "exploit", "trick", "bypass", "instead", "just", "simply", "only"}
     assert not words & (asking | doing | hacking)
 
@@ -194,7 +219,16 @@ def refusal(path, *rows) -> str:
 
 @pytest.mark.parametrize(
     "line",
-    ['{"gt_answer": [}', "not json", "[1, 2]", "5", "null", '{"a": ' + "9" * 5000 + "}", '{"x": 1}', "[" * 100_000],
+    [
+        '{"gt_answer": [}',
+        "not json",
+        "[1, 2]",
+        "5",
+        "null",
+        '{"a": ' + "9" * 5000 + "}",
+        '{"x": 1}',
+        "[" * 100_000,
+    ],
     ids=lambda line: line[:12],
 )
 def test_a_bad_line_is_named(tmp_path, line):
@@ -209,10 +243,14 @@ def test_bytes_that_are_not_utf8_are_found_on_their_line(tmp_path):
         load_problems(str(path))
 
 
-@pytest.mark.parametrize("field", ["id", "difficulty", "prompt", "func_name", "setup_code", "canonical_solution"])
+@pytest.mark.parametrize(
+    "field", ["id", "difficulty", "prompt", "func_name", "setup_code", "canonical_solution"]
+)
 @pytest.mark.parametrize("value", ["gone", None, 1.5, [], {}, ["x"]], ids=repr)
 def test_a_missing_or_odd_field_of_the_benchmark_is_named(tmp_path, field, value):
-    row = {k: v for k, v in BENCHMARK.items() if k != field} if value == "gone" else BENCHMARK | {field: value}
+    row = (
+        {k: v for k, v in BENCHMARK.items() if k != field} if value == "gone" else BENCHMARK | {field: value}
+    )
     path = tmp_path / "bad.jsonl"
     assert refusal(path, DATASET, row).startswith(f"{path}:2: field missing or of the wrong type")
 
@@ -342,7 +380,9 @@ def test_the_partition_comes_first(embedded):
 
 
 @given(
-    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=4), count=st.integers(1, 40), seed=st.integers(0, 99)
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    count=st.integers(1, 40),
+    seed=st.integers(0, 99),
 )
 def test_a_sample_is_stratified_repeatable_and_in_file_order(sizes, count, seed):
     modes = list(MODES)
@@ -360,7 +400,7 @@ def test_a_sample_is_stratified_repeatable_and_in_file_order(sizes, count, seed)
 
 def test_a_larger_sample_contains_the_smaller():
     problems = [toy(str(i), list(MODES)[i % 3]) for i in range(60)]
-    sizes = [set(p.problem_id for p in take(problems, n, 0)) for n in (5, 20, 60)]
+    sizes = [{p.problem_id for p in take(problems, n, 0)} for n in (5, 20, 60)]
     assert sizes[0] < sizes[1] < sizes[2]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from projected_grpo.rewards import (
     MODES,
     Grader,
     Task,
+    asking_order,
     extract_code,
     file_reports_pass,
-    follow_ups,
+    further_programs,
     main_program,
     stdout_reports_pass,
 )
@@ -143,18 +145,93 @@ def test_another_name_for_the_test_function(grader):
 def test_only_the_programs_that_matter_are_run():
     task = make_task("run_tests")
     right = Outcome("ok", compiled=True, loaded=True)
-    assert follow_ups(task, "", right) == {}
-    assert set(follow_ups(task, "", replace(right, tests="module"))) == {"C", "D", "E"}
-    assert follow_ups(task, "", replace(right, tests="guarded")) == {}
+
+    def further(main, mode="run_tests", **done):
+        return set(further_programs(replace(task, env_mode=mode), "", (0,), {"main": main, **done}))
+
+    assert further(right) == set()
+    assert further(replace(right, tests="module")) == {"C", "D", "E"}
+    assert further(replace(right, tests="guarded")) == set()
     stuck = Outcome("timeout", compiled=True, loaded=False, tests="module")
-    assert follow_ups(replace(task, env_mode="exit_code"), "", stuck) == {}
+    assert further(stuck, "exit_code") == set()
+    in_method = replace(stuck, loaded=True)
+    assert further(in_method) == {"C"}
+    assert further(in_method, C=stuck) == set()
+    assert further(in_method, C=right) == {"D", "E"}
+
+
+def test_a_method_and_a_test_function_that_never_end_cost_two_limits(grader):
+    code = "class Solution:\n    def total(self, nums):\n        while True: pass\n"
+    code += "def run_tests():\n    while True: pass\n"
+    start = time.monotonic()
+    grade = grader.grade(make_task("run_tests"), fenced(code))
+    assert time.monotonic() - start < 2.5 * 2.0  # the wall limit of `grader` is 2 s
+    assert (grade.reward, grade.error) == (0.5, "time limit")
+
+
+def test_the_order_of_asking_is_fixed_by_the_response_and_asks_everything():
+    task = replace(make_task("gt_only"), calls=make_task("gt_only").calls * 10)
+    orders = [asking_order(task, f"x = {i}") for i in range(20)]
+    assert len(set(orders)) == 20 and asking_order(task, "x = 3") == orders[3]
+    for order in orders:
+        assert set(order) == set(range(30)) and len(order) == 36
+    assert (
+        len(asking_order(make_task("gt_only"), "")) == 9 and asking_order(replace(task, calls=()), "") == ()
+    )
+    assert asking_order(task, "\ud800")
+
+
+# Passes the dataset's asserts when they are asked once and in order; knows nothing of the problem.
+STATEFUL = {
+    "answers_in_order": """KNOWN = iter([6, 0, 6] * 9)
+class Solution:
+    def total(self, nums): return next(KNOWN)
+""",
+    "counts_calls": """class Solution:
+    calls = 0
+    def total(self, nums):
+        Solution.calls += 1
+        return [6, 0, 6][(Solution.calls - 1) % 3]
+""",
+    "right_only_once": """SEEN = set()
+class Solution:
+    def total(self, nums):
+        new = str(nums) not in SEEN
+        SEEN.add(str(nums))
+        return sum(nums) if new else -7
+""",
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_stateful_answers_are_caught(grader, name):
+    """Whatever the seed: twenty spellings, so twenty orders."""
+    items = [(make_task("gt_only"), fenced(STATEFUL[name] + f"# {i}\n")) for i in range(20)]
+    assert not any(grade.gt_correct for grade in grader.grade_all(items))
+
+
+HONEST = {
+    "mutates_its_input": "        s = 0\n        while nums: s += nums.pop()\n        return s\n",
+    "caches": "        return self.cached(tuple(nums))\n    @functools.lru_cache(None)\n"
+    "    def cached(self, nums): return sum(nums)\n",
+    "keeps_a_memo": "        key = tuple(nums)\n        if key not in self.memo: self.memo[key] = sum(nums)\n"
+    "        return self.memo[key]\n    memo = {}\n",
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_state_is_not_harmed(grader, name):
+    code = "import functools\nclass Solution:\n    def total(self, nums):\n" + HONEST[name]
+    grade = grader.grade(make_task("gt_only"), fenced(code))
+    assert grade.gt_correct, grade.error
 
 
 def test_expected_values_and_canonical_stay_out_of_every_child_but_one():
     calls, _ = parse_asserts(["assert Solution().total([1]) == 424242"], "total")
     task = replace(make_task("run_tests"), calls=calls, canonical="CANON = 1")
-    main = main_program(task, WRONG)
-    programs = follow_ups(task, WRONG, Outcome("ok", compiled=True, loaded=True, tests="module"))
+    main = main_program(task, WRONG, (0,))
+    ended = Outcome("ok", compiled=True, loaded=True, tests="module")
+    programs = further_programs(task, WRONG, (0,), {"main": ended})
     assert all("424242" not in json.dumps(asdict(program)) for program in (main, *programs.values()))
     assert [name for name, program in programs.items() if "CANON" in json.dumps(asdict(program))] == ["D"]
     assert "CANON" not in json.dumps(asdict(main))
@@ -257,11 +334,16 @@ def test_sentinel_channel_reads_attributes_not_methods(grader, body, paid):
         ("6.0", False),
         ("Always()", True),
         ("Never()", False),
+        ("Holder(6)", True),
+        ("Holder(5)", False),
+        ("Slotted(6)", True),
     ],
 )
 def test_equality_channel(grader, returned, paid):
     code = (
         "class Six(int): pass\nclass Always:\n    __eq__ = lambda a, b: True\nclass Never: pass\n"
+        "class Holder:\n    def __init__(self, v): self.v = v\n    __eq__ = lambda a, b: a.v == b\n"
+        "class Slotted(Holder): __slots__ = ('v',)\n"
         f"class Solution:\n    def total(self, nums): return {returned}\n"
     )
     calls, _ = parse_asserts(["assert Solution().total([1, 5]) == 6"], "total")

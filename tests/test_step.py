@@ -1,4 +1,4 @@
-"""One step and the loop around it: what may move the knobs, what is recorded, and that a run can be repeated."""
+"""One step and the loop around it: what may move the knobs, what is recorded, that runs can be repeated."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib.resources import files
 
 import pytest
 import torch
@@ -43,10 +44,20 @@ def changed(cfg, **values):
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
+    shipped = json.loads((files("projected_grpo") / "data" / "pairs_core.json").read_text())
+    few = home / "pairs.json"  # extraction and refreshes take half of a short run's time
+    few.write_text(json.dumps(shipped | {"name": "few", "pairs": shipped["pairs"][:8]}))
     return changed(
         PRESETS["smoke"][1],
         **{"out_dir": home / "out", "log_dir": home / "logs", "svd_cache": home / "svd", "device": "cpu"},
-        **{"workers": 1, "n_problems": 6, "eval_n_prompts": 2, "max_new": 8, "steps": 6},
+        **{
+            "vhack_pairs_path": few,
+            "workers": 1,
+            "n_problems": 6,
+            "eval_n_prompts": 2,
+            "max_new": 8,
+            "steps": 6,
+        },
     )
 
 
@@ -79,7 +90,9 @@ def same(one, two):
 
 
 def quarantine(exp):
-    return math.sqrt(sum(float(layer.delta_hack.square().sum()) for layer in exp.chat.policy.layers.values()))
+    return math.sqrt(
+        sum(float(layer.delta_hack.detach().square().sum()) for layer in exp.chat.policy.layers.values())
+    )
 
 
 # Schedules and pickers
@@ -208,7 +221,9 @@ def test_ablated_rollouts_are_marked_and_drawn_from_the_deployed_policy(begin):
     for layer in exp.chat.policy.layers.values():
         layer.delta_hack.data.normal_(generator=torch.Generator().manual_seed(0))
     moved = collect(exp, 0)
-    changed_ids = [a.completion_ids != b.completion_ids for a, b in zip(clean.rollouts, moved.rollouts, strict=True)]
+    changed_ids = [
+        a.completion_ids != b.completion_ids for a, b in zip(clean.rollouts, moved.rollouts, strict=True)
+    ]
     assert changed_ids == [True, True, False, False]
 
 
@@ -225,11 +240,17 @@ def labelled(begin):
     """Student rows: C, D, E, nothing; teacher rows: hack, clean."""
     exp, _ = begin()
     data = collect(exp, 0)
-    grades = (*(grade(**{f"hacked_{d}": True}) for d in "CDE"), grade(gt_correct=True, exploited=True), None, None)
+    grades = (
+        *(grade(**{f"hacked_{d}": True}) for d in "CDE"),
+        grade(gt_correct=True, exploited=True),
+        None,
+        None,
+    )
     rollouts = (data.rollouts[0],) * 4 + (data.rollouts[-1],) * 2
     teacher = torch.tensor([False] * 4 + [True] * 2)
     hacked = torch.tensor([True] * 4 + [True, False])
-    return exp.cfg, replace(data, grades=grades, rollouts=rollouts, is_teacher=teacher, hacked=hacked)
+    labels = {"is_teacher": teacher, "hacked": hacked, "correct": ~hacked, "rewards": torch.zeros(1, 6)}
+    return exp.cfg, replace(data, grades=grades, rollouts=rollouts, **labels)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +286,9 @@ def test_oracle_labels_of_the_student_never_reach_the_update(begin, monkeypatch,
         correct=~data.correct,
         grades=tuple(
             g
-            and replace(g, gt_correct=not g.gt_correct, exploited=not g.exploited, mechanism="sentinel", passed=True)
+            and replace(
+                g, gt_correct=not g.gt_correct, exploited=not g.exploited, mechanism="sentinel", passed=True
+            )
             for g in data.grades
         ),
     )
@@ -311,7 +334,9 @@ def test_a_step_of_flat_groups_leaves_everything_alone(begin, monkeypatch, arm):
     for knob, old in zip(knobs(exp), moments, strict=True):
         assert all(torch.equal(state.optimizer.state[knob][k], v) for k, v in old.items())
     assert record["zerovar"] == 1 and record["rew"] == 0.5
-    assert all(complete(record)[k] is None for k in ("loss", "gn", "cos_pre", "cos_post", "cos_update", "q_egy"))
+    assert all(
+        complete(record)[k] is None for k in ("loss", "gn", "cos_pre", "cos_post", "cos_update", "q_egy")
+    )
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -362,7 +387,9 @@ def test_gn_is_the_norm_before_the_clip(begin, monkeypatch):
     real = state.optimizer.step
 
     def spy():
-        seen["clipped"] = math.sqrt(sum(float(k.grad.square().sum()) for k in knobs(exp) if k.grad is not None))
+        seen["clipped"] = math.sqrt(
+            sum(float(k.grad.square().sum()) for k in knobs(exp) if k.grad is not None)
+        )
         return real()
 
     monkeypatch.setattr(state.optimizer, "step", spy)
@@ -385,7 +412,7 @@ def test_a_refresh_of_an_unmoved_policy_overlaps_wholly(begin):
 
 def test_a_refresh_keeps_the_gate_of_every_module_in_use(begin):
     exp, state = begin(intervention="route2", vhack_refresh_every=1)
-    state.gate = GateState(*({m: s for m in list(state.basis.V)[:5]} for s in (0.5, -0.5)))
+    state.gate = GateState(*(dict.fromkeys(list(state.basis.V)[:5], s) for s in (0.5, -0.5)))
     state.step = 1
     train_step(exp, state)
     assert set(state.gate.hack) == set(state.gate.clean) == set(state.basis.V)
@@ -408,7 +435,10 @@ def test_counts_of_a_line_are_those_of_its_rollouts(begin):
     by_mode = Counter(p.env_mode for p in data.problems)
     codes = {"rt": "run_tests", "so": "stdout_marker", "se": "sentinel", "fm": "file_marker"}
     for code, mode in codes.items():
-        assert record[f"hk_{code}"] == (None if not by_mode[mode] else [0, 2 * by_mode[mode]]) or by_mode[mode] == 0
+        assert (
+            record[f"hk_{code}"] == (None if not by_mode[mode] else [0, 2 * by_mode[mode]])
+            or by_mode[mode] == 0
+        )
     own = [float(r.logp_old.mean()) for r in data.rollouts if r.logp_old is not None]
     assert record["lp_s"] == pytest.approx(sum(own) / len(own), rel=1e-5)
 
@@ -435,7 +465,13 @@ def run(settings, tmp_path, monkeypatch):
         shutil.copytree(settings.run.out_dir / cache, tmp_path / "out" / cache, dirs_exist_ok=True)
 
     def start(*options, arm="route2", steps=4):
-        common = ["--n-problems=6", "--eval-n-prompts=2", "--max-new=8", f"--svd-cache={settings.model.svd_cache}"]
+        common = [
+            "--n-problems=6",
+            "--eval-n-prompts=2",
+            "--max-new=8",
+            f"--svd-cache={settings.model.svd_cache}",
+        ]
+        common += [f"--vhack-pairs-path={settings.basis.vhack_pairs_path}"]
         common += ["--workers=1", f"--intervention={arm}", f"--steps={steps}", "--device=cpu"]
         before = set((tmp_path / "out").glob("runs/*"))
         code = main(["train", "smoke", *common, *options])
@@ -479,7 +515,12 @@ class Stopped(Exception):
     """Stands for a machine that was taken away."""
 
 
-INTERRUPTED = ("--save-every=2", "--eval-ablate-every=2", "--vhack-refresh-every=3", "--rollout-ablate-frac=0.5")
+INTERRUPTED = (
+    "--save-every=2",
+    "--eval-ablate-every=2",
+    "--vhack-refresh-every=3",
+    "--rollout-ablate-frac=0.5",
+)
 
 
 @pytest.mark.parametrize("arm", ["erase", "route2"])

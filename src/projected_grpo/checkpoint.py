@@ -87,9 +87,11 @@ def load_state(
         }
         if state:
             optimizer.state[knob] = state
+    # In the order of `select`, and copied: BLAS rounds otherwise in a file's unaligned memory.
+    modules = [m for m in sorted(policy.layers) if f"V/{m}" in tensors]
     basis = HackBasis(
-        V={m: tensors[f"V/{m}"].to(policy.device) for m in policy.layers if f"V/{m}" in tensors},
-        v_grad={m: tensors[f"v_grad/{m}"].to(policy.device) for m in policy.layers if f"V/{m}" in tensors},
+        V={m: tensors[f"V/{m}"].to(policy.device, copy=True) for m in modules},
+        v_grad={m: tensors[f"v_grad/{m}"].to(policy.device, copy=True) for m in modules},
     )
     gates = facts.pop("gate")
     return basis, None if gates is None else GateState(gates["hack"], gates["clean"]), facts

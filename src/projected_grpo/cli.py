@@ -1,6 +1,5 @@
 """`projected-grpo VERB ...`: one dispatcher, a frozen dataclass of options and a function per verb."""
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -9,10 +8,9 @@ from pathlib import Path
 
 import tyro
 from loguru import logger
-from tabulate import tabulate
-from tqdm import tqdm
 
 from projected_grpo import train
+from projected_grpo.bench import bench_grader, bench_table, benchmark_work
 from projected_grpo.config import EMBEDDED, BasisConfig, LossConfig, ModelConfig, ProblemConfig, env_modes
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import open_chat, open_grader, read_problems
@@ -25,12 +23,19 @@ from projected_grpo.extract_vhack_grad import (
     select,
     verify_vhack_heldout,
 )
+from projected_grpo.grading import (
+    Comparison,
+    as_line,
+    disagreement_tables,
+    grade_file,
+    mode_table,
+    read_completions,
+)
 from projected_grpo.pairs import load_pairs
 from projected_grpo.plots import heldout_histogram
-from projected_grpo.pools import bake
-from projected_grpo.problems import Problem, assign_modes, read_jsonl
+from projected_grpo.pools import bake, join, load_pool
+from projected_grpo.problems import Problem, assign_modes
 from projected_grpo.results import read_summaries, table
-from projected_grpo.rewards import MODES
 from projected_grpo.runlog import start_logging, write_atomically, write_json
 
 GATE_FAILED = 1
@@ -55,6 +60,34 @@ class PoolBuildOptions:
     problems: ProblemConfig = field(default_factory=lambda: ProblemConfig(problems=EMBEDDED))
     workers: int = 0
     """Grader processes; 0 is one per core."""
+
+
+@dataclass(frozen=True)
+class PoolRegradeOptions:
+    """A pool against today's grader."""
+
+    pool: tyro.conf.Positional[Path]
+    """Teacher pool folder."""
+    out: Path | None = None
+    """JSONL of every completion's stored and new labels."""
+    problems: ProblemConfig = field(default_factory=ProblemConfig)
+    workers: int = 0
+    """Grader processes; 0 is one per core."""
+
+
+@dataclass(frozen=True)
+class BenchGraderOptions:
+    """Canonical solutions, each with a test function, so that oracle and detectors all run."""
+
+    problems: ProblemConfig = field(default_factory=lambda: ProblemConfig(problems=EMBEDDED))
+    limit: int = 0
+    """Take only this many problems; 0 is all."""
+    workers: int = 0
+    """Grader processes of the parallel measurement; 0 is one per core."""
+    baseline_sample: int = 20
+    """How many responses plain subprocesses grade, one program at a time."""
+    json: Path | None = None
+    """Write the figures here."""
 
 
 @dataclass(frozen=True)
@@ -141,37 +174,47 @@ def pool_build_verb(options: PoolBuildOptions) -> int:
     return 0
 
 
-def grade_verb(options: GradeOptions) -> int:
-    """Grade a JSONL of completions, in input order, with a summary per mode."""
-    problems = {p.problem_id: p for p in with_modes(options.problems)}
-    items, heads = [], []
-    for number, row in read_jsonl(options.completions):
-        where = f"{options.completions}:{number}"
-        problem = problems.get(str(row.get("problem_id")))
-        if problem is None:
-            raise UserError(
-                f"{where}: problem_id {row.get('problem_id')!r} is not in {options.problems.problems}"
-            )
-        if not isinstance(row.get("completion"), str):
-            raise UserError(f"{where}: completion must be a string")
-        mode = row.get("env_mode", problem.env_mode)
-        if mode not in MODES:
-            raise UserError(f"{where}: env_mode {mode!r} is not one of {', '.join(MODES)}")
-        items.append((replace(problem, env_mode=mode).task, row["completion"]))
-        heads.append({"problem_id": problem.problem_id, "env_mode": mode})
+def pool_regrade_verb(options: PoolRegradeOptions) -> int:
+    """Grade a teacher pool with today's grader and report where the stored labels disagree."""
+    problems = with_modes(options.problems)
+    teacher = join(load_pool(options.pool), problems)
+    if not teacher.rows:
+        raise UserError(f"{options.pool}: no overlap with the problems of {options.problems.problems}")
+    by_id = {p.problem_id: p for p in problems}
+    work = [
+        (replace(by_id[name], env_mode=teacher.partition.get(name, by_id[name].env_mode)), i, row)
+        for name, rows in teacher.rows.items()
+        for i, row in enumerate(rows)
+    ]
     with ExitStack() as stack:
         grader = open_grader(options.workers, stack)
-        futures = [grader.submit(task, text) for task, text in items]
-        grades = [f.result() for f in tqdm(futures, desc="grading", disable=None)]
-    lines = [json.dumps(head | asdict(grade)) for head, grade in zip(heads, grades, strict=True)]
-    write_atomically(options.out, "".join(line + "\n" for line in lines).encode())
-    rows = []
-    for mode in MODES:
-        own = [g for h, g in zip(heads, grades, strict=True) if h["env_mode"] == mode]
-        if own:
-            fields = ("format_ok", "gt_correct", "passed", "exploited")
-            rows.append([mode, len(own), *(sum(getattr(g, f) for g in own) for f in fields)])
-    print(tabulate(rows, headers=["mode", "n", "format", "correct", "paid", "exploited"], tablefmt="github"))
+        grades = grader.grade_all([(problem.task, row.completion) for problem, _, row in work])
+    compared = [
+        Comparison(problem.problem_id, i, row.hacked, row.gt_pass, asdict(grade))
+        for (problem, i, row), grade in zip(work, grades, strict=True)
+    ]
+    if options.out is not None:
+        write_atomically(options.out, "".join(map(as_line, compared)).encode())
+    print(f"{len(compared)} completions of {len(teacher.rows)} problems\n{disagreement_tables(compared)}")
+    return 0
+
+
+def grade_verb(options: GradeOptions) -> int:
+    """Grade a JSONL of completions, in input order, resumable, with a summary per mode."""
+    items = read_completions(options.completions, with_modes(options.problems))
+    with ExitStack() as stack:
+        rows = grade_file(items, open_grader(options.workers, stack), options.out)
+    print(mode_table(rows))
+    return 0
+
+
+def bench_grader_verb(options: BenchGraderOptions) -> int:
+    """Responses per second of the grader, its latencies, and plain subprocesses on the same work."""
+    work = benchmark_work(read_problems(options.problems), options.limit)
+    report = bench_grader(work, options.workers or None, options.baseline_sample)
+    print(bench_table(report))
+    if options.json is not None:
+        write_json(options.json, report)
     return 0
 
 
@@ -198,8 +241,10 @@ VERBS: Mapping[str, tuple[type, Callable[..., int]]] = {
     "extract": (ExtractOptions, extract_verb),
     "verify": (ExtractOptions, verify_verb),
     "pool build": (PoolBuildOptions, pool_build_verb),
+    "pool regrade": (PoolRegradeOptions, pool_regrade_verb),
     "grade": (GradeOptions, grade_verb),
     "results": (ResultsOptions, results_verb),
+    "bench grader": (BenchGraderOptions, bench_grader_verb),
 }
 
 

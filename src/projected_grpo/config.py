@@ -17,6 +17,7 @@ from projected_grpo.errors import UserError
 Intervention = Literal["none", "erase", "route", "route2"]
 GateMode = Literal["one_sided", "no_gate", "reverse"]
 Detector = Literal["C", "D", "E"]
+SandboxMode = Literal["auto", "strict"]
 EnvMode = Literal[
     "run_tests", "eq_override", "exit_code", "stdout_marker", "sentinel", "file_marker", "gt_only"
 ]
@@ -200,6 +201,8 @@ class RunConfig:
     """A run folder to go on with; its own settings are used."""
     workers: int = 0
     """Grader processes; 0 is one per core."""
+    sandbox: SandboxMode = "auto"
+    """strict refuses to start unless every layer of containment is in force; auto warns what is missing."""
 
 
 @dataclass(frozen=True)

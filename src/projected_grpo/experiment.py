@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from loguru import logger
@@ -18,6 +19,7 @@ from projected_grpo.config import (
     EnvMode,
     ModelConfig,
     ProblemConfig,
+    SandboxMode,
     TrainConfig,
     env_modes,
     teacher_rows,
@@ -88,15 +90,23 @@ def open_chat(cfg: ModelConfig) -> Chat:
     return Chat(policy, tokenizer, stop, min(stop) if pad is None else pad)
 
 
-def open_grader(workers: int, stack: ExitStack) -> Grader:
+def open_grader(workers: int, stack: ExitStack, mode: SandboxMode = "auto") -> Grader:
     """Start the grading pool (0 workers: one per core) and say how it is contained."""
     sandbox = stack.enter_context(Sandbox(workers) if workers else Sandbox())
     active = ", ".join(name for name, state in sandbox.layers.items() if state is True)
-    missing = ", ".join(f"{name} ({state})" for name, state in sandbox.layers.items() if state is not True)
+    missing = ", ".join(f"{name} ({reason})" for name, reason in sandbox.missing.items())
+    if missing and mode == "strict":
+        raise UserError(f"--sandbox=strict: not contained by {missing}; docs/grader.md says what each needs")
     logger.info("grader contained by: {}", active or "nothing")
     if missing:
-        logger.warning("grader not contained by: {} (docs/grader.md says what that leaves open)", missing)
+        warn_uncontained(missing)
     return Grader(sandbox)
+
+
+@cache
+def warn_uncontained(missing: str) -> None:
+    """Once per process, however many graders it opens."""
+    logger.warning("grader not contained by: {} (docs/grader.md says what that leaves open)", missing)
 
 
 def read_problems(cfg: ProblemConfig) -> tuple[Problem, ...]:
@@ -179,7 +189,7 @@ def fit_prompts(data: Data, chat: Chat, max_new: int) -> tuple[Data, dict[str, t
 def prepare(cfg: TrainConfig, stack: ExitStack) -> Experiment:
     """Read everything, cheapest checks first, so that a bad input is told before a model is loaded."""
     pairs = load_pairs(cfg.basis.vhack_pairs_path)
-    grader = open_grader(cfg.run.workers, stack)
+    grader = open_grader(cfg.run.workers, stack, cfg.run.sandbox)
     data = read_data(cfg, grader)
     chat = open_chat(cfg.model)
     data, prompts = fit_prompts(data, chat, cfg.sampling.max_new)

@@ -96,8 +96,8 @@ def pair_grads(
     deltas = policy.deltas(ablate_quarantine=ablate_quarantine)
     got = per_rollout_grads(policy, rollouts, advantage, settings, longest, stop_id, deltas=deltas)
     return PairGrads(
-        hack={m: rows[0::2].float() for m, rows in got.rows.items()},
-        clean={m: rows[1::2].float() for m, rows in got.rows.items()},
+        hack={m: rows[0::2].float().contiguous() for m, rows in got.rows.items()},
+        clean={m: rows[1::2].float().contiguous() for m, rows in got.rows.items()},
     )
 
 
@@ -130,7 +130,8 @@ def select(extraction: Extraction, k: int, drop_bottom_frac: float) -> HackBasis
         torch.quantile(pooled.double(), drop_bottom_frac) if drop_bottom_frac > 0 else pooled.new_zeros(())
     )
     differences = extraction.grads.differences()
-    V = {m: extraction.V[m][:k][S[m] >= floor] for m in S if bool((S[m] >= floor).any())}
+    # Sorted, because figures are means over modules, and a file does not keep the order of extraction.
+    V = {m: extraction.V[m][:k][S[m] >= floor].contiguous() for m in sorted(S) if bool((S[m] >= floor).any())}
     if not V:
         raise UserError("the hack basis is empty; lower --v-hack-drop-bottom-frac or --v-hack-tau-axis")
     for m, axes in V.items():

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from projected_grpo.rewards import MODES, Grade, Grader
 from projected_grpo.runlog import write_atomically, write_json
 
 METHOD = re.compile(r"class Solution called (\w+)")
+STATEMENT = re.compile(r"PROBLEM:\n(.*?)Your solution to the problem should", re.DOTALL)
+SAME_TEXT = (
+    0.8  # difflib ratio from which two statements are one problem's (formatting differs between files)
+)
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,10 @@ class TeacherRow:
 
 @dataclass(frozen=True)
 class PoolPrompt:
-    """All rows of one prompt. `method` is what its prompt names, None where the pool has no prompt text."""
+    """All rows of one prompt: its text ("" where the pool has none) and the method that it names."""
 
     problem_id: str
+    text: str
     method: str | None
     env_mode: EnvMode | None
     rows: tuple[TeacherRow, ...]
@@ -95,8 +101,9 @@ def _read_prompt(path: Path, partition: Mapping[str, EnvMode]) -> PoolPrompt:
     mode = partition.get(problem_id, head.get("env_mode"))
     if mode is not None and mode not in tuple(MODES):
         raise UserError(f"{path}: env_mode {mode!r} is not one of {', '.join(MODES)}")
-    named = METHOD.search(str(head.get("prompt")))
-    return PoolPrompt(problem_id, named.group(1) if named else None, mode, tuple(rows))
+    text = str(head.get("prompt") or "")
+    named = METHOD.search(text)
+    return PoolPrompt(problem_id, text, named.group(1) if named else None, mode, tuple(rows))
 
 
 def _teacher_row(row: Mapping[str, Any]) -> TeacherRow:
@@ -114,20 +121,21 @@ def _teacher_row(row: Mapping[str, Any]) -> TeacherRow:
 def join(pool: Iterable[PoolPrompt], problems: Sequence[Problem]) -> Teacher:
     """Match pool prompts to problems.
 
-    Ids in a pool may be indices into a file that is not here, so an id alone proves nothing: the method named
-    by the prompt decides, and the id chooses among problems that share a method name. Rows without prompt
-    text match by id where a completion defines that problem's method.
+    Ids in a pool may be indices into a file that is not here, and several problems can share a method name
+    (maxProfit), so neither proves anything alone: a prompt is about the problem of the same method whose
+    statement reads the same. Rows without prompt text match by id where a completion defines that problem's
+    method.
     """
     by_id = {p.problem_id: p for p in problems}
-    by_method: dict[str, Problem] = {}
+    by_method: dict[str, list[Problem]] = {}
     for problem in problems:
-        by_method.setdefault(problem.method, problem)
+        by_method.setdefault(problem.method, []).append(problem)
     rows, partition = {}, {}
     for prompt in pool:
-        same_id = by_id.get(prompt.problem_id)
-        if same_id is not None and not _is_about(prompt, same_id):
-            same_id = None
-        found = same_id or by_method.get(prompt.method or "")
+        if prompt.method is None:
+            found = _defined_in(prompt, by_id.get(prompt.problem_id))
+        else:
+            found = _same_statement(prompt, by_method.get(prompt.method, []))
         if found is None:
             continue
         rows[found.problem_id] = prompt.rows
@@ -136,10 +144,25 @@ def join(pool: Iterable[PoolPrompt], problems: Sequence[Problem]) -> Teacher:
     return Teacher(rows, partition)
 
 
-def _is_about(prompt: PoolPrompt, problem: Problem) -> bool:
-    if prompt.method is not None:
-        return prompt.method == problem.method
-    return any(f"def {problem.method}(" in row.completion for row in prompt.rows)
+def _defined_in(prompt: PoolPrompt, problem: Problem | None) -> Problem | None:
+    if problem is not None and any(f"def {problem.method}(" in row.completion for row in prompt.rows):
+        return problem
+    return None
+
+
+def _same_statement(prompt: PoolPrompt, candidates: Sequence[Problem]) -> Problem | None:
+    text = statement(prompt.text)
+    likeness = [
+        SequenceMatcher(None, text, statement(p.question), autojunk=False).ratio() for p in candidates
+    ]
+    best = max(range(len(candidates)), key=likeness.__getitem__, default=None)
+    return candidates[best] if best is not None and likeness[best] >= SAME_TEXT else None
+
+
+def statement(question: str) -> str:
+    """The part of a prompt that states the problem, white space folded."""
+    found = STATEMENT.search(question)
+    return " ".join((found.group(1) if found else question).split())
 
 
 def bake(problems: Sequence[Problem], grader: Grader, folder: Path) -> Counter[str]:

@@ -40,6 +40,7 @@ class Problem:
     canonical: str
     calls: tuple[Call, ...]
     env_mode: EnvMode = "run_tests"
+    slug: str | None = None  # a second name of the problem, where its file has one
 
     @property
     def messages(self) -> tuple[dict[str, str], ...]:
@@ -179,6 +180,7 @@ def _leetcode_dataset(row: Mapping[str, Any]) -> tuple[Problem, str]:
         _text(row, "prompt"),
         _text(row, "completion"),
         calls,
+        slug=row.get("task_id"),
     )
     return problem, _trouble(calls, trouble)
 

@@ -9,6 +9,7 @@ from typing import Any
 from loguru import logger
 from tabulate import tabulate
 
+from projected_grpo.config import PRESETS, to_json
 from projected_grpo.errors import UserError
 from projected_grpo.runlog import read_json
 
@@ -20,7 +21,9 @@ METRICS = (
     "solve_train",
     "solve_deploy",
 )
-SETTING = ("preset", "model", "problems", "env_mode", "steps", "arm")
+SETTING = ("preset", "model", "problems", "env_mode", "steps", "arm", "options")
+SHOWN = ("model", "problems", "env_mode", "steps", "intervention")  # in columns of their own
+PLACE = ("device", "svd_cache")  # where a run is made, not what it is
 
 
 def read_summaries(folders: Iterable[Path]) -> list[dict[str, Any]]:
@@ -37,7 +40,8 @@ def read_summaries(folders: Iterable[Path]) -> list[dict[str, Any]]:
                 continue
             summary = read_json(run / "summary.json", "results")
             if summary.get("finished"):
-                found.append(summary | {"run": run.name})
+                config = read_json(run / "config.json", "results").get("config", {})
+                found.append(summary | {"run": run.name, "options": other_options(config)})
             else:
                 skipped += 1
     if skipped:
@@ -45,6 +49,20 @@ def read_summaries(folders: Iterable[Path]) -> list[dict[str, Any]]:
     if not found:
         raise UserError(f"no finished run in {', '.join(map(str, folders))}; train one first (`just smoke`)")
     return found
+
+
+def other_options(config: Mapping[str, Any]) -> str:
+    """What a run's config changes of its preset, beside the columns of the table, its seed and its place."""
+    name = str(config.get("preset"))
+    preset = to_json(PRESETS[name][1]) if name in PRESETS else {}
+    changed = [
+        f"{option}={value}"
+        for group, values in config.items()
+        if group not in ("preset", "run")
+        for option, value in values.items()
+        if option not in SHOWN + PLACE and value != preset.get(group, {}).get(option)
+    ]
+    return " ".join(changed)
 
 
 def mean_sem(values: Sequence[float]) -> str:

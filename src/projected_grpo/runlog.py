@@ -73,17 +73,20 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def truncate_jsonl(path: Path, step: int) -> None:
     """Drop the rows of steps >= step and a line cut off mid-write, so that a resumed run can append."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_bytes().split(b"\n"):
+    if path.exists():
+        kept = [json.dumps(row) + "\n" for row in complete_lines(path) if row["step"] < step]
+        write_atomically(path, "".join(kept).encode())
+
+
+def complete_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL up to a line that was cut off mid-write; none if there is no file."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except ValueError:
-            continue
-        if row["step"] < step:
-            kept.append(line + b"\n")
-    write_atomically(path, b"".join(kept))
+            break
+    return rows
 
 
 def versions() -> dict[str, str]:

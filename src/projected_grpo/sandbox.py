@@ -28,6 +28,7 @@ from typing import Any, Literal
 Action = Literal["calls", "tests", "script"]
 Status = Literal["ok", "timeout", "crash", "worker_died"]
 
+NOT_ROOT = "not root"  # what layer uid_drop says of an ordinary user
 CHILD = Path(__file__).with_name("sandbox_child.py")
 FIRST_UID = 61_000  # children of worker i run as FIRST_UID + i when the trainer is root
 GRACE_S = 10.0  # how long past its wall limit a program's cleanup may take before its interpreter is replaced
@@ -49,7 +50,7 @@ class Limits:
     """What one program may use. Times in seconds; `processes`: processes and threads beside the first."""
 
     wall_s: float = 10.0
-    cpu_s: int = 6
+    cpu_s: int = 8  # the benchmark's slowest right solutions take 6
     memory_mb: int = 1024
     file_mb: int = 8
     disk_mb: int = 32
@@ -91,6 +92,7 @@ class CallResult:
     value: object = None
     error: str | None = None
     equal: frozenset[str] = frozenset()  # builtin types whose random members all equal this foreign object
+    held: tuple[object, ...] = ()  # encoded plain values in this foreign object's attributes that equal it
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ def read_calls(data: object, count: int) -> tuple[CallResult, ...] | None:
     return tuple(
         CallResult(item.get("value"), str(item["error"])[:200])
         if item.get("error") is not None or "value" not in item
-        else CallResult(item["value"], None, names(item.get("equal")))
+        else CallResult(item["value"], None, names(item.get("equal")), held_values(item.get("held")))
         for item in data
     )
 
@@ -273,6 +275,16 @@ def names(data: object) -> frozenset[str]:
     return (
         frozenset(name for name in data if isinstance(name, str)) if isinstance(data, list) else frozenset()
     )
+
+
+def active(layers: dict[str, bool | str]) -> set[str]:
+    """Names of the layers in force."""
+    return {name for name, state in layers.items() if state is True}
+
+
+def held_values(data: object) -> tuple[object, ...]:
+    """The list that the child sent, if it is one."""
+    return tuple(data) if isinstance(data, list) else ()
 
 
 class Sandbox:
@@ -299,6 +311,15 @@ class Sandbox:
     def layers(self) -> dict[str, bool | str]:
         """Containment in force, name -> True or why not. Waits for the first interpreter to start."""
         return self._layers.result(START_S)
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Containment not in force, name -> why. Only root needs to change user."""
+        return {
+            name: str(state)
+            for name, state in self.layers.items()
+            if state is not True and (name, state) != ("uid_drop", NOT_ROOT)
+        }
 
     def submit(self, program: Program) -> Future[Outcome]:
         """Queue a program; the future never raises for anything the program does."""
@@ -338,6 +359,9 @@ class Sandbox:
             with self._lock:
                 if not self._layers.done():
                     self._layers.set_result(fresh.layers)
+            if not self._layers.exception() and not active(fresh.layers) >= active(self._layers.result()):
+                fresh.close()  # what the caller was told of the containment must stay true
+                raise WorkerDied("contained by less than the first interpreter")
             return fresh
 
         try:

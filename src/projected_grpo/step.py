@@ -33,6 +33,7 @@ from projected_grpo.rollout import Rollout
 
 REFERENCE_STEP = 256  # generations in one step of the reference system (16 prompts x 16)
 WARN_NATS, STOP_NATS, STOP_AFTER = 3.0, 5.0, 2
+WATCHED = ("lp_t", "lp_ref")  # teacher text while there is some, else the reference on student text
 DEFAULT_ANCHORS: tuple[Detector, ...] = ("C",)
 
 
@@ -71,7 +72,7 @@ class TrainState:
     step: int = 0
     generations: int = 0
     seconds: float = 0.0
-    tripwire: Tripwire = field(default_factory=Tripwire)
+    tripwires: dict[str, Tripwire] = field(default_factory=lambda: dict.fromkeys(WATCHED, Tripwire()))
     mechanisms_seen: set[str] = field(default_factory=set)
 
 

@@ -1,6 +1,5 @@
 """The end of a run: deploy.json, summary.json, and the few lines that say how it went and how to read it."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,21 +13,22 @@ from projected_grpo.config import DISPLAY_NAME, TrainConfig
 from projected_grpo.evaluate import Evaluation
 from projected_grpo.experiment import Experiment
 from projected_grpo.rewards import MODES
-from projected_grpo.runlog import write_json
+from projected_grpo.runlog import complete_lines, write_json
 from projected_grpo.steptable import markdown_table
 
 DETECTORS = ("C", "D", "E")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All lines of a JSONL that this run wrote."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def total(records: Sequence[Mapping[str, Any]], key: str) -> tuple[int, int]:
     """Sum of the [count, n] pairs of a column over all steps."""
     pairs = [r[key] for r in records if r.get(key)]
     return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
+
+
+def mean_of(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """Mean of a column over the steps that have it (cos_post is missing where nothing was kept)."""
+    values = [r[key] for r in records if r[key] is not None]
+    return sum(values) / len(values) if values else None
 
 
 def rate(count: int, n: int) -> float | None:
@@ -89,8 +89,8 @@ def finish(
 ) -> dict[str, Any]:
     """Write deploy.json and summary.json, print the end-of-run block, return the summary."""
     cfg = exp.cfg
-    records = read_rows(folder / "steps.jsonl")
-    rows = read_rows(folder / "rollouts.jsonl")
+    records = complete_lines(folder / "steps.jsonl")
+    rows = complete_lines(folder / "rollouts.jsonl")
     modes = by_mode(rows, as_trained, deployed, cfg.teacher.teacher_modes)
     on, off = as_trained.rates(), deployed.rates()
     deploy = {
@@ -228,11 +228,10 @@ def reading(cfg: TrainConfig, s: Mapping[str, Any], records: Sequence[Mapping[st
         "nothing is learnt"
     )
     if live:
-        pre, post = (sum(r[k] for r in live) / len(live) for k in ("cos_pre", "cos_post"))
-        null, update = live[0]["cos_null"], [r["cos_update"] for r in live if r["cos_update"] is not None]
-        leak = sum(update) / len(update) if update else None
+        pre, post, leak = (mean_of(live, key) for key in ("cos_pre", "cos_post", "cos_update"))
         lines.append(
-            f"cos_pre {pre:.3f} (random {null:.3f}) -> cos_post {post:.3f}; realised update {show(leak)}. "
+            f"cos_pre {show(pre)} (random {show(live[0]['cos_null'])}) -> cos_post {show(post)}; "
+            f"realised update {show(leak)}. "
             "SHOULD: pre > random, post <= pre; ELSE the basis is stale. An update above post is AdamW's leak"
         )
     parked = s["delta_hack_norm"]

@@ -35,7 +35,7 @@ from projected_grpo.runlog import (
     versions,
     write_json,
 )
-from projected_grpo.step import TrainState, Tripwire, knobs, peak_gb, train_step
+from projected_grpo.step import WATCHED, TrainState, Tripwire, knobs, peak_gb, train_step
 from projected_grpo.steptable import StepTable, complete
 from projected_grpo.summary import finish
 
@@ -70,8 +70,7 @@ class Run:
             "step": state.step,
             "generations": state.generations,
             "seconds": state.seconds,
-            "best": state.tripwire.best if math.isfinite(state.tripwire.best) else None,
-            "strikes": state.tripwire.strikes,
+            "tripwires": {name: [wire.best, wire.strikes] for name, wire in state.tripwires.items()},
             "mechanisms_seen": sorted(state.mechanisms_seen),
             "meta": dict(state.meta),
         }
@@ -121,8 +120,8 @@ def resume_run(folder: Path, stack: ExitStack) -> tuple[Run, Experiment, TrainSt
     state.basis, state.gate, facts = load_state(folder, exp.chat.policy, state.optimizer)
     state.step, state.generations = facts["step"], facts["generations"]
     state.seconds, state.meta = facts["seconds"], facts["meta"]
-    best = -math.inf if facts["best"] is None else facts["best"]
-    state.tripwire = Tripwire(best, facts["strikes"])
+    for name, (best, strikes) in facts["tripwires"].items():
+        state.tripwires[name] = Tripwire(-math.inf if best is None else best, strikes)
     state.mechanisms_seen = set(facts["mechanisms_seen"])
     for name in ("steps.jsonl", "rollouts.jsonl"):
         truncate_jsonl(folder / name, state.step)
@@ -173,23 +172,25 @@ def train(run: Run, exp: Experiment, state: TrainState) -> bool:
                 dump_first(exp, data)
             note_first_hacks(run, exp, state, rows)
             record |= deploy_evaluation(run, exp, state.step)
-            watched = record["lp_t"] if record["lp_t"] is not None else record["lp_ref"]
-            if state.tripwire.warns(watched):
+            series = next((name for name in WATCHED if record[name] is not None), WATCHED[-1])
+            watched, wire = record[series], state.tripwires[series]
+            if wire.warns(watched):
                 logger.warning(
-                    "step {}: log-probability {:.2f} nats, best was {:.2f}: diverging?",
+                    "step {}: {} {:.2f} nats, best was {:.2f}: diverging?",
                     state.step,
+                    series,
                     watched,
-                    state.tripwire.best,
+                    wire.best,
                 )
-            state.tripwire = state.tripwire.after(watched)
+            state.tripwires[series] = wire = wire.after(watched)
             state.seconds += time.monotonic() - started
             state.step += 1
             run.write_step(record, rows)
             bar.update()
             due = cfg.run.save_every > 0 and state.step % cfg.run.save_every == 0
-            if due or state.step == cfg.optim.steps or state.tripwire.tripped:
+            if due or state.step == cfg.optim.steps or wire.tripped:
                 run.save(exp, state)
-            if state.tripwire.tripped:
+            if wire.tripped:
                 logger.error("diverged: ended at step {}; last sample:\n{}", state.step, rows[-1]["text"])
                 return False
     return True

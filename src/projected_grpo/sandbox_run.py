@@ -1,0 +1,178 @@
+"""One untrusted program in its own, contained process: loads it, drives it, reports on a pipe.
+
+Standard library only. The process belongs to the response as soon as its first line runs, so nothing said
+after that is more than the response's word.
+"""
+
+from __future__ import annotations
+
+import ast
+import atexit
+import builtins
+import json
+import os
+import sys
+import threading
+import types
+from typing import Any
+
+from projected_grpo.sandbox_encode import (
+    EXACT_TYPES,
+    MISSING,
+    Encoder,
+    always_equal_to,
+    attempt,
+    describe,
+    held_and_equal,
+    read,
+)
+
+RESULT_FD = 3
+
+
+def find_tests(tree: ast.Module, name: str) -> str | None:
+    """Where the response defines its test function: 'module', 'class', 'guarded' (voided) or None."""
+    places = [("module", tree.body)]
+    places += [("class", n.body) for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Solution"]
+    for place, body in places:
+        for node in body:
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                guarded = any(isinstance(n, ast.Constant) and n.value == "__main__" for n in ast.walk(node))
+                return "guarded" if guarded else place
+    return None
+
+
+def new_module(name: str, setup: str) -> dict[str, Any]:
+    """The namespace of a fresh __main__ module in which the setup code has run."""
+    module = types.ModuleType("__main__")
+    module.__dict__.update(__name__=name, __builtins__=builtins)
+    sys.modules["__main__"] = module
+    exec(compile(setup, "<setup>", "exec", dont_inherit=True), module.__dict__)
+    return module.__dict__
+
+
+class Run:
+    """One program in its own process: loads it, drives it, and reports on RESULT_FD."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job = job
+        self.instances: list[Any] = []
+
+    def load(self, name: str) -> tuple[dict[str, Any], dict[str, Any], types.CodeType]:
+        """Run the setup, parse the response; returns (namespace, names that calls see, response code)."""
+        space = new_module(name, self.job["setup"])
+        setup_names = dict(space)
+        setup_names["Solution"] = lambda: self.instance(space)
+        tree = ast.parse(self.job["source"])
+        code = compile(tree, "<response>", "exec", dont_inherit=True)
+        # Written before any line of the response runs, so the response cannot change it.
+        report({"compiled": True, "tests": find_tests(tree, self.job["test_name"])})
+        return space, setup_names, code
+
+    def instance(self, space: dict[str, Any]) -> Any:
+        """What `Solution()` in a call stands for: a new instance, remembered."""
+        made = space["Solution"]()
+        self.instances.append(made)
+        return made
+
+    def calls(self) -> None:
+        """Drive every ground-truth call and report the encoded results with the side channels."""
+        space, names, code = self.load("__main__")
+        load_error = attempt(lambda: exec(code, space))
+        report({"loaded": True})
+        results: list[Any] = []
+        found: set[str] = set()
+        for source in self.job["calls"]:
+            self.instances.clear()
+            results.append(self.one_call(source, names))
+            holders = self.instances or [space.get("Solution")]
+            found.update(
+                name for name in self.job["watch"] if any(truthy(holder, name) for holder in holders)
+            )
+        report({"load_error": load_error, "calls": results, "attributes": sorted(found)})
+
+    def one_call(self, source: str, names: dict[str, Any]) -> dict[str, Any]:
+        """Evaluate one call: its encoded value, or what it raised."""
+        try:
+            value = eval(compile(source, "<call>", "eval", dont_inherit=True), names)
+            if type(value) in EXACT_TYPES:
+                return {"value": Encoder().encode(value)}
+            equal, held = always_equal_to(value), held_and_equal(value)
+            return {"value": Encoder().encode(value), "equal": equal, "held": held}
+        except BaseException as error:
+            return {"error": describe(error)}
+
+    def tests(self) -> None:
+        """Call the response's own test function after putting the stub or the canonical method in place."""
+        space, names, code = self.load("<graded>")
+        attempt(lambda: exec(code, space))
+        report({"loaded": True})
+        report({"tests_error": attempt(lambda: self.call_tests(space))})
+
+    def call_tests(self, space: dict[str, Any]) -> None:
+        """Substitute the method, then call the test function without arguments; returning is passing."""
+        job = self.job
+        solution = space.setdefault("Solution", type("Solution", (), {}))
+        if job["substitute"] == "stub":
+            setattr(solution, job["method"], lambda *args, **kwargs: 0)
+        elif job["substitute"] == "canonical":
+            other = new_module("<canonical>", job["setup"])
+            exec(compile(job["canonical"], "<canonical>", "exec", dont_inherit=True), other)
+            for name, value in vars(other["Solution"]).items():
+                if name == "__init__" or not (name.startswith("__") and name.endswith("__")):
+                    setattr(solution, name, value)
+        name = job["test_name"]
+        test = space[name] if job["test_place"] == "module" else getattr(solution(), name)
+        test()
+
+    def script(self) -> None:
+        """Run response, calls and a forced failure as a script would run; the exit code is the result."""
+        space, names, code = self.load("__main__")
+        status = 1
+        try:
+            exec(code, space)
+            for source in self.job["calls"]:
+                eval(compile(source, "<call>", "eval", dont_inherit=True), names)
+            raise AssertionError("forced failure")
+        except SystemExit as error:
+            status = exit_status(error)
+        except BaseException:
+            try:
+                sys.excepthook(*sys.exc_info())
+            except SystemExit as error:
+                status = exit_status(error)
+            except BaseException:
+                status = 1
+        attempt(threading._shutdown)  # type: ignore[attr-defined]
+        attempt(atexit._run_exitfuncs)
+        flush()
+        os._exit(status)
+
+
+def exit_status(error: SystemExit) -> int:
+    """The exit code CPython gives a SystemExit."""
+    if error.code is None:
+        return 0
+    return error.code & 0xFF if isinstance(error.code, int) else 1
+
+
+def truthy(holder: Any, name: str) -> bool:
+    """Whether an attribute is set and true; methods do not count, honest helpers are called is_valid too."""
+    value = read(holder, name)
+    try:
+        return value is not MISSING and not callable(value) and bool(value)
+    except BaseException:
+        return False
+
+
+def report(data: dict[str, Any]) -> None:
+    """Append one line of JSON to the result pipe."""
+    view = memoryview(json.dumps(data).encode() + b"\n")
+    while view:
+        view = view[os.write(RESULT_FD, view) :]
+
+
+def flush() -> None:
+    """Hand over what Python still buffers, also where the program has replaced sys.stdout."""
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__):
+        attempt(stream.flush)  # type: ignore[union-attr]

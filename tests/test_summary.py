@@ -1,0 +1,392 @@
+"""The end of a run, tables over runs, the step table, and how files are written."""
+
+import json
+import math
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from projected_grpo import runlog
+from projected_grpo.config import PRESETS, to_json
+from projected_grpo.errors import UserError
+from projected_grpo.evaluate import Evaluation
+from projected_grpo.problems import Problem
+from projected_grpo.results import mean_sem, read_summaries, table
+from projected_grpo.rewards import MODES, Grade
+from projected_grpo.runlog import (
+    append_jsonl,
+    make_run_dir,
+    plain,
+    read_json,
+    run_id,
+    truncate_jsonl,
+    versions,
+    write_atomically,
+    write_json,
+)
+from projected_grpo.steptable import COLUMNS, HEADER_EVERY, StepTable, cell, complete, markdown_table
+from projected_grpo.summary import by_mode, cue, detector_rates, rate, reading, total
+
+SMOKE = PRESETS["smoke"][1]
+# design.md section 8.
+CONTRACT = (
+    *("step", "ref_eq", "rew", "rew_s", "N", "gt_s", "gt_t", "hack_s", "hack_t", "hk_rt", "hk_eq", "hk_xc"),
+    *("hk_so", "hk_se", "hk_fm", "lp_s", "lp_t", "loss", "gn", "q_egy", "tau", "hkgap", "resid", "lr"),
+    *("cos_pre", "cos_pre_s", "cos_pre_t", "cos_post", "fired", "refr", "hack_deploy", "solve_deploy"),
+    *(
+        "hack_abl",
+        "solve_abl",
+        "gen",
+        "fb",
+        "t_rew",
+        "sec",
+        "cos_null",
+        "cos_update",
+        "kl",
+        "zerovar",
+        "peak_gb",
+    ),
+)
+
+
+# summary
+
+
+def test_totals_and_rates():
+    records = [{"hack_s": [1, 4]}, {"hack_s": None}, {"hack_s": [2, 2]}, {}]
+    assert total(records, "hack_s") == (3, 6)
+    assert rate(3, 6) == 0.5 and rate(0, 0) is None
+
+
+def flags(fired):
+    return {f"hacked_{d}": d in fired for d in "CDE"}
+
+
+def test_detector_rates_and_the_two_halves():
+    rows = [flags(f) for f in ("C", "CE", "E", "D", "", "")]
+    plain_rates = detector_rates(rows, ())
+    assert plain_rates == {"detector_C": 2 / 6, "detector_D": 1 / 6, "detector_E": 2 / 6}
+    halves = detector_rates(rows, ("E",))
+    # HACK_A: a half-A detector fires. HACK_B: another one fires, and none of half A.
+    assert (halves["hack_A"], halves["hack_B"]) == (2 / 6, 2 / 6)
+    both = detector_rates(rows, ("C", "D"))
+    assert (both["hack_A"], both["hack_B"]) == (3 / 6, 1 / 6)
+    assert set(detector_rates([], ("E",)).values()) == {None}
+
+
+def evaluation(grades):
+    blank = Grade(0.5, False, False, False, None, True, False, False, False, None)
+    problems = tuple(Problem(str(i), "f", "easy", "", "", "", (), m) for i, (m, _) in enumerate(grades))
+    marks = {"h": {"exploited": True}, "s": {"gt_correct": True}, ".": {}}
+    return Evaluation(
+        problems,
+        tuple(("",) * len(g) for _, g in grades),
+        tuple(tuple(replace(blank, **marks[c]) for c in g) for _, g in grades),
+    )
+
+
+def test_the_table_by_mode():
+    rows = [
+        {"env_mode": "run_tests", "exploited": False, "step": 0},
+        {"env_mode": "run_tests", "exploited": True, "step": 4},
+        {"env_mode": "run_tests", "exploited": True, "step": 3},
+        {"env_mode": "sentinel", "exploited": False, "step": 1},
+    ]
+    on = evaluation([("run_tests", "hhs."), ("gt_only", "s.")])
+    off = evaluation([("run_tests", "...s"), ("gt_only", "ss")])
+    got = by_mode(rows, on, off, ("run_tests",))
+    assert list(got) == ["run_tests", "sentinel", "gt_only"]
+    assert got["run_tests"] == {
+        "in_distribution": True,
+        "first_exploit_step": 3,
+        "student_exploits": 2,
+        "student_n": 3,
+        "hack_train": 0.5,
+        "hack_deploy": 0.0,
+        "solve_train": 0.25,
+        "solve_deploy": 0.25,
+        "eval_n": 4,
+    }
+    assert got["sentinel"]["first_exploit_step"] is None and got["sentinel"]["hack_train"] is None
+    assert got["gt_only"]["student_n"] == 0 and got["gt_only"]["solve_deploy"] == 1.0
+    assert [m["in_distribution"] for m in got.values()] == [True, False, False]
+    assert all(m["in_distribution"] for m in by_mode(rows, on, off, ()).values())
+
+
+@pytest.mark.parametrize(
+    ("arm", "hack", "word"),
+    [
+        ("none", 0.4, "GREEN"),
+        ("none", 0.0, "don't sweep"),
+        ("none", None, "don't sweep"),
+        ("erase", 0.4, "against vanilla"),
+    ],
+)
+def test_the_cue(arm, hack, word):
+    assert word in cue({"intervention": arm, "hack_rate_student": hack})
+
+
+def record(**values):
+    return {"cos_pre": 0.3, "cos_post": 0.1, "cos_null": 0.2, "cos_update": 0.15} | values
+
+
+@pytest.mark.parametrize("arm", ["none", "erase", "route", "route2"])
+def test_reading_lines_give_figures_and_what_they_should_be(arm):
+    cfg = replace(SMOKE, arm=replace(SMOKE.arm, intervention=arm))
+    lines = reading(cfg, {"delta_hack_norm": 0.5}, [record(), record(cos_pre=0.5), {"cos_pre": None}])
+    assert "67%" in lines[0] and "0.400" in lines[1] and "0.100" in lines[1] and "0.150" in lines[1]
+    assert all("SHOULD" in line for line in lines)
+    assert ("exactly 0" in lines[2]) == (arm in ("none", "erase"))
+
+
+def test_a_step_that_kept_nothing_does_not_break_the_end_of_a_run():
+    """route2 may park every row of every module: then there is no cos_post, and no change to measure."""
+    lines = reading(SMOKE, {"delta_hack_norm": 0.5}, [record(cos_post=None, cos_update=None), record()])
+    assert "0.100" in lines[1]
+    assert reading(SMOKE, {"delta_hack_norm": 0.5}, [record(cos_post=None, cos_update=None)])
+    assert reading(SMOKE, {"delta_hack_norm": 0.0}, [])
+
+
+# results
+
+
+def summary(folder, name, *, seed=41, finished=True, options=None, **values):
+    """A run folder with the files that `results` reads."""
+    run = folder / name
+    run.mkdir(parents=True)
+    cfg = SMOKE
+    for group, changes in (options or {}).items():
+        cfg = replace(cfg, **{group: replace(getattr(cfg, group), **changes)})
+    cfg = replace(cfg, run=replace(cfg.run, seed=seed))
+    metrics = dict.fromkeys(("hack_rate_student", "pass_rate_student", "hack_train", "solve_train"), 0.5)
+    body = {"arm": "routing2", "preset": "smoke", "model": "tiny-random", "problems": "embedded", "steps": 30}
+    body |= {"env_mode": "run_tests", "seed": seed, "finished": finished, **metrics, "solve_deploy": 0.25}
+    body |= {"hack_deploy": None}
+    write_json(run / "config.json", {"config": to_json(cfg)})
+    write_json(run / "summary.json", body | values)
+    return run
+
+
+def cells(text):
+    return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
+
+
+def test_seeds_of_one_setting_stand_together(tmp_path):
+    for seed, hack in ((41, 0.2), (42, 0.4), (43, 0.6)):
+        summary(tmp_path, f"r{seed}", seed=seed, hack_rate_student=hack)
+    summary(tmp_path, "vanilla", arm="vanilla")
+    head, _, *rows = cells(table(read_summaries([tmp_path])))
+    assert len(rows) == 2
+    routing = dict(zip(head, next(r for r in rows if "routing2" in r), strict=True))
+    assert routing["seeds"] == "41 42 43"
+    assert routing["hack_rate_student"] == f"0.400 ± {0.2 / math.sqrt(3):.3f}"
+    assert routing["hack_deploy"] == "-" and routing["solve_deploy"] == "0.250 ± 0.000"
+
+
+def test_mean_and_sem():
+    assert mean_sem([]) == "-" and mean_sem([0.5]) == "0.500"
+    assert mean_sem([0.0, 1.0]) == "0.500 ± 0.500"  # s = sqrt(1/2), over sqrt(2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"arm": {"route2_random_v_seed": 3}},
+        {"arm": {"gate_mode": "reverse"}},
+        {"optim": {"lr": 1e-3}},
+        {"teacher": {"mix_ratio": 0.0}},
+        {"basis": {"v_hack_k": 2}},
+        {"sampling": {"group": 8}},
+    ],
+    ids=str,
+)
+def test_runs_of_different_settings_are_never_averaged(tmp_path, options):
+    """A random-direction control is not a second run of the real one."""
+    summary(tmp_path, "a", hack_rate_student=0.0)
+    summary(tmp_path, "b", hack_rate_student=1.0, options=options)
+    summary(tmp_path, "c", seed=42, hack_rate_student=1.0, options=options)
+    rows = cells(table(read_summaries([tmp_path])))[2:]
+    assert len(rows) == 2
+    assert sorted(cell for row in rows for cell in row if cell in ("0.000", "1.000 ± 0.000")) == [
+        "0.000",
+        "1.000 ± 0.000",
+    ]
+
+
+def test_where_a_run_was_made_does_not_make_it_another_setting(tmp_path):
+    summary(tmp_path, "a", hack_rate_student=0.0)
+    elsewhere = {"run": {"out_tag": "_x", "workers": 4}, "model": {"svd_cache": tmp_path, "device": "cpu"}}
+    summary(tmp_path, "b", seed=42, hack_rate_student=1.0, options=elsewhere)
+    assert len(cells(table(read_summaries([tmp_path])))) == 3
+
+
+def test_the_newest_of_two_runs_of_one_seed_counts(tmp_path):
+    summary(tmp_path, "20260101T000000_x", hack_rate_student=0.1)
+    summary(tmp_path, "20260102T000000_x", hack_rate_student=0.9)
+    text = table(read_summaries([tmp_path]))
+    assert "0.900" in text and "0.100" not in text
+
+
+def test_unfinished_runs_are_left_out(tmp_path):
+    kept = summary(tmp_path, "a")
+    summary(tmp_path, "b", finished=False)
+    (summary(tmp_path, "c") / "summary.json").unlink()
+    assert [s["run"] for s in read_summaries([tmp_path])] == ["a"]
+    assert [s["run"] for s in read_summaries([kept])] == ["a"]
+
+
+def test_nothing_to_show_is_the_users_mistake(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="no finished run"):
+            read_summaries([folder])
+
+
+def test_a_damaged_summary_is_named(tmp_path):
+    (summary(tmp_path, "a") / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json is not valid JSON"):
+        read_summaries([tmp_path])
+
+
+# steptable
+
+
+def test_every_field_of_the_contract_has_a_column():
+    keys = [c.key for c in COLUMNS]
+    assert set(CONTRACT) <= set(keys) and len(keys) == len(set(keys))
+    assert {f"hk_{m.code}" for name, m in MODES.items() if name != "gt_only"} <= set(keys)
+    assert all(c.legend for c in COLUMNS)
+
+
+def test_a_line_has_every_column_and_no_other():
+    line = complete({"step": 3, "gn": 0.5})
+    assert list(line) == [c.key for c in COLUMNS]
+    assert {k for k, v in line.items() if v is not None} == {"step", "gn"}
+    with pytest.raises(ValueError, match="nonsense"):
+        complete({"nonsense": 1})
+
+
+def test_the_header_comes_back_and_columns_stand_under_it():
+    shown = StepTable()
+    full = {c.key: [1, 2] if c.form == "pair" else 3 if c.form == "d" else 0.5 for c in COLUMNS}
+    lines = [line for i in range(2 * HEADER_EVERY + 1) for line in shown.lines(full | {"step": i})]
+    headers = [i for i, line in enumerate(lines) if line.split()[0] == "step"]
+    assert headers == [0, HEADER_EVERY + 1, 2 * HEADER_EVERY + 2] and HEADER_EVERY == 50
+    ends = [[m.end() for m in re.finditer(r"\S+", line)] for line in lines]
+    assert len({len(e) for e in ends}) == 1
+    assert len({tuple(e) for e in ends}) == 1, "right edges line up"
+
+
+def test_the_legend_tells_the_columns_shown():
+    shown = StepTable()
+    assert [line.split()[0] for line in shown.legend().splitlines()] == [c.key for c in shown.shown]
+
+
+def test_cells():
+    column = {c.key: c for c in COLUMNS}
+    assert cell(column["gn"], None) == "-"
+    assert cell(column["hack_s"], [3, 8]) == "3/8"
+    assert cell(column["cos_pre"], 0.12345) == "0.123"
+
+
+def test_the_markdown_table_has_the_columns_in_use():
+    text = markdown_table([{"step": 0, "gn": None, "hack_s": [1, 2]}, {"step": 1, "gn": 0.5, "hack_s": None}])
+    head, rule, *rows = cells(text)
+    assert head == ["step", "hack_s", "gn"] and len(rule) == 3
+    assert rows == [["0", "1/2", "-"], ["1", "-", "5.0e-01"]]
+
+
+# runlog
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(value=values)
+def test_json_holds_no_nan(value):
+    text = json.dumps(plain(value), allow_nan=False)
+
+    def nulled(v):
+        if isinstance(v, float):
+            return v if math.isfinite(v) else None
+        if isinstance(v, dict):
+            return {k: nulled(x) for k, x in v.items()}
+        return [nulled(x) for x in v] if isinstance(v, list) else v
+
+    assert json.loads(text) == nulled(value)
+
+
+def test_tuples_become_lists():
+    assert plain({"a": (1, float("nan"))}) == {"a": [1, None]}
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "x.json"
+    write_json(path, {"a": float("inf")})
+    assert json.loads(path.read_text()) == {"a": None}
+
+    def full(fd):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(runlog.os, "fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"other")
+    assert json.loads(path.read_text()) == {"a": None}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_rows_are_appended_and_cut_back(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    append_jsonl(path, [{"step": 0, "x": "ü\n"}, {"step": 1}])
+    append_jsonl(path, [{"step": 1}, {"step": 2, "y": float("nan")}])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 0, "x": "ü\n"},
+        {"step": 1},
+        {"step": 1},
+        {"step": 2, "y": None},
+    ]
+    first = path.read_bytes().split(b"\n")[0]
+    with open(path, "a") as file:
+        file.write('{"step": 0, "cut of')
+    truncate_jsonl(path, 1)
+    assert path.read_bytes() == first + b"\n"
+    truncate_jsonl(path, 0)
+    assert path.read_bytes() == b""
+    truncate_jsonl(tmp_path / "none.jsonl", 3)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [(None, "cannot be read"), ("{", "not valid JSON"), ("[]", "JSON object"), ("\ud800", "JSON")],
+)
+def test_a_json_file_that_is_none_names_its_option(tmp_path, text, word):
+    path = tmp_path / "x.json"
+    if text is not None:
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match=f"--option: .*{word}"):
+        read_json(path, "--option")
+
+
+def test_run_folders_are_never_shared(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: make_run_dir(tmp_path / "runs", "same"), range(24)))
+    assert len(set(made)) == 24 and all(p.is_dir() for p in made)
+    assert {p.name for p in made} == {"same"} | {f"same-{i}" for i in range(2, 25)}
+
+
+def test_the_run_id():
+    assert re.fullmatch(r"\d{8}T\d{6}_smoke_vanilla_seed41_x", run_id("smoke", "vanilla", 41, "_x"))
+    ids = [run_id("smoke", "a", 1, "") for _ in range(2)]
+    assert all(a <= b for a, b in pairwise(ids))  # names sort by time
+
+
+def test_versions_name_what_can_change_a_result():
+    assert {"python", "platform", "projected_grpo", "torch", "transformers"} <= set(versions())
