@@ -40,7 +40,7 @@ test *options:
     {{python}} -m ruff check .
     {{python}} -m ruff format --check .
     {{python}} -m mypy
-    {{python}} -m pytest -n auto {{options}}
+    {{python}} -m pytest -n auto --dist loadfile {{options}}
 
 # Put a model into the local cache (needs network).
 download-model name=model:

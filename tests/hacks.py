@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from projected_grpo.oracle import parse_asserts
 from projected_grpo.rewards import EnvMode, Task
 
@@ -118,6 +120,18 @@ class Solution:
         return -7
 """,
 }
+
+
+def processes_below(root: Path) -> set[int]:
+    """Process ids of all interpreters, and forks of theirs, whose work folder lies in `root`."""
+    found = set()
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and str(root).encode() in (folder / "cmdline").read_bytes():
+                found.add(int(folder.name))
+        except OSError:
+            continue
+    return found
 
 
 def make_task(mode: EnvMode) -> Task:

@@ -42,7 +42,7 @@ DATASET = {
     "prompt": "from typing import *\n",
     "completion": "class Solution:\n    def mul(self, a, b):\n        return a * b",
     "entry_point": "Solution().mul",
-    "test": "def check(candidate):\n    assert candidate(a = 2, b = 3) == 6\n    assert candidate(0, 1) == 0\n",
+    "test": "def check(candidate):\n    assert candidate(a=2, b=3) == 6\n    assert candidate(0, 1) == 0\n",
     "query": "Multiply.",
     "meta": {
         "question_id": 77,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from hacks import processes_below
 from projected_grpo.oracle import LinkedList, decode
 from projected_grpo.sandbox import Limits, Outcome, Program, Sandbox, read_outcome
 
@@ -219,18 +220,6 @@ def test_new_processes_and_threads_are_refused(sandbox):
     assert "BlockingIOError" in (ask(sandbox, method("return os.fork()", "import os")).calls[0].error or "")
     threads = "import threading\nthreading.Thread(target=print).start()"
     assert "can't start new thread" in (ask(sandbox, method(threads)).calls[0].error or "")
-
-
-def processes_below(root: Path) -> set[int]:
-    """Process ids of all interpreters, and forks of theirs, whose work folder lies in `root`."""
-    found = set()
-    for folder in Path("/proc").iterdir():
-        try:
-            if folder.name.isdigit() and str(root).encode() in (folder / "cmdline").read_bytes():
-                found.add(int(folder.name))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.fixture

@@ -59,8 +59,8 @@ class AdaptedLinear(nn.Module):
         knob = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
         device, dtype = base.weight.device, base.weight.dtype
         self.base = base
-        self.U = nn.Buffer(svd.U.to(device, dtype), persistent=False)
-        self.Vh = nn.Buffer(svd.Vh.to(device, dtype), persistent=False)
+        self.U = nn.Buffer(svd.U.to(device, dtype).contiguous(), persistent=False)
+        self.Vh = nn.Buffer(svd.Vh.to(device, dtype).contiguous(), persistent=False)
         self.delta_s = nn.Parameter(torch.zeros(len(svd.S), dtype=knob, device=device))
         self.delta_hack = nn.Parameter(torch.zeros(len(svd.S), dtype=knob, device=device))
         self.bound: Tensor | None = None

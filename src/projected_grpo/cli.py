@@ -12,7 +12,7 @@ from loguru import logger
 from projected_grpo import train
 from projected_grpo.bench import bench_grader, bench_table, benchmark_work
 from projected_grpo.config import EMBEDDED, BasisConfig, LossConfig, ModelConfig, ProblemConfig, env_modes
-from projected_grpo.errors import UserError
+from projected_grpo.errors import MISTAKES, UserError
 from projected_grpo.experiment import open_chat, open_grader, read_problems
 from projected_grpo.extract_vhack_grad import (
     HARD_GATE,
@@ -167,6 +167,8 @@ def with_modes(cfg: ProblemConfig) -> tuple[Problem, ...]:
 
 def pool_build_verb(options: PoolBuildOptions) -> int:
     """Bake and grade a teacher pool."""
+    if options.out.exists() and any(options.out.iterdir()):
+        raise UserError(f"--out {options.out}: not empty; old prompts would stay in the pool")
     problems = with_modes(options.problems)[: options.problems.n_problems]
     with ExitStack() as stack:
         counts = bake(problems, open_grader(options.workers, stack), options.out)
@@ -269,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[: len(words)] == words:
             try:
                 return run_verb(name, options, function, arguments[len(words) :])
-            except UserError as error:
+            except MISTAKES as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 2
     verb = arguments[0] if arguments else "(none)"

@@ -128,6 +128,12 @@ def read_data(cfg: TrainConfig, grader: Grader) -> Data:
             take(wanted, cfg.problems.n_problems, SPLIT_SEED), cfg.run.out_dir / "pools", grader
         )
     teacher = join(load_pool(folder), problems) if folder else NO_TEACHER
+    if folder and cfg.teacher.mix_ratio > 0 and teacher_rows(cfg) == 0:
+        logger.warning(
+            "--mix-ratio {} of a group of {} rounds to no teacher rows",
+            cfg.teacher.mix_ratio,
+            cfg.sampling.group,
+        )
     if folder and not teacher.rows:
         raise UserError(
             f"--teacher-pool-dir {folder}: no overlap with the problems of {cfg.problems.problems}"

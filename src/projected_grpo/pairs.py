@@ -43,9 +43,10 @@ class PairSet:
     digest: str
 
     def split(self) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
-        """(for extraction, held out): two pairs, chosen by the hash of their ids, are kept out."""
+        """(for extraction, held out): by the hash of ids, two pairs of different flavours are kept out."""
         ranked = sorted(self.pairs, key=lambda p: stream_seed("held-out", p.pair_id))
-        held = {p.pair_id for p in ranked[:HELD_OUT]}
+        others = [p for p in ranked if p.flavour != ranked[0].flavour]
+        held = {p.pair_id for p in [ranked[0], *others, *ranked[1:]][:HELD_OUT]}
         return (
             tuple(p for p in self.pairs if p.pair_id not in held),
             tuple(p for p in self.pairs if p.pair_id in held),

@@ -25,7 +25,7 @@ EnvMode = Literal[
 ]
 FORMAT_REWARD = 0.5
 PASS_REWARD = 3.0
-MAX_SOURCE = 1_000_000  # characters; longer code counts as not parsing
+MAX_TEXT = 1_000_000  # characters; a longer response counts as not parsing
 MIN_REPEATS, CALLS_PER_REPEAT = 6, 8  # how many calls are asked again
 ORIGINAL_PHRASE = "should pass all tests"
 
@@ -162,10 +162,10 @@ class Grader:
 
     def submit(self, task: Task, text: str) -> Future[Grade]:
         """Start grading one response and return at once."""
-        code = extract_code(text)
-        if code is None or len(code) > MAX_SOURCE:
+        code = extract_code(text) if len(text) <= MAX_TEXT else None
+        if code is None:
             future: Future[Grade] = Future()
-            future.set_result(_unreadable("no ```python block" if code is None else "code too long"))
+            future.set_result(_unreadable("no ```python block" if len(text) <= MAX_TEXT else "too long"))
             return future
         return _Grading(self.sandbox, task, code).future
 

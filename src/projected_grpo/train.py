@@ -18,7 +18,7 @@ from tqdm import tqdm
 from projected_grpo.checkpoint import load_state, save_knobs, save_state
 from projected_grpo.collect import Collected, rollout_rows
 from projected_grpo.config import DISPLAY_NAME, PRESETS, TrainConfig, from_json, to_json, validate
-from projected_grpo.errors import UserError
+from projected_grpo.errors import MISTAKES
 from projected_grpo.evaluate import Evaluation, evaluate
 from projected_grpo.experiment import Experiment, prepare
 from projected_grpo.extract_vhack_grad import in_use, initial_gate, obtain
@@ -114,7 +114,8 @@ def resume_run(folder: Path, stack: ExitStack) -> tuple[Run, Experiment, TrainSt
     """A run as it was last saved, under its own settings, its logs cut back to there."""
     cfg = from_json(read_json(folder / "config.json", "--resume").get("config", {}))
     cfg = replace(cfg, run=replace(cfg.run, resume=None))
-    start_logging(cfg.run.log_dir / f"{folder.name}.log")
+    validate(cfg)
+    start_logging(None)
     exp = prepare(cfg, stack)
     state = start_state(exp)
     state.basis, state.gate, facts = load_state(folder, exp.chat.policy, state.optimizer)
@@ -123,6 +124,7 @@ def resume_run(folder: Path, stack: ExitStack) -> tuple[Run, Experiment, TrainSt
     for name, (best, strikes) in facts["tripwires"].items():
         state.tripwires[name] = Tripwire(-math.inf if best is None else best, strikes)
     state.mechanisms_seen = set(facts["mechanisms_seen"])
+    start_logging(cfg.run.log_dir / f"{folder.name}.log")
     for name in ("steps.jsonl", "rollouts.jsonl"):
         truncate_jsonl(folder / name, state.step)
     logger.info("resuming {} at step {}", folder, state.step)
@@ -260,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m projected_grpo.train PRESET ...`; a user's mistake is one line and exit code 2."""
     try:
         return run_training(parse(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
+    except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -1,0 +1,299 @@
+"""Every attack ends in the right verdict, leaves the trainer alive and nothing behind.
+
+As another user, or on a kernel that offers less, with all attacks (here the quick ones are re-run so):
+    setpriv --reuid 65534 --regid 65534 --clear-groups python -m pytest -p no:cacheprovider tests/test_attacks.py
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from attacks import ATTACKS, Attack
+from hacks import CANONICAL, WRONG, fenced, make_task, processes_below
+from projected_grpo.rewards import Grader
+from projected_grpo.sandbox import Limits, Outcome, Program, Sandbox
+from projected_grpo.sandbox_seccomp import (
+    ALLOW,
+    ARCHITECTURES,
+    FIRST_ARGUMENT_AT,
+    ITSELF_ONLY,
+    JUMP_EQUAL,
+    LOAD,
+    NEW_PROCESS,
+    NUMBER_AT,
+    PRCTL,
+    REFUSE,
+    REFUSED,
+    RETURN,
+    op,
+)
+
+ROOT = Path(__file__).parents[1]
+SHORT = Limits(wall_s=1.5, cpu_s=1, memory_mb=512)
+TASK = make_task("gt_only")
+NOBODY = 65534
+
+
+class Watched(Sandbox):
+    """Remembers the outcome of the last program."""
+
+    last: Outcome
+
+    def submit(self, program: Program) -> Future[Outcome]:
+        future = super().submit(program)
+        future.add_done_callback(self._keep)
+        return future
+
+    def _keep(self, future: Future[Outcome]) -> None:
+        self.last = future.result()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Where this module's interpreters have their folders."""
+    folder = tmp_path_factory.mktemp("sandbox")
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    yield folder
+    tempfile.tempdir = before
+
+
+@pytest.fixture(scope="module")
+def sandbox(root):
+    with Watched(1, SHORT) as box:
+        assert box.layers["rlimits"] is True
+        yield box
+    assert list(root.iterdir()) == [] and processes_below(root) == set()
+
+
+@pytest.fixture(scope="module")
+def surroundings(tmp_path_factory):
+    """What the attacks' placeholders stand for: a readable secret file, a listening port, and so on."""
+    secret = tmp_path_factory.mktemp("secret") / "expected.txt"
+    secret.write_text("6 0 6 passed")
+    os.environ["ATTACK_SECRET"] = "6 0 6"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield {
+            "@SECRET@": str(secret),
+            "@TRAINER@": str(os.getpid()),
+            "@PORT@": str(server.getsockname()[1]),
+            "@PROJECT@": str(ROOT),
+            "@HOME@": str(Path.home()),
+        }
+    del os.environ["ATTACK_SECRET"]
+    assert secret.read_text() == "6 0 6 passed"
+
+
+def traces(root: Path) -> tuple[object, ...]:
+    """What may be left behind: files, descriptors, threads, processes (their number: a killed one is replaced)."""
+    folders = [root, Path("/tmp"), Path("/dev/shm"), Path("/var/tmp"), Path.home(), ROOT, ROOT / "src"]
+    left = [name for folder in folders[1:] if os.access(folder, os.R_OK) for name in os.listdir(folder)]
+    return (
+        [name for name in left if name.startswith(("attack-left", "sitecustomize", "usercustomize"))],
+        sorted(len(list(folder.rglob("*"))) for folder in root.iterdir()),
+        len(os.listdir("/proc/self/fd")),
+        threading.active_count(),
+        len(processes_below(root)),
+    )
+
+
+def stopped(sandbox: Sandbox, attack: Attack) -> bool:
+    """Whether some layer in force is there to stop it."""
+    return not attack.needs or any(sandbox.layers[name] is True for name in attack.needs)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack(sandbox, surroundings, root, name):
+    attack, code = ATTACKS[name], ATTACKS[name].code
+    for placeholder, value in surroundings.items():
+        code = code.replace(placeholder, value)
+    grader = Grader(sandbox)
+    assert grader.grade(TASK, fenced(CANONICAL)).gt_correct
+    before = traces(root)
+
+    grade = grader.grade(TASK, fenced(code))
+    seen = sandbox.last
+    assert grade.gt_correct is attack.right, grade
+    assert grade.reward == (3.5 if attack.right else 0.5 if grade.format_ok else 0.0)
+    assert attack.error in str(grade.error)
+
+    assert grader.grade(TASK, fenced(CANONICAL)).gt_correct
+    assert not grader.grade(TASK, fenced(WRONG)).gt_correct
+    assert traces(root) == before
+    if not stopped(sandbox, attack):
+        pytest.skip(f"verdict right; not stopped without one of {', '.join(attack.needs)}")
+    assert seen.status != "worker_died", seen
+    assert "ESCAPED" not in seen.stdout
+
+
+def test_there_are_enough_attacks():
+    assert sum(not attack.right for attack in ATTACKS.values()) >= 60
+
+
+def test_a_link_to_a_file_from_elsewhere_is_not_read(sandbox, surroundings):
+    """The secret says `passed`: a link named result.txt would otherwise pay."""
+    for link in ("os.symlink", "os.link"):
+        code = f"import os\n{link}({surroundings['@SECRET@']!r}, 'result.txt')\n{WRONG}"
+        assert not Grader(sandbox).grade(make_task("file_marker"), fenced(code)).passed
+
+
+LEAVE = """
+import builtins, gc, os, sys
+os.umask(0)
+for place in ('', '/tmp/', '/dev/shm/', '../', '../../'):
+    try: open(place + 'attack-left', 'w').write('6')
+    except OSError: pass
+builtins.attack_left = os.environ['ATTACK_LEFT'] = sys.attack_left = 6
+"""
+LOOK = """
+import builtins, os, sys
+print([place for place in ('', '/tmp/', '/dev/shm/', '../', '../../') if os.path.exists(place + 'attack-left')],
+    hasattr(builtins, 'attack_left'), hasattr(sys, 'attack_left'), dict(os.environ), os.listdir())
+"""
+
+
+def test_a_program_finds_nothing_of_the_one_before(sandbox):
+    if not (sandbox.layers["landlock"] is True or sandbox.layers["uid_drop"] is True):
+        pytest.skip("an ordinary user without Landlock can write to the machine's temporary folders")
+    sandbox.run(Program(LEAVE, "total"))
+    assert sandbox.run(Program(LOOK, "total")).stdout == "[] False False {} []\n"
+
+
+TINY = (
+    CANONICAL,
+    WRONG,
+    "import os\nos._exit(0)",
+    "open('a', 'w').write('x')\n" + CANONICAL,
+    "import os\nos.mkfifo('result.txt')\nos.close(3)\n" + WRONG,
+    "import ctypes\nctypes.string_at(0)",
+    "x = (",
+    "import os\nos.fork()\n" + CANONICAL,
+)
+
+
+def test_nothing_grows_over_2000_gradings(root):
+    with Sandbox(2, SHORT) as box:
+        grader = Grader(box)
+
+        def grade(count: int) -> int:
+            codes = [TINY[i % len(TINY)] for i in range(count)]
+            return sum(g.gt_correct for g in grader.grade_all([(TASK, fenced(code)) for code in codes]))
+
+        grade(16)
+        before = traces(root)
+        assert grade(2000) == 2000 * 2 // 8
+        assert traces(root) == before
+
+
+# ---- less of a kernel, less of a user ----------------------------------------------------------------------
+
+
+def test_the_numbers_of_the_filter_are_the_kernels():
+    """Read from the C library's headers, where they are installed."""
+    headers = {
+        "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
+        "aarch64": Path("/usr/include/asm-generic/unistd.h"),
+    }
+    checked = 0
+    for machine, path in headers.items():
+        if not path.exists():
+            continue
+        words = [line.split() for line in path.read_text().splitlines() if line.startswith("#define __NR")]
+        numbers = {word[1].split("_", 3)[-1]: int(word[2]) for word in words if word[2].isdigit()}
+        numbers |= {word[1].removeprefix("__NR_"): int(word[2]) for word in words if word[2].isdigit()}
+        numbers |= {word[1].removeprefix("__NR3264_"): int(word[2]) for word in words if word[2].isdigit()}
+        column = ARCHITECTURES[machine][0]
+        table = {name: row[column] for name, row in {**REFUSED, **ITSELF_ONLY, **NEW_PROCESS}.items()}
+        table["prctl"] = PRCTL[column]
+        known = {name: number for name, number in table.items() if number is not None and name in numbers}
+        assert known == {name: numbers[name] for name in known}
+        assert len(known) > len(table) - 12
+        checked += 1
+    if not checked:
+        pytest.skip("no kernel headers here")
+
+
+def without(*layers: str) -> bytes:
+    """A filter for a whole test process: a kernel that has no such layer."""
+    column = ARCHITECTURES[os.uname().machine][0]
+    number = {"namespaces": REFUSED["unshare"][column], "landlock": 444}
+    code = [op(LOAD, NUMBER_AT)]
+    for layer in layers:
+        if layer == "seccomp":
+            code += [op(JUMP_EQUAL, PRCTL[column], 0, 4), op(LOAD, FIRST_ARGUMENT_AT)]
+            code += [op(JUMP_EQUAL, 22, 0, 1), op(RETURN, REFUSE | 22), op(RETURN, ALLOW)]
+        else:
+            code += [op(JUMP_EQUAL, number[layer] or 0, 0, 1), op(RETURN, REFUSE | 38)]
+    return b"".join([*code, op(RETURN, ALLOW)])
+
+
+INSTALL = """import ctypes, struct, sys
+libc = ctypes.CDLL(None)
+code = ctypes.create_string_buffer(bytes.fromhex(sys.argv.pop(1)))
+libc.prctl(38, 1, 0, 0, 0)
+assert not code.raw[:-1] or not libc.prctl(22, 2, struct.pack('@HP', len(code) // 8, ctypes.addressof(code)), 0, 0)
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def python_for(user: int | None) -> list[str] | None:
+    """A command that starts an interpreter like this one, as that user; None if there is none it could read."""
+    if user is None:
+        return [sys.executable]
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+    for python in (sys.executable, shutil.which(version, path="/usr/local/bin:/usr/bin") or sys.executable):
+        look = [*become, python, "-c", "import pytest, projected_grpo.rewards"]
+        if subprocess.run(look, env=environment(), capture_output=True, cwd="/").returncode == 0:
+            return [*become, python]
+    return None
+
+
+def environment() -> dict[str, str]:
+    paths = [str(ROOT / "src"), *(path for path in sys.path if path.endswith("-packages"))]
+    return {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1", "PATH": os.environ["PATH"]}
+
+
+@pytest.mark.parametrize(
+    ("user", "missing"),
+    [
+        (None, ("seccomp",)),
+        (None, ("namespaces", "landlock")),
+        (NOBODY, ()),
+        (NOBODY, ("namespaces",)),
+        (NOBODY, ("landlock",)),
+        (NOBODY, ("namespaces", "landlock", "seccomp")),
+    ],
+    ids=lambda value: "+".join(value) or "all" if isinstance(value, tuple) else str(value),
+)
+def test_again_with_less(user, missing, tmp_path):
+    """The quick attacks as another user, and without layers; what only a missing layer stops is skipped."""
+    if user is not None and os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    command = python_for(user)
+    if command is None:
+        pytest.skip("no Python that another user can read")
+    if user is not None:
+        os.chown(tmp_path, user, user)
+        tmp_path.parent.chmod(0o755)
+        tmp_path.parent.parent.chmod(0o755)
+    arguments = ["-p", "no:cacheprovider", "-q", "-x", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
+    arguments += ["--basetemp", str(tmp_path / "t"), "-k", "(test_attack and not endless) or before or link"]
+    done = subprocess.run(
+        [*command, "-c", INSTALL, without(*missing).hex(), *arguments, __file__],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
