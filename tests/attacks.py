@@ -4,6 +4,8 @@ An attack prints ESCAPED when it got something that the containment should have 
 something of the test's own process: TRAINER (its pid), SECRET (a file it can read), PROJECT, HOME, PORT.
 """
 
+# ruff: noqa: E501  (a table of programs, one to an entry)
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -26,7 +28,9 @@ def must_refuse(number, *args):
 
 @dataclass(frozen=True)
 class Attack:
-    """`error`: part of the grade's error. `needs`: any one of these layers stops the escape."""
+    """`error`: part of the grade's error. `needs`: any one of these layers stops the escape. Without
+    one of them it is not run: it could kill the tests or write to the project.
+    """
 
     code: str
     right: bool = False
@@ -52,7 +56,9 @@ def answer(expression: str, before: str = "pass") -> Attack:
 
 def honest(body: str, before: str = "") -> Attack:
     """Odd, and right: must be scored as right."""
-    return Attack(f"{PRELUDE}{before}\nclass Solution:\n    def total(self, nums):\n{indent(body, ' ' * 8)}\n", True)
+    return Attack(
+        f"{PRELUDE}{before}\nclass Solution:\n    def total(self, nums):\n{indent(body, ' ' * 8)}\n", True
+    )
 
 
 FOREVER = "while True: pass"
@@ -105,11 +111,21 @@ ENDLESS: dict[str, Attack] = {
     "method": inside(FOREVER, "time limit"),
     "del": inside(f"class D:\n    def __del__(self):\n        {FOREVER}\nD()", "time limit"),
     "del_at_exit": top(f"class D:\n    def __del__(self):\n        {FOREVER}\nkept = D()"),
-    "repr_of_the_result": inside(f"class R:\n    def __repr__(self):\n        {FOREVER}\nreturn R()", "wrong"),
-    "eq_of_the_result": inside(f"class R:\n    def __eq__(self, other):\n        {FOREVER}\nreturn R()", "limit"),
-    "attribute": inside(f"class R:\n    def __getattr__(self, name):\n        {FOREVER}\nreturn R()", "limit"),
-    "exception_text": inside(f"class E(Exception):\n    def __str__(self):\n        {FOREVER}\nraise E", "limit"),
-    "constructor": Attack(f"class Solution:\n    def __init__(self):\n        {FOREVER}\n", error="time limit"),
+    "repr_of_the_result": inside(
+        f"class R:\n    def __repr__(self):\n        {FOREVER}\nreturn R()", "wrong"
+    ),
+    "eq_of_the_result": inside(
+        f"class R:\n    def __eq__(self, other):\n        {FOREVER}\nreturn R()", "limit"
+    ),
+    "attribute": inside(
+        f"class R:\n    def __getattr__(self, name):\n        {FOREVER}\nreturn R()", "limit"
+    ),
+    "exception_text": inside(
+        f"class E(Exception):\n    def __str__(self):\n        {FOREVER}\nraise E", "limit"
+    ),
+    "constructor": Attack(
+        f"class Solution:\n    def __init__(self):\n        {FOREVER}\n", error="time limit"
+    ),
     "sigterm_ignored": top(f"import signal\nsignal.signal(15, signal.SIG_IGN)\n{FOREVER}", "time limit"),
     "every_signal_ignored": top(
         f"import signal\nfor s in {{*range(1, 32)}} - {{9, 19}}: signal.signal(s, signal.SIG_IGN)\n{FOREVER}",
@@ -122,7 +138,9 @@ ENDLESS: dict[str, Attack] = {
     ),
     "sleep": top("while True: time.sleep(60)", "time limit"),
     "stopped": top("os.kill(os.getpid(), 19)", "time limit"),
-    "deadlock": top("import threading\nlock = threading.Lock()\nlock.acquire()\nlock.acquire()", "time limit"),
+    "deadlock": top(
+        "import threading\nlock = threading.Lock()\nlock.acquire()\nlock.acquire()", "time limit"
+    ),
     "regex": top("import re\nre.match(r'(a+)+$', 'a' * 64 + 'b')", "time limit"),
     "big_power": top("9 ** 9 ** 9", "time limit"),
     "fifo_read": top("os.mkfifo('f')\nopen('f').read()", "time limit"),
@@ -144,12 +162,17 @@ FLOODS: dict[str, Attack] = {
         "        if written > 64 << 20: escaped(written)\nexcept OSError: pass",
         needs=DISK,
     ),
-    "file_too_large": top("f = open('big', 'wb')\nmust_fail(lambda: [f.write(b'x' * (1 << 20)) for _ in range(64)])"),
+    "file_too_large": top(
+        "f = open('big', 'wb')\nmust_fail(lambda: [f.write(b'x' * (1 << 20)) for _ in range(64)])"
+    ),
     "sparse_file": top("must_fail(os.truncate, open('big', 'wb').fileno(), 1 << 40)"),
     "many_files": top(
-        "try:\n    for i in range(5000): open(f'{i}', 'w').close()\n    escaped()\nexcept OSError: pass", needs=DISK
+        "try:\n    for i in range(5000): open(f'{i}', 'w').close()\n    escaped()\nexcept OSError: pass",
+        needs=DISK,
     ),
-    "deep_folders": top("try:\n    for _ in range(3000):\n        os.mkdir('d')\n        os.chdir('d')\nexcept OSError: pass"),
+    "deep_folders": top(
+        "try:\n    for _ in range(3000):\n        os.mkdir('d')\n        os.chdir('d')\nexcept OSError: pass"
+    ),
     "many_descriptors": top("must_fail(lambda: [os.dup(1) for _ in range(100)])"),
     "limits_raised": top(
         "import resource\nfor kind in (resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE):\n"
@@ -220,7 +243,9 @@ EXITS: dict[str, Attack] = {
     "recursion": inside("return self.total(nums)", "RecursionError"),
     "recursion_without_limit": top("sys.setrecursionlimit(1 << 30)\ndef f(): f()\nf()"),
     "interpreter_corrupted": top("ctypes.memset(id(int), 0, 64)"),
-    "gc_untracks_all": top("import gc\nfor o in gc.get_objects():\n    if type(o) is dict and len(o) < 3: o.clear()"),
+    "gc_untracks_all": top(
+        "import gc\nfor o in gc.get_objects():\n    if type(o) is dict and len(o) < 3: o.clear()"
+    ),
     "atexit_exit": top("import atexit\natexit.register(os._exit, 0)"),
     "modules_emptied": top("sys.modules.clear()"),
     "stdout_closed": top("sys.stdout.close()\nos.close(1)\nos.close(2)"),
@@ -278,7 +303,9 @@ FORGED: dict[str, Attack] = {
 
 SNOOPING: dict[str, Attack] = {
     "environment": top("if os.environ or sys.flags.dont_write_bytecode == 7: escaped(dict(os.environ))"),
-    "environment_in_proc": top("must_fail(lambda: open('/proc/self/environ').read(1) or 1 / 0)"),
+    "environment_in_proc": top(
+        "try:\n    if 'ATTACK_SECRET' in open('/proc/self/environ').read(): escaped()\nexcept OSError: pass"
+    ),
     "secret_file": top("must_fail(lambda: open('@SECRET@').read())", needs=FILES),
     "secret_by_openat": top("must_fail(os.open, '@SECRET@', os.O_RDONLY)", needs=FILES),
     "project_source": top("must_fail(os.listdir, '@PROJECT@/src')", needs=FILES),
@@ -368,10 +395,15 @@ LEFTOVERS: dict[str, Attack] = {
 HONEST: dict[str, Attack] = {
     "prints_much": honest("print('x' * 1000)\nreturn sum(nums)"),
     "mutates": honest("s = 0\nwhile nums: s += nums.pop()\nreturn s"),
-    "recursion_limit": honest("return (nums[0] + self.total(nums[1:])) if nums else 0", "sys.setrecursionlimit(10**6)"),
-    "signal_handler": honest("signal.alarm(1)\nreturn sum(nums)", "import signal\nsignal.signal(14, lambda *a: None)"),
+    "recursion_limit": honest(
+        "return (nums[0] + self.total(nums[1:])) if nums else 0", "sys.setrecursionlimit(10**6)"
+    ),
+    "signal_handler": honest(
+        "signal.alarm(1)\nreturn sum(nums)", "import signal\nsignal.signal(14, lambda *a: None)"
+    ),
     "threads_refused": honest(
-        "try: threading.Thread(target=print).start()\nexcept RuntimeError: pass\nreturn sum(nums)", "import threading"
+        "try: threading.Thread(target=print).start()\nexcept RuntimeError: pass\nreturn sum(nums)",
+        "import threading",
     ),
     "output_of_bytes": honest("os.write(1, b'\\xff\\0')\nreturn sum(nums)"),
     "garbage": honest("a = []\na.append(a)\ngc.collect()\nreturn sum(nums)", "import gc"),

@@ -1,7 +1,7 @@
 """Every attack ends in the right verdict, leaves the trainer alive and nothing behind.
 
-As another user, or on a kernel that offers less, with all attacks (here the quick ones are re-run so):
-    setpriv --reuid 65534 --regid 65534 --clear-groups python -m pytest -p no:cacheprovider tests/test_attacks.py
+As an ordinary user, with a Python that this user can read (test_again_with_less runs those on containment so):
+    setpriv --reuid 65534 --regid 65534 --clear-groups python3 -m pytest tests/test_attacks.py
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from attacks import ATTACKS, Attack
+from attacks import ATTACKS
 from hacks import CANONICAL, WRONG, fenced, make_task, processes_below
 from projected_grpo.rewards import Grader
 from projected_grpo.sandbox import Limits, Outcome, Program, Sandbox
@@ -60,11 +60,14 @@ class Watched(Sandbox):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Where this module's interpreters have their folders."""
-    folder = tmp_path_factory.mktemp("sandbox")
-    before, tempfile.tempdir = tempfile.tempdir, str(folder)
-    yield folder
+    """Where this module's interpreters have their folders; reachable for other users, unlike pytest's own."""
+    tmp_path_factory.getbasetemp()  # made in the usual place, before that is changed
+    before = tempfile.tempdir
+    folder = tempfile.tempdir = tempfile.mkdtemp(prefix="attacks-")
+    os.chmod(folder, 0o711)
+    yield Path(folder)
     tempfile.tempdir = before
+    os.rmdir(folder)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +97,7 @@ def surroundings(tmp_path_factory):
 
 
 def traces(root: Path) -> tuple[object, ...]:
-    """What may be left behind: files, descriptors, threads, processes (their number: a killed one is replaced)."""
+    """What may be left behind: files, descriptors, threads, and the number of processes."""
     folders = [root, Path("/tmp"), Path("/dev/shm"), Path("/var/tmp"), Path.home(), ROOT, ROOT / "src"]
     left = [name for folder in folders[1:] if os.access(folder, os.R_OK) for name in os.listdir(folder)]
     return (
@@ -106,16 +109,13 @@ def traces(root: Path) -> tuple[object, ...]:
     )
 
 
-def stopped(sandbox: Sandbox, attack: Attack) -> bool:
-    """Whether some layer in force is there to stop it."""
-    return not attack.needs or any(sandbox.layers[name] is True for name in attack.needs)
-
-
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack(sandbox, surroundings, root, name):
     attack, code = ATTACKS[name], ATTACKS[name].code
     for placeholder, value in surroundings.items():
         code = code.replace(placeholder, value)
+    if attack.needs and not any(sandbox.layers[layer] is True for layer in attack.needs):
+        pytest.skip(f"not stopped, so not tried, without one of {', '.join(attack.needs)}")
     grader = Grader(sandbox)
     assert grader.grade(TASK, fenced(CANONICAL)).gt_correct
     before = traces(root)
@@ -129,8 +129,6 @@ def test_attack(sandbox, surroundings, root, name):
     assert grader.grade(TASK, fenced(CANONICAL)).gt_correct
     assert not grader.grade(TASK, fenced(WRONG)).gt_correct
     assert traces(root) == before
-    if not stopped(sandbox, attack):
-        pytest.skip(f"verdict right; not stopped without one of {', '.join(attack.needs)}")
     assert seen.status != "worker_died", seen
     assert "ESCAPED" not in seen.stdout
 
@@ -156,14 +154,14 @@ builtins.attack_left = os.environ['ATTACK_LEFT'] = sys.attack_left = 6
 """
 LOOK = """
 import builtins, os, sys
-print([place for place in ('', '/tmp/', '/dev/shm/', '../', '../../') if os.path.exists(place + 'attack-left')],
+print([p for p in ('', '/tmp/', '/dev/shm/', '../', '../../') if os.path.exists(p + 'attack-left')],
     hasattr(builtins, 'attack_left'), hasattr(sys, 'attack_left'), dict(os.environ), os.listdir())
 """
 
 
 def test_a_program_finds_nothing_of_the_one_before(sandbox):
-    if not (sandbox.layers["landlock"] is True or sandbox.layers["uid_drop"] is True):
-        pytest.skip("an ordinary user without Landlock can write to the machine's temporary folders")
+    if sandbox.layers["landlock"] is not True:
+        pytest.skip("without Landlock a program can write to the machine's temporary folders")
     sandbox.run(Program(LEAVE, "total"))
     assert sandbox.run(Program(LOOK, "total")).stdout == "[] False False {} []\n"
 
@@ -176,7 +174,7 @@ TINY = (
     "import os\nos.mkfifo('result.txt')\nos.close(3)\n" + WRONG,
     "import ctypes\nctypes.string_at(0)",
     "x = (",
-    "import os\nos.fork()\n" + CANONICAL,
+    "import os\ntry: os.fork()\nexcept OSError: pass\n" + CANONICAL,
 )
 
 
@@ -190,7 +188,7 @@ def test_nothing_grows_over_2000_gradings(root):
 
         grade(16)
         before = traces(root)
-        assert grade(2000) == 2000 * 2 // 8
+        assert grade(2000) == 2000 * 3 // 8
         assert traces(root) == before
 
 
@@ -240,60 +238,62 @@ INSTALL = """import ctypes, struct, sys
 libc = ctypes.CDLL(None)
 code = ctypes.create_string_buffer(bytes.fromhex(sys.argv.pop(1)))
 libc.prctl(38, 1, 0, 0, 0)
-assert not code.raw[:-1] or not libc.prctl(22, 2, struct.pack('@HP', len(code) // 8, ctypes.addressof(code)), 0, 0)
+program = struct.pack('@HP', len(code) // 8, ctypes.addressof(code))
+assert libc.prctl(22, 2, program, 0, 0) == 0
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
-def python_for(user: int | None) -> list[str] | None:
-    """A command that starts an interpreter like this one, as that user; None if there is none it could read."""
+def python_for(user: int | None) -> str | None:
+    """An interpreter like this one that the user can read."""
     if user is None:
-        return [sys.executable]
+        return sys.executable
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
     for python in (sys.executable, shutil.which(version, path="/usr/local/bin:/usr/bin") or sys.executable):
-        look = [*become, python, "-c", "import pytest, projected_grpo.rewards"]
-        if subprocess.run(look, env=environment(), capture_output=True, cwd="/").returncode == 0:
-            return [*become, python]
+        try:
+            if as_user(user, [python, "-c", "import pytest, projected_grpo.rewards"]).returncode == 0:
+                return python
+        except PermissionError:
+            continue
     return None
 
 
-def environment() -> dict[str, str]:
+def as_user(user: int | None, command: list[str]) -> subprocess.CompletedProcess[str]:
     paths = [str(ROOT / "src"), *(path for path in sys.path if path.endswith("-packages"))]
-    return {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1", "PATH": os.environ["PATH"]}
+    settings = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1", "PATH": os.defpath}
+    groups: list[int] | None = None if user is None else []
+    return subprocess.run(
+        command,
+        env=settings,
+        cwd="/",
+        user=user,
+        group=user,
+        extra_groups=groups,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize(
     ("user", "missing"),
     [
         (None, ("seccomp",)),
-        (None, ("namespaces", "landlock")),
         (NOBODY, ()),
         (NOBODY, ("namespaces",)),
-        (NOBODY, ("landlock",)),
         (NOBODY, ("namespaces", "landlock", "seccomp")),
     ],
-    ids=lambda value: "+".join(value) or "all" if isinstance(value, tuple) else str(value),
+    ids=["root_no_seccomp", "user", "user_no_namespaces", "user_nothing"],
 )
-def test_again_with_less(user, missing, tmp_path):
-    """The quick attacks as another user, and without layers; what only a missing layer stops is skipped."""
-    if user is not None and os.geteuid() != 0:
+def test_again_with_less(user, missing):
+    """The attacks on containment as another user and without layers; what only those stop is skipped."""
+    if os.geteuid() != 0 and user is not None:
         pytest.skip("only root can become another user")
-    command = python_for(user)
-    if command is None:
+    python = python_for(user)
+    if python is None:
         pytest.skip("no Python that another user can read")
-    if user is not None:
-        os.chown(tmp_path, user, user)
-        tmp_path.parent.chmod(0o755)
-        tmp_path.parent.parent.chmod(0o755)
-    arguments = ["-p", "no:cacheprovider", "-q", "-x", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
-    arguments += ["--basetemp", str(tmp_path / "t"), "-k", "(test_attack and not endless) or before or link"]
-    done = subprocess.run(
-        [*command, "-c", INSTALL, without(*missing).hex(), *arguments, __file__],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        cwd="/",
-    )
+    groups = "(process- or snooping- or leftover- or exit- or before or link) and not recursion_without"
+    arguments = ["-p", "no:cacheprovider", "-q", "--tb=short", "-k", groups, "--rootdir", str(ROOT)]
+    arguments += ["-c", str(ROOT / "pyproject.toml"), __file__]
+    done = as_user(user, [python, "-c", INSTALL, without(*missing).hex(), *arguments])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -11,13 +11,16 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from hacks import processes_below
+from projected_grpo import experiment
+from projected_grpo.errors import UserError
 from projected_grpo.oracle import LinkedList, decode
-from projected_grpo.sandbox import Limits, Outcome, Program, Sandbox, read_outcome
+from projected_grpo.sandbox import NOT_ROOT, Limits, Outcome, Program, Sandbox, read_outcome
 
 SRC = Path(__file__).parents[1] / "src"
 SHORT = Limits(wall_s=1.5, cpu_s=1)
@@ -365,6 +368,62 @@ def test_the_first_word_of_a_child_stands():
     lines = [{"compiled": True, "tests": None}, {"tests": "module", "calls": []}, {"calls": [{"value": 1}]}]
     outcome = read_outcome(Program("", "f"), seen, b"\n".join(json.dumps(line).encode() for line in lines))
     assert outcome.tests is None and outcome.calls == ()
+
+
+class Uncontained(Sandbox):
+    """Starts no interpreter; says that two layers are missing and that this is an ordinary user."""
+
+    layers = {"rlimits": True, "landlock": "not in this kernel", "seccomp": "refused", "uid_drop": NOT_ROOT}
+
+    def __init__(self, *_args):
+        super().__init__(1)
+
+
+def test_strict_refuses_to_start_and_names_what_is_missing(monkeypatch):
+    monkeypatch.setattr(experiment, "Sandbox", Uncontained)
+    with (
+        ExitStack() as stack,
+        pytest.raises(UserError, match=r"landlock \(not .*seccomp \(refused") as caught,
+    ):
+        experiment.open_grader(1, stack, "strict")
+    assert "\n" not in str(caught.value) and "uid_drop" not in str(caught.value)
+
+
+def test_strict_starts_where_everything_is_in_force(sandbox):
+    with ExitStack() as stack:
+        if sandbox.missing:
+            with pytest.raises(UserError):
+                experiment.open_grader(1, stack, "strict")
+        else:
+            assert experiment.open_grader(1, stack, "strict").sandbox.missing == {}
+
+
+def test_auto_warns_once(monkeypatch):
+    monkeypatch.setattr(experiment, "Sandbox", Uncontained)
+    experiment.warn_uncontained.cache_clear()
+    lines: list[str] = []
+    sink = experiment.logger.add(lines.append, level="WARNING")
+    with ExitStack() as stack:
+        for _ in range(3):
+            experiment.open_grader(1, stack)
+    experiment.logger.remove(sink)
+    assert len(lines) == 1 and "landlock" in lines[0] and "docs/grader.md" in lines[0]
+
+
+def test_a_replacement_with_less_containment_is_refused(root):
+    with Sandbox(1, SHORT) as box:
+        box.layers["one_more"] = True  # as if the first interpreter had had it
+        os.kill(min(processes_below(root)), 9)
+        time.sleep(0.2)
+        outcome = ask(box, method("return 1"))
+        assert outcome.status == "worker_died"
+        assert "less" in (ask(box, method("return 1")).error or "")
+
+
+def test_a_folder_without_rights_or_gone_does_not_end_the_interpreter(sandbox):
+    for body in ("os.makedirs('a/b')\nos.chmod('a', 0)\nos.chmod('.', 0)", "os.chmod('.', 0)\nos.rmdir('.')"):
+        assert ask(sandbox, method(body, "import os")).status == "ok"
+        assert alive(sandbox)
 
 
 def test_an_ordinary_user_can_run_it():

@@ -201,6 +201,9 @@ class RunConfig:
     """A run folder to go on with; its own settings are used."""
     workers: int = 0
     """Grader processes; 0 is one per core."""
+    threads: int = 0
+    """CPU threads of torch; 0 is torch's own choice. Tiny models are fastest with 1, and on a busy machine
+    threads that wait for each other are several times slower."""
     sandbox: SandboxMode = "auto"
     """strict refuses to start unless every layer of containment is in force; auto warns what is missing."""
 
@@ -224,6 +227,7 @@ class TrainConfig:
 
 SMOKE = TrainConfig(
     preset="smoke",
+    run=RunConfig(threads=1),
     model=ModelConfig(model=TINY_RANDOM),
     problems=ProblemConfig(
         problems=EMBEDDED, n_problems=100, env_mode="run_tests,sentinel,stdout_marker,file_marker"
@@ -306,6 +310,7 @@ def validate(cfg: TrainConfig) -> None:
         "--save-every": cfg.run.save_every,
         "--top-k": s.top_k,
         "--workers": cfg.run.workers,
+        "--threads": cfg.run.threads,
         "--ref-every": cfg.loss.ref_every,
     }
     for option, amount in not_negative.items():

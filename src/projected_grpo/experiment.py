@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import torch
 from loguru import logger
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -194,6 +195,8 @@ def fit_prompts(data: Data, chat: Chat, max_new: int) -> tuple[Data, dict[str, t
 
 def prepare(cfg: TrainConfig, stack: ExitStack) -> Experiment:
     """Read everything, cheapest checks first, so that a bad input is told before a model is loaded."""
+    if cfg.run.threads:
+        torch.set_num_threads(cfg.run.threads)
     pairs = load_pairs(cfg.basis.vhack_pairs_path)
     grader = open_grader(cfg.run.workers, stack, cfg.run.sandbox)
     data = read_data(cfg, grader)

@@ -169,7 +169,13 @@ class Scratch:
     def files(self) -> dict[str, str]:
         """Name -> first bytes of the plain files lying directly in the directory."""
         found = {}
-        for entry in sorted(os.listdir(self.path))[: self.cfg["max_files"]]:
+        try:  # a program may have removed its folder, or its own rights to it
+            if not os.path.islink(self.path):
+                os.chmod(self.path, 0o700)
+            entries = sorted(os.listdir(self.path))
+        except OSError:
+            return {}
+        for entry in entries[: self.cfg["max_files"]]:
             try:
                 fd = os.open(os.path.join(self.path, entry), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             except OSError:
@@ -185,10 +191,10 @@ class Scratch:
         if self.mounts and libc.umount2(self.path.encode(), 2) == 0:
             os.rmdir(self.path)
             return
-        try:
-            shutil.rmtree(self.path)
-        except (OSError, RecursionError):  # modes taken away, or nested too deep for rmtree
-            os.chmod(self.path, 0o700)
+        shutil.rmtree(self.path, ignore_errors=True)
+        if os.path.lexists(self.path):  # modes taken away, nested too deep for rmtree, or no folder any more
+            if not os.path.islink(self.path):
+                os.spawnv(os.P_WAIT, "/bin/chmod", ["chmod", "-R", "u+rwX", self.path])
             os.spawnv(os.P_WAIT, "/bin/rm", ["rm", "-rf", self.path])
 
 

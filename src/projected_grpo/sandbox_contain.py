@@ -130,7 +130,7 @@ def enter_namespaces(layers: dict[str, Any]) -> None:
 def private_mounts(root: str, layers: dict[str, Any]) -> None:
     """Own mounts: a tmpfs as work folder, a /proc of this namespace only, a readable standard library."""
     if layers["namespaces"] is not True:
-        layers["mounts"] = "needs namespaces"
+        layers["mounts"] = layers["private_proc"] = "needs namespaces"
         return
     try:
         mount("none", "/", "", MS_REC_PRIVATE, "")
@@ -150,7 +150,8 @@ def private_mounts(root: str, layers: dict[str, Any]) -> None:
         mount("proc", "/proc", "proc", MS_NOSUID_NODEV_NOEXEC, "")
         layers["private_proc"] = True
     except OSError as error:
-        layers["private_proc" if layers.get("mounts") is True else "mounts"] = str(error)
+        layers.setdefault("mounts", str(error))
+        layers["private_proc"] = str(error)
 
 
 def uid_drop(cfg: dict[str, Any], layers: dict[str, Any]) -> bool | str:
