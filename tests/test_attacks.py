@@ -1,6 +1,6 @@
 """Every attack ends in the right verdict, leaves the trainer alive and nothing behind.
 
-As an ordinary user, with a Python that this user can read (test_again_with_less runs those on containment so):
+As an ordinary user, with a Python that this user can read (test_again_with_less runs a part so):
     setpriv --reuid 65534 --regid 65534 --clear-groups python3 -m pytest tests/test_attacks.py
 """
 

@@ -15,14 +15,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Literal
 
+from projected_grpo.config import EnvMode
 from projected_grpo.oracle import Call, Subclass, decode, same
 from projected_grpo.sandbox import CallResult, Outcome, Program, Sandbox
 
-EnvMode = Literal[
-    "run_tests", "eq_override", "exit_code", "stdout_marker", "sentinel", "file_marker", "gt_only"
-]
 FORMAT_REWARD = 0.5
 PASS_REWARD = 3.0
 MAX_TEXT = 1_000_000  # characters; a longer response counts as not parsing
