@@ -565,3 +565,15 @@ def test_a_defect_is_not_dressed_up_as_a_users_mistake(here, monkeypatch):
     monkeypatch.setattr(train, "prepare", broken)
     with pytest.raises(RuntimeError, match="a bug"), ExitStack():
         main(smoke())
+
+
+def test_resume_takes_no_other_option(finished, capsys):
+    assert main(["train", "smoke", f"--resume={finished}", "--steps=99"]) == 2
+    assert "all other options" in capsys.readouterr().err
+    assert main(["train", "fast", f"--resume={finished}"]) == 2
+    assert "is a smoke run" in capsys.readouterr().err
+
+
+def test_a_tag_that_is_no_folder_name_is_refused(capsys):
+    assert main(["train", "smoke", "--out-tag=a/b"]) == 2
+    assert capsys.readouterr().err.startswith("error: --out-tag")

@@ -407,3 +407,9 @@ def test_a_larger_sample_contains_the_smaller():
 def test_seeds_take_different_samples():
     problems = [toy(str(i)) for i in range(60)]
     assert take(problems, 10, 0) != take(problems, 10, 1)
+
+
+def test_the_order_in_which_modes_are_named_changes_nothing():
+    problems = load_problems("embedded").problems
+    modes = ("run_tests", "sentinel", "stdout_marker", "file_marker")
+    assert assign_modes(problems, modes, {}) == assign_modes(problems, modes[::-1], {})

@@ -63,12 +63,12 @@ def test_totals_and_rates():
     assert rate(3, 6) == 0.5 and rate(0, 0) is None
 
 
-def flags(fired):
-    return {f"hacked_{d}": d in fired for d in "CDE"}
+def flags(fired, exploited=True):
+    return {f"hacked_{d}": d in fired for d in "CDE"} | {"exploited": exploited}
 
 
 def test_detector_rates_and_the_two_halves():
-    rows = [flags(f) for f in ("C", "CE", "E", "D", "", "")]
+    rows = [flags(f) for f in ("C", "CE", "E", "D", "")] + [flags("", exploited=False)]
     plain_rates = detector_rates(rows, ())
     assert plain_rates == {"detector_C": 2 / 6, "detector_D": 1 / 6, "detector_E": 2 / 6}
     halves = detector_rates(rows, ("E",))
@@ -77,6 +77,8 @@ def test_detector_rates_and_the_two_halves():
     both = detector_rates(rows, ("C", "D"))
     assert (both["hack_A"], both["hack_B"]) == (3 / 6, 1 / 6)
     assert set(detector_rates([], ("E",)).values()) == {None}
+    honest = detector_rates([flags("E", exploited=False)], ("C",))  # an honest self-test is no hack
+    assert (honest["detector_E"], honest["hack_A"], honest["hack_B"]) == (1, 0, 0)
 
 
 def evaluation(grades):

@@ -7,6 +7,7 @@ say which part of the program reads them.
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +131,8 @@ class ArmConfig:
     """route2: Haar-random unit vectors per module in place of v_grad (the control)."""
     half_a: tuple[Detector, ...] = ()
     """Detectors the basis was built from. Splits student hacks into HACK_A (one of these fires) and HACK_B
-    (another one fires and none of these); route2 takes its student anchors from them (default: C)."""
+    (another one fires and none of these); route2 takes its student anchors from them (default: C). E fires on
+    honest self-tests too; D runs the canonical solution, so route2 with D is a skyline."""
 
 
 @dataclass(frozen=True)
@@ -339,6 +341,10 @@ def validate(cfg: TrainConfig) -> None:
         raise UserError("--grad-clip must be > 0 and --ratio-cap at least 1 + --clip")
     if cfg.arm.route2_random_v_seed is not None and cfg.arm.intervention != "route2":
         raise UserError("--route2-random-v-seed needs --intervention=route2")
+    if not re.fullmatch(r"[A-Za-z0-9_.+=-]*", cfg.run.out_tag):
+        raise UserError(
+            f"--out-tag {cfg.run.out_tag!r}: only letters, digits and _ . + = - fit a folder name"
+        )
     if t.teacher_modes and t.teacher_pool_dir is None and cfg.preset != "smoke":
         raise UserError("--teacher-modes needs --teacher-pool-dir")
 

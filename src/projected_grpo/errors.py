@@ -6,4 +6,4 @@ class UserError(Exception):
 
 
 # What the CLI answers with one line and exit code 2: also paths that the user may not read or write.
-MISTAKES = (UserError, PermissionError, NotADirectoryError, IsADirectoryError)
+MISTAKES = (UserError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)

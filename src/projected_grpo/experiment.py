@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
@@ -28,7 +28,7 @@ from projected_grpo.config import (
 from projected_grpo.errors import UserError
 from projected_grpo.models import encode_chat, load_model, stop_ids
 from projected_grpo.pairs import PairSet, load_pairs
-from projected_grpo.pools import NO_TEACHER, Teacher, bake, join, load_pool
+from projected_grpo.pools import NO_TEACHER, Teacher, TeacherRow, bake, join, load_pool
 from projected_grpo.problems import Problem, assign_modes, is_eval, load_problems, take
 from projected_grpo.rewards import MODES, Grader
 from projected_grpo.sandbox import Sandbox
@@ -140,7 +140,7 @@ def read_data(cfg: TrainConfig, grader: Grader) -> Data:
             f"--teacher-pool-dir {folder}: no overlap with the problems of {cfg.problems.problems}"
         )
     listed = tuple(sorted(set(teacher.partition.values())))
-    problems = assign_modes(problems, listed or modes, teacher.partition)
+    problems = assign_modes(problems, modes if len(modes) > 1 else listed or modes, teacher.partition)
     train = [p for p in problems if not is_eval(p)]
     held_out = [p for p in problems if is_eval(p)]
     if teacher.rows and not cfg.teacher.teacher_modes:
@@ -182,6 +182,9 @@ def fit_prompts(data: Data, chat: Chat, max_new: int) -> tuple[Data, dict[str, t
     prompts = {p.problem_id: encode_chat(chat.tokenizer, p.messages) for p in (*data.train, *data.held_out)}
     fitting = {name for name, ids in prompts.items() if len(ids) + max_new <= MAX_SEQUENCE}
     train = tuple(p for p in data.train if p.problem_id in fitting)
+    rows, too_long = fit_teacher(data.teacher.rows, chat, prompts)
+    if too_long:
+        logger.warning("{} teacher rows skipped: with their prompt over {} tokens", too_long, MAX_SEQUENCE)
     held_out = tuple(p for p in data.held_out if p.problem_id in fitting)
     skipped = len(prompts) - len(fitting)
     if skipped:
@@ -190,7 +193,24 @@ def fit_prompts(data: Data, chat: Chat, max_new: int) -> tuple[Data, dict[str, t
         raise UserError(
             f"every prompt plus --max-new {max_new} is longer than {MAX_SEQUENCE}; lower --max-new"
         )
-    return replace(data, train=train, held_out=held_out), prompts
+    return replace(data, train=train, held_out=held_out, teacher=replace(data.teacher, rows=rows)), prompts
+
+
+def fit_teacher(
+    rows: Mapping[str, Sequence[TeacherRow]], chat: Chat, prompts: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[TeacherRow, ...]], int]:
+    """Teacher rows that fit behind their prompt with a stop token, and how many do not."""
+    fitting = {
+        name: tuple(
+            row
+            for row in group
+            if len(prompts[name]) + len(chat.tokenizer(row.completion, add_special_tokens=False)["input_ids"])
+            < MAX_SEQUENCE
+        )
+        for name, group in rows.items()
+        if name in prompts
+    }
+    return fitting, sum(len(rows[name]) - len(group) for name, group in fitting.items())
 
 
 def prepare(cfg: TrainConfig, stack: ExitStack) -> Experiment:

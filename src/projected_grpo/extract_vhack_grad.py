@@ -102,8 +102,10 @@ def pair_grads(
 
 
 def extract(grads: PairGrads, cfg: BasisConfig, meta: Mapping[str, Any]) -> Extraction:
-    """Directions of every module. Raises UserError when a module's pair gradients are all zero."""
+    """Directions of every module. UserError if pair gradients are all 0, FloatingPointError if not finite."""
     differences = grads.differences()
+    if not all(bool(D.isfinite().all()) for D in differences.values()):
+        raise FloatingPointError("a pair gradient is not finite")
     dead = [m for m, D in differences.items() if not bool(D.any())]
     if dead:
         raise UserError(
@@ -205,7 +207,8 @@ def load_extraction(path: Path, expected: Mapping[str, Any], device: torch.devic
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             meta = json.loads((file.metadata() or {}).get("projected_grpo", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name).clone() for name in names}  # aligned, unlike the file
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a basis file ({error}); delete it to extract again") from error
     for field, value in expected.items():
@@ -248,7 +251,7 @@ def obtain(
     grads = pair_grads(policy, tokenizer, used, loss, stop_id, length_norm=cfg.v_hack_length_norm)
     extraction = extract(grads, cfg, meta)
     save_extraction(path, extraction)
-    return extraction, path
+    return load_extraction(path, meta, policy.device), path  # the same bits as a run that finds the file
 
 
 def refresh(

@@ -8,8 +8,9 @@
 
 Departures from TRL's GRPO: log-probabilities are taken at temperature 1 whatever the sampling temperature;
 the old ones come from the sampler itself (each rollout's own mode), so merged and unmerged weights, or
-bfloat16, are corrected by the same ratio; groups without reward variance are dropped before any forward, with
-their KL.
+bfloat16, are corrected by the same ratio; rollouts with advantage 0 (all of a group without reward variance)
+are dropped before any forward, with their KL. A teacher row longer than max_new weighs more than max_new
+tokens.
 
 Sources: Liu et al. 2025 (arXiv:2503.20783), Schulman et al. 2017 (arXiv:1707.06347), Schulman 2020 (K3).
 """

@@ -130,7 +130,8 @@ def join(pool: Iterable[PoolPrompt], problems: Sequence[Problem]) -> Teacher:
     by_method: dict[str, list[Problem]] = {}
     for problem in problems:
         by_method.setdefault(problem.method, []).append(problem)
-    rows, partition = {}, {}
+    rows: dict[str, tuple[TeacherRow, ...]] = {}
+    partition: dict[str, EnvMode] = {}
     for prompt in pool:
         if prompt.method is None:
             found = _defined_in(prompt, by_id.get(prompt.problem_id))
@@ -138,7 +139,7 @@ def join(pool: Iterable[PoolPrompt], problems: Sequence[Problem]) -> Teacher:
             found = _same_statement(prompt, by_method.get(prompt.method, []))
         if found is None:
             continue
-        rows[found.problem_id] = prompt.rows
+        rows[found.problem_id] = rows.get(found.problem_id, ()) + prompt.rows
         if prompt.env_mode is not None:
             partition[found.problem_id] = prompt.env_mode
     return Teacher(rows, partition)

@@ -213,9 +213,11 @@ def assign_modes(
 ) -> tuple[Problem, ...]:
     """Give each problem its mode: the partition's where it is listed, else one of `modes` by its id."""
 
+    ordered = sorted(modes)  # the order they are named in must not matter
+
     def mode(problem: Problem) -> EnvMode:
         listed = partition.get(problem.problem_id)
-        return listed or modes[stream_seed("mode", problem.problem_id) % len(modes)]
+        return listed or ordered[stream_seed("mode", problem.problem_id) % len(ordered)]
 
     return tuple(replace(p, env_mode=mode(p)) for p in problems)
 

@@ -6,7 +6,7 @@ that a positive coefficient means "a descent step along this makes hacks likelie
     c        = V g
     c_use    = relu(c)  one_sided  |  c  no_gate  |  2 c  reverse
     removed  = overshoot * V^T c_use                     in span(V)
-    keep     = g - removed                               then rescaled to |g| under preserve_magnitude
+    keep     = g - removed                               rescaled to |g| under preserve_magnitude (default)
     cin      = |relu(V g)| / |g|,  cout = the same of keep
 
     arm      keep                      park
@@ -197,7 +197,8 @@ def intervene(
 ) -> Update:
     """Apply an arm to per-rollout gradients and measure what it did. Only route2 reads anchors and gate.
 
-    Modules without a basis (all axes below the noise floor) pass unchanged. Raises FloatingPointError on a
+    Modules without a basis (all axes below the noise floor) pass unchanged, but for route2's known hacks,
+    which are parked in every module. Raises FloatingPointError on a
     gradient that is not finite.
     """
     total = {m: g.sum(0) for m, g in rows.items()}
@@ -240,8 +241,9 @@ def arm_route2(x: ArmInput) -> Update:
     cosines = {m: row_cosines(x.rows[m], v) for m, v in x.basis.v_grad.items()}
     gate = update_gate(x.gate, cosines, x.anchors)
     flagged = {m: (c > gate.tau(m)) | x.anchors.hack for m, c in cosines.items()}
-    park = {m: (x.rows[m] * f[:, None]).sum(0) for m, f in flagged.items()}
-    keep = x.total | {m: (x.rows[m] * ~f[:, None]).sum(0) for m, f in flagged.items()}
+    parked = {m: flagged.get(m, x.anchors.hack) for m in x.rows}  # forcing needs no direction
+    park = {m: (x.rows[m] * f[:, None]).sum(0) for m, f in parked.items()}
+    keep = {m: (x.rows[m] * ~f[:, None]).sum(0) for m, f in parked.items()}
     live = x.anchors.advantage_sign != 0
     residual = [row_cosines(keep[m][None], v)[0] for m, v in x.basis.v_grad.items()]
     stats = {

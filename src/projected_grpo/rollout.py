@@ -2,7 +2,7 @@
 
 A rollout's randomness is a stream of uniforms drawn from (seed, step, prompt, row); each token is the inverse
 of the filtered distribution at the next uniform. So what a row samples depends on nothing that happened
-before it, and rows may share a batch, leave it early or be resumed without a change of the others.
+before it, and rows may share a batch, leave it early or be resumed; the others change by rounding at most.
 """
 
 import hashlib

@@ -188,9 +188,9 @@ def maybe_refresh(exp: Experiment, state: TrainState) -> float | None:
 
 def describe_step(exp: Experiment, state: TrainState, data: Collected, grads: RolloutGrads) -> dict[str, Any]:
     """The parts of a step's line that are counts and means over its rollouts."""
+    ablated = torch.tensor([r.ablated for r in data.rollouts])
     student, teacher = ~data.is_teacher, data.is_teacher
     rewards = data.rewards.flatten()
-    ablated = torch.tensor([r.ablated for r in data.rollouts])
     modes = [p.env_mode for p in data.problems for _ in range(exp.cfg.sampling.group)]
     used = {p.env_mode for p in (*exp.data.train, *exp.data.held_out)}
 
@@ -214,7 +214,7 @@ def describe_step(exp: Experiment, state: TrainState, data: Collected, grads: Ro
         "lp_t": nan_mean(grads.logp[teacher]),
         "lp_ref": nan_mean(grads.ref_logp[student]),
         "kl": nan_mean(grads.kl[student]),
-        "gap": nan_mean(grads.gap[student]),
+        "gap": nan_mean(grads.gap[student & ~ablated]),
         "lr": learning_rate(state.step, exp.cfg.optim),
         "gen": data.gen_s,
         "t_rew": data.grade_s,

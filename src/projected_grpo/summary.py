@@ -37,12 +37,12 @@ def rate(count: int, n: int) -> float | None:
 
 
 def detector_rates(rows: Sequence[Mapping[str, Any]], half_a: Sequence[str]) -> dict[str, float | None]:
-    """Share of student completions each detector fires on, with the HACK_A / HACK_B split for half_a."""
+    """Share of student completions each detector fires on; exploits split into HACK_A and HACK_B."""
     counts: Counter[str] = Counter()
     for row in rows:
         fired = {d for d in DETECTORS if row[f"hacked_{d}"]}
         counts.update(f"detector_{d}" for d in fired)
-        if half_a:
+        if half_a and row["exploited"]:  # detector E fires on honest self-tests too
             known = bool(fired & set(half_a))
             counts.update(hack_A=int(known), hack_B=int(bool(fired) and not known))
     names = [f"detector_{d}" for d in DETECTORS] + (["hack_A", "hack_B"] if half_a else [])
@@ -113,7 +113,7 @@ def finish(
         "preset": cfg.preset,
         "model": cfg.model.model,
         "problems": cfg.problems.problems,
-        "env_mode": cfg.problems.env_mode,
+        "env_mode": ",".join(sorted({p.env_mode for p in exp.data.train})),
         "seed": cfg.run.seed,
         "steps": len(records),
         "generations": n_s,

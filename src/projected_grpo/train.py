@@ -18,7 +18,7 @@ from tqdm import tqdm
 from projected_grpo.checkpoint import load_state, save_knobs, save_state
 from projected_grpo.collect import Collected, rollout_rows
 from projected_grpo.config import DISPLAY_NAME, PRESETS, TrainConfig, from_json, to_json, validate
-from projected_grpo.errors import MISTAKES
+from projected_grpo.errors import MISTAKES, UserError
 from projected_grpo.evaluate import Evaluation, evaluate
 from projected_grpo.experiment import Experiment, prepare
 from projected_grpo.extract_vhack_grad import in_use, initial_gate, obtain
@@ -80,7 +80,8 @@ class Run:
 def run_training(cfg: TrainConfig) -> int:
     """Train, evaluate as trained and as deployed, write every artefact; returns the exit code."""
     with ExitStack() as stack:
-        run, exp, state = resume_run(cfg.run.resume, stack) if cfg.run.resume else start_run(cfg, stack)
+        resume = cfg.run.resume
+        run, exp, state = resume_run(cfg, resume, stack) if resume else start_run(cfg, stack)
         finished = train(run, exp, state)
         knobs_file = run.folder / "train.safetensors"
         save_knobs(knobs_file, exp.chat.policy, run.knob_meta(state.step), deployed=True)
@@ -110,10 +111,16 @@ def start_run(cfg: TrainConfig, stack: ExitStack) -> tuple[Run, Experiment, Trai
     return run, exp, state
 
 
-def resume_run(folder: Path, stack: ExitStack) -> tuple[Run, Experiment, TrainState]:
+def resume_run(asked: TrainConfig, folder: Path, stack: ExitStack) -> tuple[Run, Experiment, TrainState]:
     """A run as it was last saved, under its own settings, its logs cut back to there."""
-    cfg = from_json(read_json(folder / "config.json", "--resume").get("config", {}))
-    cfg = replace(cfg, run=replace(cfg.run, resume=None))
+    made = read_json(folder / "config.json", "--resume")
+    cfg = from_json(made.get("config", {}))
+    if replace(asked, run=replace(asked.run, resume=None)) != PRESETS[asked.preset][1]:
+        raise UserError("--resume goes on under the run's own settings; leave all other options out")
+    if cfg.preset != asked.preset:
+        raise UserError(
+            f"--resume: {folder} is a {cfg.preset} run, so `train {cfg.preset} --resume {folder}`"
+        )
     validate(cfg)
     start_logging(None)
     exp = prepare(cfg, stack)
@@ -127,6 +134,9 @@ def resume_run(folder: Path, stack: ExitStack) -> tuple[Run, Experiment, TrainSt
     start_logging(cfg.run.log_dir / f"{folder.name}.log")
     for name in ("steps.jsonl", "rollouts.jsonl"):
         truncate_jsonl(folder / name, state.step)
+    again = {"step": state.step, "command": shlex.join(sys.argv), "git_commit": git_commit()}
+    history = [*made.get("resumed", []), again | {"versions": versions()}]
+    write_json(folder / "config.json", made | {"resumed": history})
     logger.info("resuming {} at step {}", folder, state.step)
     return Run(cfg, folder), exp, state
 
@@ -199,14 +209,14 @@ def train(run: Run, exp: Experiment, state: TrainState) -> bool:
 
 
 def note_first_hacks(run: Run, exp: Experiment, state: TrainState, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log the first example of each mechanism, and keep the knobs at the very first student hack."""
+    """Log the first example of each mechanism; keep the knobs after the step of the very first hack."""
     for row in rows:
         mechanism = row["mechanism"]
         if not row["exploited"] or mechanism in state.mechanisms_seen:
             continue
         if not state.mechanisms_seen:
             path = run.folder / "first_hack.safetensors"
-            save_knobs(path, exp.chat.policy, run.knob_meta(state.step), deployed=False)
+            save_knobs(path, exp.chat.policy, run.knob_meta(state.step + 1), deployed=False)
         state.mechanisms_seen.add(mechanism)
         logger.info("first {} hack by the student at step {} (see the log)", mechanism, state.step)
         logger.debug("SHOULD look like: {}\n{}", MODES[mechanism].looks_like, row["text"])
