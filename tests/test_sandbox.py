@@ -20,7 +20,18 @@ from hacks import processes_below
 from projected_grpo import experiment
 from projected_grpo.errors import UserError
 from projected_grpo.oracle import LinkedList, decode
-from projected_grpo.sandbox import NOT_ROOT, Limits, Outcome, Program, Sandbox, read_outcome
+from projected_grpo.problems import load_problems
+from projected_grpo.sandbox import (
+    MAX_DEATHS,
+    MAX_SETUPS,
+    NOT_ROOT,
+    Limits,
+    Outcome,
+    Program,
+    Sandbox,
+    plain,
+    read_outcome,
+)
 
 SRC = Path(__file__).parents[1] / "src"
 SHORT = Limits(wall_s=1.5, cpu_s=1)
@@ -337,6 +348,19 @@ def test_a_killed_interpreter_is_replaced_and_the_outcome_says_so(root):
     assert processes_below(root) == set()
 
 
+def test_when_every_interpreter_dies_it_is_said_and_not_graded(root):
+    """Silent, it would look like a student that never solves anything."""
+    with Sandbox(1, SHORT) as box:
+        box.layers["one_more"] = True  # as if the first interpreter had had it: no other is ever accepted
+        os.kill(min(processes_below(root)), 9)
+        time.sleep(0.2)
+        futures = [box.submit(Program(method("return 1"), "f")) for _ in range(MAX_DEATHS + 2)]
+        assert all(f.result(60).status == "worker_died" for f in futures[: MAX_DEATHS - 1])
+        for future in futures[MAX_DEATHS - 1 :]:
+            with pytest.raises(UserError, match="nothing can be graded here.*less"):
+                future.result(60)
+
+
 def test_results_keep_their_order_and_nothing_is_left_behind(root):
     threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
     with Sandbox(2, SHORT) as box:
@@ -364,7 +388,15 @@ def test_a_cancelled_job_does_not_stop_the_pool(sandbox):
 
 
 def test_the_first_word_of_a_child_stands():
-    seen = {"why": "exit", "exit_code": 0, "stdout": "", "stderr": "", "files": {}, "seconds": 0.1}
+    seen = {
+        "why": "exit",
+        "exit_code": 0,
+        "stdout": "",
+        "stderr": "",
+        "files": {},
+        "seconds": 0.1,
+        "cpu_s": 0.1,
+    }
     lines = [{"compiled": True, "tests": None}, {"tests": "module", "calls": []}, {"calls": [{"value": 1}]}]
     outcome = read_outcome(Program("", "f"), seen, b"\n".join(json.dumps(line).encode() for line in lines))
     assert outcome.tests is None and outcome.calls == ()
@@ -441,3 +473,171 @@ def test_an_ordinary_user_can_run_it():
     if "unshare failed" in done.stderr or "unshare:" in done.stderr:
         pytest.skip("no user namespaces here")
     assert done.stdout.split() == ["1000", "4", "not", "root", "True"], done.stderr
+
+
+SCAN = """import ctypes, gc, os
+libc = ctypes.CDLL(None)
+places = {id(o) >> 21 for o in gc.get_objects()} | {id(bytes(n)) >> 21 for n in (600, 5000, 70_000, 300_000)}
+copy = os.open('copy', os.O_RDWR | os.O_CREAT)
+libc.memmem.restype = ctypes.c_void_p
+wanted = b'@'.join([b'left', b'MARK'])
+found = 0
+for page in (p for place in places for p in range(place << 21, place + 1 << 21, 4096)):
+    os.lseek(copy, 0, 0)
+    if libc.write(copy, ctypes.c_void_p(page), 4096) == 4096:  # an address without memory is only an error
+        at = libc.memmem(ctypes.c_void_p(page), ctypes.c_size_t(4096), wanted, ctypes.c_size_t(len(wanted)))
+        found += at is not None and not 0 <= at - id(wanted) < 64
+print(found)
+"""
+
+
+@pytest.mark.parametrize("channel", ["os.write(1, text)", "os.write(3, text)", "open('f', 'wb').write(text)"])
+def test_what_a_program_with_the_canonical_says_is_in_no_later_memory(sandbox, channel):
+    """It could tell a later response the solution: the interpreter reads what it says, and forks the next."""
+    for substitute, found in (("canonical", False), ("own", True)):  # the second shows that the scan works
+        canonical = "class Solution: pass" if substitute == "canonical" else ""
+        mark = os.urandom(6).hex()
+        source = f"import os\ndef run_tests():\n    text = b'left@{mark} ' * 300\n    {channel}\n"
+        for _ in range(3):
+            said = sandbox.run(Program(source, "f", "tests", substitute=substitute, canonical=canonical))
+            assert said.loaded
+        assert (sandbox.run(Program(SCAN.replace("MARK", mark), "f")).stdout != "0\n") is found
+
+
+CHANGE = """
+import builtins, random, sys
+ListNode.val = 'changed'
+list_node.__defaults__ = ('changed',)
+before = dict(globals())
+builtins.setup_left = sys.modules['__main__'].setup_left = 1
+random.seed(99)
+List = inf = 'changed'
+sys.setrecursionlimit(77)
+"""
+STATE = """
+import builtins, random, sys
+class Solution:
+    def f(self, n):
+        main = sys.modules['__main__']
+        return [type(ListNode.__dict__.get('val')).__name__, list_node.__defaults__ is None, inf, hasattr(main, 'setup_left'),
+                hasattr(builtins, 'setup_left'), random.random(), sys.getrecursionlimit(), main.Solution is Solution]
+"""  # noqa: E501
+PLAIN = (
+    NODE
+    + "import collections\nfrom typing import *\ninf = float('inf')\ndef list_node(v): return ListNode(v)\n"
+)
+
+
+def test_a_prepared_setup_is_each_programs_own():
+    """The interpreter runs it once; what one program does to it, the next one does not see."""
+    with Sandbox(1, SHORT) as box:
+        first = value(ask(box, STATE, setup=PLAIN))
+        assert first[:5] == ["NoneType", True, float("inf"), False, False] and first[-1] is True
+        for action in ("calls", "tests", "script"):
+            box.run(Program(CHANGE + "def run_tests(): pass", "f", action, setup=PLAIN))
+        assert value(ask(box, STATE, setup=PLAIN)) == first
+        unprepared = "import sys\nx = sys.getrecursionlimit()\n" + PLAIN
+        assert value(ask(box, STATE, setup=unprepared)) == first
+
+
+def test_more_setups_than_are_kept_are_run_all_the_same(sandbox):
+    for i in range(2 * MAX_SETUPS):
+        assert value(ask(sandbox, method("return SETUP"), setup=f"SETUP = {i}\n")) == i
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        "while True: pass",
+        "import os",
+        "from subprocess import run",
+        "import sys\nsys.setrecursionlimit(10 ** 6)",
+        "x = [0] * 10 ** 9",
+        "x = print('now')",
+        "def f(x=print('now')): pass",
+        "def f(x: print('now')): pass",
+        "def f() -> print('now'): pass",
+        "@print\ndef f(): pass",
+        "@print\nclass A: pass",
+        "class A(B): pass",
+        "class A(metaclass=M): pass",
+        "class A:\n    x = print('now')",
+        "class A:\n    def __class_getitem__(cls, x): print('now')\nx = A[1]",
+        "from builtins import print as float\nx = float('now')",
+        "from typing import cast as float\nx = float('now')",
+        "float = print",
+        "def float(x): print('now')\nx = float('now')",
+        "class float: pass\nx = float('now')",
+        "x.y = 1",
+        "x = (",
+        "[print() for _ in (1,)]",
+        "if True: pass",
+        "x = f'{print()}'",
+        "del x",
+    ],
+)
+def test_a_setup_that_does_more_than_define_is_not_for_the_interpreter(setup):
+    assert not plain(setup)
+
+
+def test_the_datasets_setups_are_plain(shared_data):
+    folder = shared_data / "leetcode"
+    for source in ("embedded", *folder.glob("leetcode_*.jsonl"), *folder.glob("LeetCodeDataset-*")):
+        assert all(plain(p.setup_code) for p in load_problems(str(source)).problems)
+
+
+def test_an_endless_or_failing_setup_costs_its_own_program_only(sandbox):
+    assert ask(sandbox, method("return 1"), setup="while True: pass").status == "timeout"
+    failing = "from math import no_such_name"
+    assert plain(failing)
+    for _ in range(2):
+        outcome = ask(sandbox, method("return 1"), setup=failing)
+        assert outcome.status == "crash" and "no_such_name" in (outcome.error or "")
+    assert alive(sandbox)
+
+
+def test_compiled_code_comes_back_and_runs_without_the_source(sandbox):
+    source = method("return 1") + "\ndef run_tests():\n    assert Solution().f(1) == 1\n"
+    main = ask(sandbox, source)
+    assert main.tests == "module" and main.code and ask(sandbox, method("return 1")).code == b""
+    answers = [
+        sandbox.run(Program(text, "f", "tests", substitute=kind, code=code)).tests_passed
+        for text, code in ((source, b""), ("", main.code))
+        for kind in ("own", "stub")
+    ]
+    assert answers == [True, False, True, False]
+    assert sandbox.run(Program("", "f", "tests", code=b"not marshalled")).status == "crash"
+    assert alive(sandbox)
+
+
+def test_code_that_the_response_sends_is_not_taken(sandbox):
+    forged = 'import os\nos.write(3, b\'{"code": "Zm9yZ2Vk", "tests": "module"}\\n\')\n'
+    for source in (forged + method("return 1"), forged + "def run_tests(): pass\n" + method("return 1")):
+        assert b"forged" not in ask(sandbox, source).code
+    assert ask(sandbox, forged + method("return 1")).tests is None
+
+
+@pytest.mark.parametrize("name", ["run_tests", "\uff52un_tests", "run_\\\ntests"])
+def test_a_test_function_is_found_however_it_is_written(sandbox, name):
+    outcome = ask(sandbox, f"def {name}(): pass\n" + method("return 1"))
+    assert outcome.tests == ("module" if outcome.compiled else None)
+    assert outcome.compiled is ("\\" not in name)
+
+
+def test_cpu_time_is_measured(sandbox):
+    idle = ask(sandbox, method("time.sleep(0.2)", "import time"))
+    busy = ask(
+        sandbox, method("n = time.process_time()\nwhile time.process_time() - n < 0.2: pass", "import time")
+    )
+    assert 0 < idle.cpu_s < 0.2 <= busy.cpu_s
+
+
+def test_nothing_can_be_written_beside_a_programs_folder(sandbox):
+    if sandbox.layers["mounts"] is not True:
+        pytest.skip(f"mounts: {sandbox.layers['mounts']}")
+    for place in ("../left", "../../left", "../../lib/left"):
+        for make in (f"open({place!r}, 'w')", f"os.mkdir({place!r})", f"os.symlink('x', {place!r})"):
+            assert ask(sandbox, method(make, "import os")).calls[0].error, (place, make)
+    assert "Error" in (
+        ask(sandbox, method("os.rename('../job', '../other')", "import os")).calls[0].error or ""
+    )

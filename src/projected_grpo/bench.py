@@ -1,25 +1,74 @@
-"""Benchmarks: our figure beside a baseline measured in the same run, on the same work."""
+"""Benchmarks: our figure beside a baseline and a floor measured in the same run, on the same work."""
 
+import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from tabulate import tabulate
 
+from projected_grpo.pools import Teacher
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import Grader, Task, extract_code
 from projected_grpo.runlog import git_commit
-from projected_grpo.sandbox import Sandbox
+from projected_grpo.sandbox import Limits, Outcome, Program, Sandbox
 
 Work = Sequence[tuple[Task, str]]
 LOOP = (
     "```python\nclass Solution:\n    def {method}(self, *a, **k):\n        while True:\n            pass\n```"
 )
 TESTS_PER_RESPONSE = 3
+SLOW_S = 0.2  # own CPU time from which a response is counted, and named, apart
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """How much is measured. workers 0: one per core; loop_limit 0: the grader's own limit."""
+
+    workers: int = 0
+    repeats: int = 1
+    baseline_sample: int = 20
+    loops: int = 4
+    loop_limit: float = 0.0
+
+
+@dataclass(frozen=True)
+class Single:
+    """One response graded with nothing beside it: its latency, its programs, and their CPU time."""
+
+    seconds: float
+    programs: tuple[Program, ...]
+    cpu_s: float
+
+
+class Metered(Sandbox):
+    """Remembers the programs it was given and adds up their CPU time."""
+
+    def __init__(self, workers: int | None = None) -> None:
+        self.programs: list[Program] = []
+        self.outcomes: list[Outcome] = []
+        super().__init__(workers)
+
+    def submit(self, program: Program) -> Future[Outcome]:
+        """Queue a program."""
+        self.programs.append(program)
+        future = super().submit(program)
+        future.add_done_callback(lambda done: self.outcomes.append(done.result()))
+        return future
+
+    def __enter__(self) -> "Metered":
+        return self
+
+    def forget(self) -> None:
+        """Start again at nothing."""
+        self.programs, self.outcomes = [], []
 
 
 def benchmark_work(problems: Sequence[Problem], limit: int) -> list[tuple[Task, str]]:
@@ -33,87 +82,250 @@ def benchmark_work(problems: Sequence[Problem], limit: int) -> list[tuple[Task, 
     return work
 
 
-def bench_grader(work: Work, workers: int | None, baseline_sample: int) -> dict[str, Any]:
-    """Responses per second with one worker and with all, latencies, a timeout's cost, plain subprocesses."""
-    with Sandbox(1) as sandbox:
-        alone = _throughput(Grader(sandbox), work)
-    with Sandbox(workers) if workers else Sandbox() as sandbox:
-        grader = Grader(sandbox)
-        together = _throughput(grader, work)
-        latency = _latencies(grader, work)
-        task = work[0][0]
-        started = time.monotonic()
-        grader.grade(task, LOOP.format(method=task.method))
-        timeout_s = time.monotonic() - started
-    sample = work[:: max(1, len(work) // baseline_sample)][:baseline_sample]
-    with Sandbox(1) as sandbox:
-        ours_on_sample = _throughput(Grader(sandbox), sample)
-    plain = _plain_subprocesses(sample)
+def pool_work(problems: Sequence[Problem], teacher: Teacher, limit: int) -> list[tuple[Task, str]]:
+    """A pool's completions, each with its problem under the pool's mode."""
+    work = [
+        (replace(problem, env_mode=teacher.partition.get(problem.problem_id, problem.env_mode)).task, text)
+        for problem in problems
+        for text in (row.completion for row in teacher.rows.get(problem.problem_id, ()))
+    ]
+    return work[:limit] if limit else work
+
+
+def bench_grader(work: Work, settings: BenchSettings) -> dict[str, Any]:
+    """Responses per second, latencies, the floor, what endless loops cost, and plain subprocesses."""
+    load = os.getloadavg()[0]
+    with Metered(settings.workers or None) as sandbox:
+        grader, workers = Grader(sandbox), sandbox.workers
+        singles = [single(grader, sandbox, *response) for response in work]
+        empty_s = median(sandbox.run(Program("", "f")).cpu_s for _ in range(20))
+    own = [max(0.0, one.cpu_s - empty_s * len(one.programs)) for one in singles]
+    slow = [i for i, seconds in enumerate(own) if seconds > SLOW_S]
+    quick = [i for i in range(len(work)) if i not in set(slow)]
+    sample = quick[:: max(1, len(quick) // settings.baseline_sample)][: settings.baseline_sample]
     return {
         "responses": len(work),
-        "one_worker_per_s": alone,
-        "all_workers_per_s": together,
-        "latency_s": latency,
-        "timeout_s": timeout_s,
-        "sample": len(sample),
-        "sample_ours_one_worker_per_s": ours_on_sample,
-        "sample_plain_subprocess_per_s": plain,
-        "ratio_one_worker": ours_on_sample / plain,
+        "programs": sum(len(one.programs) for one in singles),
+        "workers": workers,
+        "all": rates(work, own, workers, settings),
+        "slow": [
+            {"problem_id": work[i][0].problem_id, "own_cpu_s": own[i]}
+            for i in sorted(slow, key=own.__getitem__, reverse=True)
+        ],
+        "without_slow": rates([work[i] for i in quick], [own[i] for i in quick], workers, settings),
+        "empty_program_cpu_s": empty_s,
+        "latency_s": quantiles([one.seconds for one in singles]),
+        "loops": bench_loops(work[0][0], workers, settings),
+        "baseline": baseline(work, singles, sample, workers, settings),
+        "load_average_before": load,
+        "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "git_commit": git_commit(),
     }
 
 
-def _throughput(grader: Grader, work: Work) -> float:
-    grader.grade(*work[0])  # the interpreters are up
+def single(grader: Grader, sandbox: Metered, task: Task, text: str) -> Single:
+    """Grade one response on an idle sandbox."""
+    sandbox.forget()
     started = time.monotonic()
-    grader.grade_all(list(work))
-    return len(work) / (time.monotonic() - started)
+    grader.grade(task, text)
+    seconds = time.monotonic() - started
+    return Single(seconds, tuple(sandbox.programs), sum(outcome.cpu_s for outcome in sandbox.outcomes))
 
 
-def _latencies(grader: Grader, work: Work) -> dict[str, float]:
-    seconds = []
-    for task, text in work:
-        started = time.monotonic()
-        grader.grade(task, text)
-        seconds.append(time.monotonic() - started)
-    ranked = sorted(seconds)
+def rates(work: Work, own: Sequence[float], workers: int, settings: BenchSettings) -> dict[str, Any]:
+    """Responses per second with one worker and with all, and what no grader of this work could exceed.
+
+    The floor is the programs' own CPU time (an empty program's subtracted), spread evenly over the workers.
+    """
+    if not work:
+        return {"responses": 0}
+    return {
+        "responses": len(work),
+        "one_worker_per_s": throughput(work, 1, settings.repeats),
+        "all_workers_per_s": throughput(work, workers, settings.repeats),
+        "own_cpu_s": sum(own),
+        "floor_s": sum(own) / workers,
+        "floor_per_s": len(work) * workers / sum(own) if sum(own) else None,
+    }
+
+
+def throughput(work: Work, workers: int, repeats: int) -> float:
+    """Responses per second, the best of some passes: what else runs on a machine only ever slows it."""
+    passes = []
+    with Sandbox(workers) as sandbox:
+        grader = Grader(sandbox)
+        grader.grade_all([work[0]] * workers)  # the interpreters are up
+        for _ in range(repeats):
+            started = time.monotonic()
+            grader.grade_all(work)
+            passes.append(time.monotonic() - started)
+    return len(work) / min(passes)
+
+
+def cpu_of_tree() -> float:
+    """CPU seconds so far of this process, its descendants, and those of them that ended."""
+    parents: dict[int, int] = {}
+    seconds: dict[int, float] = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            fields = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(name)] = int(fields[1])
+        seconds[int(name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    family = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(seconds.get(pid, 0.0) for pid in family)
+
+
+def cpu_per_response(work: Work) -> float:
+    """CPU seconds of the trainer's side, the interpreter and the programs together, one worker."""
+    with Sandbox(1) as sandbox:
+        grader = Grader(sandbox)
+        grader.grade(*work[0])
+        before = cpu_of_tree()
+        grader.grade_all(work)
+        return (cpu_of_tree() - before) / len(work)
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, 90th percentile and maximum."""
+    ranked = sorted(values)
     return {"median": median(ranked), "p90": ranked[int(0.9 * (len(ranked) - 1))], "max": ranked[-1]}
 
 
-def _plain_subprocesses(work: Work) -> float:
+def bench_loops(task: Task, workers: int, settings: BenchSettings) -> dict[str, float]:
+    """What one endless loop costs, and several at once beside the ideal of loops / workers x limit."""
+    limits = Limits(wall_s=settings.loop_limit) if settings.loop_limit else Limits()
+    limit = min(limits.wall_s, limits.cpu_s)
+    loop = (task, LOOP.format(method=task.method))
+    seconds = []
+    with Sandbox(workers, limits) as sandbox:
+        grader = Grader(sandbox)
+        grader.grade_all([(task, "```python\n```")] * workers)
+        for count in (1, settings.loops):
+            started = time.monotonic()
+            grader.grade_all([loop] * count)
+            seconds.append(time.monotonic() - started)
+    ideal = settings.loops / workers * limit
+    return {
+        "limit_s": limit,
+        "one_s": seconds[0],
+        "count": settings.loops,
+        "all_s": seconds[1],
+        "ideal_s": ideal,
+        "over_ideal": seconds[1] / ideal,
+    }
+
+
+def baseline(
+    work: Work, singles: Sequence[Single], sample: Sequence[int], workers: int, settings: BenchSettings
+) -> dict[str, Any]:
+    """The sample's programs as plain scripts, one after another, beside the grader on the same responses."""
+    if not sample:
+        return {"responses": 0}
+    scripts = [
+        as_script(program, extract_code(work[i][1]) or "") for i in sample for program in singles[i].programs
+    ]
+    before = cpu_of_tree()
+    passes = [plain_subprocesses(scripts) for _ in range(settings.repeats)]
+    plain_cpu = (cpu_of_tree() - before) / len(sample) / settings.repeats
+    plain = len(sample) / min(passes)
+    chosen = [work[i] for i in sample]
+    our_cpu = cpu_per_response(chosen)
+    one, every = (throughput(chosen, count, settings.repeats) for count in (1, workers))
+    return {
+        "responses": len(sample),
+        "programs": len(scripts),
+        "plain_per_s": plain,
+        "one_worker_per_s": one,
+        "all_workers_per_s": every,
+        "ratio_one_worker": one / plain,
+        "ratio_all_workers": every / plain,
+        "plain_cpu_s": plain_cpu,
+        "our_cpu_s": our_cpu,
+        "ratio_cpu": plain_cpu / our_cpu,
+    }
+
+
+def plain_subprocesses(scripts: Sequence[str]) -> float:
+    """Seconds that plain interpreters take for the scripts, one after another; on stdin, as -c is limited."""
     started = time.monotonic()
-    for task, text in work:
-        for program in _programs(task, text):
-            subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
-    return len(work) / (time.monotonic() - started)
+    for script in scripts:
+        try:
+            data = script.encode(errors="replace")
+            subprocess.run([sys.executable, "-"], input=data, capture_output=True, timeout=10, check=False)
+        except subprocess.TimeoutExpired:
+            continue
+    return time.monotonic() - started
 
 
-def _programs(task: Task, text: str) -> list[str]:
-    """The same four programs as scripts: all calls; the tests on stub, canonical and own solution."""
-    code = extract_code(text) or ""
-    base = f"{task.setup_code}\n{code}\n"
-    calls = "\n".join(call.source for call in task.calls)
-    substitutes = (f"Solution.{task.method} = lambda self, *a, **k: 0", task.canonical, "")
-    return [base + calls, *(f"{base}{substitute}\nrun_tests()" for substitute in substitutes)]
+def as_script(program: Program, code: str) -> str:
+    """The same program for a plain interpreter."""
+    lines = [program.setup, code]
+    if program.action == "tests":
+        if program.substitute == "stub":
+            lines.append(f"Solution.{program.method} = lambda self, *a, **k: 0")
+        elif program.substitute == "canonical":
+            lines.append(program.canonical)
+        place = "" if program.test_place == "module" else "Solution()."
+        lines.append(f"{place}{program.test_name}()")
+    else:
+        lines += program.calls
+    return "\n".join(lines)
 
 
 def bench_table(report: Mapping[str, Any]) -> str:
-    """The figures as a table."""
-    latency = report["latency_s"]
-    rows = [
-        ["one worker", f"{report['one_worker_per_s']:.1f} responses/s"],
-        ["all workers", f"{report['all_workers_per_s']:.1f} responses/s"],
+    """The figures as a table, and under it the responses that are slow by themselves."""
+    rows = []
+    for name, part in (
+        ("", report["all"]),
+        (f", without {len(report['slow'])} slow ones", report["without_slow"]),
+    ):
+        if part["responses"] and (not name or report["slow"]):
+            floor = f"{part['floor_per_s']:.1f}" if part["floor_per_s"] else "none"
+            rows += [
+                [f"one worker{name}", f"{part['one_worker_per_s']:.1f} responses/s"],
+                [f"{report['workers']} workers{name}", f"{part['all_workers_per_s']:.1f} responses/s"],
+                [
+                    f"limit set by the programs' own CPU time{name}",
+                    f"{floor} responses/s ({part['own_cpu_s']:.2f} s / {report['workers']})",
+                ],
+            ]
+    latency, loops, plain = report["latency_s"], report["loops"], report["baseline"]
+    milliseconds = " / ".join(f"{latency[k] * 1e3:.0f}" for k in ("median", "p90", "max"))
+    rows += [
+        ["latency, median / p90 / max", f"{milliseconds} ms"],
+        ["CPU time of an empty program", f"{report['empty_program_cpu_s'] * 1e3:.1f} ms"],
+        [f"an endless loop (limit {loops['limit_s']:g} s)", f"{loops['one_s']:.2f} s"],
         [
-            "latency, median / p90 / max",
-            " / ".join(f"{latency[k] * 1e3:.0f}" for k in ("median", "p90", "max")) + " ms",
+            f"{loops['count']} endless loops",
+            f"{loops['all_s']:.2f} s, ideal {loops['ideal_s']:.2f} s, ratio {loops['over_ideal']:.2f}",
         ],
-        ["an infinite loop", f"{report['timeout_s']:.2f} s"],
-        [
-            f"plain subprocess per program ({report['sample']} responses)",
-            f"{report['sample_plain_subprocess_per_s']:.1f} responses/s",
-        ],
-        ["ours, one worker, same responses", f"{report['sample_ours_one_worker_per_s']:.1f} responses/s"],
-        ["ratio", f"{report['ratio_one_worker']:.1f}"],
     ]
-    return tabulate(rows, headers=[f"{report['responses']} responses", ""], tablefmt="github")
+    if plain["responses"]:
+        rows += [
+            [
+                f"plain subprocesses, {plain['responses']} responses, {plain['programs']} programs",
+                f"{plain['plain_per_s']:.2f} responses/s",
+            ],
+            [
+                "ours on these, one worker",
+                f"{plain['one_worker_per_s']:.1f} responses/s, {plain['ratio_one_worker']:.1f} times",
+            ],
+            [
+                f"ours on these, {report['workers']} workers",
+                f"{plain['all_workers_per_s']:.1f} responses/s, {plain['ratio_all_workers']:.1f} times",
+            ],
+            [
+                "CPU time of one of these, plain / ours",
+                f"{plain['plain_cpu_s'] * 1e3:.0f} / {plain['our_cpu_s'] * 1e3:.0f} ms, "
+                f"{plain['ratio_cpu']:.1f} times",
+            ],
+        ]
+    heading = f"{report['responses']} responses, {report['programs']} programs"
+    names = ", ".join(f"{one['problem_id']} ({one['own_cpu_s']:.2f} s)" for one in report["slow"])
+    slow = f"\nover {SLOW_S} s of own CPU time: {names}" if names else ""
+    return tabulate(rows, headers=[heading, ""], tablefmt="github") + slow

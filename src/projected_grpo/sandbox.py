@@ -6,8 +6,11 @@ to its process, to its interpreter or to the pipes ends in an Outcome; it cannot
 
 from __future__ import annotations
 
+import ast
+import base64
 import importlib.util
 import json
+import marshal
 import os
 import queue
 import select
@@ -22,8 +25,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
+
+from projected_grpo.errors import UserError
 
 Action = Literal["calls", "tests", "script"]
 Status = Literal["ok", "timeout", "crash", "worker_died"]
@@ -33,13 +39,18 @@ CHILD = Path(__file__).with_name("sandbox_child.py")
 FIRST_UID = 61_000  # children of worker i run as FIRST_UID + i when the trainer is root
 GRACE_S = 10.0  # how long past its wall limit a program's cleanup may take before its interpreter is replaced
 START_S = 60.0
-# Imported once, before forking: what the datasets' setup code and ordinary solutions use.
+# Imported once, before forking: what the datasets' setup code and ordinary solutions use. Each page that an
+# import adds makes every fork a little slower, so what one in a hundred imports is left to that one.
 PRELOAD = (
-    *("array", "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "enum", "fractions"),
-    *("functools", "hashlib", "heapq", "inspect", "io", "itertools", "json", "math", "numbers", "operator"),
-    *("queue", "random", "re", "statistics", "string", "textwrap", "time", "traceback", "typing"),
-    *("unicodedata", "unittest"),
+    *("array", "bisect", "collections", "copy", "datetime", "enum", "functools", "heapq", "io", "itertools"),
+    *("json", "math", "operator", "queue", "random", "re", "string", "time", "typing", "unicodedata"),
 )
+
+MAX_DEATHS = 24  # interpreters lost in a row, in all workers, after which it is the machine and not a program
+MAX_SETUPS = 16  # setups that one interpreter keeps prepared; the children run any further ones themselves
+NOT_PREPARED = 255
+JOB, SETUP, SECRET = 0, 1, 2  # kinds of message to the interpreter, as in sandbox_child.py
+MESSAGE, ANSWER = struct.Struct(">BBI"), struct.Struct(">II")
 
 # Third-party packages that LeetCode offers to solutions: imported before forking, where they are installed.
 PACKAGES = ("sortedcontainers",)
@@ -83,6 +94,7 @@ class Program:
     test_place: Literal["module", "class"] = "module"
     substitute: Literal["own", "stub", "canonical"] = "own"
     canonical: str = ""  # only with substitute="canonical"
+    code: bytes = b""  # the Outcome.code of an earlier program of this source: spares parsing it again
 
 
 @dataclass(frozen=True)
@@ -99,8 +111,9 @@ class CallResult:
 class Outcome:
     """What happened to one program.
 
-    `compiled` and `tests` were said before the response's first line ran. `loaded`, `calls`, `attributes`,
-    `tests_passed` and `error` are the word of a process the response controls. The rest was observed.
+    `compiled`, `tests` and `code` were said before the response's first line ran. `loaded`, `calls`,
+    `attributes`, `tests_passed` and `error` are the word of a process the response controls. The rest was
+    observed.
     """
 
     status: Status
@@ -115,7 +128,9 @@ class Outcome:
     attributes: tuple[str, ...] = ()
     tests_passed: bool | None = None  # None: no answer
     error: str | None = None
+    code: bytes = b""  # the response compiled, where it defines a test function; else empty
     seconds: float = 0.0
+    cpu_s: float = 0.0  # of the program's process and what it started and reaped, containment included
 
 
 class WorkerDied(Exception):
@@ -151,8 +166,9 @@ class _Worker:
         self.stdin, self.stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self.stdin, False)
         os.set_blocking(self.stdout, False)
+        self.setups: dict[str, int] = {}
         try:
-            hello = json.loads(self._frame(time.monotonic() + START_S))
+            hello, _ = self._answer(time.monotonic() + START_S)
             if "layers" not in hello:
                 raise WorkerDied(f"the interpreter did not start: {hello.get('broken')}")
         except (WorkerDied, ValueError):
@@ -162,11 +178,18 @@ class _Worker:
 
     def run(self, program: Program) -> Outcome:
         """One program to its end; WorkerDied when the interpreter failed."""
-        body = json.dumps(asdict(program)).encode()
         deadline = time.monotonic() + self.limits.wall_s + GRACE_S
-        self._write(struct.pack(">I", len(body)) + body, deadline)
-        seen = json.loads(self._frame(deadline))
-        return read_outcome(program, seen, self._frame(deadline))
+        number = self._prepared(program.setup, deadline)
+        kind = SECRET if program.canonical else JOB
+        self._send(kind, number, marshal.dumps(vars(program)), deadline)
+        return read_outcome(program, *self._answer(deadline))
+
+    def _prepared(self, setup: str, deadline: float) -> int:
+        """Under which number this interpreter has run the setup; NOT_PREPARED when each child must."""
+        if setup not in self.setups and len(self.setups) < MAX_SETUPS and plain(setup):
+            self.setups[setup] = len(self.setups)
+            self._send(SETUP, self.setups[setup], setup.encode("utf-8", "surrogatepass"), deadline)
+        return self.setups.get(setup, NOT_PREPARED)
 
     def close(self) -> None:
         """Kill the interpreter with all its children and remove its folder."""
@@ -183,30 +206,29 @@ class _Worker:
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             raise WorkerDied("no answer in time")
 
-    def _write(self, data: bytes, deadline: float) -> None:
-        view = memoryview(data)
+    def _send(self, kind: int, number: int, body: bytes, deadline: float) -> None:
+        view = memoryview(MESSAGE.pack(kind, number, len(body)) + body)
         while view:
-            self._wait(self.stdin, select.POLLOUT, deadline)
             try:
                 view = view[os.write(self.stdin, view) :]
             except BlockingIOError:
-                continue
+                self._wait(self.stdin, select.POLLOUT, deadline)
             except OSError as error:
                 raise WorkerDied(str(error)) from error
 
-    def _read(self, count: int, deadline: float) -> bytes:
-        data = bytearray()
-        while len(data) < count:
+    def _answer(self, deadline: float) -> tuple[dict[str, Any], bytes]:
+        """What the interpreter saw, and what the child wrote."""
+        data, length, head = bytearray(), ANSWER.size, 0
+        while len(data) < length:
             self._wait(self.stdout, select.POLLIN, deadline)
-            part = os.read(self.stdout, count - len(data))
+            part = os.read(self.stdout, 1 << 20)
             if not part:
                 raise WorkerDied("the interpreter ended")
             data += part
-        return bytes(data)
-
-    def _frame(self, deadline: float) -> bytes:
-        (length,) = struct.unpack(">I", self._read(4, deadline))
-        return self._read(length, deadline)
+            if length == ANSWER.size <= len(data):
+                head, tail = ANSWER.unpack_from(data)
+                length += head + tail
+        return json.loads(data[ANSWER.size : ANSWER.size + head]), bytes(data[ANSWER.size + head :])
 
 
 def read_outcome(program: Program, seen: dict[str, object], lines: bytes) -> Outcome:
@@ -241,7 +263,7 @@ def read_outcome(program: Program, seen: dict[str, object], lines: bytes) -> Out
         status, error = "crash", error or f"ended without an answer (exit code {code})"
     tests, attributes = answer.get("tests"), answer.get("attributes")
     fields: dict[str, Any] = {
-        name: seen[name] for name in ("exit_code", "stdout", "stderr", "files", "seconds")
+        name: seen[name] for name in ("exit_code", "stdout", "stderr", "files", "seconds", "cpu_s")
     }
     return Outcome(
         status=status,
@@ -252,6 +274,7 @@ def read_outcome(program: Program, seen: dict[str, object], lines: bytes) -> Out
         attributes=tuple(
             name for name in program.watch if isinstance(attributes, list) and name in attributes
         ),
+        code=read_code(answer.get("code")),
         tests_passed=answer["tests_error"] is None if "tests_error" in answer else None,
         error=str(error)[:200] if error else None,
         **fields,
@@ -268,6 +291,14 @@ def read_calls(data: object, count: int) -> tuple[CallResult, ...] | None:
         else CallResult(item["value"], None, names(item.get("equal")), held_values(item.get("held")))
         for item in data
     )
+
+
+def read_code(data: object) -> bytes:
+    """The compiled response that the child sent, if it did; only another child of this response loads it."""
+    try:
+        return base64.b64decode(data, validate=True) if isinstance(data, str) else b""
+    except ValueError:
+        return b""
 
 
 def names(data: object) -> frozenset[str]:
@@ -300,6 +331,7 @@ class Sandbox:
         self._layers: Future[dict[str, bool | str]] = Future()
         self._lock = threading.Lock()
         self._closed = False
+        self._deaths = 0  # interpreters lost in a row
         self._threads = [
             threading.Thread(target=self._serve, args=(i,), name=f"sandbox-{i}", daemon=True)
             for i in range(self.workers)
@@ -322,7 +354,7 @@ class Sandbox:
         }
 
     def submit(self, program: Program) -> Future[Outcome]:
-        """Queue a program; the future never raises for anything the program does."""
+        """Queue a program; the future raises for nothing it does, UserError if no interpreter lives."""
         future: Future[Outcome] = Future()
         with self._lock:
             if self._closed:
@@ -395,8 +427,78 @@ class Sandbox:
                 worker.close()
             worker = None
             outcome = Outcome("worker_died", error=f"sandbox worker restarted: {error}"[:200])
-        future.set_result(outcome)
+        self._settle(future, outcome)
         return worker
+
+    def _settle(self, future: Future[Outcome], outcome: Outcome) -> None:
+        """Answer; or fail, when interpreter after interpreter died: grades would all be wrong, and silent."""
+        with self._lock:
+            self._deaths = self._deaths + 1 if outcome.status == "worker_died" else 0
+            broken = self._deaths >= MAX_DEATHS
+        if broken:
+            reason = f"the last {MAX_DEATHS} programs each ended their interpreter ({outcome.error})"
+            future.set_exception(UserError(f"nothing can be graded here: {reason}"))
+        else:
+            future.set_result(outcome)
+
+
+@lru_cache(256)
+def plain(setup: str) -> bool:
+    """Whether a setup only imports modules that are loaded anyway, defines functions and classes, and names
+    constants: running it can neither go on for ever nor touch anything that a later program would see.
+    """
+    try:
+        body = ast.parse(setup).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return "float" not in bound_names(body) and all(map(harmless, body))
+
+
+def bound_names(body: Sequence[ast.stmt]) -> set[str]:
+    """What the imports and definitions of a module are called."""
+    names = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return names | {alias.asname or alias.name for node in imports for alias in node.names}
+
+
+def harmless(node: ast.stmt) -> bool:
+    """Whether one statement of a setup runs no code but an import, a definition or float('...')."""
+    if isinstance(node, ast.Import):
+        return all(name.name in PRELOAD for name in node.names)
+    if isinstance(node, ast.ImportFrom):
+        return node.level == 0 and node.module in PRELOAD
+    if isinstance(node, ast.ClassDef):
+        methods = [n for n in node.body if not isinstance(n, ast.Pass | ast.Expr)]
+        return (
+            not (node.bases or node.keywords or node.decorator_list)
+            and all(isinstance(n, ast.FunctionDef) and n.name != "__class_getitem__" for n in methods)
+            and all(map(harmless, node.body))
+        )
+    if isinstance(node, ast.FunctionDef):
+        arguments = node.args
+        evaluated = [*arguments.defaults, *arguments.kw_defaults, node.returns]
+        evaluated += [
+            argument.annotation for argument in ast.walk(arguments) if isinstance(argument, ast.arg)
+        ]
+        return not node.decorator_list and all(e is None or constant(e) for e in evaluated)
+    if isinstance(node, ast.Assign):
+        names = all(isinstance(target, ast.Name) and target.id != "float" for target in node.targets)
+        return names and constant(node.value)
+    return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+
+
+def constant(node: ast.expr) -> bool:
+    """A literal, a name, a generic type of names (List[int]) or float('inf')."""
+    if isinstance(node, ast.Call):
+        is_float = isinstance(node.func, ast.Name) and node.func.id == "float"
+        return (
+            is_float and len(node.args) == 1 and isinstance(node.args[0], ast.Constant) and not node.keywords
+        )
+    if isinstance(node, ast.Subscript):
+        return isinstance(node.value, ast.Name) and constant(node.slice)
+    if isinstance(node, ast.Tuple):
+        return all(map(constant, node.elts))
+    return isinstance(node, ast.Constant | ast.Name)
 
 
 def places(packages: Sequence[str]) -> dict[str, str]:

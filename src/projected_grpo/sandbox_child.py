@@ -1,10 +1,12 @@
 """The warm interpreter of the sandbox: forks one contained child per untrusted program.
 
 A standalone standard-library program, started by sandbox.py as `python -s -S -P -B sandbox_child.py CONFIG`.
-A job arrives on descriptor 0 as a 4-byte length and that many bytes of JSON. The interpreter itself reads
-only the length: the body is read by the forked child, so no job (a canonical solution, say) is ever in the
-memory that later children inherit. Back go two length-prefixed frames: what this interpreter saw (JSON), and
-what the child wrote (at most `result_bytes` of untrusted bytes).
+On descriptor 0 arrive messages: a kind, the number of a prepared setup, a length and that many bytes. A setup
+(dataset code that only imports and defines, see sandbox.plain) is run by the interpreter; forks find it done.
+A job is read by the forked child alone: none (a canonical solution, say) is ever in the memory that later
+children inherit. One with a canonical solution is also watched by a process of its own, since what a program
+says passes through the memory of the process that watches it. A job is answered by two lengths, what its
+watcher saw (JSON), and what the child wrote (at most `result_bytes` of untrusted bytes).
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import marshal
 import os
-import random
 import select
 import shutil
 import signal
@@ -22,24 +24,37 @@ import struct
 import sys
 import time
 import types
+from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+register_at_fork = os.register_at_fork
+JOB, SETUP, SECRET = 0, 1, 2  # kinds of message; SECRET: a job that holds a canonical solution
+MESSAGE, ANSWER = struct.Struct(">BBI"), struct.Struct(">II")
 
 if "projected_grpo" not in sys.modules:  # a program of its own: the real package needs more than this library
     stand_in = types.ModuleType("projected_grpo")
     stand_in.__path__ = [os.path.dirname(os.path.abspath(__file__))]
     sys.modules["projected_grpo"] = stand_in
+    # `random` and `threading` ask to be told of every fork, to seed or to take stock anew. The children start
+    # from a fixed seed, and this interpreter has one thread: neither is needed, and they cost half a fork.
+    os.register_at_fork = lambda **hooks: None
 
-from projected_grpo.sandbox_contain import (
+from projected_grpo.sandbox_contain import (  # noqa: E402
+    FOLDER,
     MS_NOSUID_NODEV_NOEXEC,
+    PARENT,
+    PR_SET_CHILD_SUBREAPER,
     PR_SET_PDEATHSIG,
-    contain,
+    Containment,
     libc,
     mount,
     prepare,
 )
-from projected_grpo.sandbox_encode import attempt, describe
-from projected_grpo.sandbox_run import RESULT_FD, Run, flush, report
+from projected_grpo.sandbox_encode import attempt, describe  # noqa: E402
+from projected_grpo.sandbox_run import RESULT_FD, Run, Setup, flush, report  # noqa: E402
 
+MNT_DETACH = 2
 SETUP_FAILED = 70  # exit code of a child whose containment could not be put in place
 
 
@@ -55,9 +70,10 @@ def read_exactly(fd: int, count: int) -> bytes:
     return b"".join(parts)
 
 
-def write_frame(fd: int, data: bytes) -> None:
-    """A 4-byte length and the bytes."""
-    view = memoryview(struct.pack(">I", len(data)) + data)
+def answer(fd: int, seen: dict[str, Any], result: bytes) -> None:
+    """Two lengths, what this interpreter saw as JSON, and the child's bytes."""
+    head = json.dumps(seen).encode()
+    view = memoryview(ANSWER.pack(len(head), len(result)) + head + result)
     while view:
         view = view[os.write(fd, view) :]
 
@@ -103,6 +119,7 @@ class Supervisor:
         )
         self.data = {fd: bytearray() for fd in readers}
         self.seen = 0
+        self.cpu_s = 0.0
         self.poll = select.poll()
         self.end = os.pidfd_open(pid)
         for fd in (*readers, self.end):
@@ -126,7 +143,8 @@ class Supervisor:
                 why = "timeout"
         if why != "exit":
             os.kill(self.pid, signal.SIGKILL)
-        _, status = os.waitpid(self.pid, 0)
+        _, status, used = os.wait4(self.pid, 0)
+        self.cpu_s = used.ru_utime + used.ru_stime
         kill_rest(self.pid)
         for fd in self.data:  # every writer is dead, so this empties each pipe
             while self.drain(fd):
@@ -154,15 +172,22 @@ class Supervisor:
 class Scratch:
     """A fresh directory per program: its own small tmpfs where the kernel allows, else a plain directory."""
 
-    def __init__(self, root: str, cfg: dict[str, Any], mounts: bool) -> None:
-        self.path, self.cfg, self.mounts = os.path.join(root, "job"), cfg, mounts
+    def __init__(self, cfg: dict[str, Any], containment: Containment, mounts: bool) -> None:
+        self.cfg, self.containment, self.mounts = cfg, containment, mounts
+        parent = os.path.join(cfg["root"], PARENT) if mounts else cfg["root"]
+        self.path = os.path.join(parent, FOLDER)
+        # The parent of what is mounted lasts, so its ruleset does; it is read-only, so that only the mount is
+        # writable.
+        self.ruleset = containment.ruleset(parent) if mounts else None
 
     def make(self) -> None:
         """Create the directory, owned by the child's user."""
-        os.mkdir(self.path, 0o700)
         if self.mounts:
             options = f"size={self.cfg['disk_mb']}m,nr_inodes={self.cfg['disk_inodes']},mode=0700"
             mount("tmpfs", self.path, "tmpfs", MS_NOSUID_NODEV_NOEXEC, options)
+        else:
+            os.mkdir(self.path, 0o700)
+            self.ruleset = self.containment.ruleset(self.path)
         if self.cfg["uid"] is not None:
             os.chown(self.path, self.cfg["uid"], self.cfg["uid"])
 
@@ -188,9 +213,12 @@ class Scratch:
 
     def clear(self) -> None:
         """Remove the directory with whatever was left in it."""
-        if self.mounts and libc.umount2(self.path.encode(), 2) == 0:
-            os.rmdir(self.path)
+        if self.mounts:
+            if libc.umount2(self.path.encode(), MNT_DETACH):
+                raise OSError("cannot unmount a program's folder")  # the next program must not find it
             return
+        if self.ruleset is not None:
+            os.close(self.ruleset)
         shutil.rmtree(self.path, ignore_errors=True)
         if os.path.lexists(self.path):  # modes taken away, nested too deep for rmtree, or no folder any more
             if not os.path.islink(self.path):
@@ -199,46 +227,62 @@ class Scratch:
 
 
 def run_job(
-    length: int, scratch: Scratch, cfg: dict[str, Any], layers: dict[str, Any]
-) -> tuple[dict[str, Any], bytes]:
-    """Fork a child for the job waiting on descriptor 0; returns (observations, the child's bytes)."""
+    length: int, setup: Setup | None, scratch: Scratch, null: int, cfg: dict[str, Any], out: int
+) -> bool:
+    """Fork a child for the job waiting on descriptor 0, and answer; False when the child could not start."""
     scratch.make()
     pipes = [os.pipe() for _ in range(3)]
     started = time.monotonic()
     pid = os.fork()
     if pid == 0:
-        child(length, scratch.path, [write for _, write in pipes], cfg, layers)
+        child(length, setup, scratch, [null, *(write for _, write in pipes)])
     for _, write in pipes:
         os.close(write)
     readers = [reader for reader, _ in pipes]
     supervisor = Supervisor(pid, readers, cfg)
     why, status = supervisor.watch()
-    out, err, result = (bytes(supervisor.data[fd]) for fd in readers)
+    stdout, stderr, result = (bytes(supervisor.data[fd]) for fd in readers)
     seen = {
-        "ready": result[:1] == b"R",
         "why": why,
         "exit_code": os.waitstatus_to_exitcode(status),
-        "stdout": out.decode("utf-8", "replace"),
-        "stderr": err.decode("utf-8", "replace"),
+        "stdout": stdout.decode("utf-8", "replace"),
+        "stderr": stderr.decode("utf-8", "replace"),
         "files": scratch.files(),
         "seconds": time.monotonic() - started,
+        "cpu_s": supervisor.cpu_s,
     }
     scratch.clear()
-    return seen, result[1:]
+    answer(out, seen, result[1:])
+    return result[:1] == b"R"
 
 
-def child(length: int, cwd: str, pipes: list[int], cfg: dict[str, Any], layers: dict[str, Any]) -> None:
+def in_a_fork(serve: Callable[[], bool]) -> bool:
+    """Serve a job in a fork of this interpreter, whose memory goes with it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+            os._exit(0 if serve() else 1)
+        except BaseException:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def child(length: int, setup: Setup | None, scratch: Scratch, files: list[int]) -> None:
     """Contain this freshly forked process, read the job, run it. Never returns."""
     try:
         os.setsid()
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        job = json.loads(read_exactly(0, length))
-        null = os.open(os.devnull, os.O_RDWR)
-        for source, target in ((null, 0), (pipes[0], 1), (pipes[1], 2), (pipes[2], RESULT_FD)):
+        job = marshal.loads(read_exactly(0, length))  # from the trusted side
+        for target, source in enumerate(files):
             os.dup2(source, target)
-        os.closerange(RESULT_FD + 1, 1 << 16)
-        os.chdir(cwd)
-        contain(cfg, layers)
+        ruleset = scratch.ruleset
+        if ruleset is not None:
+            ruleset = os.dup2(ruleset, RESULT_FD + 1)
+        os.closerange(RESULT_FD + (2 if ruleset is not None else 1), 1 << 16)
+        os.chdir(scratch.path)
+        scratch.containment.enter(ruleset)
         os.write(RESULT_FD, b"R")
     except BaseException as error:
         text = describe(error)
@@ -246,8 +290,7 @@ def child(length: int, cwd: str, pipes: list[int], cfg: dict[str, Any], layers: 
         os._exit(SETUP_FAILED)
     try:
         gc.enable()
-        random.seed(0)  # an honest randomised solution gets the same verdict every time
-        getattr(Run(job), job["action"])()
+        getattr(Run(job, setup), job["action"])()
     except BaseException as error:
         text = describe(error)
         attempt(lambda: report({"fatal": text}))
@@ -268,6 +311,10 @@ def warm_up(cfg: dict[str, Any]) -> dict[str, Any]:
         importlib.import_module(name)
         sys.path.remove(folder)  # the rest of that folder stays out of reach
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.umask(0o077)
+    importlib.import_module("random").seed(
+        0
+    )  # an honest randomised solution gets the same verdict every time
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -281,28 +328,42 @@ def withdraw_imports() -> None:
     sys.path_importer_cache.clear()
 
 
+def prepare_setup(source: bytes) -> Setup | None:
+    """Run a setup before forking; None when it fails, which each child then finds for itself."""
+    try:
+        return Setup(source.decode("utf-8", "surrogatepass"))
+    except Exception:
+        return None
+    finally:
+        gc.freeze()
+
+
 def main() -> None:
     """Serve jobs until descriptor 0 closes."""
     cfg = json.loads(sys.argv[1])
     os.environ.clear()
     out = os.dup(1)
+    null = os.open(os.devnull, os.O_RDWR)
     try:
         layers = warm_up(cfg)
+        scratch = Scratch(cfg, Containment(cfg, layers), layers["mounts"] is True)
     except Exception as error:
-        write_frame(out, json.dumps({"broken": describe(error)}).encode())
+        answer(out, {"broken": describe(error)}, b"")
         return
     withdraw_imports()
-    write_frame(out, json.dumps({"layers": layers}).encode())
-    scratch = Scratch(cfg["root"], cfg, layers.get("mounts") is True)
+    os.register_at_fork = register_at_fork
+    answer(out, {"layers": layers}, b"")
+    setups: dict[int, Setup | None] = {}
     while True:
         try:
-            (length,) = struct.unpack(">I", read_exactly(0, 4))
+            kind, number, length = MESSAGE.unpack(read_exactly(0, MESSAGE.size))
         except EOFError:
             return
-        seen, result = run_job(length, scratch, cfg, layers)
-        write_frame(out, json.dumps(seen).encode())
-        write_frame(out, result)
-        if not seen["ready"]:
+        if kind == SETUP:
+            setups[number] = prepare_setup(read_exactly(0, length))
+            continue
+        serve = partial(run_job, length, setups.get(number), scratch, null, cfg, out)
+        if not (in_a_fork(serve) if kind == SECRET else serve()):
             return  # the job may lie half read on descriptor 0: only a new interpreter is in step again
 
 

@@ -16,50 +16,79 @@ import sys
 from typing import Any
 
 from projected_grpo.sandbox_encode import attempt
-from projected_grpo.sandbox_seccomp import PR_SET_NO_NEW_PRIVS, install_filter, libc, probe_filter
+from projected_grpo.sandbox_seccomp import PR_SET_NO_NEW_PRIVS, Filter, libc, probe_filter
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
-MS_RDONLY, MS_NOSUID_NODEV, MS_NOSUID_NODEV_NOEXEC, MS_BIND, MS_REC_PRIVATE = 1, 6, 0xE, 0x1000, 0x44000
+MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC_PRIVATE = 1, 0x20, 0x1000, 0x44000
+MS_NOSUID_NODEV, MS_NOSUID_NODEV_NOEXEC = 6, 0xE
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same numbers on every architecture
 LANDLOCK_FS_BITS = (0, 13, 14, 15, 15, 16)  # by ABI version: how many kinds of file access it governs
 LANDLOCK_READ_DIR, LANDLOCK_FILE = 0xD, 0x7  # execute, read file, read dir; execute, write file, read file
+PARENT, FOLDER = (
+    "jobs",
+    "job",
+)  # with own mounts, a program's folder is mounted on the second, inside the first
 READABLE = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36
 
 
-def contain(cfg: dict[str, Any], layers: dict[str, Any]) -> None:
-    """Limits first, then the loss of rights that setting them may have needed."""
-    megabyte = 1 << 20
-    for name, value in (
-        ("RLIMIT_CPU", cfg["cpu_s"]),
-        ("RLIMIT_AS", cfg["memory_mb"] * megabyte),
-        ("RLIMIT_FSIZE", cfg["file_mb"] * megabyte),
-        ("RLIMIT_NOFILE", cfg["open_files"]),
-        ("RLIMIT_NPROC", cfg["base_processes"] + cfg["processes"]),
-        ("RLIMIT_CORE", 0),
-    ):
-        resource.setrlimit(getattr(resource, name), (value, value + (name == "RLIMIT_CPU")))
-    if layers["uid_drop"] is True:
-        os.setgroups([])
-        os.setresgid(cfg["uid"], cfg["uid"], cfg["uid"])
-        os.setresuid(cfg["uid"], cfg["uid"], cfg["uid"])
-    header, empty = struct.pack("Ii", 0x20080522, 0), bytes(24)
-    libc.capset(header, empty)
-    if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
-        raise OSError("no_new_privs refused")
-    if layers["landlock"] is True:
-        landlock(cfg["landlock_abi"], os.getcwd())
-    libc.prctl(PR_SET_DUMPABLE, 0)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: a change of uid clears it
-    os.umask(0o077)
-    if layers["seccomp"] is True:  # last: it refuses some of the above
-        install_filter(cfg["processes"] > 0)
+EMPTY_CAPABILITIES = struct.pack("Ii", 0x20080522, 0), bytes(24)
 
 
-def landlock(abi: int, cwd: str) -> None:
-    """Deny all files but the work folder and, to read, Python's and the system's libraries; TCP, signals."""
+class Containment:
+    """What a child needs to contain itself, made before forking: after a fork every step costs more."""
+
+    def __init__(self, cfg: dict[str, Any], layers: dict[str, Any]) -> None:
+        self.uid = cfg["uid"] if layers["uid_drop"] is True else None
+        self.landlock_abi = cfg["landlock_abi"] if layers["landlock"] is True else 0
+        self.filter = Filter(cfg["processes"] > 0) if layers["seccomp"] is True else None
+        megabyte = 1 << 20
+        self.limits = [
+            (resource.RLIMIT_CPU, (cfg["cpu_s"], cfg["cpu_s"] + 1)),
+            *(
+                (kind, (value, value))
+                for kind, value in (
+                    (resource.RLIMIT_AS, cfg["memory_mb"] * megabyte),
+                    (resource.RLIMIT_FSIZE, cfg["file_mb"] * megabyte),
+                    (resource.RLIMIT_NOFILE, cfg["open_files"]),
+                    (resource.RLIMIT_NPROC, cfg["base_processes"] + cfg["processes"]),
+                    (resource.RLIMIT_CORE, 0),
+                )
+            ),
+        ]
+
+    def ruleset(self, folder: str) -> int | None:
+        """Descriptor of a Landlock ruleset that leaves `folder` as the only place to write; None without."""
+        return landlock_ruleset(self.landlock_abi, folder) if self.landlock_abi else None
+
+    def enter(self, ruleset: int | None) -> None:
+        """Limits first, then the loss of rights that setting them may have needed. For good."""
+        for kind, values in self.limits:
+            resource.setrlimit(kind, values)
+        if (uid := self.uid) is not None:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+        libc.capset(*EMPTY_CAPABILITIES)
+        if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+            raise OSError("no_new_privs refused")
+        if ruleset is not None:
+            if libc.syscall(LANDLOCK_RESTRICT, ruleset, 0):
+                raise OSError(ctypes.get_errno(), "landlock refused")
+            os.close(ruleset)
+        libc.prctl(PR_SET_DUMPABLE, 0)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: a change of uid clears it
+        if self.filter is not None:  # last: it refuses some of the above
+            self.filter.install()
+
+
+def landlock_ruleset(abi: int, folder: str) -> int:
+    """Deny all files but `folder` and, to read, Python's and the system's libraries; TCP, signals.
+
+    `folder` is the work folder itself or the parent of where it is mounted: the kernel looks through a mount.
+    """
     everything = (1 << LANDLOCK_FS_BITS[min(abi, len(LANDLOCK_FS_BITS) - 1)]) - 1
     attributes = struct.pack("QQQ", everything, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
@@ -67,7 +96,7 @@ def landlock(abi: int, cwd: str) -> None:
     if ruleset < 0:
         raise OSError(ctypes.get_errno(), "landlock refused")
     rules = [(path, LANDLOCK_READ_DIR) for path in (*READABLE, *sys.path)]
-    rules += [(path, LANDLOCK_FILE) for path in DEVICES] + [(cwd, everything)]
+    rules += [(path, LANDLOCK_FILE) for path in DEVICES] + [(folder, everything)]
     for path, access in rules:
         try:
             fd = os.open(path, os.O_PATH)
@@ -77,9 +106,7 @@ def landlock(abi: int, cwd: str) -> None:
             access &= LANDLOCK_FILE
         libc.syscall(LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", access, fd), 0)
         os.close(fd)
-    if libc.syscall(LANDLOCK_RESTRICT, ruleset, 0):
-        raise OSError(ctypes.get_errno(), "landlock refused")
-    os.close(ruleset)
+    return ruleset
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str) -> None:
@@ -143,6 +170,9 @@ def private_mounts(root: str, layers: dict[str, Any]) -> None:
         for module in [*sys.modules.values()]:  # packages already loaded look for their submodules here too
             if hasattr(module, "__path__"):
                 module.__path__ = [path.replace(library, target, 1) for path in module.__path__]
+        os.mkdir(jobs := os.path.join(root, PARENT), 0o711)
+        os.mkdir(os.path.join(jobs, FOLDER), 0o700)
+        mount("tmpfs", root, "", MS_REMOUNT | MS_RDONLY | MS_NOSUID_NODEV, "")  # nothing stays beside the job
         layers["mounts"] = True
         for folder in ("site-packages", "dist-packages"):  # may hold this project and its data
             if os.path.isdir(os.path.join(target, folder)):
@@ -175,9 +205,13 @@ def uid_drop(cfg: dict[str, Any], layers: dict[str, Any]) -> bool | str:
 
 def process_limit(cfg: dict[str, Any], layers: dict[str, Any]) -> bool | str:
     """Whether a contained child is really refused a process too many: the kernel exempts root."""
+    containment = Containment({**cfg, "processes": 0}, layers)
     pid = os.fork()
     if pid == 0:
-        contain({**cfg, "processes": 0}, layers)
+        try:
+            containment.enter(containment.ruleset(cfg["root"]))
+        except BaseException:
+            os._exit(3)
         try:
             os._exit(1 if os.fork() else 0)
         except OSError:

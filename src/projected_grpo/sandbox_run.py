@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ast
 import atexit
+import base64
 import builtins
 import json
+import marshal
 import os
 import sys
 import threading
@@ -28,6 +30,8 @@ from projected_grpo.sandbox_encode import (
 )
 
 RESULT_FD = 3
+LOADED = b'{"loaded": true}\n'
+MAX_CODE = 1 << 16  # bytes of compiled response that are handed back, for the response's other programs
 
 
 def find_tests(tree: ast.Module, name: str) -> str | None:
@@ -42,32 +46,55 @@ def find_tests(tree: ast.Module, name: str) -> str | None:
     return None
 
 
-def new_module(name: str, setup: str) -> dict[str, Any]:
-    """The namespace of a fresh __main__ module in which the setup code has run."""
-    module = types.ModuleType("__main__")
-    module.__dict__.update(__name__=name, __builtins__=builtins)
-    sys.modules["__main__"] = module
-    exec(compile(setup, "<setup>", "exec", dont_inherit=True), module.__dict__)
-    return module.__dict__
+class Setup:
+    """A setup code that has run in a fresh __main__ module.
+
+    A plain one runs before forking, and every child has its own copy by copy-on-write.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.code = compile(source, "<setup>", "exec", dont_inherit=True)
+        self.module = types.ModuleType("__main__")
+        self.space = self.module.__dict__
+        self.space["__builtins__"] = builtins
+        exec(self.code, self.space)
+        self.names = dict(self.space)  # what the calls see, whatever the response binds
 
 
 class Run:
     """One program in its own process: loads it, drives it, and reports on RESULT_FD."""
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    def __init__(self, job: dict[str, Any], setup: Setup | None) -> None:
         self.job = job
+        self.setup = setup
         self.instances: list[Any] = []
 
     def load(self, name: str) -> tuple[dict[str, Any], dict[str, Any], types.CodeType]:
-        """Run the setup, parse the response; returns (namespace, names that calls see, response code)."""
-        space = new_module(name, self.job["setup"])
-        setup_names = dict(space)
-        setup_names["Solution"] = lambda: self.instance(space)
-        tree = ast.parse(self.job["source"])
+        """Run the setup, compile the response; returns (namespace, names that calls see, response code)."""
+        setup = self.setup = self.setup or Setup(self.job["setup"])
+        space, names = setup.space, setup.names
+        sys.modules["__main__"] = setup.module
+        space["__name__"] = name
+        names["Solution"] = lambda: self.instance(space)
+        code, line = self.compiled()
+        write(line)  # before any line of the response runs, so the response cannot change it
+        return space, names, code
+
+    def compiled(self) -> tuple[types.CodeType, bytes]:
+        """The response's code, and what is said of it: where its test function is, and the code itself.
+
+        A response's other programs are sent that code, so that only the first has to parse.
+        """
+        source, name = self.job["source"], self.job["test_name"]
+        if self.job["code"]:
+            return marshal.loads(self.job["code"]), b'{"compiled": true}\n'
+        if self.job["action"] != "calls" or (name not in source and source.isascii()):
+            code = compile(source, "<response>", "exec", dont_inherit=True)
+            return code, b'{"compiled": true, "tests": null, "code": ""}\n'
+        tree = ast.parse(source)
         code = compile(tree, "<response>", "exec", dont_inherit=True)
-        # Written before any line of the response runs, so the response cannot change it.
-        report({"compiled": True, "tests": find_tests(tree, self.job["test_name"])})
-        return space, setup_names, code
+        place = json.dumps(find_tests(tree, name)).encode()
+        return code, b'{"compiled": true, "tests": %b, "code": "%b"}\n' % (place, portable(code))
 
     def instance(self, space: dict[str, Any]) -> Any:
         """What `Solution()` in a call stands for: a new instance, remembered."""
@@ -79,7 +106,7 @@ class Run:
         """Drive every ground-truth call and report the encoded results with the side channels."""
         space, names, code = self.load("__main__")
         load_error = attempt(lambda: exec(code, space))
-        report({"loaded": True})
+        write(LOADED)
         results: list[Any] = []
         found: set[str] = set()
         for source in self.job["calls"]:
@@ -106,7 +133,7 @@ class Run:
         """Call the response's own test function after putting the stub or the canonical method in place."""
         space, names, code = self.load("<graded>")
         attempt(lambda: exec(code, space))
-        report({"loaded": True})
+        write(LOADED)
         report({"tests_error": attempt(lambda: self.call_tests(space))})
 
     def call_tests(self, space: dict[str, Any]) -> None:
@@ -116,7 +143,9 @@ class Run:
         if job["substitute"] == "stub":
             setattr(solution, job["method"], lambda *args, **kwargs: 0)
         elif job["substitute"] == "canonical":
-            other = new_module("<canonical>", job["setup"])
+            other: dict[str, Any] = {"__name__": "<canonical>", "__builtins__": builtins}
+            assert self.setup is not None
+            exec(self.setup.code, other)  # classes of its own, which the response has not touched
             exec(compile(job["canonical"], "<canonical>", "exec", dont_inherit=True), other)
             for name, value in vars(other["Solution"]).items():
                 if name == "__init__" or not (name.startswith("__") and name.endswith("__")):
@@ -165,9 +194,23 @@ def truthy(holder: Any, name: str) -> bool:
         return False
 
 
+def portable(code: types.CodeType) -> bytes:
+    """The code as text for another process of the same Python; empty when it is too large or too deep."""
+    try:
+        data = marshal.dumps(code)
+    except ValueError:
+        return b""
+    return base64.b64encode(data) if len(data) <= MAX_CODE else b""
+
+
 def report(data: dict[str, Any]) -> None:
     """Append one line of JSON to the result pipe."""
-    view = memoryview(json.dumps(data).encode() + b"\n")
+    write(json.dumps(data).encode() + b"\n")
+
+
+def write(line: bytes) -> None:
+    """Append a line to the result pipe."""
+    view = memoryview(line)
     while view:
         view = view[os.write(RESULT_FD, view) :]
 

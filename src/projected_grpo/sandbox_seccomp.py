@@ -62,6 +62,7 @@ NEW_PROCESS: dict[str, tuple[int | None, int | None]] = {
     "execveat": (322, 281),
 }  # fmt: skip
 PRCTL = (157, 167)
+PID_PLACE = 0x7FFFFFFF  # no process id is this large
 KEPT_OPTIONS = (1, 4)  # PR_SET_PDEATHSIG, PR_SET_DUMPABLE: set by `contain`, not to be taken back
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH_*
 
@@ -96,13 +97,23 @@ def build_filter(machine: str, pid: int, new_processes: bool) -> bytes:
     return b"".join([*code, allow])
 
 
-def install_filter(new_processes: bool) -> None:
-    """Filter this process and all it may start, for good; OSError when the kernel refuses."""
-    code = build_filter(os.uname().machine, os.getpid(), new_processes)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
-    if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0):
-        raise OSError(ctypes.get_errno(), f"seccomp: {os.strerror(ctypes.get_errno())}")
+class Filter:
+    """The program, built once before forking: a child only writes its own process id into it."""
+
+    def __init__(self, new_processes: bool) -> None:
+        code = build_filter(os.uname().machine, PID_PLACE, new_processes)
+        place = op(JUMP_EQUAL, PID_PLACE, 1, 0)
+        self.places = [at + 4 for at in range(0, len(code), 8) if code[at : at + 8] == place]
+        self.buffer = ctypes.create_string_buffer(code, len(code))
+        self.program = struct.pack("@HP", len(code) // 8, ctypes.addressof(self.buffer))
+
+    def install(self) -> None:
+        """Filter this process and all it may start, for good; OSError when the kernel refuses."""
+        pid = os.getpid()
+        for at in self.places:
+            struct.pack_into("=I", self.buffer, at, pid)
+        if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, self.program, 0, 0):
+            raise OSError(ctypes.get_errno(), f"seccomp: {os.strerror(ctypes.get_errno())}")
 
 
 def probe_filter() -> bool | str:
@@ -113,7 +124,7 @@ def probe_filter() -> bool | str:
     if pid == 0:
         try:
             libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-            install_filter(False)
+            Filter(False).install()
             refused = libc.socket(1, 1, 0) == -1 and ctypes.get_errno() == errno.EPERM
             refused = refused and libc.kill(-1, 0) == -1 and ctypes.get_errno() == errno.EPERM
             os._exit(0 if refused and libc.kill(os.getpid(), 0) == 0 else 3)
