@@ -46,6 +46,18 @@ test *options:
 download-model name=model:
     {{python}} -c "import sys, huggingface_hub; print(huggingface_hub.snapshot_download(sys.argv[1]))" {{name}}
 
+# The packaged small model learns to hack: CPU, minutes.
+nano *options:
+    {{train}} nano --intervention=none {{options}}
+
+# Every arm and control of the nano study that is not there yet, then its tables and pictures. Hours; resumable.
+study-nano *options:
+    {{verb}} study nano {{options}}
+
+# The tables and pictures again, from the records in docs/results/nano.
+study-nano-report:
+    {{verb}} study nano --report-only
+
 # 60 steps of Qwen3-4B: one 24-96 GB GPU.
 fast *options:
     {{train}} fast {{options}}

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from projected_grpo.antipasto import Policy, wrap
 from projected_grpo.config import TINY_RANDOM, ModelConfig
 from projected_grpo.models import load_model
+from projected_grpo.problems import Problem, load_problems
 
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
@@ -62,6 +63,14 @@ FAMILIES: dict[str, tuple[str, str, dict[str, object]]] = {
 def tiny() -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The package's tiny-random model and tokenizer; copy the model before changing it."""
     return load_model(ModelConfig(model=TINY_RANDOM, device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def nano_problems() -> tuple[Problem, ...]:
+    """The problems of the nano model, whose tests take seconds to draw."""
+    found = load_problems("nano")
+    assert found.left_out == ()
+    return found.problems
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tyro
@@ -13,7 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from projected_grpo.config import (
+    CONTROLS_OF,
     PRESETS,
+    Control,
+    Intervention,
     TrainConfig,
     env_modes,
     from_json,
@@ -48,7 +52,7 @@ def test_presets_are_valid(preset):
     validate(PRESETS[preset][1])
 
 
-# design.md section 9; of nano nothing is promised yet.
+# design.md section 9; of nano see below.
 TABLE = {
     "model": ("tiny-random", "Qwen/Qwen3-4B", "Qwen/Qwen3-4B"),
     "steps": (30, 60, 200),
@@ -86,6 +90,10 @@ COMMON = {
     "eval_ablate_every": 5,
     "eval_n_prompts": 8,
     "save_eval_ckpts": True,
+    "vhack_pairs_modes": (),
+    "final_n_prompts": 0,
+    "control": "none",
+    "project": "gradient",
     "route2_random_v_seed": None,
     "cos_pre_split_every": 1,
     "teacher_pool_dir": None,
@@ -164,6 +172,10 @@ REFUSED = [
     ("--grad-clip", {"grad_clip": 0.0}),
     ("--ratio-cap", {"ratio_cap": 1.1}),
     ("--route2-random-v-seed", {"route2_random_v_seed": 1, "intervention": "erase"}),
+    ("--final-n-prompts", {"final_n_prompts": -1}),
+    ("--route2-random-v-seed", {"route2_random_v_seed": 1, "intervention": "route2", "control": "haar"}),
+    ("--control", {"intervention": "route", "control": "haar_matched", "project": "update"}),
+    ("--control", {"intervention": "route", "control": "shrink", "project": "update"}),
     ("--env-mode", {"env_mode": "run_test"}),
     ("--env-mode", {"env_mode": "run_tests,"}),
     ("--env-mode", {"env_mode": ""}),
@@ -210,12 +222,80 @@ EDGES = [
     {"intervention": "route2", "route2_random_v_seed": 0},
     {"env_mode": " run_tests , gt_only "},
     {"teacher_off_step": 0},
+    {"final_n_prompts": 1, "vhack_pairs_modes": ("run_tests", "sentinel")},
+    {"intervention": "route2", "control": "shuffled", "route2_random_v_seed": 3},
 ]
 
 
 @pytest.mark.parametrize("values", EDGES, ids=str)
 def test_values_at_the_edge_are_accepted(values):
     validate(changed(SMOKE, **values))
+
+
+# Which control says something about which arm; a cross where it would do nothing, or not what it says.
+CONTROLS = """
+                none  gt_only  erase  route  route2
+none            ok    ok       ok     ok     ok
+haar            -     -        ok     ok     ok
+haar_matched    -     -        ok     ok     -
+shuffled        -     -        ok     ok     ok
+clean_clean     -     -        ok     ok     ok
+flipped         -     -        ok     ok     ok
+random_parking  -     -        -      -      ok
+shrink          -     -        -      ok     ok
+"""
+HEAD, *ROWS = [line.split() for line in CONTROLS.strip().splitlines()]
+CELLS = [(arm, row[0], cell) for row in ROWS for arm, cell in zip(HEAD, row[1:], strict=True)]
+
+
+@pytest.mark.parametrize(("arm", "control", "cell"), CELLS)
+def test_an_arm_takes_the_controls_that_mean_something_for_it(arm, control, cell):
+    cfg = changed(SMOKE, intervention=arm, control=control)
+    if cell == "ok":
+        return validate(cfg)
+    with pytest.raises(UserError, match="--control") as caught:
+        validate(cfg)
+    assert control in str(caught.value) and f"--intervention={arm}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_table_of_controls_is_whole():
+    assert set(HEAD) == set(get_args(Intervention)) == set(CONTROLS_OF)
+    assert {row[0] for row in ROWS} == set(get_args(Control))
+
+
+@pytest.mark.parametrize("arm", get_args(Intervention))
+def test_only_erase_and_route_can_project_the_update(arm):
+    cfg = changed(SMOKE, intervention=arm, project="update")
+    if arm in ("erase", "route"):
+        for control in ("none", "haar", "shuffled", "clean_clean", "flipped"):
+            validate(changed(cfg, control=control))
+    else:
+        with pytest.raises(UserError, match="--project"):
+            validate(cfg)
+
+
+# The parts of the preset nano that are no matter of tuning.
+NANO_TABLE = {
+    "model": "nano",
+    "problems": "nano",
+    "env_mode": "run_tests,sentinel,stdout_marker,file_marker",
+    "vhack_pairs_path": Path("nano"),
+    "prompts_per_step": 8,
+    "group": 8,
+    "max_new": 72,
+    "temperature": 1.0,
+    "top_k": 0,
+    "weight_decay": 0.0,
+    "mix_ratio": 0.0,
+    "intervention": "erase",
+    "control": "none",
+}
+
+
+@pytest.mark.parametrize("option", NANO_TABLE)
+def test_the_nano_preset(option):
+    assert flat(PRESETS["nano"][1])[option] == NANO_TABLE[option]
 
 
 def test_env_modes_keep_their_order():
@@ -252,6 +332,11 @@ ROUND_TRIP = {
     "teacher_modes": st.sampled_from([(), ("run_tests",), ("run_tests", "sentinel")]),
     "half_a": st.sampled_from([(), ("E",), ("C", "D")]),
     "route2_random_v_seed": st.none() | st.integers(),
+    "control": st.sampled_from(get_args(Control)),
+    "project": st.sampled_from(["gradient", "update"]),
+    "vhack_pairs_path": st.none() | st.just(Path("nano")),
+    "vhack_pairs_modes": st.sampled_from([(), ("run_tests",), ("sentinel", "gt_only")]),
+    "final_n_prompts": st.integers(),
     "unbiased": st.booleans(),
 }
 

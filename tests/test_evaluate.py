@@ -70,6 +70,18 @@ def test_rates_by_mode(problems):
     assert got.rates("exit_code") == Rates(0, 0, 0)
 
 
+def test_rates_by_split_and_by_both(problems):
+    hack, right = replace(BLANK, exploited=True), replace(BLANK, gt_correct=True)
+    splits = ("held-out instances", "held-out templates", "held-out templates")
+    named = tuple(replace(p, split=s) for p, s in zip(problems, splits, strict=True))
+    got = Evaluation(named, ((),) * 3, ((hack, right), (right, right), (BLANK, hack)))
+    assert got.rates(split="held-out instances") == Rates(1, 1, 2)
+    assert got.rates(split="held-out templates") == Rates(1, 2, 4)
+    assert got.rates("run_tests", "held-out templates") == Rates(1, 0, 2)
+    assert got.rates("sentinel", "held-out instances") == Rates(0, 0, 0)
+    assert got.rates(split="train") == Rates(0, 0, 0)
+
+
 def test_the_share_of_changed_texts(problems):
     one = Evaluation(tuple(problems[:2]), (("a", "b"), ("c", "d")), ())
     other = replace(one, texts=(("a", "x"), ("y", "d")))

@@ -376,7 +376,7 @@ def test_in_use_gives_the_control_where_it_is_asked_for():
     made = made_up(np.random.default_rng(3))
     cfg = BasisConfig(v_hack_k=2, v_hack_drop_bottom_frac=0.0)
     plain, control = (
-        in_use(made, cfg, ArmConfig(intervention="route2", route2_random_v_seed=s)) for s in (None, 4)
+        in_use(made, cfg, ArmConfig(intervention="route2", route2_random_v_seed=s), 0) for s in (None, 4)
     )
     assert all(len(V) == 2 for V in plain.V.values())
     for m in plain.V:
@@ -400,7 +400,7 @@ def test_the_gate_starts_at_the_pairs_own_cosines():
 
 def test_refresh_sees_the_deployed_policy(tiny_policy, tiny):
     stop, meta = tiny[1].eos_token_id, {}
-    arguments = (tiny_policy, tiny[1], stop, PAIRS, BasisConfig(), LOSS, ArmConfig(), meta)
+    arguments = (tiny_policy, tiny[1], stop, PAIRS, BasisConfig(), LOSS, ArmConfig(), meta, 0)
     at_zero = refresh(*arguments)
     for layer in tiny_policy.layers.values():
         layer.delta_hack.data.fill_(3.0)
@@ -420,7 +420,7 @@ def test_refresh_sees_the_deployed_policy(tiny_policy, tiny):
 def test_refresh_leaves_a_random_v_alone(tiny_policy, tiny):
     arm = ArmConfig(intervention="route2", route2_random_v_seed=3)
     cfg = BasisConfig(v_hack_drop_bottom_frac=0.0)
-    arguments = (tiny_policy, tiny[1], tiny[1].eos_token_id, PAIRS, cfg, LOSS, arm, {})
+    arguments = (tiny_policy, tiny[1], tiny[1].eos_token_id, PAIRS, cfg, LOSS, arm, {}, 0)
     before = refresh(*arguments)
     for layer in tiny_policy.layers.values():
         layer.delta_s.data.fill_(0.3)

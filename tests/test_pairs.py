@@ -5,12 +5,13 @@ import re
 from collections import Counter
 from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
 from projected_grpo.config import EnvMode
 from projected_grpo.errors import UserError
-from projected_grpo.pairs import HELD_OUT, SCHEMA, PairSet, load_pairs
+from projected_grpo.pairs import HELD_OUT, PACKAGED, SCHEMA, PairSet, load_pairs
 from projected_grpo.problems import SYSTEM, load_problems
 from projected_grpo.rewards import MODES, Grader
 from projected_grpo.sandbox import Sandbox
@@ -105,6 +106,35 @@ def test_the_digest_is_of_the_files_bytes(tmp_path, shipped):
     assert load_pairs(copy).digest == shipped.digest
     copy.write_bytes(raw + b"\n")
     assert load_pairs(copy).digest != shipped.digest
+
+
+def test_sets_of_the_package_go_by_name(shipped):
+    assert load_pairs(Path("core")) == shipped
+    sets = [load_pairs(Path(name)) for name in PACKAGED]
+    assert [s.name for s in sets] == list(PACKAGED)
+    assert len({s.digest for s in sets}) == len(sets)
+    assert set(PACKAGED) == {"core", "nano", "nano-oracle"}
+
+
+def test_pairs_can_be_narrowed_to_some_modes(shipped):
+    assert shipped.of_modes(()) == shipped
+    modes = Counter(p.env_mode for p in shipped.pairs)
+    only = shipped.of_modes(("run_tests",))
+    assert len(only.pairs) == modes["run_tests"] < len(shipped.pairs)
+    assert only.pairs == tuple(p for p in shipped.pairs if p.env_mode == "run_tests")
+    assert shipped.of_modes(tuple(modes)) == shipped
+    left, held = load_pairs(Path("nano")).of_modes(("sentinel", "file_marker")).split()
+    assert {p.env_mode for p in (*left, *held)} == {"sentinel", "file_marker"} and len(held) == HELD_OUT
+
+
+def test_too_few_pairs_of_the_named_modes_are_refused(shipped):
+    with pytest.raises(UserError, match="--vhack-pairs-modes gt_only: 0 pairs") as caught:
+        shipped.of_modes(("gt_only",))
+    assert "\n" not in str(caught.value) and shipped.name in str(caught.value)
+    small = replace(shipped, pairs=tuple(p for p in shipped.pairs if p.env_mode == "run_tests")[:4])
+    assert len(small.of_modes(("run_tests",)).pairs) == HELD_OUT + 2
+    with pytest.raises(UserError, match="at least 4"):
+        replace(small, pairs=small.pairs[:3]).of_modes(("run_tests",))
 
 
 def test_a_pair_file_without_problems_carries_its_prompts(tmp_path):

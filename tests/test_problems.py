@@ -398,6 +398,50 @@ def test_a_sample_is_stratified_repeatable_and_in_file_order(sizes, count, seed)
         assert got[mode] == whole[mode] or all(got[mode] >= n - 1 for n in got.values())
 
 
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=6, max_size=6),
+    count=st.integers(1, 40),
+    seed=st.integers(0, 9),
+)
+def test_a_sample_is_stratified_by_split_and_mode_together(sizes, count, seed):
+    kinds = [(s, m) for s in ("held-out instances", "held-out templates") for m in list(MODES)[:3]]
+    problems = [
+        replace(toy(f"{split}-{mode}-{i}", mode), split=split)
+        for (split, mode), size in zip(kinds, sizes, strict=True)
+        for i in range(size)
+    ]
+    chosen = take(problems, count, seed)
+    assert len(chosen) == min(count, len(problems))
+    got, whole = (Counter((p.split, p.env_mode) for p in side) for side in (chosen, problems))
+    for kind in whole:
+        assert got[kind] == whole[kind] or all(got[kind] >= n - 1 for n in got.values())
+
+
+def test_a_problem_that_names_its_split_is_held_out_by_it():
+    for i in range(50):
+        assert not is_eval(replace(toy(str(i)), split="train"))
+        assert is_eval(replace(toy(str(i)), split="held-out templates"))
+
+
+def test_nano_problems_keep_their_split_in_every_mode(nano_problems):
+    moded = assign_modes(nano_problems, ("run_tests", "sentinel", "stdout_marker", "file_marker"), {})
+    assert [p.split for p in moded] == [p.split for p in nano_problems]
+    assert {p.split for p in nano_problems if not is_eval(p)} == {"train"}
+    held = [p for p in moded if is_eval(p)]
+    assert len({(p.split, p.env_mode) for p in held}) == 8
+    counts = Counter((p.split, p.env_mode) for p in take(held, 64, 0))
+    assert set(counts.values()) == {8}
+
+
+def test_nano_questions_have_a_phrase_to_replace(nano_problems):
+    for problem in nano_problems[::50]:
+        for mode in MODES:
+            system, user = replace(problem, env_mode=mode).messages
+            assert system["role"] == "system" and user["role"] == "user"
+            assert MODES[mode].hint in user["content"]
+            assert (ORIGINAL_PHRASE in user["content"]) == (ORIGINAL_PHRASE in MODES[mode].hint)
+
+
 def test_a_larger_sample_contains_the_smaller():
     problems = [toy(str(i), list(MODES)[i % 3]) for i in range(60)]
     sizes = [{p.problem_id for p in take(problems, n, 0)} for n in (5, 20, 60)]

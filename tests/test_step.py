@@ -16,17 +16,18 @@ from projected_grpo import step as step_module
 from projected_grpo import train as train_module
 from projected_grpo.cli import main
 from projected_grpo.collect import collect, pick_problems, pick_teacher, teacher_rollout
-from projected_grpo.config import PRESETS, OptimConfig
+from projected_grpo.config import CONTROLS_OF, MAX_SEQUENCE, PRESETS, OptimConfig
 from projected_grpo.errors import UserError
-from projected_grpo.experiment import prepare, read_data
+from projected_grpo.experiment import fit_prompts, prepare, read_data
 from projected_grpo.pools import TeacherRow
 from projected_grpo.proj import GateState
 from projected_grpo.rewards import Grade
 from projected_grpo.step import Tripwire, find_anchors, knobs, learning_rate, train_step
 from projected_grpo.steptable import complete
-from projected_grpo.train import start_state
+from projected_grpo.train import final_evaluations, start_state
 
 ARMS = ("none", "erase", "route", "route2")
+UNCONTROLLED = [(arm, "none") for arm in ARMS]  # what all other tests here are about
 TIMINGS = {"gen", "fb", "t_rew", "sec"}
 CPU = torch.device("cpu")
 
@@ -177,6 +178,39 @@ def test_train_and_held_out_are_disjoint_and_covered(experiment):
     assert train | held <= set(experiment.prompts)
 
 
+def test_the_final_evaluation_has_its_own_number_of_held_out_problems(settings, experiment):
+    assert experiment.data.final == experiment.data.held_out
+    more = read_data(changed(settings, final_n_prompts=5), experiment.grader)
+    assert more.held_out == experiment.data.held_out and len(more.final) == 5
+    ids = {side: {p.problem_id for p in getattr(more, side)} for side in ("train", "held_out", "final")}
+    assert ids["held_out"] < ids["final"] and not ids["train"] & ids["final"]
+    few = read_data(changed(settings, final_n_prompts=1), experiment.grader)
+    assert len(few.final) == 1 and few.final[0] in few.held_out
+
+
+def test_every_final_problem_has_its_prompt(settings, experiment):
+    data = read_data(changed(settings, final_n_prompts=5), experiment.grader)
+    fitted, prompts = fit_prompts(data, experiment.chat, 8)
+    assert fitted.final == data.final and {p.problem_id for p in data.final} <= set(prompts)
+    longest = max(len(prompts[p.problem_id]) for p in data.final)
+    cut, _ = fit_prompts(data, experiment.chat, MAX_SEQUENCE - longest + 1)
+    kept = [p for p in data.final if len(prompts[p.problem_id]) < longest]
+    assert list(cut.final) == kept and len(kept) < 5
+
+
+def test_one_final_evaluation_is_enough_where_nothing_was_parked(begin, monkeypatch):
+    exp, _ = begin()
+    exp = replace(exp, data=replace(exp.data, final=exp.data.train[:1]))
+    both = final_evaluations(exp)
+    assert both["as_trained"] is both["deployed"]
+    assert both["deployed"].problems == exp.data.final
+    assert len(both["deployed"].texts[0]) == exp.cfg.sampling.group
+    for layer in exp.chat.policy.layers.values():
+        layer.delta_hack.data.normal_(generator=torch.Generator().manual_seed(0))
+    parked = final_evaluations(exp)
+    assert parked["deployed"].texts == both["deployed"].texts != parked["as_trained"].texts
+
+
 def test_a_teacher_row_is_the_cached_text_behind_the_live_prompt(experiment):
     tokenizer, problem = experiment.chat.tokenizer, experiment.data.train[0]
     got = teacher_rollout(experiment, problem, TeacherRow("def f(): pass", 3.5, True, False))
@@ -225,6 +259,35 @@ def test_ablated_rollouts_are_marked_and_drawn_from_the_deployed_policy(begin):
         a.completion_ids != b.completion_ids for a, b in zip(clean.rollouts, moved.rollouts, strict=True)
     ]
     assert changed_ids == [True, True, False, False]
+
+
+# Controls, gt_only and projected updates
+
+CELLS = [(a, c, "gradient") for a, cs in CONTROLS_OF.items() for c in cs if (a, c) not in UNCONTROLLED]
+CELLS += [("erase", "none", "update"), ("route", "haar", "update")]
+
+
+@pytest.mark.parametrize(("arm", "control", "project"), CELLS)
+def test_every_control_takes_a_step_that_hangs_on_the_seed_alone(begin, arm, control, project):
+    outcomes = []
+    for _ in range(2):
+        exp, state = begin(intervention=arm, control=control, project=project)
+        record = complete(train_step(exp, state)[0])
+        outcomes.append(values(exp))
+    assert same(*outcomes) and any(bool(knob.any()) for knob in outcomes[0])
+    assert (quarantine(exp) > 0) == (arm in ("route", "route2"))
+    assert record["gn"] > 0 and record["cos_update"] is not None
+    assert (set(state.frames) == set(exp.chat.policy.layers)) == (control == "haar_matched")
+    if project == "update":
+        assert record["cos_update"] < 1e-5 and record["cos_pre"] == record["cos_post"]
+    if control in ("haar", "haar_matched", "shuffled", "random_parking"):
+        exp, state = begin(intervention=arm, control=control, project=project)
+        data = collect(exp, 0)
+        other = replace(exp, cfg=changed(exp.cfg, seed=12))  # other draws for the same rollouts
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(step_module, "collect", lambda exp, step: data)
+            train_step(other, start_state(other))
+        assert not same(values(other), outcomes[0])
 
 
 # Anchors

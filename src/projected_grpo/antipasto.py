@@ -8,7 +8,10 @@ layer is exactly the base layer. Binding no delta at all gives the reference pol
 
 Per-rollout gradients: bind delta as one row per rollout, `rows [n, r]`; rollout i then depends on row i only,
 so after one backward the gradient of `rows` holds every rollout's own gradient, and its sum is the gradient
-of delta. It holds at delta = 0 too.
+of delta. It holds at delta = 0 too. Where merging is exact enough (float32), the rows are taken at zero
+around merged weights W' = W + U diag(delta) Vh: the forward pass then costs what the base layer costs, and
+
+    d loss / d row = sum over tokens of (Vh x) * (U^T g)      g [t, d_out]: the gradient at the output
 
 Source: AntiPaSTO's singular-value parametrisation with a diagonal only (compare SVFT, Lingam et al. 2024);
 one copy of the parameter per example for per-example gradients.
@@ -51,6 +54,22 @@ class SVD:
     Vh: Float[Tensor, "r d_in"]
 
 
+class _TangentLinear(torch.autograd.Function):
+    """y = W x + b, with the derivative by a row of delta per rollout though the rows, zero, are not added."""
+
+    @staticmethod
+    def forward(ctx, x, rows, weight, bias, U, Vh):  # type: ignore[no-untyped-def]  # torch's own signature
+        ctx.save_for_backward(x, weight, U, Vh)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weight, U, Vh = ctx.saved_tensors
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_rows = (F.linear(x, Vh) * (grad @ U)).sum(1)
+        return grad_x, grad_rows, None, None, None, None
+
+
 class AdaptedLinear(nn.Module):
     """A frozen Linear with its SVD basis and two knobs. The delta in use is bound from outside."""
 
@@ -64,6 +83,7 @@ class AdaptedLinear(nn.Module):
         self.delta_s = nn.Parameter(torch.zeros(len(svd.S), dtype=knob, device=device))
         self.delta_hack = nn.Parameter(torch.zeros(len(svd.S), dtype=knob, device=device))
         self.bound: Tensor | None = None
+        self.tangent = False  # bound rows are zero, around merged weights
 
     def bind(self, delta: Float[Tensor, "*n {len(self.delta_s)}"] | None) -> None:
         """Use this delta from now on: [r], one row per rollout, or none."""
@@ -75,14 +95,20 @@ class AdaptedLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Float[Tensor, "*b d_in"]) -> Float[Tensor, "*b d_out"]:
-        y = self.base(x)
         if self.bound is None:
-            return y
+            return self.base(x)
+        if self.tangent:
+            if x.ndim != 3 or len(x) != len(self.bound):
+                raise ValueError(
+                    f"rows for {len(self.bound)} rollouts met an input of shape {tuple(x.shape)}"
+                )
+            return _TangentLinear.apply(x, self.bound, self.base.weight.data, self.base.bias, self.U, self.Vh)
         delta = self.bound.to(x.dtype)
         if delta.ndim == 2:  # one row per rollout
             if x.ndim != 3 or len(x) != len(delta):
                 raise ValueError(f"rows for {len(delta)} rollouts met an input of shape {tuple(x.shape)}")
             delta = delta[:, None, :]
+        y = self.base(x)
         return y + F.linear(F.linear(x, self.Vh) * delta, self.U)
 
 
@@ -121,6 +147,29 @@ class Policy:
         finally:
             for m, layer in self.layers.items():
                 layer.bound = outer[m]
+
+    @contextmanager
+    def rows(self, deltas: Deltas, n: int) -> Iterator[dict[str, Float[Tensor, "n r"]]]:
+        """Run with these deltas [r] and yield leaves [n, r] whose gradients are those of single rollouts.
+
+        The leaves hold the deltas, or zero around merged weights. In half precision merging would round
+        small deltas away, so there the layers add them unmerged.
+        """
+        merged = all(layer.weight.dtype in (torch.float32, torch.float64) for layer in self.layers.values())
+        if not merged:
+            leaves = {m: delta.expand(n, -1).clone().requires_grad_() for m, delta in deltas.items()}
+            with self.bind(leaves):
+                yield leaves
+            return
+        leaves = {m: delta.new_zeros(n, len(delta)).requires_grad_() for m, delta in deltas.items()}
+        try:
+            for layer in self.layers.values():
+                layer.tangent = True
+            with self.merge(deltas), self.bind(leaves):
+                yield leaves
+        finally:
+            for layer in self.layers.values():
+                layer.tangent = False
 
     @contextmanager
     def merge(self, deltas: Deltas) -> Iterator[None]:

@@ -1,17 +1,29 @@
 """`projected-grpo VERB ...`: one dispatcher, a frozen dataclass of options and a function per verb."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
+import torch
 import tyro
 from loguru import logger
+from tabulate import tabulate
 
 from projected_grpo import train
-from projected_grpo.bench import bench_grader, bench_table, benchmark_work
-from projected_grpo.config import EMBEDDED, BasisConfig, LossConfig, ModelConfig, ProblemConfig, env_modes
+from projected_grpo.bench import BenchSettings, bench_grader, bench_table, benchmark_work, pool_work
+from projected_grpo.config import (
+    EMBEDDED,
+    BasisConfig,
+    LossConfig,
+    ModelConfig,
+    ProblemConfig,
+    SandboxMode,
+    env_modes,
+)
 from projected_grpo.errors import MISTAKES, UserError
 from projected_grpo.experiment import open_chat, open_grader, read_problems
 from projected_grpo.extract_vhack_grad import (
@@ -34,9 +46,12 @@ from projected_grpo.grading import (
 from projected_grpo.pairs import load_pairs
 from projected_grpo.plots import heldout_histogram
 from projected_grpo.pools import bake, join, load_pool
+from projected_grpo.pretrain import PretrainConfig, check_base, pretrain, save_model
 from projected_grpo.problems import Problem, assign_modes
 from projected_grpo.results import read_summaries, table
 from projected_grpo.runlog import start_logging, write_atomically, write_json
+from projected_grpo.study import plan, read_records, run_study
+from projected_grpo.study_report import write_report
 
 GATE_FAILED = 1
 
@@ -60,6 +75,8 @@ class PoolBuildOptions:
     problems: ProblemConfig = field(default_factory=lambda: ProblemConfig(problems=EMBEDDED))
     workers: int = 0
     """Grader processes; 0 is one per core."""
+    sandbox: SandboxMode = "auto"
+    """strict refuses to start unless every layer of containment is in force; auto warns what is missing."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +90,29 @@ class PoolRegradeOptions:
     problems: ProblemConfig = field(default_factory=ProblemConfig)
     workers: int = 0
     """Grader processes; 0 is one per core."""
+    sandbox: SandboxMode = "auto"
+    """strict refuses to start unless every layer of containment is in force; auto warns what is missing."""
 
 
 @dataclass(frozen=True)
 class BenchGraderOptions:
-    """Canonical solutions, each with a test function, so that oracle and detectors all run."""
+    """Canonical solutions, each with a test function so that oracle and detectors all run, or a pool."""
 
     problems: ProblemConfig = field(default_factory=lambda: ProblemConfig(problems=EMBEDDED))
+    pool: Path | None = None
+    """Teacher pool folder: grade its completions instead, those that match one of the problems."""
     limit: int = 0
-    """Take only this many problems; 0 is all."""
+    """Take only this many responses; 0 is all."""
     workers: int = 0
     """Grader processes of the parallel measurement; 0 is one per core."""
+    repeats: int = 1
+    """Passes over the work for each throughput; the best counts."""
     baseline_sample: int = 20
-    """How many responses plain subprocesses grade, one program at a time."""
+    """How many responses plain subprocesses run, one program after another."""
+    loops: int = 4
+    """How many endless loops are graded at once."""
+    loop_limit: float = 0.0
+    """Seconds after which these are stopped; 0 is the grader's own limit."""
     json: Path | None = None
     """Write the figures here."""
 
@@ -101,6 +128,44 @@ class GradeOptions:
     problems: ProblemConfig = field(default_factory=lambda: ProblemConfig(problems=EMBEDDED))
     workers: int = 0
     """Grader processes; 0 is one per core."""
+    sandbox: SandboxMode = "auto"
+    """strict refuses to start unless every layer of containment is in force; auto warns what is missing."""
+
+
+@dataclass(frozen=True)
+class PretrainNanoOptions:
+    """The recipe of the packaged nano model."""
+
+    out: Path
+    """Folder to write the model to; `train nano --model FOLDER` then uses it."""
+    recipe: PretrainConfig = field(default_factory=PretrainConfig)
+    check_prompts: int = 432
+    """Held-out problems, 8 samples each, to check the model against the gates with; 0 skips the check."""
+    threads: int = 1
+    """CPU threads of torch; the packaged model was made with one."""
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Which arms and seeds, and where."""
+
+    study: tyro.conf.Positional[Literal["nano"]]
+    arms: tuple[str, ...] = ()
+    """Only these arms (default: all)."""
+    max_seeds: int = 0
+    """At most this many seeds of each arm; 0 is as many as the study asks for."""
+    jobs: int = 0
+    """Runs at a time; 0 is one per core."""
+    out: Path = Path("docs/results/nano")
+    """Folder of the kept records, the tables and the pictures."""
+    work: Path = Path("out/study")
+    """Folder of the runs themselves."""
+    steps: int = 0
+    """Steps of every run; 0 is the preset's. For trying the command out."""
+    final_n_prompts: int = 0
+    """Held-out prompts of the last evaluation; 0 is the preset's."""
+    report_only: bool = False
+    """Make no run; write the tables and pictures of what is there."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +236,7 @@ def pool_build_verb(options: PoolBuildOptions) -> int:
         raise UserError(f"--out {options.out}: not empty; old prompts would stay in the pool")
     problems = with_modes(options.problems)[: options.problems.n_problems]
     with ExitStack() as stack:
-        counts = bake(problems, open_grader(options.workers, stack), options.out)
+        counts = bake(problems, open_grader(options.workers, stack, options.sandbox), options.out)
     print(f"{options.out}: {len(problems)} prompts, " + ", ".join(f"{k} {n}" for k, n in counts.items()))
     return 0
 
@@ -189,7 +254,7 @@ def pool_regrade_verb(options: PoolRegradeOptions) -> int:
         for i, row in enumerate(rows)
     ]
     with ExitStack() as stack:
-        grader = open_grader(options.workers, stack)
+        grader = open_grader(options.workers, stack, options.sandbox)
         grades = grader.grade_all([(problem.task, row.completion) for problem, _, row in work])
     compared = [
         Comparison(problem.problem_id, i, row.hacked, row.gt_pass, asdict(grade))
@@ -205,19 +270,65 @@ def grade_verb(options: GradeOptions) -> int:
     """Grade a JSONL of completions, in input order, resumable, with a summary per mode."""
     items = read_completions(options.completions, with_modes(options.problems))
     with ExitStack() as stack:
-        rows = grade_file(items, open_grader(options.workers, stack), options.out)
+        rows = grade_file(items, open_grader(options.workers, stack, options.sandbox), options.out)
     print(mode_table(rows))
     return 0
 
 
 def bench_grader_verb(options: BenchGraderOptions) -> int:
     """Responses per second of the grader, its latencies, and plain subprocesses on the same work."""
-    work = benchmark_work(read_problems(options.problems), options.limit)
-    report = bench_grader(work, options.workers or None, options.baseline_sample)
+    if options.pool is None:
+        work = benchmark_work(read_problems(options.problems), options.limit)
+    else:
+        problems = with_modes(options.problems)
+        work = pool_work(problems, join(load_pool(options.pool), problems), options.limit)
+        if not work:
+            raise UserError(f"{options.pool}: no overlap with the problems of {options.problems.problems}")
+    settings = BenchSettings(
+        options.workers, options.repeats, options.baseline_sample, options.loops, options.loop_limit
+    )
+    report = bench_grader(work, settings)
     print(bench_table(report))
     if options.json is not None:
         write_json(options.json, report)
     return 0
+
+
+def pretrain_nano_verb(options: PretrainNanoOptions) -> int:
+    """Train the nano model from scratch and check it. Exit 1 if a gate does not hold."""
+    if options.out.exists() and any(options.out.iterdir()):
+        raise UserError(f"--out {options.out}: not empty")
+    torch.set_num_threads(options.threads)
+    save_model(*pretrain(options.recipe), options.out)
+    if options.check_prompts == 0:
+        return 0
+    report = check_base(str(options.out), options.check_prompts, options.out)
+    write_json(options.out / "base.json", report)
+    rows = [
+        [kind, *(f"{rates[k]:.3f}" for k in ("format", "solve", "hack", "tampered")), rates["n"]]
+        for group in ("by_mode", "by_level", "by_split")
+        for kind, rates in report[group].items()
+    ]
+    rows.append(["all", *(f"{report[k]:.3f}" for k in ("format", "solve", "hack", "tampered")), report["n"]])
+    print(tabulate(rows, headers=["", "format", "solve", "hack", "tampered", "n"], disable_numparse=True))
+    bounds = ", ".join(f"{name} {low}-{high}" for name, (low, high) in report["gates"].items())
+    print(f"{'PASS' if report['passed'] else 'FAIL'}: gates {bounds} (hack in each mode)")
+    return 0 if report["passed"] else GATE_FAILED
+
+
+def study_verb(options: StudyOptions) -> int:
+    """Every arm x seed that is not there yet, then tables and pictures. Exit 1 if a run failed."""
+    for option, value in (("--jobs", options.jobs), ("--max-seeds", options.max_seeds)):
+        if value < 0:
+            raise UserError(f"{option} must be >= 0, got {value}")
+    runs = plan(
+        options.study, options.out, options.arms, options.max_seeds, options.steps, options.final_n_prompts
+    )
+    jobs = options.jobs or len(os.sched_getaffinity(0))
+    failed = [] if options.report_only else run_study(runs, options.work, jobs)
+    path = write_report(read_records(runs), options.out)
+    print(path.read_text() if options.report_only else f"{path}: {sum(run.done for run in runs)} runs")
+    return GATE_FAILED if failed else 0
 
 
 def results_verb(options: ResultsOptions) -> int:
@@ -245,6 +356,8 @@ VERBS: Mapping[str, tuple[type, Callable[..., int]]] = {
     "pool build": (PoolBuildOptions, pool_build_verb),
     "pool regrade": (PoolRegradeOptions, pool_regrade_verb),
     "grade": (GradeOptions, grade_verb),
+    "study": (StudyOptions, study_verb),
+    "pretrain-nano": (PretrainNanoOptions, pretrain_nano_verb),
     "results": (ResultsOptions, results_verb),
     "bench grader": (BenchGraderOptions, bench_grader_verb),
 }

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from projected_grpo.config import teacher_rows
+from projected_grpo.config import Intervention, teacher_rows
 from projected_grpo.experiment import Experiment
 from projected_grpo.models import decode
 from projected_grpo.pools import TeacherRow
 from projected_grpo.problems import Problem
-from projected_grpo.rewards import Grade
+from projected_grpo.rewards import FORMAT_REWARD, PASS_REWARD, Grade
 from projected_grpo.rollout import Rollout, sample, stream_seed
 
 
@@ -103,11 +103,11 @@ def assemble(
         own = [next(queue) for _ in group]
         rollouts += group
         grades += own
-        labels += [(g.reward, g.exploited, g.gt_correct) for g in own]
+        labels += [(paid(g, exp.cfg.arm.intervention), g.exploited, g.gt_correct) for g in own]
         for row in rows:
             rollouts.append(teacher_rollout(exp, problem, row))
             grades.append(None)
-            labels.append((row.reward, row.hacked, row.gt_pass))
+            labels.append((taught(row, exp.cfg.arm.intervention), row.hacked, row.gt_pass))
     reward, hacked, correct = zip(*labels, strict=True)
     return Collected(
         problems=problems,
@@ -120,6 +120,19 @@ def assemble(
         gen_s=gen_s,
         grade_s=grade_s,
     )
+
+
+def paid(grade: Grade, intervention: Intervention) -> float:
+    """The flawed grader's reward; under gt_only (a skyline) what a grader without a loophole would pay."""
+    if intervention == "gt_only":
+        return FORMAT_REWARD * grade.format_ok + PASS_REWARD * grade.gt_correct
+    return grade.reward
+
+
+def taught(row: TeacherRow, intervention: Intervention) -> float:
+    """A teacher row's stored reward; under gt_only without what only a loophole paid."""
+    unearned = intervention == "gt_only" and row.hacked and not row.gt_pass
+    return row.reward - PASS_REWARD * unearned
 
 
 def teacher_rollout(exp: Experiment, problem: Problem, row: TeacherRow) -> Rollout:

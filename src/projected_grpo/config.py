@@ -15,8 +15,11 @@ from typing import Any, Literal, get_args
 
 from projected_grpo.errors import UserError
 
-Intervention = Literal["none", "erase", "route", "route2"]
+Intervention = Literal["none", "gt_only", "erase", "route", "route2"]
 GateMode = Literal["one_sided", "no_gate", "reverse"]
+Control = Literal[
+    "none", "haar", "haar_matched", "shuffled", "clean_clean", "flipped", "random_parking", "shrink"
+]
 Detector = Literal["C", "D", "E"]
 SandboxMode = Literal["auto", "strict"]
 EnvMode = Literal[
@@ -24,12 +27,14 @@ EnvMode = Literal[
 ]
 DISPLAY_NAME: Mapping[str, str] = {
     "none": "vanilla",
+    "gt_only": "gt_only",
     "erase": "projected",
     "route": "routing",
     "route2": "routing2",
 }
 TINY_RANDOM = "tiny-random"
 EMBEDDED = "embedded"
+NANO = "nano"  # the packaged model, problems and pairs of the preset of that name
 BENCHMARK_FILE = "external/rl-rewardhacking/results/data/leetcode_train_medhard_filtered.jsonl"
 MAX_SEQUENCE = 2048  # tokens, prompt plus completion; longer prompts are skipped and counted
 
@@ -39,15 +44,16 @@ class ModelConfig:
     """Which weights, and how they are run."""
 
     model: str = "Qwen/Qwen3-4B"
-    """A local transformers folder, a hub name, or `tiny-random` (built from the package, no network)."""
+    """A local transformers folder, a hub name, `tiny-random` (built from the package, no network)
+    or `nano` (packaged, pretrained on mini-tasks)."""
     device: str = "auto"
     """`auto` (cuda when there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen weights; `auto` is bfloat16 on a GPU and float32 on a CPU. Knobs are always float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """`auto` takes flash-attn on a GPU that has it, else sdpa."""
-    svd_cache: Path = Path("out/svd_cache")
-    """Folder of cached SVDs, keyed by the hash of each weight."""
+    svd_cache: Path | None = Path("out/svd_cache")
+    """Folder of cached SVDs, keyed by the hash of each weight; None computes them each time."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class ProblemConfig:
     """Which problems, and how each is mis-graded."""
 
     problems: str = BENCHMARK_FILE
-    """`embedded`, the benchmark's jsonl, or LeetCodeDataset's jsonl(.gz); told apart by their fields."""
+    """`embedded`, `nano`, or a file: the benchmark's jsonl or LeetCodeDataset's jsonl(.gz), told apart by
+    their fields."""
     n_problems: int = 992
     """At most this many training problems."""
     env_mode: str = "run_tests"
@@ -121,6 +128,14 @@ class ArmConfig:
     intervention: Intervention = "erase"
     gate_mode: GateMode = "one_sided"
     """one_sided removes only what makes hacks likelier; no_gate the whole component; reverse reflects it."""
+    control: Control = "none"
+    """What stands in for the direction, so that a claim about it can fail. Of the basis: haar (random
+    subspace of the same shape), shuffled (pair labels permuted), clean_clean (differences of clean
+    completions), flipped (every direction reversed). Of the arm: haar_matched (erase, route: random
+    directions, but as much removed energy as the real ones), random_parking (route2: as many rows, drawn at
+    random), shrink (route, route2: parks as much, without any direction). All are drawn by the seed."""
+    project: Literal["gradient", "update"] = "gradient"
+    """Where erase and route act: on the gradient before AdamW, or on the parameter change AdamW makes."""
     preserve_magnitude: bool = True
     """Rescale the kept gradient to the norm it had (erase and route)."""
     project_overshoot: float = 1.0
@@ -142,7 +157,10 @@ class BasisConfig:
     v_hack_path: Path | None = None
     """An explicit basis file, extracted if missing; else one named after model, pairs and settings."""
     vhack_pairs_path: Path | None = None
-    """Pair JSON used at extraction and at every refresh (default: the package's own pairs)."""
+    """Pair JSON used at extraction and at every refresh, or a packaged set: `core` (the default), `nano`,
+    `nano-oracle`."""
+    vhack_pairs_modes: tuple[EnvMode, ...] = ()
+    """Use only the pairs of these modes (default: all), to leave a mode out."""
     v_hack_extract_top_k: int = 12
     """Directions saved per module (the number of pairs caps it)."""
     v_hack_k: int = 5
@@ -181,6 +199,8 @@ class EvalConfig:
     """Steps between deploy evaluations; 0 is off (the final one always runs)."""
     eval_n_prompts: int = 8
     """Fixed held-out prompts, `group` samples each."""
+    final_n_prompts: int = 0
+    """Held-out prompts of the evaluation at the end; 0 is the same ones."""
     save_eval_ckpts: bool = True
     """Keep the deployed knobs at each evaluation."""
     cos_pre_split_every: int = 1
@@ -227,6 +247,20 @@ class TrainConfig:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
 
 
+NANO_PRESET = TrainConfig(
+    preset="nano",
+    run=RunConfig(threads=1, save_every=0),
+    model=ModelConfig(model=NANO),
+    problems=ProblemConfig(
+        problems=NANO, n_problems=480, env_mode="run_tests,sentinel,stdout_marker,file_marker"
+    ),
+    sampling=SamplingConfig(prompts_per_step=8, group=8, max_new=72, temperature=1.0, top_k=0),
+    loss=LossConfig(ref_every=10, tokens_per_microbatch=2048),
+    optim=OptimConfig(steps=48, lr=4e-2, adam_beta1=0.9, adam_beta2=0.99, weight_decay=0.0),
+    basis=BasisConfig(vhack_pairs_path=Path(NANO)),
+    teacher=TeacherConfig(mix_ratio=0.0),
+    evaluation=EvalConfig(eval_ablate_every=8, eval_n_prompts=16, final_n_prompts=256, save_eval_ckpts=False),
+)
 SMOKE = TrainConfig(
     preset="smoke",
     run=RunConfig(threads=1),
@@ -258,6 +292,10 @@ PRESETS: Mapping[str, tuple[str, TrainConfig]] = {
         "The whole pipeline on a tiny random Qwen3: any CPU, no network, under a minute. Its rates mean "
         "nothing; its columns all move.",
         SMOKE,
+    ),
+    "nano": (
+        "A packaged 1 M-parameter Qwen3 that learns to hack: two CPU cores, no network, under three minutes.",
+        NANO_PRESET,
     ),
     "fast": ("Qwen3-4B, 60 steps of 4 x 8 rollouts of 512 tokens: one 24-96 GB GPU, about 2 hours.", FAST),
     "full": ("Qwen3-4B, 200 steps of 43 x 6 rollouts of 1024 tokens: one 96 GB GPU, about a day.", FULL),
@@ -310,6 +348,7 @@ def validate(cfg: TrainConfig) -> None:
         "--cos-pre-split-every": cfg.evaluation.cos_pre_split_every,
         "--teacher-off-step": t.teacher_off_step or 0,
         "--save-every": cfg.run.save_every,
+        "--final-n-prompts": cfg.evaluation.final_n_prompts,
         "--top-k": s.top_k,
         "--workers": cfg.run.workers,
         "--threads": cfg.run.threads,
@@ -341,12 +380,38 @@ def validate(cfg: TrainConfig) -> None:
         raise UserError("--grad-clip must be > 0 and --ratio-cap at least 1 + --clip")
     if cfg.arm.route2_random_v_seed is not None and cfg.arm.intervention != "route2":
         raise UserError("--route2-random-v-seed needs --intervention=route2")
+    _validate_control(cfg.arm)
     if not re.fullmatch(r"[A-Za-z0-9_.+=-]*", cfg.run.out_tag):
         raise UserError(
             f"--out-tag {cfg.run.out_tag!r}: only letters, digits and _ . + = - fit a folder name"
         )
     if t.teacher_modes and t.teacher_pool_dir is None and cfg.preset != "smoke":
         raise UserError("--teacher-modes needs --teacher-pool-dir")
+
+
+CONTROLS_OF: Mapping[str, tuple[Control, ...]] = {
+    "none": ("none",),
+    "gt_only": ("none",),
+    "erase": ("none", "haar", "haar_matched", "shuffled", "clean_clean", "flipped"),
+    "route": ("none", "haar", "haar_matched", "shuffled", "clean_clean", "flipped", "shrink"),
+    "route2": ("none", "haar", "shuffled", "clean_clean", "flipped", "random_parking", "shrink"),
+}
+
+
+def _validate_control(arm: ArmConfig) -> None:
+    """An arm takes the controls that mean something for it."""
+    possible = CONTROLS_OF[arm.intervention]
+    if arm.control not in possible:
+        raise UserError(
+            f"--control {arm.control} does nothing for --intervention={arm.intervention}; "
+            f"it takes {', '.join(possible)}"
+        )
+    if arm.project == "update" and arm.intervention not in ("erase", "route"):
+        raise UserError("--project update needs --intervention=erase or route")
+    if arm.project == "update" and arm.control in ("haar_matched", "shrink"):
+        raise UserError(f"--control {arm.control} matches the gradient's energy; it needs --project gradient")
+    if arm.control == "haar" and arm.route2_random_v_seed is not None:
+        raise UserError("--control haar and --route2-random-v-seed are the same control; give one")
 
 
 def _options(cfg: TrainConfig) -> dict[str, Any]:

@@ -40,12 +40,12 @@ class Evaluation:
     texts: tuple[tuple[str, ...], ...]
     grades: tuple[tuple[Grade, ...], ...]
 
-    def rates(self, mode: str | None = None) -> Rates:
-        """Overall, or of the problems of one mode."""
+    def rates(self, mode: str | None = None, split: str | None = None) -> Rates:
+        """Overall, or of the problems of one mode, of one kind of held-out problems, or of both."""
         picked = [
             g
             for p, group in zip(self.problems, self.grades, strict=True)
-            if mode in (None, p.env_mode)
+            if mode in (None, p.env_mode) and split in (None, p.split)
             for g in group
         ]
         return Rates(sum(g.exploited for g in picked), sum(g.gt_correct for g in picked), len(picked))

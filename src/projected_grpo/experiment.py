@@ -54,10 +54,14 @@ class Chat:
 
 @dataclass(frozen=True)
 class Data:
-    """Problems to train on and to evaluate on (disjoint by id), and the teacher's rows for the former."""
+    """Problems to train on and to evaluate on (disjoint by id), and the teacher's rows for the former.
+
+    `held_out` while training, `final` at its end.
+    """
 
     train: tuple[Problem, ...]
     held_out: tuple[Problem, ...]
+    final: tuple[Problem, ...]
     teacher: Teacher
 
 
@@ -159,6 +163,7 @@ def read_data(cfg: TrainConfig, grader: Grader) -> Data:
     return Data(
         take(train, cfg.problems.n_problems, SPLIT_SEED),
         take(held_out, cfg.evaluation.eval_n_prompts, SPLIT_SEED),
+        take(held_out, cfg.evaluation.final_n_prompts or cfg.evaluation.eval_n_prompts, SPLIT_SEED),
         replace(teacher, rows=rows),
     )
 
@@ -179,13 +184,15 @@ def bake_once(problems: Sequence[Problem], pools: Path, grader: Grader) -> Path:
 
 def fit_prompts(data: Data, chat: Chat, max_new: int) -> tuple[Data, dict[str, tuple[int, ...]]]:
     """Tokenise prompts; drop and count those that leave no room for max_new. Raises UserError if all do."""
-    prompts = {p.problem_id: encode_chat(chat.tokenizer, p.messages) for p in (*data.train, *data.held_out)}
+    everything = {p.problem_id: p for p in (*data.train, *data.held_out, *data.final)}
+    prompts = {name: encode_chat(chat.tokenizer, p.messages) for name, p in everything.items()}
     fitting = {name for name, ids in prompts.items() if len(ids) + max_new <= MAX_SEQUENCE}
     train = tuple(p for p in data.train if p.problem_id in fitting)
     rows, too_long = fit_teacher(data.teacher.rows, chat, prompts)
     if too_long:
         logger.warning("{} teacher rows skipped: with their prompt over {} tokens", too_long, MAX_SEQUENCE)
     held_out = tuple(p for p in data.held_out if p.problem_id in fitting)
+    final = tuple(p for p in data.final if p.problem_id in fitting)
     skipped = len(prompts) - len(fitting)
     if skipped:
         logger.warning("{} prompts skipped: longer than {} - max_new tokens", skipped, MAX_SEQUENCE)
@@ -193,7 +200,8 @@ def fit_prompts(data: Data, chat: Chat, max_new: int) -> tuple[Data, dict[str, t
         raise UserError(
             f"every prompt plus --max-new {max_new} is longer than {MAX_SEQUENCE}; lower --max-new"
         )
-    return replace(data, train=train, held_out=held_out, teacher=replace(data.teacher, rows=rows)), prompts
+    teacher = replace(data.teacher, rows=rows)
+    return replace(data, train=train, held_out=held_out, final=final, teacher=teacher), prompts
 
 
 def fit_teacher(
@@ -217,7 +225,7 @@ def prepare(cfg: TrainConfig, stack: ExitStack) -> Experiment:
     """Read everything, cheapest checks first, so that a bad input is told before a model is loaded."""
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
-    pairs = load_pairs(cfg.basis.vhack_pairs_path)
+    pairs = load_pairs(cfg.basis.vhack_pairs_path).of_modes(cfg.basis.vhack_pairs_modes)
     grader = open_grader(cfg.run.workers, stack, cfg.run.sandbox)
     data = read_data(cfg, grader)
     chat = open_chat(cfg.model)
@@ -230,7 +238,7 @@ def prepare(cfg: TrainConfig, stack: ExitStack) -> Experiment:
         "{} problems to train on ({}), {} held out, teacher rows for {}",
         len(data.train),
         mode_counts(data.train),
-        len(data.held_out),
+        len({p.problem_id for p in (*data.held_out, *data.final)}),
         len(data.teacher.rows),
     )
     return Experiment(cfg, chat, data, prompts, pairs, grader)

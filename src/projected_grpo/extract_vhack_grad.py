@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.antipasto import Policy, tensor_hash
-from projected_grpo.config import ArmConfig, BasisConfig, LossConfig
+from projected_grpo.config import ArmConfig, BasisConfig, Control, LossConfig
 from projected_grpo.errors import UserError
 from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.models import encode_chat
@@ -139,6 +139,55 @@ def select(extraction: Extraction, k: int, drop_bottom_frac: float) -> HackBasis
     for m, axes in V.items():
         assert_orthonormal(axes, m)
     return HackBasis(V, {m: mean_difference(differences[m]) for m in V})
+
+
+def relabelled(grads: PairGrads, control: Control, seed: int) -> PairGrads:
+    """Pair gradients without the label: `shuffled` deals the completions out again as hack and clean, half of
+    each side truly hacks; `clean_clean` sets every clean completion against another, either way round.
+
+    A clean row is a gradient at advantage -1, so one that changes sides changes sign.
+    """
+    n = len(next(iter(grads.hack.values())))
+    generator = torch.Generator().manual_seed(stream_seed(seed, control))
+    if control == "clean_clean":
+        order = torch.randperm(n, generator=generator)
+        partner = order[(order.argsort() + 1) % n]  # a single cycle, so that nothing meets itself
+        side = torch.where(torch.rand(n, 1, generator=generator) < 0.5, -1.0, 1.0)
+        side[0] = -side[1]  # all alike, the differences around the cycle would cancel
+        return PairGrads(
+            hack={m: -side.to(g) * g for m, g in grads.clean.items()},
+            clean={m: side.to(g) * g[partner] for m, g in grads.clean.items()},
+        )
+    swap, deal = torch.randperm(n, generator=generator) < n // 2, torch.randperm(n, generator=generator)
+    hack = {m: torch.where(swap[:, None], -grads.clean[m], g) for m, g in grads.hack.items()}
+    clean = {m: torch.where(swap[:, None], -grads.hack[m], g)[deal] for m, g in grads.clean.items()}
+    return PairGrads(hack, clean)
+
+
+def haar_like(basis: HackBasis, seed: int) -> HackBasis:
+    """Random orthonormal rows of the same shapes, and random unit vectors, the same for the same seed.
+
+    Rows are the first of one whole frame, so that a module whose noise floor moves keeps its directions.
+    """
+
+    def rows(m: str, V: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(stream_seed(seed, "haar-basis", m))
+        return haar_basis(V.shape[1], V.shape[1], generator)[: len(V)].to(V).contiguous()
+
+    return with_random_v(HackBasis({m: rows(m, V) for m, V in basis.V.items()}, basis.v_grad), seed)
+
+
+def random_frames(policy: Policy, seed: int) -> dict[str, Float[Tensor, "r r"]]:
+    """A whole Haar-random frame per module, for `matched_removal`; the same for the same seed."""
+    return {
+        m: haar_basis(r, r, torch.Generator().manual_seed(stream_seed(seed, "frame", m))).to(policy.device)
+        for m, r in policy.ranks.items()
+    }
+
+
+def flipped(basis: HackBasis) -> HackBasis:
+    """Every direction reversed: what made hacks likelier now counts as what makes them less likely."""
+    return HackBasis({m: -V for m, V in basis.V.items()}, {m: -v for m, v in basis.v_grad.items()})
 
 
 def with_random_v(basis: HackBasis, seed: int) -> HackBasis:
@@ -263,15 +312,22 @@ def refresh(
     loss: LossConfig,
     arm: ArmConfig,
     meta: Mapping[str, Any],
+    seed: int,
 ) -> HackBasis:
-    """Extract again at the current deployed knobs (quarantine ablated); random v_grad stay as they are."""
+    """Extract again at the current deployed knobs (quarantine ablated); random directions stay the same."""
     grads = pair_grads(policy, tokenizer, pairs.split()[0], loss, stop_id, length_norm=cfg.v_hack_length_norm)
-    return in_use(extract(grads, cfg, meta), cfg, arm)
+    return in_use(extract(grads, cfg, meta), cfg, arm, seed)
 
 
-def in_use(extraction: Extraction, cfg: BasisConfig, arm: ArmConfig) -> HackBasis:
-    """The basis a run projects with: `select`, and the random control where it is asked for."""
+def in_use(extraction: Extraction, cfg: BasisConfig, arm: ArmConfig, seed: int) -> HackBasis:
+    """The basis a run projects with: `select`, and what --control puts in its place."""
+    if arm.control in ("shuffled", "clean_clean"):
+        extraction = extract(relabelled(extraction.grads, arm.control, seed), cfg, extraction.meta)
     basis = select(extraction, cfg.v_hack_k, cfg.v_hack_drop_bottom_frac)
+    if arm.control == "haar":
+        return haar_like(basis, seed)
+    if arm.control == "flipped":
+        return flipped(basis)
     return basis if arm.route2_random_v_seed is None else with_random_v(basis, arm.route2_random_v_seed)
 
 

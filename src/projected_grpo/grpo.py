@@ -123,8 +123,7 @@ def per_rollout_grads(
         if with_reference or loss.beta > 0:
             with torch.no_grad(), policy.bind(None):
                 ref = completion_logps(policy.model, batch)
-        leaves = {m: deltas[m].expand(len(index), -1).clone().requires_grad_() for m in names}
-        with policy.bind(leaves):
+        with policy.rows(deltas, len(index)) as leaves:
             logp = completion_logps(policy.model, batch)
             old = _old_logps(part, logp)
             A = advantage[index].to(logp)

@@ -1,4 +1,4 @@
-"""Getting a model and its tokenizer: from a folder, from the hub, or tiny and random without either."""
+"""Getting a model and its tokenizer: from a folder, from the hub, or from the package."""
 
 import importlib.util
 import socket
@@ -20,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from projected_grpo.config import TINY_RANDOM, ModelConfig
+from projected_grpo.config import NANO, TINY_RANDOM, ModelConfig
 from projected_grpo.errors import UserError
 
 TINY_SEED = 0  # of the random weights: one tiny-random model for all seeds, so that its SVD is cached once
@@ -64,6 +64,9 @@ def load_model(cfg: ModelConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     if cfg.model == TINY_RANDOM:
         model, tokenizer = _tiny_random(attention)
         model.to(dtype=dtype)
+    elif cfg.model == NANO:
+        with as_file(files("projected_grpo") / "data" / "nano") as folder:
+            model, tokenizer = _pretrained(str(folder), dtype, attention)
     else:
         model, tokenizer = _pretrained(cfg.model, dtype, attention)
     if tokenizer.chat_template is None:

@@ -13,11 +13,13 @@ from typing import Any
 
 from projected_grpo.config import EnvMode
 from projected_grpo.errors import UserError
+from projected_grpo.nano_tasks import as_row, oracle_pairs
 from projected_grpo.problems import SYSTEM, Problem, from_parts
 from projected_grpo.rewards import MODES
 from projected_grpo.rollout import stream_seed
 
 SCHEMA = "projected_grpo.pairs/1"
+PACKAGED = ("core", "nano", "nano-oracle")
 HELD_OUT = 2  # pairs kept out of every extraction, for verification
 
 
@@ -42,6 +44,16 @@ class PairSet:
     pairs: tuple[Pair, ...]
     digest: str
 
+    def of_modes(self, modes: Sequence[EnvMode]) -> "PairSet":
+        """Only the pairs of these modes (all if none is named). Raises UserError if too few are left."""
+        kept = tuple(p for p in self.pairs if not modes or p.env_mode in modes)
+        if len(kept) < HELD_OUT + 2:
+            raise UserError(
+                f"--vhack-pairs-modes {' '.join(modes)}: {len(kept)} pairs of {self.name!r} have one; "
+                f"at least {HELD_OUT + 2} are needed"
+            )
+        return replace(self, pairs=kept)
+
     def split(self) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
         """(for extraction, held out): by the hash of ids, two pairs of different flavours are kept out."""
         ranked = sorted(self.pairs, key=lambda p: stream_seed("held-out", p.pair_id))
@@ -54,10 +66,11 @@ class PairSet:
 
 
 def load_pairs(path: Path | None) -> PairSet:
-    """Read a pair JSON (docs/pairs.md), the package's own when path is None. Raises UserError if bad."""
+    """Read a pair JSON (docs/pairs.md) or a packaged set by name (None: `core`). Raises UserError if bad."""
     data = files("projected_grpo") / "data"
+    name = "core" if path is None else str(path)
     try:
-        raw = (data / "pairs_core.json").read_bytes() if path is None else path.read_bytes()
+        raw = packaged_pairs(name) if name in PACKAGED else Path(name).read_bytes()
     except OSError as error:
         raise UserError(f"--vhack-pairs-path {path}: cannot be read ({error.strerror})") from error
     try:
@@ -76,6 +89,29 @@ def load_pairs(path: Path | None) -> PairSet:
             f"{path}: {len(pairs)} pairs; at least {HELD_OUT + 2} are needed ({HELD_OUT} held out)"
         )
     return PairSet(document.get("name", "pairs"), pairs, hashlib.blake2b(raw, digest_size=16).hexdigest())
+
+
+def packaged_pairs(name: str) -> bytes:
+    """The JSON of a set that comes with the package; `nano-oracle` is made from the nano corpus itself."""
+    data = files("projected_grpo") / "data"
+    if name == "core":
+        return (data / "pairs_core.json").read_bytes()
+    if name == "nano":
+        return (data / "nano" / "pairs.json").read_bytes()
+    made = oracle_pairs()
+    problems = [as_row(instance) for _, instance, _, _ in made]
+    pairs = [
+        {
+            "id": f"{mode}-{instance.instance_id}",
+            "flavour": mode,
+            "env_mode": mode,
+            "problem_id": instance.instance_id,
+            "hack": hack,
+            "clean": clean,
+        }
+        for mode, instance, hack, clean in made
+    ]
+    return json.dumps({"schema": SCHEMA, "name": name, "problems": problems, "pairs": pairs}).encode()
 
 
 def _pair(row: Mapping[str, Any], problems: Mapping[str, tuple[Problem, str]]) -> Pair:

@@ -1,7 +1,7 @@
-"""Problems: three file formats, one prompt, a grader flaw per problem, splits that never mix.
+"""Problems: packaged ones and two file formats, one prompt, a grader flaw each, splits that never mix.
 
-Train and eval membership, and the mode a problem gets, hang on a hash of its id alone, so they are the same
-in every run, for every subset of a file and in a teacher pool baked earlier.
+Train and eval membership (unless a problem says its own), and the mode a problem gets, hang on a hash of its
+id alone, so they are the same in every run, for every subset of a file and in a teacher pool baked earlier.
 """
 
 import gzip
@@ -15,8 +15,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from projected_grpo.config import BENCHMARK_FILE, EMBEDDED, EnvMode
+from projected_grpo.config import BENCHMARK_FILE, EMBEDDED, NANO, EnvMode
 from projected_grpo.errors import UserError
+from projected_grpo.nano_tasks import as_row, instances
 from projected_grpo.oracle import Call, parse_asserts, parse_check_function
 from projected_grpo.rewards import MODES, ORIGINAL_PHRASE, Task
 from projected_grpo.rollout import stream_seed
@@ -41,6 +42,7 @@ class Problem:
     calls: tuple[Call, ...]
     env_mode: EnvMode = "run_tests"
     slug: str | None = None  # a second name of the problem, where its file has one
+    split: str = ""  # `train` or the kind of held-out problem; empty: by hash
 
     @property
     def messages(self) -> tuple[dict[str, str], ...]:
@@ -73,11 +75,13 @@ def format_question(statement: str, method: str, starter: str) -> str:
 
 
 def load_problems(source: str) -> ProblemSet:
-    """Read `embedded`, the benchmark's jsonl or LeetCodeDataset's jsonl(.gz), told apart by their fields.
+    """Read `embedded`, `nano`, or a file: the benchmark's jsonl or LeetCodeDataset's jsonl(.gz), told apart
+    by their fields.
 
     Raises UserError for a missing or malformed file (with its line), duplicate ids or no usable problem.
     """
-    pairs = list(_embedded() if source == EMBEDDED else _from_file(Path(source).expanduser()))
+    packaged = {EMBEDDED: _embedded, NANO: _nano}
+    pairs = list(packaged[source]() if source in packaged else _from_file(Path(source).expanduser()))
     seen: set[str] = set()
     for problem, _ in pairs:
         if problem.problem_id in seen:
@@ -119,10 +123,17 @@ def _embedded() -> Iterator[tuple[Problem, str]]:
         yield from_parts(row, setup)
 
 
+def _nano() -> Iterator[tuple[Problem, str]]:
+    for instance, split in instances().values():
+        problem, trouble = from_parts(as_row(instance), "")
+        yield replace(problem, split=split), trouble
+
+
 def from_parts(row: Mapping[str, Any], setup: str) -> tuple[Problem, str]:
-    """Problem from id, method, difficulty, statement, starter, solution and asserts; and what is wrong."""
+    """Problem from id, method, difficulty, solution, asserts, and either its question or the statement and
+    starter of one; and what is wrong with it."""
     calls, trouble = parse_asserts(row["asserts"], row["method"])
-    question = format_question(row["statement"], row["method"], row["starter"])
+    question = row.get("question") or format_question(row["statement"], row["method"], row["starter"])
     problem = Problem(
         str(row["id"]), row["method"], row["difficulty"], question, setup, row["solution"], calls
     )
@@ -204,8 +215,12 @@ def _trouble(calls: Sequence[Call], not_understood: Sequence[str]) -> str:
 
 
 def is_eval(problem: Problem) -> bool:
-    """Whether the problem is held out: one id in five, by hash."""
-    return stream_seed("eval-split", problem.problem_id) % EVAL_IN == 0
+    """Whether the problem is held out: as it says itself, else one id in five, by hash."""
+    return (
+        problem.split != "train"
+        if problem.split
+        else stream_seed("eval-split", problem.problem_id) % EVAL_IN == 0
+    )
 
 
 def assign_modes(
@@ -223,13 +238,14 @@ def assign_modes(
 
 
 def take(problems: Sequence[Problem], count: int, seed: int) -> tuple[Problem, ...]:
-    """A seeded random sample of at most `count` problems, modes in equal shares, in file order."""
+    """A seeded random sample of at most `count` problems, splits and modes in equal shares, in file order."""
     shuffled = sorted(problems, key=lambda p: stream_seed(seed, "take", p.problem_id))
-    turn: Counter[str] = Counter()
+    turn: Counter[tuple[str, str]] = Counter()
     turns = {}
     for problem in shuffled:
-        turns[problem.problem_id] = turn[problem.env_mode]
-        turn[problem.env_mode] += 1
+        kind = problem.split, problem.env_mode
+        turns[problem.problem_id] = turn[kind]
+        turn[kind] += 1
     ranked = sorted(shuffled, key=lambda p: turns[p.problem_id])
     chosen = {p.problem_id for p in ranked[:count]}
     return tuple(p for p in problems if p.problem_id in chosen)

@@ -10,7 +10,7 @@ that a positive coefficient means "a descent step along this makes hacks likelie
     cin      = |relu(V g)| / |g|,  cout = the same of keep
 
     arm      keep                      park
-    none     g                         -
+    none     g                         -            (gt_only: the same, with an honest reward)
     erase    g - removed               -
     route    g - removed               removed
     route2   sum of unflagged rows     sum of rows with cos(row, v_grad) > tau, and of known-hack rows
@@ -21,7 +21,7 @@ sqrt(k / 2r) on average in square, because half of the coefficients are negative
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Literal
 
@@ -86,6 +86,14 @@ class GateState:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """What the controls draw: a Haar-random orthonormal frame per module, and an order of the rollouts."""
+
+    frames: Mapping[str, Float[Tensor, "r r"]] = field(default_factory=dict)
+    order: Int[Tensor, " n"] | None = None
+
+
+@dataclass(frozen=True)
 class Update:
     """What an arm decided: gradients for delta_s and delta_hack, the next gate state, figures for the log."""
 
@@ -130,13 +138,23 @@ def project_delta_S_grad(
 ) -> Projection:
     """Split one module's delta_s gradient by the hack subspace (equations at the top of this file).
 
-    `measure` only reports what would fire. Without preserve_magnitude, keep + removed = g. When nearly all of
-    g is hack-ward there is nothing trustworthy left to blow up, so keep is not rescaled.
+    `measure` only reports what would fire. Without preserve_magnitude, keep + removed = g.
     """
-    c = V @ g
-    removed = overshoot * (used_coefficients(c, gate_mode) @ V)
-    if action == "measure":
-        removed = torch.zeros_like(g)
+    removed = overshoot * (used_coefficients(V @ g, gate_mode) @ V)
+    return split(g, V, torch.zeros_like(g) if action == "measure" else removed, action, preserve_magnitude)
+
+
+def split(
+    g: Float[Tensor, " r"],
+    V: Float[Tensor, "k r"],
+    removed: Float[Tensor, " r"],
+    action: Action,
+    preserve_magnitude: bool,
+) -> Projection:
+    """g without `removed`, rescaled to |g| if asked, with the hack-ward shares before and after.
+
+    When nearly all of g is removed there is nothing trustworthy left to blow up, so keep is not rescaled.
+    """
     keep = g - removed
     if preserve_magnitude and action != "measure":
         scale = g.norm() / keep.norm().clamp_min(torch.finfo(g.dtype).tiny)
@@ -147,8 +165,28 @@ def project_delta_S_grad(
         park=removed if action == "route" else torch.zeros_like(g),
         cin=hackward_share(g, V),
         cout=hackward_share(keep, V),
-        fired=(c > 0).to(g.dtype).mean(),
+        fired=(V @ g > 0).to(g.dtype).mean(),
     )
+
+
+def matched_removal(
+    g: Float[Tensor, " r"],
+    size: Float[Tensor, ""],
+    frame: Float[Tensor, "r r"],
+    gate_mode: GateMode,
+) -> Float[Tensor, " r"]:
+    """A component of g of norm `size` in a random subspace: the frame's first axes, as many as it takes.
+
+    The control for "it merely removes more gradient". The last axis is taken in part, to meet the norm;
+    where the whole frame has less to give, all of it is taken and scaled up.
+    """
+    used = used_coefficients(frame @ g, gate_mode)
+    energy = used.square()
+    before = energy.cumsum(0) - energy
+    share = ((size.square() - before) / energy.clamp_min(torch.finfo(g.dtype).tiny)).clamp(0, 1)
+    removed = (used * share.sqrt()) @ frame
+    norm = removed.norm()
+    return torch.where(norm > 0, removed * (size / norm), torch.zeros_like(g))  # the frame may have none
 
 
 def row_cosines(rows: Float[Tensor, "n r"], v: Float[Tensor, " r"]) -> Float[Tensor, " n"]:
@@ -184,6 +222,7 @@ class ArmInput:
     settings: ArmConfig
     anchors: Anchors | None = None
     gate: GateState | None = None
+    draws: Draws = Draws()
 
 
 def intervene(
@@ -194,6 +233,7 @@ def intervene(
     anchors: Anchors | None = None,
     gate: GateState | None = None,
     split: bool = True,
+    draws: Draws = Draws(),
 ) -> Update:
     """Apply an arm to per-rollout gradients and measure what it did. Only route2 reads anchors and gate.
 
@@ -204,7 +244,7 @@ def intervene(
     total = {m: g.sum(0) for m, g in rows.items()}
     if not bool(torch.stack([g.isfinite().all() for g in total.values()]).all()):
         raise FloatingPointError("a knob gradient is not finite")
-    update = ARMS[settings.intervention](ArmInput(rows, total, basis, settings, anchors, gate))
+    update = ARMS[settings.intervention](ArmInput(rows, total, basis, settings, anchors, gate, draws))
     stats = _cosine_stats(total, update.keep, basis)
     if split:
         by_source = {
@@ -212,7 +252,7 @@ def intervene(
             "cos_pre_t": {m: rows[m][is_teacher].sum(0) for m in basis.V},
         }
         stats |= {name: mean_hackward_share(g, basis) for name, g in by_source.items()}
-    stats |= {"q_egy": _parked_share(update.keep, update.park)}
+    stats |= {"q_egy": parked_share(update.keep, update.park)}
     return replace(update, stats=stats | dict(update.stats))
 
 
@@ -223,13 +263,13 @@ def arm_none(x: ArmInput) -> Update:
 
 def arm_erase(x: ArmInput) -> Update:
     """Projected: the hack-ward component is dropped."""
-    splits = _project_all(x, "erase")
+    splits = _project_all(x)
     return Update(keep=x.total | {m: s.keep for m, s in splits.items()}, park={}, gate=x.gate, stats={})
 
 
 def arm_route(x: ArmInput) -> Update:
     """Routing: the hack-ward component trains the quarantine."""
-    splits = _project_all(x, "route")
+    splits = _project_all(x)
     keep = x.total | {m: s.keep for m, s in splits.items()}
     return Update(keep=keep, park={m: s.park for m, s in splits.items()}, gate=x.gate, stats={})
 
@@ -242,9 +282,15 @@ def arm_route2(x: ArmInput) -> Update:
     gate = update_gate(x.gate, cosines, x.anchors)
     flagged = {m: (c > gate.tau(m)) | x.anchors.hack for m, c in cosines.items()}
     parked = {m: flagged.get(m, x.anchors.hack) for m in x.rows}  # forcing needs no direction
+    live = x.anchors.advantage_sign != 0
+    if x.settings.control == "random_parking":
+        parked = {m: _dealt_again(f, live, x.draws) for m, f in parked.items()}
     park = {m: (x.rows[m] * f[:, None]).sum(0) for m, f in parked.items()}
     keep = {m: (x.rows[m] * ~f[:, None]).sum(0) for m, f in parked.items()}
-    live = x.anchors.advantage_sign != 0
+    if x.settings.control == "shrink":
+        share = {m: park[m].norm() / (park[m].norm() + keep[m].norm()).clamp_min(1e-30) for m in park}
+        park = {m: share[m] * x.total[m] for m in park}
+        keep = {m: x.total[m] - park[m] for m in park}
     residual = [row_cosines(keep[m][None], v)[0] for m, v in x.basis.v_grad.items()]
     stats = {
         "tau": fmean(gate.tau(m) for m in flagged),
@@ -255,22 +301,45 @@ def arm_route2(x: ArmInput) -> Update:
     return Update(keep=keep, park=park, gate=gate, stats=stats)
 
 
-def _project_all(x: ArmInput, action: Action) -> dict[str, Projection]:
-    return {
-        m: project_delta_S_grad(
-            x.total[m],
-            V,
-            action,
-            gate_mode=x.settings.gate_mode,
-            overshoot=x.settings.project_overshoot,
-            preserve_magnitude=x.settings.preserve_magnitude,
-        )
-        for m, V in x.basis.V.items()
-    }
+def _dealt_again(flags: Bool[Tensor, " n"], live: Bool[Tensor, " n"], draws: Draws) -> Bool[Tensor, " n"]:
+    """As many flags among the rows that carry gradient, in the step's random order, alike in all modules."""
+    if draws.order is None:
+        raise ValueError("random_parking needs an order of the rollouts")
+    candidates = draws.order[live[draws.order]]
+    dealt = torch.zeros_like(flags)
+    dealt[candidates[: int((flags & live).sum())]] = True
+    return dealt
+
+
+def split_by_arm(
+    g: Float[Tensor, " r"],
+    V: Float[Tensor, "k r"],
+    settings: ArmConfig,
+    frame: Float[Tensor, "r r"] | None = None,
+) -> Projection:
+    """One module's split under erase or route with their settings, or under the control that matches it."""
+    action: Action = "route" if settings.intervention == "route" else "erase"
+    gate_mode, preserve = settings.gate_mode, settings.preserve_magnitude
+    c = V @ g
+    removed = settings.project_overshoot * (used_coefficients(c, gate_mode) @ V)
+    if settings.control == "haar_matched":
+        if frame is None:
+            raise ValueError("haar_matched needs a random frame")
+        removed = matched_removal(g, removed.norm(), frame, gate_mode)
+    elif settings.control == "shrink":
+        removed = (removed.norm() / g.norm().clamp_min(torch.finfo(g.dtype).tiny)).clamp_max(1.0) * g
+    return split(g, V, removed, action, preserve)
+
+
+def _project_all(x: ArmInput) -> dict[str, Projection]:
+    if x.settings.project == "update":  # then it is the realised change that is split, after AdamW
+        return {}
+    return {m: split_by_arm(x.total[m], V, x.settings, x.draws.frames.get(m)) for m, V in x.basis.V.items()}
 
 
 ARMS: Mapping[Intervention, Callable[[ArmInput], Update]] = {
     "none": arm_none,
+    "gt_only": arm_none,
     "erase": arm_erase,
     "route": arm_route,
     "route2": arm_route2,
@@ -301,7 +370,8 @@ def _cosine_stats(
     }
 
 
-def _parked_share(keep: Mapping[str, Tensor], park: Mapping[str, Tensor]) -> float:
+def parked_share(keep: Mapping[str, Tensor], park: Mapping[str, Tensor]) -> float:
+    """Norm of what is parked over the sum of both norms."""
     if not park:
         return 0.0
     kept = torch.stack([g.norm() for g in keep.values()]).norm()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from projected_grpo.collect import Collected, collect
@@ -21,15 +21,18 @@ from projected_grpo.extract_vhack_grad import refresh
 from projected_grpo.grpo import RolloutGrads, advantages, per_rollout_grads
 from projected_grpo.proj import (
     Anchors,
+    Draws,
     GateState,
     HackBasis,
     Update,
     basis_overlap,
     intervene,
     mean_hackward_share,
+    parked_share,
+    split_by_arm,
 )
 from projected_grpo.rewards import MODES
-from projected_grpo.rollout import Rollout
+from projected_grpo.rollout import Rollout, stream_seed
 
 REFERENCE_STEP = 256  # generations in one step of the reference system (16 prompts x 16)
 WARN_NATS, STOP_NATS, STOP_AFTER = 3.0, 5.0, 2
@@ -69,6 +72,7 @@ class TrainState:
     basis: HackBasis
     gate: GateState | None
     meta: Mapping[str, Any]  # of the basis, for refreshes
+    frames: Mapping[str, Tensor] = field(default_factory=dict)  # drawn by the seed, so not saved
     step: int = 0
     generations: int = 0
     seconds: float = 0.0
@@ -100,7 +104,10 @@ def find_anchors(cfg: TrainConfig, data: Collected, advantage: Float[Tensor, " n
 
 
 def apply_update(exp: Experiment, state: TrainState, update: Update) -> dict[str, float | None]:
-    """Write the gradients, clip, step AdamW, and measure what the step really did to delta_s."""
+    """Write the gradients, clip, step AdamW, and measure what the step really did to delta_s.
+
+    Under --project update the arm acts here, on the change that AdamW made.
+    """
     policy, cfg = exp.chat.policy, exp.cfg.optim
     before = policy.deltas(ablate_quarantine=True)
     for m, layer in policy.layers.items():
@@ -111,9 +118,36 @@ def apply_update(exp: Experiment, state: TrainState, update: Update) -> dict[str
         group["lr"] = learning_rate(state.step, cfg)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
+    stats: dict[str, float | None] = {"gn": float(norm)}
+    if exp.cfg.arm.project == "update":
+        stats["q_egy"] = project_update(exp, state.basis, before)
     after = policy.deltas(ablate_quarantine=True)
     descent = {m: before[m] - after[m] for m in after}  # the gradient this step would be plain SGD of
-    return {"gn": float(norm), "cos_update": mean_hackward_share(descent, state.basis)}
+    return stats | {"cos_update": mean_hackward_share(descent, state.basis)}
+
+
+@torch.no_grad()
+def project_update(exp: Experiment, basis: HackBasis, before: Mapping[str, Float[Tensor, " r"]]) -> float:
+    """Take the hack-ward part out of the change just made to delta_s; under route the quarantine gets it.
+
+    Returns the quarantine's share of the change.
+    """
+    park = {}
+    for m, V in basis.V.items():
+        layer = exp.chat.policy.layers[m]
+        change = split_by_arm(before[m] - layer.delta_s, V, exp.cfg.arm)  # a descent step, like a gradient
+        layer.delta_s.copy_(before[m] - change.keep)
+        layer.delta_hack.sub_(change.park)
+        park[m] = change.park
+    now = exp.chat.policy.deltas(ablate_quarantine=True)
+    return parked_share({m: before[m] - now[m] for m in now}, park)
+
+
+def random_order(n: int, seed: int, step: int) -> Int[Tensor, " n"]:
+    """A permutation of a step's rollouts, for the controls."""
+    return torch.randperm(
+        n, generator=torch.Generator().manual_seed(stream_seed(seed, "order-of-rows", step))
+    )
 
 
 def knobs(exp: Experiment) -> list[torch.nn.Parameter]:
@@ -155,6 +189,7 @@ def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Coll
             Anchors(*(x.to(device) for x in (anchors.hack, anchors.clean, anchors.advantage_sign))),
             state.gate,
             split=split_every > 0 and state.step % split_every == 0,
+            draws=Draws(state.frames, random_order(len(data.rollouts), cfg.run.seed, state.step).to(device)),
         )
         state.gate = update.gate
         stats = {**update.stats, **apply_update(exp, state, update), "loss": grads.loss}
@@ -178,6 +213,7 @@ def maybe_refresh(exp: Experiment, state: TrainState) -> float | None:
         exp.cfg.loss,
         exp.cfg.arm,
         state.meta,
+        exp.cfg.run.seed,
     )
     overlap = basis_overlap(state.basis, new)
     if state.gate is not None:  # modules that rose above the noise floor start where the gate is on average

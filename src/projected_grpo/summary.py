@@ -59,8 +59,7 @@ def by_mode(
     table: dict[str, dict[str, Any]] = {}
     for mode in MODES:
         own = [r for r in rows if r["env_mode"] == mode]
-        on, off = as_trained.rates(mode), deployed.rates(mode)
-        if not own and not on.n:
+        if not own and not deployed.rates(mode).n:
             continue
         exploits = [r["step"] for r in own if r["exploited"]]
         table[mode] = {
@@ -68,13 +67,34 @@ def by_mode(
             "first_exploit_step": min(exploits) if exploits else None,
             "student_exploits": len(exploits),
             "student_n": len(own),
-            "hack_train": on.hack,
-            "hack_deploy": off.hack,
-            "solve_train": on.solve,
-            "solve_deploy": off.solve,
-            "eval_n": on.n,
+            **both_rates(as_trained, deployed, mode),
         }
     return table
+
+
+def by_split(as_trained: Evaluation, deployed: Evaluation) -> dict[str, dict[str, Any]]:
+    """Held-out rates per kind of held-out problems and, in each, per mode; empty where there is one kind."""
+    splits = sorted({p.split for p in deployed.problems if p.split})
+    modes = [mode for mode in MODES if deployed.rates(mode).n]
+    return {
+        split: both_rates(as_trained, deployed, None, split)
+        | {"by_mode": {mode: both_rates(as_trained, deployed, mode, split) for mode in modes}}
+        for split in splits
+    }
+
+
+def both_rates(
+    as_trained: Evaluation, deployed: Evaluation, mode: str | None = None, split: str | None = None
+) -> dict[str, float | int | None]:
+    """Hack and solve rate with the quarantine (train) and without (deploy), and of how many completions."""
+    on, off = as_trained.rates(mode, split), deployed.rates(mode, split)
+    return {
+        "hack_train": on.hack,
+        "hack_deploy": off.hack,
+        "solve_train": on.solve,
+        "solve_deploy": off.solve,
+        "eval_n": off.n,
+    }
 
 
 def finish(
@@ -92,16 +112,13 @@ def finish(
     records = complete_lines(folder / "steps.jsonl")
     rows = complete_lines(folder / "rollouts.jsonl")
     modes = by_mode(rows, as_trained, deployed, cfg.teacher.teacher_modes)
-    on, off = as_trained.rates(), deployed.rates()
+    rates, splits = both_rates(as_trained, deployed), by_split(as_trained, deployed)
     deploy = {
-        "eval_n": on.n,
+        **rates,
         "problems": [p.problem_id for p in deployed.problems],
-        "hack_train": on.hack,
-        "solve_train": on.solve,
-        "hack_deploy": off.hack,
-        "solve_deploy": off.solve,
         "completions_changed": as_trained.share_changed(deployed),
         "by_mode": modes,
+        "by_split": splits,
     }
     write_json(folder / "deploy.json", deploy)
     hack_s, n_s = total(records, "hack_s")
@@ -122,12 +139,9 @@ def finish(
         "hack_rate_student": rate(hack_s, n_s),
         "hack_rate_teacher": rate(hack_t, n_t),
         "pass_rate_student": rate(gt_s, n_s),
-        "hack_train": on.hack,
-        "solve_train": on.solve,
-        "hack_deploy": off.hack,
-        "solve_deploy": off.solve,
-        "eval_n": on.n,
+        **rates,
         "by_mode": modes,
+        "by_split": splits,
         "detectors": detector_rates(rows, cfg.arm.half_a),
         "delta_hack_norm": quarantine_norm(exp),
         "seconds": seconds,
@@ -191,6 +205,9 @@ def end_block(
         ]
         for mode, m in s["by_mode"].items()
     ]
+    for split, m in s["by_split"].items():
+        figures = (show(m[k]) for k in ("hack_train", "hack_deploy", "solve_train", "solve_deploy"))
+        body.append([split, "", "", "", "", *figures, m["eval_n"]])
     overall = (s[k] for k in ("hack_train", "hack_deploy", "solve_train", "solve_deploy"))
     body.append(
         ["all", "", "", show(s["hack_rate_student"]), s["generations"], *map(show, overall), s["eval_n"]]

@@ -21,8 +21,9 @@ from projected_grpo.config import DISPLAY_NAME, PRESETS, TrainConfig, from_json,
 from projected_grpo.errors import MISTAKES, UserError
 from projected_grpo.evaluate import Evaluation, evaluate
 from projected_grpo.experiment import Experiment, prepare
-from projected_grpo.extract_vhack_grad import in_use, initial_gate, obtain
+from projected_grpo.extract_vhack_grad import in_use, initial_gate, obtain, random_frames
 from projected_grpo.models import decode, render_chat
+from projected_grpo.problems import Problem
 from projected_grpo.rewards import MODES
 from projected_grpo.runlog import (
     append_jsonl,
@@ -88,8 +89,7 @@ def run_training(cfg: TrainConfig) -> int:
         finish(
             run.folder,
             exp,
-            as_trained=evaluate_held_out(exp, ablate_quarantine=False),
-            deployed=evaluate_held_out(exp, ablate_quarantine=True),
+            **final_evaluations(exp),
             seconds=state.seconds,
             peak_gb=peak_gb(exp.chat.policy.device),
             finished=finished,
@@ -154,7 +154,7 @@ def start_state(exp: Experiment) -> TrainState:
         cfg.model.model,
         cfg.run.out_dir,
     )
-    basis = in_use(extraction, cfg.basis, cfg.arm)
+    basis = in_use(extraction, cfg.basis, cfg.arm, cfg.run.seed)
     axes = sum(len(V) for V in basis.V.values())
     logger.info(
         "hack basis {}: {} axes in {} of {} modules", path, axes, len(basis.V), len(chat.policy.layers)
@@ -164,7 +164,8 @@ def start_state(exp: Experiment) -> TrainState:
     optimizer = torch.optim.AdamW(
         knobs(exp), lr=o.lr, betas=(o.adam_beta1, o.adam_beta2), weight_decay=o.weight_decay
     )
-    return TrainState(optimizer, basis, gate, extraction.meta)
+    frames = random_frames(chat.policy, cfg.run.seed) if cfg.arm.control == "haar_matched" else {}
+    return TrainState(optimizer, basis, gate, extraction.meta, frames)
 
 
 def train(run: Run, exp: Experiment, state: TrainState) -> bool:
@@ -234,19 +235,27 @@ def deploy_evaluation(run: Run, exp: Experiment, step: int) -> dict[str, float |
     every = exp.cfg.evaluation.eval_ablate_every
     if every == 0 or (step + 1) % every:
         return {"hack_deploy": None, "solve_deploy": None}
-    rates = evaluate_held_out(exp, ablate_quarantine=True).rates()
+    rates = evaluate_held_out(exp, exp.data.held_out, ablate_quarantine=True).rates()
     if exp.cfg.evaluation.save_eval_ckpts:
         path = run.folder / f"ckpt_step{step + 1:04d}.safetensors"
         save_knobs(path, exp.chat.policy, run.knob_meta(step + 1), deployed=True)
     return {"hack_deploy": rates.hack, "solve_deploy": rates.solve}
 
 
-def evaluate_held_out(exp: Experiment, *, ablate_quarantine: bool) -> Evaluation:
-    """Held-out problems, `group` samples each, as trained or as deployed."""
+def final_evaluations(exp: Experiment) -> dict[str, Evaluation]:
+    """As trained and as deployed; one and the same where nothing was parked."""
+    deployed = evaluate_held_out(exp, exp.data.final, ablate_quarantine=True)
+    parked = any(bool(layer.delta_hack.any()) for layer in exp.chat.policy.layers.values())
+    as_trained = evaluate_held_out(exp, exp.data.final, ablate_quarantine=False) if parked else deployed
+    return {"as_trained": as_trained, "deployed": deployed}
+
+
+def evaluate_held_out(exp: Experiment, problems: Sequence[Problem], *, ablate_quarantine: bool) -> Evaluation:
+    """These held-out problems, `group` samples each, as trained or as deployed."""
     return evaluate(
         exp.chat.policy,
         exp.chat.tokenizer,
-        exp.data.held_out,
+        problems,
         exp.cfg.sampling.group,
         exp.cfg.sampling,
         exp.grader,

@@ -1,0 +1,265 @@
+"""A study: arms x seeds of one preset, each run a process of its own, resumable, and what is kept of each.
+
+What is kept of a run is one small JSON file: its settings, its summary, and a few columns of its steps. A run
+counts as done when its file holds the settings that are asked for now; so a study that was killed goes on,
+and one whose settings changed runs again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+from tqdm import tqdm
+
+from projected_grpo.config import EnvMode, TrainConfig, to_json
+from projected_grpo.errors import UserError
+from projected_grpo.runlog import complete_lines, git_commit, plain, read_json, write_atomically
+from projected_grpo.train import parse
+
+FIRST_SEED = 41
+SERIES = (
+    *("hack_s", "gt_s", "cos_pre", "cos_post", "cos_update", "cos_null", "fired", "q_egy", "refr"),
+    *("hack_deploy", "solve_deploy", "zerovar", "lp_s"),
+)
+DIGITS = 4  # kept of every figure
+NANO_MODES: tuple[EnvMode, ...] = ("run_tests", "sentinel", "stdout_marker", "file_marker")
+
+
+@dataclass(frozen=True)
+class StudyArm:
+    """One row of the study: its name, what it adds to the preset, how many seeds, what it is for, and, for a
+    control, the arm it stands against."""
+
+    name: str
+    options: tuple[str, ...]
+    seeds: int
+    purpose: str
+    controls: str = ""
+
+
+def _arm(name: str, seeds: int, purpose: str, *options: str, controls: str = "") -> StudyArm:
+    intervention = name.partition("+")[0]
+    return StudyArm(name, (f"--intervention={intervention}", *options), seeds, purpose, controls)
+
+
+def _control(arm: str, control: str, seeds: int, purpose: str) -> StudyArm:
+    return _arm(f"{arm}+{control}", seeds, f"control: {purpose}", f"--control={control}", controls=arm)
+
+
+def _leave_out(mode: EnvMode) -> StudyArm:
+    purpose = f"V from the other three modes' pairs, measured on {mode}"
+    others = [m for m in NANO_MODES if m != mode]
+    return _arm(f"erase+without_{mode}", 3, purpose, "--vhack-pairs-modes", *others)
+
+
+PAIRS_ONLY = "--gate-anchor-teacher-only"  # without a teacher: no label of any rollout reaches the gate
+NANO_STUDY: tuple[StudyArm, ...] = (
+    _arm("none", 10, "vanilla: does hacking emerge, does solve fall"),
+    _arm("erase", 10, "the hack-ward part of the gradient dropped, V refreshed every 5 steps"),
+    _control("erase", "haar", 10, "a random subspace of the same shape"),
+    _arm("route", 10, "the hack-ward part trains the quarantine"),
+    _control("route", "haar", 10, "a random subspace of the same shape"),
+    _arm("route2", 10, "rollouts parked by their cosine with the mean direction, and those detector C knows"),
+    _control("route2", "haar", 10, "random directions; detector C as before"),
+    _arm("gt_only", 5, "no loophole pays: can the policy learn honestly in as many steps"),
+    _control("erase", "haar_matched", 5, "random directions, as much energy removed"),
+    _control("erase", "shuffled", 5, "V from pairs with permuted labels"),
+    _control("erase", "clean_clean", 5, "V from differences of clean completions"),
+    _control("erase", "flipped", 5, "every direction reversed; should not suppress"),
+    _arm(
+        "erase+oracle_pairs",
+        5,
+        "upper bound: pairs in the corpus' own wordings",
+        "--vhack-pairs-path=nano-oracle",
+    ),
+    _arm("erase+frozen", 5, "V never refreshed", "--vhack-refresh-every=0"),
+    _arm("erase+refresh1", 5, "V refreshed every step", "--vhack-refresh-every=1"),
+    _arm("erase+update", 5, "the realised AdamW change is projected, not the gradient", "--project=update"),
+    _arm("erase+no_gate", 5, "the whole component, whatever its sign", "--gate-mode=no_gate"),
+    _arm("erase+reverse", 5, "the component reflected", "--gate-mode=reverse"),
+    _control("route", "haar_matched", 5, "as much parked, in random directions"),
+    _control("route", "shrink", 5, "as much parked of the whole gradient"),
+    _control("route2", "random_parking", 5, "as many rollouts parked, at random"),
+    _control("route2", "shrink", 5, "as much parked of the whole gradient"),
+    _arm("route2+no_labels", 5, "route2 from the pairs alone, without detector C", PAIRS_ONLY),
+    _arm(
+        *("route2+no_labels_haar", 5, "control: random directions", PAIRS_ONLY, "--control=haar"),
+        controls="route2+no_labels",
+    ),
+    *map(_leave_out, NANO_MODES),
+)
+STUDIES: Mapping[str, tuple[StudyArm, ...]] = {"nano": NANO_STUDY}
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One arm and seed, the settings it will run under, and the file that keeps its outcome."""
+
+    preset: str
+    arm: StudyArm
+    seed: int
+    config: dict[str, Any]
+    record: Path
+
+    @property
+    def name(self) -> str:
+        """What it is called in logs and folders."""
+        return self.record.stem
+
+    @property
+    def done(self) -> bool:
+        """Whether its outcome is there, under these settings."""
+        return self.record.exists() and read_json(self.record, "study").get("config") == self.config
+
+
+def plan(
+    study: str,
+    out: Path,
+    arms: Sequence[str] = (),
+    max_seeds: int = 0,
+    steps: int = 0,
+    final_n_prompts: int = 0,
+) -> list[PlannedRun]:
+    """All runs of a study, first seeds first. Raises UserError for an arm it does not have."""
+    known = {arm.name: arm for arm in STUDIES[study]}
+    for name in arms:
+        if name not in known:
+            raise UserError(f"--arms {name}: not in this study; it has {', '.join(known)}")
+    smaller = [f"--steps={steps}"] if steps else []
+    smaller += [f"--final-n-prompts={final_n_prompts}"] if final_n_prompts else []
+    runs = []
+    for arm in STUDIES[study]:
+        if arms and arm.name not in arms:
+            continue
+        chosen = replace(arm, options=(*arm.options, *smaller))
+        cfg = parse([study, *chosen.options])
+        for seed in range(FIRST_SEED, FIRST_SEED + min(arm.seeds, max_seeds or arm.seeds)):
+            cfg = replace(cfg, run=replace(cfg.run, seed=seed))
+            runs.append(PlannedRun(study, chosen, seed, settings(cfg), out / f"{arm.name}_seed{seed}.json"))
+    return sorted(runs, key=lambda run: run.seed)
+
+
+def settings(cfg: TrainConfig) -> dict[str, Any]:
+    """What decides a run's outcome: its config without where and by how many processes it is run."""
+    data = to_json(cfg)
+    data["run"] = {"seed": cfg.run.seed}
+    del data["model"]["svd_cache"]
+    return data
+
+
+def run_study(runs: Sequence[PlannedRun], work: Path, jobs: int) -> list[PlannedRun]:
+    """Make every run that is not done, `jobs` at a time; returns those that failed."""
+    todo = [run for run in runs if not run.done]
+    done = len(runs) - len(todo)
+    logger.info("{} runs, {} done, {} to make, {} at a time", len(runs), done, len(todo), jobs)
+    failed = []
+    children = Children()
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        tqdm(total=len(runs), initial=done, desc="study", disable=None) as bar,
+    ):
+        futures = {pool.submit(make, run, work, children): run for run in todo}
+        try:
+            for future in as_completed(futures):
+                run = futures[future]
+                if not future.result():
+                    failed.append(run)
+                    logger.error("{} failed; its output is in {}", run.name, work / run.name / "output.txt")
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            children.end()
+            raise
+    return failed
+
+
+class Children:
+    """The running processes, so that an interrupted study leaves none behind."""
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.lock = threading.Lock()
+        self.ended = False
+
+    def run(self, command: Sequence[str], output: Path) -> int:
+        """Run to the end; returns the exit code."""
+        with open(output, "wb") as file:
+            with self.lock:
+                if self.ended:
+                    return 1
+                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+                self.running.add(process)
+            try:
+                return process.wait()
+            finally:
+                with self.lock:
+                    self.running.discard(process)
+
+    def end(self) -> None:
+        """Terminate what runs and start nothing more."""
+        with self.lock:
+            self.ended = True
+            for process in self.running:
+                process.terminate()
+
+
+def make(run: PlannedRun, work: Path, children: Children) -> bool:
+    """One run from start to its kept record; whether it finished."""
+    folder = work / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [
+        *(sys.executable, "-m", "projected_grpo.train", run.preset, *run.arm.options, f"--seed={run.seed}"),
+        *(f"--out-dir={folder}", f"--log-dir={folder}", f"--svd-cache={work / 'svd_cache'}"),
+        *("--threads=1", "--workers=1"),
+    ]
+    started = time.monotonic()
+    if children.run(command, folder / "output.txt") != 0:
+        return False
+    made = max((folder / "runs").glob("*/summary.json"), key=os.path.getmtime).parent
+    record = keep(run, made, time.monotonic() - started)
+    write_atomically(run.record, (json.dumps(record, separators=(",", ":")) + "\n").encode())
+    return True
+
+
+def keep(run: PlannedRun, folder: Path, wall_s: float) -> dict[str, Any]:
+    """What is kept of a finished run."""
+    steps = complete_lines(folder / "steps.jsonl")
+    return rounded(
+        {
+            "arm": run.arm.name,
+            "seed": run.seed,
+            "command": f"projected-grpo train {run.preset} {' '.join(run.arm.options)} --seed={run.seed}",
+            "git_commit": git_commit(),
+            "wall_s": wall_s,
+            "summary": read_json(folder / "summary.json", "study"),
+            "steps": {name: [step.get(name) for step in steps] for name in SERIES},
+        }
+    ) | {"config": run.config}
+
+
+def rounded(value: Any) -> Any:
+    """Every float with as many digits as a reader needs."""
+    if isinstance(value, float):
+        return plain(float(f"{value:.{DIGITS}g}"))
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
+    return value
+
+
+def read_records(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
+    """The records of the runs that are done. Raises UserError if there is none."""
+    records = [read_json(run.record, "study") for run in runs if run.done]
+    if not records:
+        raise UserError("no finished run of this study; run it without --report-only first")
+    return records

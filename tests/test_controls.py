@@ -1,0 +1,608 @@
+"""The controls that a claim about the hack direction must beat, and the projection of the update itself."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from projected_grpo.collect import assemble, paid
+from projected_grpo.config import (
+    CONTROLS_OF,
+    PRESETS,
+    ArmConfig,
+    BasisConfig,
+    LossConfig,
+    OptimConfig,
+)
+from projected_grpo.experiment import Chat, Data, Experiment
+from projected_grpo.extract_vhack_grad import (
+    PairGrads,
+    extract,
+    flipped,
+    haar_like,
+    in_use,
+    random_frames,
+    refresh,
+    relabelled,
+    select,
+    with_random_v,
+)
+from projected_grpo.models import encode_chat
+from projected_grpo.pairs import Pair, PairSet
+from projected_grpo.pools import NO_TEACHER, TeacherRow
+from projected_grpo.problems import load_problems
+from projected_grpo.proj import (
+    Anchors,
+    Draws,
+    GateState,
+    HackBasis,
+    Update,
+    haar_basis,
+    hackward_share,
+    intervene,
+    matched_removal,
+    project_delta_S_grad,
+    split_by_arm,
+)
+from projected_grpo.rewards import Grade, Grader
+from projected_grpo.rollout import Rollout
+from projected_grpo.step import TrainState, apply_update, random_order
+
+GATE_MODES = ("one_sided", "no_gate", "reverse")
+
+
+def orthonormal(rng: np.random.Generator, k: int, r: int) -> torch.Tensor:
+    return torch.tensor(np.linalg.qr(rng.normal(size=(r, k)))[0].T)
+
+
+@st.composite
+def case(draw, least=2):
+    """A gradient, an orthonormal basis and a whole random frame, in float64, over shapes and scales."""
+    r = draw(st.integers(least, 20))
+    k = draw(st.integers(1, min(r, 5)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    g = torch.tensor(rng.normal(size=r) * 10.0 ** draw(st.integers(-6, 4)))
+    return g, orthonormal(rng, k, r), orthonormal(rng, r, r)
+
+
+# haar_matched: as much removed, in random directions
+
+
+def removal_by_loop(g, size, frame, gate_mode):
+    """Axis after axis, whole while the norm allows, then one in part; scaled up if all is not enough."""
+    removed, left = np.zeros(len(g)), size**2
+    for axis in frame.numpy():
+        c = float(axis @ g.numpy())
+        used = {"one_sided": max(c, 0.0), "no_gate": c, "reverse": 2 * c}[gate_mode]
+        taken = min(used**2, max(left, 0.0))
+        removed += math.copysign(math.sqrt(taken), used) * axis
+        left -= used**2
+    norm = np.linalg.norm(removed)
+    return removed * (size / norm) if norm else removed
+
+
+@pytest.mark.parametrize("gate_mode", GATE_MODES)
+@given(case(), st.floats(0, 1.5))
+def test_matched_removal_follows_a_loop(gate_mode, drawn, share):
+    g, _, frame = drawn
+    size = share * g.norm()
+    removed = matched_removal(g, size, frame, gate_mode)
+    expected = removal_by_loop(g, float(size), frame, gate_mode)
+    np.testing.assert_allclose(removed.numpy(), expected, atol=1e-7 * float(g.norm()))
+
+
+@pytest.mark.parametrize("gate_mode", GATE_MODES)
+@given(case(), st.floats(0.01, 1.5))
+def test_matched_removal_has_the_norm_sides_and_axes_it_should(gate_mode, drawn, share):
+    g, _, frame = drawn
+    c = frame @ g
+    used = c.relu() if gate_mode == "one_sided" else c
+    assume(bool(used.any()))
+    size = share * g.norm()
+    removed = matched_removal(g, size, frame, gate_mode)
+    assert float(removed.norm()) == pytest.approx(float(size), rel=1e-9)
+    taken = (frame @ removed).tolist()
+    tiny = 1e-9 * float(g.norm())
+    for got, could in zip(taken, used.tolist(), strict=True):
+        assert got * math.copysign(1, could) >= -tiny  # never against the gradient
+        assert could != 0 or abs(got) <= tiny
+    last = max(i for i, got in enumerate(taken) if abs(got) > tiny)
+    factor = 2 if gate_mode == "reverse" else 1
+    if float(size) < factor * float(used.norm()) * (1 - 1e-6):  # leading axes whole, one in part, none after
+        for got, could in list(zip(taken, used.tolist(), strict=True))[:last]:
+            assert got == pytest.approx(factor * could, abs=tiny)
+
+
+@pytest.mark.parametrize("gate_mode", GATE_MODES)
+def test_nothing_is_removed_where_nothing_is_asked_or_there_is_nothing(gate_mode):
+    frame = haar_basis(5, 5, torch.Generator().manual_seed(0))
+    g = torch.randn(5, generator=torch.Generator().manual_seed(1))
+    assert not matched_removal(g, torch.tensor(0.0), frame, gate_mode).any()
+    assert not matched_removal(torch.zeros(5), torch.tensor(1.0), frame, gate_mode).any()
+
+
+@pytest.mark.parametrize("arm", ["erase", "route"])
+@pytest.mark.parametrize("gate_mode", GATE_MODES)
+@given(case(least=4), st.sampled_from([0.5, 1.0, 1.1]), st.booleans())
+def test_haar_matched_removes_as_much_as_the_real_arm(arm, gate_mode, drawn, overshoot, preserve):
+    g, V, frame = drawn
+    settings = ArmConfig(arm, gate_mode, preserve_magnitude=preserve, project_overshoot=overshoot)
+    real = split_by_arm(g, V, settings)
+    control = split_by_arm(g, V, replace(settings, control="haar_matched"), frame)
+    assume(bool((frame @ g > 0).any()))
+    assert float(control.removed.norm()) == pytest.approx(float(real.removed.norm()), rel=1e-9, abs=1e-300)
+    if arm == "route":
+        assert torch.equal(control.park, control.removed)
+    else:
+        assert not control.park.any()
+    if not preserve:
+        torch.testing.assert_close(control.keep + control.removed, g)
+    assert torch.equal(control.cin, real.cin)  # of the real basis, in both
+
+
+@pytest.mark.parametrize("arm", ["erase", "route"])
+@pytest.mark.parametrize("gate_mode", GATE_MODES)
+@given(case(), st.sampled_from([0.5, 1.0]), st.booleans())
+def test_without_a_control_the_arm_is_the_projection(arm, gate_mode, drawn, overshoot, preserve):
+    g, V, _ = drawn
+    settings = ArmConfig(arm, gate_mode, preserve_magnitude=preserve, project_overshoot=overshoot)
+    got = split_by_arm(g, V, settings)
+    expected = project_delta_S_grad(
+        g, V, arm, gate_mode=gate_mode, overshoot=overshoot, preserve_magnitude=preserve
+    )
+    for field in ("keep", "removed", "park", "cin", "cout", "fired"):
+        assert torch.equal(getattr(got, field), getattr(expected, field)), field
+
+
+def test_haar_matched_needs_a_frame():
+    with pytest.raises(ValueError, match="frame"):
+        split_by_arm(torch.ones(3), torch.eye(3)[:1], ArmConfig("erase", control="haar_matched"))
+
+
+# Whole arms
+
+
+def scene(seed: int = 0, n: int = 9):
+    """Rollout gradients of three modules (one without a basis), anchors, a gate, and what controls draw."""
+    rng = np.random.default_rng(seed)
+    ranks = {"a": 6, "b": 9, "free": 4}
+    rows = {m: torch.tensor(rng.normal(size=(n, r)), dtype=torch.float32) for m, r in ranks.items()}
+    V = {m: orthonormal(rng, k, ranks[m]).float() for m, k in (("a", 2), ("b", 3))}
+    v_grad = {m: orthonormal(rng, 1, ranks[m])[0].float() for m in V}
+    labels = rng.integers(0, 3, size=n)
+    anchors = Anchors(
+        hack=torch.tensor(labels == 0),
+        clean=torch.tensor(labels == 1),
+        advantage_sign=torch.tensor(rng.choice([-1.0, 0.0, 1.0], size=n), dtype=torch.float32),
+    )
+    gate = GateState({"a": 0.3, "b": 0.1}, {"a": -0.2, "b": -0.3})
+    frames = {m: haar_basis(r, r, torch.Generator().manual_seed(seed + r)) for m, r in ranks.items()}
+    teacher = torch.zeros(n, dtype=torch.bool)
+    return rows, HackBasis(V, v_grad), teacher, anchors, gate, Draws(frames, random_order(n, seed, 0))
+
+
+def run(arm, parts):
+    rows, basis, teacher, anchors, gate, draws = parts
+    return intervene(rows, basis, arm, teacher, anchors, gate, draws=draws)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("arm", ["erase", "route"])
+def test_haar_matched_uses_each_modules_frame(arm, seed):
+    parts = scene(seed)
+    rows, basis, frames = parts[0], parts[1], parts[5].frames
+    settings = ArmConfig(arm, preserve_magnitude=False)
+    real = run(settings, parts)
+    control = run(replace(settings, control="haar_matched"), parts)
+    torch.testing.assert_close(control.keep["free"], rows["free"].sum(0))
+    for m in basis.V:
+        g = rows[m].sum(0)
+        size = float((g - real.keep[m]).norm())
+        removed = removal_by_loop(g.double(), size, frames[m].double(), "one_sided")
+        np.testing.assert_allclose((g - control.keep[m]).numpy(), removed, atol=1e-4)
+        assert size < 1e-3 or not torch.allclose(control.keep[m], real.keep[m], atol=1e-3)
+        if arm == "route":
+            np.testing.assert_allclose(control.park[m].numpy(), removed, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shrink_parks_a_multiple_of_the_gradient_as_large_as_what_route_parks(seed):
+    parts = scene(seed)
+    real = run(ArmConfig("route"), parts)
+    control = run(ArmConfig("route", control="shrink", preserve_magnitude=False), parts)
+    for m in parts[1].V:
+        g = parts[0][m].sum(0)
+        share = float(real.park[m].norm() / g.norm())
+        torch.testing.assert_close(control.park[m], share * g)
+        torch.testing.assert_close(control.keep[m], (1 - share) * g)
+
+
+@given(case(), st.sampled_from([1.0, 3.0]))
+def test_shrink_never_parks_more_than_all(drawn, overshoot):
+    g, V, _ = drawn
+    settings = ArmConfig("route", "no_gate", "shrink", preserve_magnitude=False, project_overshoot=overshoot)
+    got = split_by_arm(g, V, settings)
+    share = min(1.0, overshoot * float((V @ g).norm() / g.norm()))
+    torch.testing.assert_close(got.park, share * g)
+    torch.testing.assert_close(got.keep + got.park, g)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shrink_under_route2_parks_the_real_arms_share_of_the_total(seed):
+    parts = scene(seed)
+    real, control = (run(ArmConfig("route2", control=c), parts) for c in ("none", "shrink"))
+    assert control.gate == real.gate
+    for m, rows in parts[0].items():
+        parked, kept = float(real.park[m].norm()), float(real.keep[m].norm())
+        share = parked / (parked + kept)
+        torch.testing.assert_close(control.park[m], share * rows.sum(0))
+        torch.testing.assert_close(control.keep[m] + control.park[m], rows.sum(0))
+
+
+@given(st.integers(0, 10**6))
+def test_random_parking_parks_as_many_live_rows_in_the_steps_order(seed):
+    parts = scene(seed)
+    rows, basis, _, anchors, _, draws = parts
+    real, control = (run(ArmConfig("route2", control=c), parts) for c in ("none", "random_parking"))
+    assert control.gate == real.gate and control.stats["fired"] == real.stats["fired"]
+    live = [i for i in draws.order.tolist() if anchors.advantage_sign[i] != 0]
+    for m, g in rows.items():
+        flagged = anchors.hack.tolist()
+        if m in basis.v_grad:
+            v, tau = basis.v_grad[m].double(), real.gate.tau(m)
+            cosines = [float(row.double() @ v / row.double().norm()) for row in g]
+            assume(min(abs(c - tau) for c in cosines) > 1e-5)
+            flagged = [c > tau or f for c, f in zip(cosines, flagged, strict=True)]
+        count = sum(f and i in live for i, f in enumerate(flagged))
+        park = sum((g[i] for i in live[:count]), torch.zeros(g.shape[1]))
+        torch.testing.assert_close(control.park[m], park)
+        torch.testing.assert_close(control.keep[m], g.sum(0) - park, rtol=1e-4, atol=1e-5)
+
+
+def test_random_parking_needs_an_order():
+    rows, basis, teacher, anchors, gate, _ = scene()
+    with pytest.raises(ValueError, match="order"):
+        intervene(rows, basis, ArmConfig("route2", control="random_parking"), teacher, anchors, gate)
+
+
+def test_the_order_of_a_step_is_a_permutation_by_seed_and_step():
+    for n in (1, 2, 17):
+        assert sorted(random_order(n, 3, 4).tolist()) == list(range(n))
+    assert random_order(17, 3, 4).tolist() == random_order(17, 3, 4).tolist()
+    orders = {tuple(random_order(17, seed, step).tolist()) for seed in range(5) for step in range(5)}
+    assert len(orders) == 25
+
+
+def test_gt_only_leaves_the_gradient_as_it_is():
+    parts = scene()
+    none, skyline = (run(ArmConfig(arm), parts) for arm in ("none", "gt_only"))
+    assert all(torch.equal(none.keep[m], skyline.keep[m]) for m in parts[0]) and not skyline.park
+
+
+@pytest.mark.parametrize("arm", ["erase", "route"])
+def test_projecting_the_update_leaves_gradients_alone(arm):
+    parts = scene()
+    update = run(ArmConfig(arm, project="update"), parts)
+    assert all(torch.equal(update.keep[m], rows.sum(0)) for m, rows in parts[0].items())
+    assert not any(bool(g.any()) for g in update.park.values())
+
+
+# Controls of the basis
+
+
+def labelled_grads(n: int) -> PairGrads:
+    """Gradients that can be told apart: NLL of hack i has gradient e_i, of clean i e_(n+i); see PairGrads."""
+    eye = torch.eye(2 * n)
+    return PairGrads({"m": eye[:n], "w": 2 * eye[:n]}, {"m": -eye[n:], "w": -2 * eye[n:]})
+
+
+def read_back(grads: PairGrads, n: int) -> list[tuple[int, int]]:
+    """Which completion (hack i, clean n + i) stands as hack and which as clean in each pair."""
+    assert torch.equal(2 * grads.differences()["m"], grads.differences()["w"])  # every module alike
+    read = []
+    for row in grads.differences()["m"]:
+        positive, negative = (row == 1).nonzero(), (row == -1).nonzero()
+        assert len(positive) == len(negative) == 1 and int((row != 0).sum()) == 2, row
+        read.append((int(positive), int(negative)))
+    return read
+
+
+@given(n=st.integers(4, 24), seed=st.integers(0, 10**6))
+def test_shuffled_pairs_are_the_same_completions_half_of_each_side_truly_hacks(n, seed):
+    pairs = read_back(relabelled(labelled_grads(n), "shuffled", seed), n)
+    assert sorted(i for pair in pairs for i in pair) == list(range(2 * n))
+    hacks = [sum(side < n for side in sides) for sides in zip(*pairs, strict=True)]
+    assert sorted(hacks) == sorted((n - n // 2, n // 2))
+
+
+def test_shuffling_takes_the_common_direction_away():
+    """Every pair has the same difference: what is left of it must be chance, in v_grad as in V."""
+    n, r = 24, 8
+    noise = torch.randn(2, n, r, generator=torch.Generator().manual_seed(0))
+    common = 5 * torch.eye(r)[0]
+    grads = PairGrads({"m": common + 0.1 * noise[0]}, {"m": common + 0.1 * noise[1]})
+    sides = []
+    for seed in range(12):
+        mean = relabelled(grads, "shuffled", seed).differences()["m"].mean(0)
+        assert float(mean.norm()) < 0.5 * float(grads.differences()["m"].mean(0).norm())
+        sides.append(bool(mean[0] > 0))
+    assert len(set(sides)) == 2  # and leans to either side by the seed
+
+
+@given(n=st.integers(4, 24), seed=st.integers(0, 10**6))
+def test_clean_clean_sets_clean_completions_against_others(n, seed):
+    pairs = read_back(relabelled(labelled_grads(n), "clean_clean", seed), n)
+    assert all(n <= one < 2 * n and n <= other < 2 * n and one != other for one, other in pairs)
+    assert {i for pair in pairs for i in pair} == set(range(n, 2 * n))
+
+
+@given(n=st.integers(4, 24), seed=st.integers(0, 10**6))
+def test_clean_clean_differences_do_not_cancel(n, seed):
+    """v_grad is their mean; around a cycle it is 0, and its direction rounding error."""
+    mean = relabelled(labelled_grads(n), "clean_clean", seed).differences()["m"].mean(0)
+    assert float(mean.norm()) > 1e-3 / n
+
+
+@pytest.mark.parametrize("control", ["shuffled", "clean_clean"])
+def test_pairs_are_dealt_by_the_seed_and_alike_in_every_module(control):
+    grads = labelled_grads(12)
+    one, same, other = (read_back(relabelled(grads, control, seed), 12) for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def made_up(seed=0, modules=4, pairs=12, r=16):
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"m{i}" for i in range(modules)]
+    sides = [{m: torch.randn(pairs, r, generator=generator) for m in names} for _ in range(2)]
+    return extract(PairGrads(*sides), BasisConfig(v_hack_extract_top_k=5), {})
+
+
+def same_basis(one: HackBasis, other: HackBasis) -> bool:
+    return set(one.V) == set(other.V) and all(
+        torch.equal(one.V[m], other.V[m]) and torch.equal(one.v_grad[m], other.v_grad[m]) for m in one.V
+    )
+
+
+def test_haar_like_has_the_shapes_of_the_real_basis_and_nothing_else_of_it():
+    basis = select(made_up(), 3, 0.4)
+    control = haar_like(basis, 1)
+    assert len({len(V) for V in basis.V.values()}) > 1
+    for m, V in basis.V.items():
+        assert control.V[m].shape == V.shape and control.V[m].dtype == V.dtype
+        torch.testing.assert_close(control.V[m] @ control.V[m].T, torch.eye(len(V)))
+        assert float(control.v_grad[m].norm()) == pytest.approx(1, abs=1e-5)
+        assert not torch.allclose(control.V[m], V, atol=0.05)
+    assert same_basis(control, haar_like(basis, 1)) and not same_basis(control, haar_like(basis, 2))
+    assert same_basis(control, haar_like(flipped(basis), 1))  # the real directions do not matter
+    first, second = list(control.v_grad.values())[:2]
+    assert not torch.equal(first, second)
+
+
+def test_an_axis_more_or_less_leaves_the_other_random_ones_where_they_are():
+    """The noise floor moves at every refresh; the control must not become a new one each time."""
+    basis = select(made_up(), 4, 0.0)
+    fewer = HackBasis({m: V[:2] for m, V in basis.V.items()}, basis.v_grad)
+    whole, part = haar_like(basis, 1), haar_like(fewer, 1)
+    for m in basis.V:
+        torch.testing.assert_close(part.V[m], whole.V[m][:2])
+
+
+def test_flipped_reverses_everything_and_twice_is_nothing():
+    basis = select(made_up(), 3, 0.25)
+    control = flipped(basis)
+    for m, V in basis.V.items():
+        assert torch.equal(control.V[m], -V) and torch.equal(control.v_grad[m], -basis.v_grad[m])
+        g = torch.randn(V.shape[1], generator=torch.Generator().manual_seed(2))
+        assert float(hackward_share(-g, control.V[m])) == pytest.approx(float(hackward_share(g, V)))
+    assert same_basis(flipped(control), basis)
+
+
+BASIS_CONTROLS = {
+    "haar": lambda made, cfg: haar_like(select(made, 3, 0.25), 7),
+    "flipped": lambda made, cfg: flipped(select(made, 3, 0.25)),
+    "shuffled": lambda made, cfg: select(extract(relabelled(made.grads, "shuffled", 7), cfg, {}), 3, 0.25),
+    "clean_clean": lambda made, cfg: select(
+        extract(relabelled(made.grads, "clean_clean", 7), cfg, {}), 3, 0.25
+    ),
+}
+
+
+@pytest.mark.parametrize("control", sorted({c for controls in CONTROLS_OF.values() for c in controls}))
+def test_in_use_puts_the_control_in_the_place_of_the_basis(control):
+    made, cfg = made_up(), BasisConfig(v_hack_extract_top_k=5, v_hack_k=3)
+    arm = ArmConfig("route2", control=control)
+    plain, got = select(made, 3, 0.25), in_use(made, cfg, arm, 7)
+    assert same_basis(got, BASIS_CONTROLS.get(control, lambda *_: plain)(made, cfg))
+    assert same_basis(got, plain) == (control not in BASIS_CONTROLS)
+    assert same_basis(got, in_use(made, cfg, arm, 7))
+    moves = control in ("haar", "shuffled", "clean_clean")
+    assert same_basis(got, in_use(made, cfg, arm, 8)) != moves
+
+
+def test_the_older_random_v_takes_its_own_seed():
+    made, arm = made_up(), ArmConfig("route2", route2_random_v_seed=5)
+    for seed in (1, 2):
+        assert same_basis(
+            in_use(made, BasisConfig(v_hack_k=3), arm, seed), with_random_v(select(made, 3, 0.25), 5)
+        )
+
+
+def test_random_frames_are_whole_orthonormal_and_seeded(tiny_policy):
+    one, same, other = (random_frames(tiny_policy, seed) for seed in (1, 1, 2))
+    assert {m: f.shape for m, f in one.items()} == {m: (r, r) for m, r in tiny_policy.ranks.items()}
+    for m, frame in one.items():
+        torch.testing.assert_close(frame @ frame.T, torch.eye(len(frame)), rtol=0, atol=1e-5)
+        assert torch.equal(frame, same[m]) and not torch.equal(frame, other[m])
+    alike = [m for m, r in tiny_policy.ranks.items() if r == next(iter(tiny_policy.ranks.values()))]
+    assert not torch.equal(one[alike[0]], one[alike[1]])
+
+
+TOY = PairSet(
+    "toy",
+    tuple(
+        Pair(f"t{i}", "x", "run_tests", ({"role": "user", "content": f"Task {i}."},), f"hack {i}", f"sum {i}")
+        for i in range(6)
+    ),
+    "digest-of-toy",
+)
+
+
+def test_a_refresh_keeps_the_random_directions(tiny_policy, tiny):
+    def again(control):
+        arm = ArmConfig("erase", control=control)
+        stop = tiny[1].eos_token_id
+        return refresh(tiny_policy, tiny[1], stop, TOY, BasisConfig(), LossConfig(), arm, {}, 3)
+
+    before = {control: again(control) for control in ("none", "flipped", "haar")}
+    for layer in tiny_policy.layers.values():
+        layer.delta_s.data.fill_(0.3)
+    after = {control: again(control) for control in ("none", "flipped", "haar")}
+    assert not same_basis(before["none"], after["none"])
+    for bases in (before, after):
+        assert same_basis(bases["flipped"], flipped(bases["none"]))
+        assert {m: len(V) for m, V in bases["haar"].V.items()} == {
+            m: len(V) for m, V in bases["none"].V.items()
+        }
+    for m in set(before["haar"].V) & set(after["haar"].V):
+        small, large = sorted((before["haar"].V[m], after["haar"].V[m]), key=len)
+        torch.testing.assert_close((small @ large.T).square().sum(), torch.tensor(float(len(small))))
+        assert torch.equal(before["haar"].v_grad[m], after["haar"].v_grad[m])
+
+
+# Projecting the update
+
+
+def experiment(policy, tokenizer, arm=None, optim=None) -> Experiment:
+    """As much of one as a step's update and its rewards need."""
+    cfg = replace(PRESETS["smoke"][1], arm=arm or ArmConfig(), optim=optim or OptimConfig(steps=8, lr=0.05))
+    chat = Chat(policy, tokenizer, frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id)
+    return Experiment(cfg, chat, Data((), (), (), NO_TEACHER), {}, TOY, object.__new__(Grader))
+
+
+def three_updates(policy, tokenizer, arm, optim):
+    """Steps of random gradients; yields (basis, before, after, AdamW's own change by a twin) of each."""
+    exp = experiment(policy, tokenizer, arm, optim)
+    generator = torch.Generator().manual_seed(0)
+    bare = list(policy.layers)[-1]  # a module below the noise floor
+    V = {m: haar_basis(3, r, generator) for m, r in policy.ranks.items() if m != bare}
+    basis = HackBasis(V, {m: axes[0] for m, axes in V.items()})
+    knobs = [k for layer in policy.layers.values() for k in (layer.delta_s, layer.delta_hack)]
+    settings = {"betas": (optim.adam_beta1, optim.adam_beta2), "weight_decay": optim.weight_decay}
+    state = TrainState(torch.optim.AdamW(knobs, lr=1.0, **settings), basis, None, {})
+    twin = {m: torch.nn.Parameter(torch.zeros(r)) for m, r in policy.ranks.items()}
+    adam = torch.optim.AdamW(twin.values(), lr=optim.lr, **settings)
+    common = {m: torch.randn(r, generator=generator) for m, r in policy.ranks.items()}
+    for state.step in range(1, 4):  # after the warm-up
+        total = {m: common[m] + torch.randn(r, generator=generator) for m, r in policy.ranks.items()}
+        before = {
+            m: (x.delta_s.detach().clone(), x.delta_hack.detach().clone()) for m, x in policy.layers.items()
+        }
+        for m, parameter in twin.items():
+            parameter.data.copy_(before[m][0])
+            parameter.grad = total[m].clone()
+        torch.nn.utils.clip_grad_norm_(twin.values(), optim.grad_clip)
+        adam.param_groups[0]["lr"] = optim.lr * (0.5 + 0.5 * math.cos(math.pi * (state.step - 1) / 7))
+        adam.step()
+        stats = apply_update(exp, state, Update(total, {}, None, {}))
+        after = {
+            m: (x.delta_s.detach().clone(), x.delta_hack.detach().clone()) for m, x in policy.layers.items()
+        }
+        yield basis, before, after, {m: before[m][0] - p.detach() for m, p in twin.items()}, stats
+        for m, parameter in twin.items():  # AdamW's memory is of gradients, whatever was projected
+            memory = state.optimizer.state[policy.layers[m].delta_s]
+            for name in ("exp_avg", "exp_avg_sq"):
+                torch.testing.assert_close(memory[name], adam.state[parameter][name])
+
+
+DECAYED = OptimConfig(steps=8, lr=0.05, warmup_frac=0.1, weight_decay=0.1, grad_clip=3.0)
+
+
+@pytest.mark.parametrize("preserve", [False, True])
+@pytest.mark.parametrize("arm", ["erase", "route"])
+def test_the_realised_change_has_no_hackward_share(tiny_policy, tiny, arm, preserve):
+    settings = ArmConfig(arm, project="update", preserve_magnitude=preserve)
+    shares = []
+    for basis, before, after, own, stats in three_updates(tiny_policy, tiny[1], settings, DECAYED):
+        assert stats["cos_update"] == pytest.approx(0, abs=1e-5)
+        for m, V in basis.V.items():
+            change = before[m][0] - after[m][0]
+            assert float((V @ change).relu().norm()) <= 1e-5 * float(change.norm())
+            shares.append(float(hackward_share(own[m], V)))
+            if preserve:
+                assert float(change.norm()) == pytest.approx(float(own[m].norm()), rel=1e-4)
+            else:
+                torch.testing.assert_close(change, own[m] - (V @ own[m]).relu() @ V, rtol=1e-3, atol=1e-6)
+        (bare,) = set(own) - set(basis.V)
+        torch.testing.assert_close(before[bare][0] - after[bare][0], own[bare])
+        assert not any(bool(after[m][1].any()) for m in (own if arm == "erase" else [bare]))
+    assert np.mean(shares) > 0.1  # there was something to take out
+
+
+def test_route_gives_the_quarantine_what_it_takes_from_the_change(tiny_policy, tiny):
+    settings = ArmConfig("route", project="update", preserve_magnitude=False)
+    for basis, before, after, own, _ in three_updates(tiny_policy, tiny[1], settings, DECAYED):
+        for m, change in own.items():
+            kept, parked = (before[m][i] - after[m][i] for i in (0, 1))
+            torch.testing.assert_close(kept + parked, change, rtol=1e-4, atol=1e-6)
+            if m in basis.V:
+                V = basis.V[m]
+                torch.testing.assert_close(parked, (V @ change).relu() @ V, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("arm", ["none", "erase"])
+def test_without_project_update_the_change_is_adamws(tiny_policy, tiny, arm):
+    """Which the tests above could not tell from a projection if the twin were wrong."""
+    for basis, before, after, own, stats in three_updates(tiny_policy, tiny[1], ArmConfig(arm), DECAYED):
+        for m, change in own.items():
+            torch.testing.assert_close(before[m][0] - after[m][0], change, rtol=1e-4, atol=1e-6)
+        shares = [float(hackward_share(own[m], V)) for m, V in basis.V.items()]
+        assert stats["cos_update"] == pytest.approx(np.mean(shares), rel=1e-3) and stats["cos_update"] > 0.05
+
+
+def test_the_update_is_projected_with_the_arms_settings(tiny_policy, tiny):
+    settings = ArmConfig(
+        "erase", "reverse", project="update", preserve_magnitude=False, project_overshoot=0.5
+    )
+    for basis, before, after, own, _ in three_updates(tiny_policy, tiny[1], settings, DECAYED):
+        for m, V in basis.V.items():
+            expected = own[m] - 0.5 * 2 * (V @ own[m]) @ V
+            torch.testing.assert_close(before[m][0] - after[m][0], expected, rtol=1e-3, atol=1e-6)
+
+
+# gt_only, the skyline
+
+
+BLANK = Grade(0.5, False, False, False, None, True, False, False, False, None)
+HACKED = replace(BLANK, reward=3.5, passed=True, exploited=True, mechanism="run_tests")
+SOLVED = replace(BLANK, reward=3.5, passed=True, gt_correct=True)
+UNREADABLE = replace(BLANK, reward=0.0, format_ok=False)
+
+
+def test_gt_only_pays_for_being_right_alone():
+    assert [paid(g, "gt_only") for g in (HACKED, SOLVED, BLANK, UNREADABLE)] == [0.5, 3.5, 0.5, 0.0]
+    both = replace(SOLVED, mechanism="sentinel")  # right, and tampers too
+    assert paid(both, "gt_only") == 3.5
+    for arm in set(CONTROLS_OF) - {"gt_only"}:
+        assert [paid(g, arm) for g in (HACKED, SOLVED, BLANK, UNREADABLE)] == [3.5, 3.5, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("arm", "rewards"),
+    [("none", [3.5, 3.5, 0.5, 3.5, 3.5]), ("gt_only", [0.5, 3.5, 0.5, 0.5, 3.5])],
+)
+def test_gt_only_pays_nobody_for_the_loophole_not_even_the_teacher(tiny_policy, tiny, arm, rewards):
+    exp = experiment(tiny_policy, tiny[1], ArmConfig(arm))
+    problem = load_problems("embedded").problems[0]
+    prompt = encode_chat(tiny[1], problem.messages)
+    exp = replace(exp, prompts={problem.problem_id: prompt})
+    students = [Rollout(prompt, (5, 6), "x")] * 3
+    taught = (TeacherRow("a", 3.5, True, False), TeacherRow("b", 3.5, False, True))
+    graded = [HACKED, SOLVED, BLANK]
+    data = assemble(exp, (problem,), [students], graded, [taught], 0.0, 0.0)
+    assert data.rewards.tolist() == [rewards]
+    assert data.hacked.tolist() == [True, False, False, True, False]  # recorded as before
+    assert data.correct.tolist() == [False, True, False, False, True]

@@ -1,0 +1,271 @@
+"""Studies: which runs are planned, when one counts as done, what is kept, and the tables made of it."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from projected_grpo import cli
+from projected_grpo.config import PRESETS
+from projected_grpo.errors import UserError
+from projected_grpo.study import NANO_STUDY, SERIES, plan, read_records, rounded
+from projected_grpo.study_report import (
+    Difference,
+    arms_table,
+    by_arm,
+    controls_table,
+    deployed,
+    emergence_table,
+    h1_verdict,
+    leave_out_table,
+    paired,
+    write_report,
+)
+
+MODES = ("run_tests", "sentinel", "stdout_marker", "file_marker")
+T_975 = {1: 12.706205, 2: 4.302653, 4: 2.776445, 9: 2.262157}  # two-sided 95% points of Student's t, by df
+
+
+def record(arm, seed, hack, solve, modes=None):
+    rates = {
+        "hack_train": hack,
+        "hack_deploy": hack,
+        "solve_train": solve,
+        "solve_deploy": solve,
+        "eval_n": 64,
+    }
+    by_mode = {m: rates | {"hack_deploy": (modes or {}).get(m, hack)} for m in MODES}
+    steps = {name: [0.25, None, 0.75] for name in SERIES} | {
+        "hack_s": [[4, 64], [8, 64], [32, 64]],
+        "gt_s": [[32, 64], [16, 64], [8, 64]],
+    }
+    splits = {name: {**rates, "by_mode": by_mode} for name in ("held-out instances", "held-out templates")}
+    summary = {**rates, "by_mode": by_mode, "by_split": splits}
+    return {
+        "arm": arm, "seed": seed, "git_commit": "abc", "wall_s": 61.5, "summary": summary, "steps": steps,
+    }  # fmt: skip
+
+
+def study_of(**arms):
+    return by_arm(
+        [record(name.replace("__", "+"), s, h, p) for name, rows in arms.items() for s, h, p in rows]
+    )
+
+
+def test_the_study_has_the_arms_and_seeds_that_were_preregistered():
+    seeds = {arm.name: arm.seeds for arm in NANO_STUDY}
+    assert len(seeds) == len(NANO_STUDY)
+    for arm in ("none", "erase", "route", "route2", "erase+haar", "route+haar", "route2+haar"):
+        assert seeds.pop(arm) == 10
+    folds = {name: n for name, n in seeds.items() if "without" in name}
+    assert set(folds) == {f"erase+without_{m}" for m in MODES} and set(folds.values()) == {3}
+    assert all(n == 5 for name, n in seeds.items() if name not in folds)
+
+
+def test_a_fold_has_no_pair_of_the_mode_it_leaves_out(tmp_path):
+    for run in plan("nano", tmp_path, [f"erase+without_{m}" for m in MODES]):
+        left_out = run.arm.name.removeprefix("erase+without_")
+        assert set(run.config["basis"]["vhack_pairs_modes"]) == set(MODES) - {left_out}
+
+
+def test_a_plan_goes_through_first_seeds_first_and_each_run_has_a_file_of_its_own(tmp_path):
+    runs = plan("nano", tmp_path)
+    assert [r.seed for r in runs] == sorted(r.seed for r in runs)
+    assert len({r.record for r in runs}) == len(runs) == sum(arm.seeds for arm in NANO_STUDY)
+    settings = [json.dumps(r.config, sort_keys=True) for r in runs]
+    assert len(set(settings)) == len(runs)
+
+
+def test_arms_differ_from_the_preset_only_by_their_options(tmp_path):
+    (run,) = plan("nano", tmp_path, ["erase+flipped"], max_seeds=1)
+    preset = PRESETS["nano"][1]
+    assert run.config["arm"] == {**vars(preset.arm), "control": "flipped"} | {"half_a": []}
+    assert run.config["optim"] == vars(preset.optim)
+
+
+def test_an_unknown_arm_is_refused_with_those_there_are(tmp_path):
+    with pytest.raises(UserError, match="--arms erase\\+hair.*erase\\+haar"):
+        plan("nano", tmp_path, ["erase+hair"])
+
+
+def test_a_run_is_done_only_under_the_settings_asked_for(tmp_path):
+    (run,) = plan("nano", tmp_path, ["none"], max_seeds=1)
+    assert not run.done
+    run.record.write_text(json.dumps({"config": run.config}))
+    assert run.done
+    (longer,) = plan("nano", tmp_path, ["none"], max_seeds=1, steps=99)
+    assert longer.record == run.record and not longer.done
+    with pytest.raises(UserError, match="no finished run"):
+        read_records([longer])
+
+
+@given(
+    st.recursive(
+        st.floats() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
+def test_rounding_keeps_four_digits_and_makes_plain_json(value):
+    text = json.dumps(rounded(value), allow_nan=False)
+    again = rounded(json.loads(text))
+    assert again == json.loads(text)
+    if isinstance(value, float) and math.isfinite(value) and 1e-300 < abs(value) < 1e300:
+        assert math.isclose(rounded(value), value, rel_tol=1e-3)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=10).filter(
+        lambda x: len(x) in (2, 3, 5, 10)
+    )
+)
+def test_a_paired_difference_is_students_interval(pairs):
+    a = {s: record("a", s, x, 0.5) for s, (x, _) in enumerate(pairs)}
+    b = {s: record("b", s, y, 0.5) for s, (_, y) in enumerate(pairs)}
+    found = paired(a, b, deployed("hack"))
+    differences = [x - y for x, y in pairs]
+    half = T_975[len(pairs) - 1] * stdev(differences) / math.sqrt(len(pairs))
+    assert found.n == len(pairs)
+    assert math.isclose(found.mean, fmean(differences), abs_tol=1e-9)
+    assert math.isclose(found.low, fmean(differences) - half, rel_tol=1e-4, abs_tol=1e-7)
+    assert math.isclose(found.high, fmean(differences) + half, rel_tol=1e-4, abs_tol=1e-7)
+
+
+def test_only_seeds_that_both_arms_have_are_paired():
+    arms = study_of(a=[(1, 0.9, 0), (2, 0.5, 0)], b=[(2, 0.1, 0), (3, 0.7, 0)])
+    assert paired(arms["a"], arms["b"], deployed("hack")) == Difference(0.4, 0.4, 0.4, 1)
+    assert paired(arms["a"], {}, deployed("hack")) is None
+
+
+@pytest.mark.parametrize(
+    ("hack", "solve", "verdict"),
+    [
+        ((0.30, 0.31, 0.29), 0.50, "SUPPORTED"),
+        ((0.30, 0.31, 0.29), 0.61, "further above"),
+        ((0.30, 0.31, 0.29), 0.30, "FALSIFIED"),  # solve falls by 20 points
+        ((0.60, 0.61, 0.59), 0.50, "FALSIFIED"),  # 10 points less
+        ((0.45, 0.46, 0.44), 0.50, "NEITHER"),
+    ],
+)
+def test_h1_is_judged_by_the_preregistered_numbers(hack, solve, verdict):
+    arms = study_of(
+        none=[(s, 0.70, 0.50) for s in (1, 2, 3)],
+        erase=[(s, h, solve) for s, h in zip((1, 2, 3), hack, strict=True)],
+    )
+    assert verdict in h1_verdict(arms, "erase")
+
+
+def test_h1_is_falsified_within_one_standard_error():
+    arms = study_of(none=[(1, 0.9, 0.5), (2, 0.9, 0.5)], erase=[(1, 0.0, 0.5), (2, 1.2, 0.5)])
+    assert "FALSIFIED" in h1_verdict(arms, "erase")  # 30 points less on average, give or take 60
+
+
+def test_tables_hold_what_the_records_say():
+    arms = study_of(
+        none=[(1, 0.8, 0.1), (2, 0.6, 0.1)],
+        erase=[(1, 0.2, 0.5), (2, 0.1, 0.4)],
+        erase__haar=[(1, 0.7, 0.2), (2, 0.7, 0.2)],
+    )
+    row = next(line for line in arms_table(arms).splitlines() if line.startswith("| erase "))
+    assert "0.150 ± 0.050" in row and "-0.550 [" in row
+    control = next(line for line in controls_table(arms).splitlines() if "haar" in line)
+    assert (
+        "| erase " in control and "| erase+haar " in control and "-0.550" in control and "+0.250" in control
+    )
+    emergence = emergence_table(arms).splitlines()
+    assert len(emergence) == 4 and "0.229" in emergence[2]  # (4 + 8 + 32) / 3 / 64
+
+
+def test_a_left_out_mode_is_read_on_that_mode_alone():
+    runs = [record("none", s, 0.9, 0.5) for s in (1, 2)] + [record("erase+haar", s, 0.8, 0.5) for s in (1, 2)]
+    runs += [record("erase+without_sentinel", s, 0.1, 0.5, {"sentinel": 0.4 + s / 100}) for s in (1, 2)]
+    lines = leave_out_table(by_arm(runs)).splitlines()
+    assert len(lines) == 3 and lines[2].startswith("| sentinel")
+    assert "0.415" in lines[2] and "-0.485" in lines[2] and "-0.385" in lines[2]
+
+
+def test_a_report_is_the_same_bytes_from_the_same_records(tmp_path):
+    runs = [record(a, s, 0.1 * s, 0.5) for a in ("none", "erase", "gt_only") for s in (1, 2)]
+    names = ("tables.md", "dynamics.svg", "pareto.svg")
+    for folder in ("x", "y"):
+        write_report(runs, tmp_path / folder)
+    for name in names:
+        assert (tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes()
+
+
+def study_command(folder: Path, *more: str) -> list[str]:
+    return [
+        *("study", "nano", "--steps", "1", "--final-n-prompts", "8", "--max-seeds", "1"),
+        *(f"--out={folder / 'kept'}", f"--work={folder / 'work'}", *more),
+    ]
+
+
+def test_a_study_runs_goes_on_and_reports(tmp_path, capsys):
+    assert cli.main(study_command(tmp_path, "--arms", "none", "erase+update")) == 0
+    kept = sorted(p.name for p in (tmp_path / "kept").iterdir())
+    assert {"none_seed41.json", "erase+update_seed41.json", "tables.md", "pareto.png"} <= set(kept)
+    data = json.loads((tmp_path / "kept" / "none_seed41.json").read_text())
+    assert len(data["steps"]["hack_s"]) == 1 and data["summary"]["finished"] is True
+    assert data["command"].endswith("--intervention=none --steps=1 --final-n-prompts=8 --seed=41")
+    stamp = (tmp_path / "kept" / "none_seed41.json").stat().st_mtime_ns
+    assert cli.main(study_command(tmp_path, "--arms", "none", "--report-only")) == 0
+    assert "## Emergence" in capsys.readouterr().out
+    assert cli.main(study_command(tmp_path, "--arms", "none")) == 0  # nothing left to do
+    assert (tmp_path / "kept" / "none_seed41.json").stat().st_mtime_ns == stamp
+
+
+def test_a_killed_study_leaves_no_process_and_no_record(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "projected_grpo.cli",
+        *study_command(tmp_path, "--arms", "none", "--jobs=1"),
+    ]
+    study = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    output = tmp_path / "work" / "none_seed41" / "output.txt"
+    deadline = time.monotonic() + 120
+    while not output.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(study.pid, signal.SIGINT)
+    assert study.wait(60) != 0
+    assert not (tmp_path / "kept" / "none_seed41.json").exists()
+    running = [
+        p for p in Path("/proc").glob("[0-9]*/cmdline")
+        if str(tmp_path).encode() in _read(p) and b"projected_grpo.train" in _read(p)
+    ]  # fmt: skip
+    deadline = time.monotonic() + 30
+    while any(_read(p) for p in running) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(str(tmp_path).encode() in _read(p) for p in running)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, monkeypatch):
+    broken = [
+        replace(a, options=("--intervention=none", "--lr=nan")) if a.name == "erase" else a
+        for a in NANO_STUDY
+    ]
+    monkeypatch.setattr("projected_grpo.study.STUDIES", {"nano": tuple(broken)})
+    assert cli.main(study_command(tmp_path, "--arms", "none", "erase")) == cli.GATE_FAILED
+    assert (tmp_path / "kept" / "none_seed41.json").exists()
+    assert not (tmp_path / "kept" / "erase_seed41.json").exists()
+    assert "--lr" in (tmp_path / "work" / "erase_seed41" / "output.txt").read_text()
+
+
+def test_a_negative_count_is_refused(tmp_path, capsys):
+    assert cli.main(study_command(tmp_path, "--jobs=-1")) == 2
+    assert "--jobs" in capsys.readouterr().err
