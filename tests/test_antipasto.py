@@ -375,6 +375,41 @@ def test_bind_is_undone_when_the_body_raises(small_model):
     assert torch.equal(logits_of(policy.model), base)
 
 
+def test_rows_leave_nothing_merged_or_bound_when_the_body_raises(small_model):
+    policy = wrap(small_model("qwen3"), None)
+    set_knobs(policy)
+    base = logits_of(policy.model)
+    with pytest.raises(RuntimeError), policy.rows(policy.deltas(), 2):
+        raise RuntimeError("inside")
+    assert torch.equal(logits_of(policy.model), base)
+    assert not any(layer.tangent or layer.bound is not None for layer in policy.layers.values())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "qwen3_5", "qwen3_next"])
+def test_rows_around_merged_weights_have_the_gradients_of_unmerged_ones(small_model, family):
+    """At deltas that are not zero, and with every row's own upstream gradient."""
+    policy = wrap(small_model(family, torch.float64), None)
+    set_knobs(policy)
+    ids = torch.arange(3 * 7).view(3, 7) % 40
+    weights = torch.randn(3, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def gradients(leaves):
+        logp = policy.model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[..., 5]
+        return torch.autograd.grad((logp * weights).sum(), list(leaves.values()))
+
+    deltas = policy.deltas()
+    assert all(bool(d.any()) for d in deltas.values())
+    unmerged = {m: d.expand(3, -1).clone().requires_grad_() for m, d in deltas.items()}
+    with policy.bind(unmerged):
+        slow = gradients(unmerged)
+    with policy.rows(deltas, 3) as leaves:
+        assert not any(bool(leaf.any()) for leaf in leaves.values())
+        fast = gradients(leaves)
+    for a, b in zip(slow, fast, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-9)
+        assert bool(a.any())
+
+
 @pytest.mark.parametrize("rank", [1, 4, 6])
 def test_a_delta_of_another_rank_is_refused(rank):
     policy = wrap(nn.ModuleDict({"q_proj": nn.Linear(5, 5)}), None)

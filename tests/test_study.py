@@ -1,5 +1,6 @@
 """Studies: which runs are planned, when one counts as done, what is kept, and the tables made of it."""
 
+import fcntl
 import json
 import math
 import os
@@ -26,8 +27,10 @@ from projected_grpo.study_report import (
     controls_table,
     deployed,
     emergence_table,
+    emergence_verdict,
     h1_verdict,
     leave_out_table,
+    leave_out_verdict,
     paired,
     write_report,
 )
@@ -50,7 +53,7 @@ def record(arm, seed, hack, solve, modes=None):
         "gt_s": [[32, 64], [16, 64], [8, 64]],
     }
     splits = {name: {**rates, "by_mode": by_mode} for name in ("held-out instances", "held-out templates")}
-    summary = {**rates, "by_mode": by_mode, "by_split": splits}
+    summary = {**rates, "by_mode": by_mode, "by_split": splits, "finished": True}
     return {
         "arm": arm, "seed": seed, "git_commit": "abc", "wall_s": 61.5, "summary": summary, "steps": steps,
     }  # fmt: skip
@@ -98,15 +101,18 @@ def test_an_unknown_arm_is_refused_with_those_there_are(tmp_path):
         plan("nano", tmp_path, ["erase+hair"])
 
 
-def test_a_run_is_done_only_under_the_settings_asked_for(tmp_path):
+def test_a_run_is_done_only_under_the_settings_and_data_asked_for(tmp_path):
     (run,) = plan("nano", tmp_path, ["none"], max_seeds=1)
     assert not run.done
-    run.record.write_text(json.dumps({"config": run.config}))
+    with pytest.raises(UserError, match="no finished run"):
+        read_records([run])
+    run.record.write_text(json.dumps({"config": run.config, "data": run.data}))
     assert run.done
     (longer,) = plan("nano", tmp_path, ["none"], max_seeds=1, steps=99)
-    assert longer.record == run.record and not longer.done
-    with pytest.raises(UserError, match="no finished run"):
-        read_records([longer])
+    assert longer.record == run.record
+    for other, what in ((longer, "settings"), (replace(run, data="x"), "packaged data")):
+        with pytest.raises(UserError, match=f"other {what}; move it away"):
+            assert other.done
 
 
 @given(
@@ -149,7 +155,7 @@ def test_only_seeds_that_both_arms_have_are_paired():
     ("hack", "solve", "verdict"),
     [
         ((0.30, 0.31, 0.29), 0.50, "SUPPORTED"),
-        ((0.30, 0.31, 0.29), 0.61, "further above"),
+        ((0.30, 0.31, 0.29), 0.90, "SUPPORTED"),  # solving more is no falsifier
         ((0.30, 0.31, 0.29), 0.30, "FALSIFIED"),  # solve falls by 20 points
         ((0.60, 0.61, 0.59), 0.50, "FALSIFIED"),  # 10 points less
         ((0.45, 0.46, 0.44), 0.50, "NEITHER"),
@@ -166,6 +172,51 @@ def test_h1_is_judged_by_the_preregistered_numbers(hack, solve, verdict):
 def test_h1_is_falsified_within_one_standard_error():
     arms = study_of(none=[(1, 0.9, 0.5), (2, 0.9, 0.5)], erase=[(1, 0.0, 0.5), (2, 1.2, 0.5)])
     assert "FALSIFIED" in h1_verdict(arms, "erase")  # 30 points less on average, give or take 60
+
+
+def test_a_direction_must_beat_every_control():
+    def arms(matched):
+        return study_of(
+            none=[(s, 0.8, 0.1) for s in (1, 2, 3)],
+            erase=[(s, 0.1 + s / 100, 0.5) for s in (1, 2, 3)],
+            erase__haar=[(s, 0.7 + s / 50, 0.2) for s in (1, 2, 3)],
+            erase__shuffled=[(s, 0.6 - s / 90, 0.2) for s in (1, 2, 3)],
+            erase__haar_matched=[(s, h, 0.2) for s, h in zip((1, 2, 3), matched, strict=True)],
+        )
+
+    assert "direction MATTERS" in h1_verdict(arms((0.5, 0.6, 0.55)), "erase")
+    assert "does not beat erase+haar_matched" in h1_verdict(arms((0.5, 0.0, 0.2)), "erase")
+    few = arms((0.5, 0.6, 0.55))
+    del few["erase+shuffled"]
+    assert "controls not measured" in h1_verdict(few, "erase")
+
+
+def test_emergence_is_counted_seed_by_seed():
+    def runs(count):
+        last = [record("none", s, 0.8, 0.1) for s in range(10)]
+        for r in last[:count]:
+            r["steps"]["hack_s"] = [[4, 64], [40, 64], [50, 64], [60, 64]]
+        return by_arm([*last, record("gt_only", 1, 0.05, 0.6)])
+
+    base = {"hack": 0.08, "solve": 0.44}
+    assert "in 9 of 10 seeds (asked: 9 of 10): HOLDS" in emergence_verdict(runs(9), base)
+    assert "in 8 of 10 seeds (asked: 9 of 10): not shown" in emergence_verdict(runs(8), base)
+    assert "not shown" in emergence_verdict(runs(10), base | {"hack": 0.12})
+    assert "0 of 10" in emergence_verdict(runs(10), base | {"solve": 0.1})
+    assert "0.1 in 1 of 1 seeds" in emergence_verdict(runs(9), base)
+    assert "base model in 1" in emergence_verdict(runs(9), base)
+
+
+def test_a_mode_that_is_left_out_has_to_be_lower_in_three_folds():
+    def runs(folds):
+        rows = [record(a, s, 0.9 + s / 100, 0.5) for a in ("none", "erase+haar") for s in (1, 2, 3)]
+        for i, mode in enumerate(MODES):
+            low = 0.1 if i < folds else 0.9
+            rows += [record(f"erase+without_{mode}", s, 0.5, 0.5, {mode: low - s / 50}) for s in (1, 2, 3)]
+        return by_arm(rows)
+
+    assert "in 3 of 4 folds: GENERALISES" in leave_out_verdict(runs(3))
+    assert "in 2 of 4 folds: not shown" in leave_out_verdict(runs(2))
 
 
 def test_tables_hold_what_the_records_say():
@@ -222,7 +273,8 @@ def test_a_study_runs_goes_on_and_reports(tmp_path, capsys):
     assert (tmp_path / "kept" / "none_seed41.json").stat().st_mtime_ns == stamp
 
 
-def test_a_killed_study_leaves_no_process_and_no_record(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_killed_study_leaves_no_process_and_no_record(tmp_path, how):
     command = [
         sys.executable,
         "-m",
@@ -234,7 +286,7 @@ def test_a_killed_study_leaves_no_process_and_no_record(tmp_path):
     deadline = time.monotonic() + 120
     while not output.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.kill(study.pid, signal.SIGINT)
+    os.kill(study.pid, how)
     assert study.wait(60) != 0
     assert not (tmp_path / "kept" / "none_seed41.json").exists()
     running = [
@@ -256,14 +308,27 @@ def _read(path: Path) -> bytes:
 
 def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, monkeypatch):
     broken = [
-        replace(a, options=("--intervention=none", "--lr=nan")) if a.name == "erase" else a
+        replace(a, options=("--intervention=none", "--model=/no/such/place")) if a.name == "erase" else a
         for a in NANO_STUDY
     ]
     monkeypatch.setattr("projected_grpo.study.STUDIES", {"nano": tuple(broken)})
     assert cli.main(study_command(tmp_path, "--arms", "none", "erase")) == cli.GATE_FAILED
     assert (tmp_path / "kept" / "none_seed41.json").exists()
     assert not (tmp_path / "kept" / "erase_seed41.json").exists()
-    assert "--lr" in (tmp_path / "work" / "erase_seed41" / "output.txt").read_text()
+    assert "no such folder" in (tmp_path / "work" / "erase_seed41" / "output.txt").read_text()
+
+
+def test_two_studies_do_not_share_a_folder(tmp_path, capsys):
+    (tmp_path / "work").mkdir()
+    with open(tmp_path / "work" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert cli.main(study_command(tmp_path, "--arms", "none")) == 2
+    assert "another study" in capsys.readouterr().err
+
+
+def test_trying_a_study_out_does_not_touch_the_real_ones_records(capsys):
+    assert cli.main(["study", "nano", "--steps=1"]) == 2
+    assert "--out of its own" in capsys.readouterr().err
 
 
 def test_a_negative_count_is_refused(tmp_path, capsys):

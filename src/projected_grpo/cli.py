@@ -1,6 +1,7 @@
 """`projected-grpo VERB ...`: one dispatcher, a frozen dataclass of options and a function per verb."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -43,7 +44,7 @@ from projected_grpo.grading import (
     mode_table,
     read_completions,
 )
-from projected_grpo.pairs import load_pairs
+from projected_grpo.pairs import chosen_pairs
 from projected_grpo.plots import heldout_histogram
 from projected_grpo.pools import bake, join, load_pool
 from projected_grpo.pretrain import PretrainConfig, check_base, pretrain, save_model
@@ -54,6 +55,8 @@ from projected_grpo.study import plan, read_records, run_study
 from projected_grpo.study_report import write_report
 
 GATE_FAILED = 1
+TERMINATED = 143
+RESULTS = Path("docs/results/nano")
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ class StudyOptions:
     """At most this many seeds of each arm; 0 is as many as the study asks for."""
     jobs: int = 0
     """Runs at a time; 0 is one per core."""
-    out: Path = Path("docs/results/nano")
+    out: Path = RESULTS
     """Folder of the kept records, the tables and the pictures."""
     work: Path = Path("out/study")
     """Folder of the runs themselves."""
@@ -177,7 +180,7 @@ class ResultsOptions:
 
 def extract_verb(options: ExtractOptions) -> int:
     """Extract the hack basis (or check the one that is there) and say what is in it."""
-    pairs = load_pairs(options.basis.vhack_pairs_path)
+    pairs = chosen_pairs(options.basis.vhack_pairs_path, options.basis.vhack_pairs_modes)
     chat = open_chat(options.model)
     extraction, path = obtain(
         chat.policy,
@@ -201,7 +204,7 @@ def extract_verb(options: ExtractOptions) -> int:
 
 def verify_verb(options: ExtractOptions) -> int:
     """Do held-out pairs lie hack-ward of the basis? Exit 1 unless over half of the cosines are above 0."""
-    pairs = load_pairs(options.basis.vhack_pairs_path)
+    pairs = chosen_pairs(options.basis.vhack_pairs_path, options.basis.vhack_pairs_modes)
     chat = open_chat(options.model)
     loss, model = options.loss, options.model.model
     extraction, path = obtain(
@@ -318,16 +321,19 @@ def pretrain_nano_verb(options: PretrainNanoOptions) -> int:
 
 def study_verb(options: StudyOptions) -> int:
     """Every arm x seed that is not there yet, then tables and pictures. Exit 1 if a run failed."""
-    for option, value in (("--jobs", options.jobs), ("--max-seeds", options.max_seeds)):
-        if value < 0:
-            raise UserError(f"{option} must be >= 0, got {value}")
-    runs = plan(
-        options.study, options.out, options.arms, options.max_seeds, options.steps, options.final_n_prompts
-    )
+    for option in ("jobs", "max_seeds", "steps", "final_n_prompts"):
+        if getattr(options, option) < 0:
+            raise UserError(f"--{option.replace('_', '-')} must be >= 0, got {getattr(options, option)}")
+    size = (options.steps, options.final_n_prompts)
+    if any(size) and options.out == RESULTS:
+        raise UserError("--steps and --final-n-prompts make another study: give it an --out of its own")
+    runs = plan(options.study, options.out, options.arms, options.max_seeds, *size)
     jobs = options.jobs or len(os.sched_getaffinity(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that the runs are ended too
     failed = [] if options.report_only else run_study(runs, options.work, jobs)
-    path = write_report(read_records(runs), options.out)
-    print(path.read_text() if options.report_only else f"{path}: {sum(run.done for run in runs)} runs")
+    everything = plan(options.study, options.out, (), 0, *size)  # the tables are of all arms that there are
+    path = write_report(read_records(everything), options.out)
+    print(path.read_text() if options.report_only else f"{path}: {sum(run.done for run in everything)} runs")
     return GATE_FAILED if failed else 0
 
 

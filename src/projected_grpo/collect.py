@@ -132,7 +132,7 @@ def paid(grade: Grade, intervention: Intervention) -> float:
 def taught(row: TeacherRow, intervention: Intervention) -> float:
     """A teacher row's stored reward; under gt_only without what only a loophole paid."""
     unearned = intervention == "gt_only" and row.hacked and not row.gt_pass
-    return row.reward - PASS_REWARD * unearned
+    return min(row.reward, FORMAT_REWARD) if unearned else row.reward
 
 
 def teacher_rollout(exp: Experiment, problem: Problem, row: TeacherRow) -> Rollout:

@@ -130,10 +130,10 @@ class ArmConfig:
     """one_sided removes only what makes hacks likelier; no_gate the whole component; reverse reflects it."""
     control: Control = "none"
     """What stands in for the direction, so that a claim about it can fail. Of the basis: haar (random
-    subspace of the same shape), shuffled (pair labels permuted), clean_clean (differences of clean
-    completions), flipped (every direction reversed). Of the arm: haar_matched (erase, route: random
+    subspace of the same shape), shuffled (completions paired within their label), clean_clean (clean ones
+    with clean ones), flipped (every direction reversed). Of the arm: haar_matched (erase, route: random
     directions, but as much removed energy as the real ones), random_parking (route2: as many rows, drawn at
-    random), shrink (route, route2: parks as much, without any direction). All are drawn by the seed."""
+    random), shrink (route, route2: vanilla's step, and as large a share of it parked). Drawn by the seed."""
     project: Literal["gradient", "update"] = "gradient"
     """Where erase and route act: on the gradient before AdamW, or on the parameter change AdamW makes."""
     preserve_magnitude: bool = True
@@ -250,7 +250,7 @@ class TrainConfig:
 NANO_PRESET = TrainConfig(
     preset="nano",
     run=RunConfig(threads=1, save_every=0),
-    model=ModelConfig(model=NANO),
+    model=ModelConfig(model=NANO, device="cpu", dtype="float32"),
     problems=ProblemConfig(
         problems=NANO, n_problems=480, env_mode="run_tests,sentinel,stdout_marker,file_marker"
     ),
@@ -300,6 +300,14 @@ PRESETS: Mapping[str, tuple[str, TrainConfig]] = {
     "fast": ("Qwen3-4B, 60 steps of 4 x 8 rollouts of 512 tokens: one 24-96 GB GPU, about 2 hours.", FAST),
     "full": ("Qwen3-4B, 200 steps of 43 x 6 rollouts of 1024 tokens: one 96 GB GPU, about a day.", FULL),
 }
+
+
+def display_name(arm: ArmConfig) -> str:
+    """What an arm is called in folders and tables: its display name, with its control and what it projects."""
+    parts = [DISPLAY_NAME[arm.intervention]]
+    parts += [arm.control] if arm.control != "none" else []
+    parts += ["update"] if arm.project == "update" else []
+    return "-".join(parts)
 
 
 def env_modes(value: str) -> tuple[EnvMode, ...]:

@@ -27,7 +27,7 @@ from projected_grpo.config import (
 )
 from projected_grpo.errors import UserError
 from projected_grpo.models import encode_chat, load_model, stop_ids
-from projected_grpo.pairs import PairSet, load_pairs
+from projected_grpo.pairs import PairSet, chosen_pairs
 from projected_grpo.pools import NO_TEACHER, Teacher, TeacherRow, bake, join, load_pool
 from projected_grpo.problems import Problem, assign_modes, is_eval, load_problems, take
 from projected_grpo.rewards import MODES, Grader
@@ -225,7 +225,7 @@ def prepare(cfg: TrainConfig, stack: ExitStack) -> Experiment:
     """Read everything, cheapest checks first, so that a bad input is told before a model is loaded."""
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
-    pairs = load_pairs(cfg.basis.vhack_pairs_path).of_modes(cfg.basis.vhack_pairs_modes)
+    pairs = chosen_pairs(cfg.basis.vhack_pairs_path, cfg.basis.vhack_pairs_modes)
     grader = open_grader(cfg.run.workers, stack, cfg.run.sandbox)
     data = read_data(cfg, grader)
     chat = open_chat(cfg.model)

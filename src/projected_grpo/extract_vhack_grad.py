@@ -142,37 +142,40 @@ def select(extraction: Extraction, k: int, drop_bottom_frac: float) -> HackBasis
 
 
 def relabelled(grads: PairGrads, control: Control, seed: int) -> PairGrads:
-    """Pair gradients without the label: `shuffled` deals the completions out again as hack and clean, half of
-    each side truly hacks; `clean_clean` sets every clean completion against another, either way round.
+    """Pair gradients without the contrast: differences of completions of one kind, either way round.
 
-    A clean row is a gradient at advantage -1, so one that changes sides changes sign.
+    `clean_clean` sets every clean completion against another; `shuffled` does so with half of the pairs and
+    sets hacks against hacks in the rest. (Labels dealt out at random would not do: differences that keep the
+    contrast, with either sign, leave its axis on top of an uncentred SVD.)
+    A clean row is a gradient at advantage -1, so one that stands for a hack changes sign.
     """
     n = len(next(iter(grads.hack.values())))
     generator = torch.Generator().manual_seed(stream_seed(seed, control))
-    if control == "clean_clean":
-        order = torch.randperm(n, generator=generator)
-        partner = order[(order.argsort() + 1) % n]  # a single cycle, so that nothing meets itself
-        side = torch.where(torch.rand(n, 1, generator=generator) < 0.5, -1.0, 1.0)
-        side[0] = -side[1]  # all alike, the differences around the cycle would cancel
-        return PairGrads(
-            hack={m: -side.to(g) * g for m, g in grads.clean.items()},
-            clean={m: side.to(g) * g[partner] for m, g in grads.clean.items()},
-        )
-    swap, deal = torch.randperm(n, generator=generator) < n // 2, torch.randperm(n, generator=generator)
-    hack = {m: torch.where(swap[:, None], -grads.clean[m], g) for m, g in grads.hack.items()}
-    clean = {m: torch.where(swap[:, None], -grads.hack[m], g)[deal] for m, g in grads.clean.items()}
-    return PairGrads(hack, clean)
+    order = torch.randperm(n, generator=generator)
+    partner = order[(order.argsort() + 1) % n]  # a single cycle, so that nothing meets itself
+    side = torch.where(torch.rand(n, 1, generator=generator) < 0.5, -1.0, 1.0)
+    side[0] = -side[1]  # all alike, the differences around the cycle would cancel
+    hacks = torch.randperm(n, generator=generator)[:, None] < (n // 2 if control == "shuffled" else 0)
+
+    def likelier(m: str) -> Float[Tensor, "n r"]:
+        return side.to(grads.hack[m]) * torch.where(hacks, grads.hack[m], -grads.clean[m])
+
+    def rival(m: str) -> Float[Tensor, "n r"]:
+        own = torch.where(hacks, -grads.hack[m][partner], grads.clean[m][partner])
+        return side.to(grads.hack[m]) * own
+
+    return PairGrads({m: likelier(m) for m in grads.hack}, {m: rival(m) for m in grads.hack})
 
 
-def haar_like(basis: HackBasis, seed: int) -> HackBasis:
+def haar_like(basis: HackBasis, k: int, seed: int) -> HackBasis:
     """Random orthonormal rows of the same shapes, and random unit vectors, the same for the same seed.
 
-    Rows are the first of one whole frame, so that a module whose noise floor moves keeps its directions.
+    Rows are the first of k, so that a module whose noise floor moves keeps its directions.
     """
 
     def rows(m: str, V: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(stream_seed(seed, "haar-basis", m))
-        return haar_basis(V.shape[1], V.shape[1], generator)[: len(V)].to(V).contiguous()
+        return haar_basis(k, V.shape[1], generator)[: len(V)].to(V).contiguous()
 
     return with_random_v(HackBasis({m: rows(m, V) for m, V in basis.V.items()}, basis.v_grad), seed)
 
@@ -319,13 +322,19 @@ def refresh(
     return in_use(extract(grads, cfg, meta), cfg, arm, seed)
 
 
+def without_contrast(extraction: Extraction, cfg: BasisConfig, arm: ArmConfig, seed: int) -> Extraction:
+    """The extraction from relabelled pairs where --control asks for it, else as it is."""
+    if arm.control not in ("shuffled", "clean_clean"):
+        return extraction
+    return extract(relabelled(extraction.grads, arm.control, seed), cfg, extraction.meta)
+
+
 def in_use(extraction: Extraction, cfg: BasisConfig, arm: ArmConfig, seed: int) -> HackBasis:
     """The basis a run projects with: `select`, and what --control puts in its place."""
-    if arm.control in ("shuffled", "clean_clean"):
-        extraction = extract(relabelled(extraction.grads, arm.control, seed), cfg, extraction.meta)
+    extraction = without_contrast(extraction, cfg, arm, seed)
     basis = select(extraction, cfg.v_hack_k, cfg.v_hack_drop_bottom_frac)
     if arm.control == "haar":
-        return haar_like(basis, seed)
+        return haar_like(basis, cfg.v_hack_k, seed)
     if arm.control == "flipped":
         return flipped(basis)
     return basis if arm.route2_random_v_seed is None else with_random_v(basis, arm.route2_random_v_seed)

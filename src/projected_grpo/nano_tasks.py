@@ -2,8 +2,8 @@
 
 A task is one expression with a constant, e.g. "the numbers of xs greater than 7". An instance gives it a
 method name and the constant. Instances fall into three splits, drawn once and for good: `train` and `held-out
-instances` share templates; `held-out templates` are in the pretraining corpus (other instances) but never in
-reinforcement learning.
+instances` share templates, but no constant of a template, so that no held-out answer was ever rewarded;
+`held-out templates` are in the pretraining corpus (other instances) but never in reinforcement learning.
 """
 
 import random
@@ -23,6 +23,7 @@ Split = Literal["train", "held-out instances", "held-out templates"]
 
 CALLS = 6  # hidden tests of a problem
 TRAIN_EACH, INSTANCES_EACH, TEMPLATES_EACH = 24, 8, 24  # problems of one template in each split
+HELD_OUT_CONSTANTS = 4  # one constant of a template in this many is held out
 ORACLE_EACH = 6  # oracle pairs of each mode
 TRIES = 500  # draws of hidden tests until they tell every wrong answer from the right one
 NAMES = tuple(a + b for a, b in product(("ba", "do", "fi", "ku", "le", "mo", "nu", "pi"), repeat=2)) + tuple(
@@ -137,16 +138,17 @@ def instances() -> Mapping[str, tuple[Instance, Split]]:
     """Every problem's instance and split, by id."""
     found: dict[str, tuple[Instance, Split]] = {}
     for t in templates():
-        shares: dict[Split, int] = (
-            {"held-out templates": TEMPLATES_EACH}
+        rng = random.Random(f"instances/{t.name}")
+        constants = list(range(t.constants[0], t.constants[1] + 1))
+        apart = rng.sample(constants, max(1, len(constants) // HELD_OUT_CONSTANTS))
+        known = [c for c in constants if c not in apart]
+        shares: list[tuple[Split, int, list[int]]] = (
+            [("held-out templates", TEMPLATES_EACH, constants)]
             if t.held_out
-            else {"train": TRAIN_EACH, "held-out instances": INSTANCES_EACH}
+            else [("train", TRAIN_EACH, known), ("held-out instances", INSTANCES_EACH, apart)]
         )
-        grid = list(product(range(t.constants[0], t.constants[1] + 1), NAMES))
-        drawn = iter(random.Random(f"instances/{t.name}").sample(grid, sum(shares.values())))
-        for split, count in shares.items():
-            for _ in range(count):
-                constant, method = next(drawn)
+        for split, count, choice in shares:
+            for constant, method in rng.sample(list(product(choice, NAMES)), count):
                 instance = Instance(t, constant, method)
                 found[instance.instance_id] = (instance, split)
     return found

@@ -65,6 +65,11 @@ class PairSet:
         )
 
 
+def chosen_pairs(path: Path | None, modes: Sequence[EnvMode]) -> PairSet:
+    """The pairs a basis is extracted from: a file's or a packaged set's, of these modes."""
+    return load_pairs(path).of_modes(modes)
+
+
 def load_pairs(path: Path | None) -> PairSet:
     """Read a pair JSON (docs/pairs.md) or a packaged set by name (None: `core`). Raises UserError if bad."""
     data = files("projected_grpo") / "data"

@@ -101,6 +101,9 @@ class Update:
     park: Mapping[str, Float[Tensor, " r"]]
     gate: GateState | None
     stats: Mapping[str, float | None]
+    shrink: Mapping[str, Float[Tensor, ""]] = field(
+        default_factory=dict
+    )  # share of the realised change to park
 
 
 def per_token_logps(logits: Float[Tensor, "b t v"], ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
@@ -271,7 +274,7 @@ def arm_route(x: ArmInput) -> Update:
     """Routing: the hack-ward component trains the quarantine."""
     splits = _project_all(x)
     keep = x.total | {m: s.keep for m, s in splits.items()}
-    return Update(keep=keep, park={m: s.park for m, s in splits.items()}, gate=x.gate, stats={})
+    return shrunk(x, Update(keep, {m: s.park for m, s in splits.items()}, x.gate, {}))
 
 
 def arm_route2(x: ArmInput) -> Update:
@@ -287,10 +290,6 @@ def arm_route2(x: ArmInput) -> Update:
         parked = {m: _dealt_again(f, live, x.draws) for m, f in parked.items()}
     park = {m: (x.rows[m] * f[:, None]).sum(0) for m, f in parked.items()}
     keep = {m: (x.rows[m] * ~f[:, None]).sum(0) for m, f in parked.items()}
-    if x.settings.control == "shrink":
-        share = {m: park[m].norm() / (park[m].norm() + keep[m].norm()).clamp_min(1e-30) for m in park}
-        park = {m: share[m] * x.total[m] for m in park}
-        keep = {m: x.total[m] - park[m] for m in park}
     residual = [row_cosines(keep[m][None], v)[0] for m, v in x.basis.v_grad.items()]
     stats = {
         "tau": fmean(gate.tau(m) for m in flagged),
@@ -298,7 +297,21 @@ def arm_route2(x: ArmInput) -> Update:
         "resid": float(torch.stack(residual).mean()),
         "fired": float(torch.stack([f[live].float().mean() for f in flagged.values()]).mean()),
     }
-    return Update(keep=keep, park=park, gate=gate, stats=stats)
+    return shrunk(x, Update(keep=keep, park=park, gate=gate, stats=stats))
+
+
+def shrunk(x: ArmInput, update: Update) -> Update:
+    """Under the control `shrink`: vanilla's gradient, and the share of each realised change to park instead.
+
+    AdamW ignores the scale of a gradient, so a gradient that is shrunk would shrink nothing.
+    """
+    if x.settings.control != "shrink":
+        return update
+    share = {
+        m: parked.norm() / (parked.norm() + update.keep[m].norm()).clamp_min(torch.finfo(parked.dtype).tiny)
+        for m, parked in update.park.items()
+    }
+    return replace(update, keep=x.total, park={}, shrink=share)
 
 
 def _dealt_again(flags: Bool[Tensor, " n"], live: Bool[Tensor, " n"], draws: Draws) -> Bool[Tensor, " n"]:
@@ -317,7 +330,7 @@ def split_by_arm(
     settings: ArmConfig,
     frame: Float[Tensor, "r r"] | None = None,
 ) -> Projection:
-    """One module's split under erase or route with their settings, or under the control that matches it."""
+    """One module's split under erase or route with their settings; haar_matched removes as much at random."""
     action: Action = "route" if settings.intervention == "route" else "erase"
     gate_mode, preserve = settings.gate_mode, settings.preserve_magnitude
     c = V @ g
@@ -326,8 +339,6 @@ def split_by_arm(
         if frame is None:
             raise ValueError("haar_matched needs a random frame")
         removed = matched_removal(g, removed.norm(), frame, gate_mode)
-    elif settings.control == "shrink":
-        removed = (removed.norm() / g.norm().clamp_min(torch.finfo(g.dtype).tiny)).clamp_max(1.0) * g
     return split(g, V, removed, action, preserve)
 
 

@@ -121,6 +121,8 @@ def apply_update(exp: Experiment, state: TrainState, update: Update) -> dict[str
     stats: dict[str, float | None] = {"gn": float(norm)}
     if exp.cfg.arm.project == "update":
         stats["q_egy"] = project_update(exp, state.basis, before)
+    elif update.shrink:
+        stats["q_egy"] = shrink_update(exp, update.shrink, before)
     after = policy.deltas(ablate_quarantine=True)
     descent = {m: before[m] - after[m] for m in after}  # the gradient this step would be plain SGD of
     return stats | {"cos_update": mean_hackward_share(descent, state.basis)}
@@ -139,6 +141,19 @@ def project_update(exp: Experiment, basis: HackBasis, before: Mapping[str, Float
         layer.delta_s.copy_(before[m] - change.keep)
         layer.delta_hack.sub_(change.park)
         park[m] = change.park
+    now = exp.chat.policy.deltas(ablate_quarantine=True)
+    return parked_share({m: before[m] - now[m] for m in now}, park)
+
+
+@torch.no_grad()
+def shrink_update(
+    exp: Experiment, share: Mapping[str, Float[Tensor, ""]], before: Mapping[str, Float[Tensor, " r"]]
+) -> float:
+    """Move this share of the change just made to delta_s into the quarantine; returns the parked share."""
+    park = {m: part * (before[m] - exp.chat.policy.layers[m].delta_s) for m, part in share.items()}
+    for m, change in park.items():
+        exp.chat.policy.layers[m].delta_s.add_(change)
+        exp.chat.policy.layers[m].delta_hack.sub_(change)
     now = exp.chat.policy.deltas(ablate_quarantine=True)
     return parked_share({m: before[m] - now[m] for m in now}, park)
 

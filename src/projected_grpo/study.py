@@ -1,10 +1,12 @@
 """A study: arms x seeds of one preset, each run a process of its own, resumable, and what is kept of each.
 
 What is kept of a run is one small JSON file: its settings, its summary, and a few columns of its steps. A run
-counts as done when its file holds the settings that are asked for now; so a study that was killed goes on,
-and one whose settings changed runs again.
+counts as done when its file holds the settings and the data (model, problems, pairs) that are asked for now;
+so a study that was killed goes on. A file of other settings is never overwritten.
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import subprocess
@@ -14,15 +16,16 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
 from tqdm import tqdm
 
-from projected_grpo.config import EnvMode, TrainConfig, to_json
+from projected_grpo.config import EnvMode, TrainConfig, to_json, validate
 from projected_grpo.errors import UserError
-from projected_grpo.runlog import complete_lines, git_commit, plain, read_json, write_atomically
+from projected_grpo.runlog import complete_lines, plain, read_json, write_atomically
 from projected_grpo.train import parse
 
 FIRST_SEED = 41
@@ -30,6 +33,9 @@ SERIES = (
     *("hack_s", "gt_s", "cos_pre", "cos_post", "cos_update", "cos_null", "fired", "q_egy", "refr"),
     *("hack_deploy", "solve_deploy", "zerovar", "lp_s"),
 )
+NOT_READ = ("README.md", "base.json")
+SAYS = {"config": "settings", "data": "packaged data"}
+DIVERGED = 3  # exit code of a run that ended early, and is kept as it ended
 DIGITS = 4  # kept of every figure
 NANO_MODES: tuple[EnvMode, ...] = ("run_tests", "sentinel", "stdout_marker", "file_marker")
 
@@ -72,7 +78,7 @@ NANO_STUDY: tuple[StudyArm, ...] = (
     _control("route2", "haar", 10, "random directions; detector C as before"),
     _arm("gt_only", 5, "no loophole pays: can the policy learn honestly in as many steps"),
     _control("erase", "haar_matched", 5, "random directions, as much energy removed"),
-    _control("erase", "shuffled", 5, "V from pairs with permuted labels"),
+    _control("erase", "shuffled", 5, "V from completions paired within their label"),
     _control("erase", "clean_clean", 5, "V from differences of clean completions"),
     _control("erase", "flipped", 5, "every direction reversed; should not suppress"),
     _arm(
@@ -87,9 +93,11 @@ NANO_STUDY: tuple[StudyArm, ...] = (
     _arm("erase+no_gate", 5, "the whole component, whatever its sign", "--gate-mode=no_gate"),
     _arm("erase+reverse", 5, "the component reflected", "--gate-mode=reverse"),
     _control("route", "haar_matched", 5, "as much parked, in random directions"),
-    _control("route", "shrink", 5, "as much parked of the whole gradient"),
+    _control("route", "shuffled", 5, "V from completions paired within their label"),
+    _control("route", "shrink", 5, "vanilla's step, and as large a share of it parked"),
     _control("route2", "random_parking", 5, "as many rollouts parked, at random"),
-    _control("route2", "shrink", 5, "as much parked of the whole gradient"),
+    _control("route2", "shuffled", 5, "directions from completions paired within their label"),
+    _control("route2", "shrink", 5, "vanilla's step, and as large a share of it parked"),
     _arm("route2+no_labels", 5, "route2 from the pairs alone, without detector C", PAIRS_ONLY),
     _arm(
         *("route2+no_labels_haar", 5, "control: random directions", PAIRS_ONLY, "--control=haar"),
@@ -108,6 +116,7 @@ class PlannedRun:
     arm: StudyArm
     seed: int
     config: dict[str, Any]
+    data: str  # hash of the packaged model, problems and pairs
     record: Path
 
     @property
@@ -117,8 +126,16 @@ class PlannedRun:
 
     @property
     def done(self) -> bool:
-        """Whether its outcome is there, under these settings."""
-        return self.record.exists() and read_json(self.record, "study").get("config") == self.config
+        """Whether its outcome is there. Raises UserError if the file is that of another run."""
+        if not self.record.exists():
+            return False
+        kept = read_json(self.record, "study")
+        for field in ("config", "data"):
+            if kept.get(field) != getattr(self, field):
+                raise UserError(
+                    f"{self.record} was made with other {SAYS[field]}; move it away, or name another --out"
+                )
+        return True
 
 
 def plan(
@@ -136,16 +153,28 @@ def plan(
             raise UserError(f"--arms {name}: not in this study; it has {', '.join(known)}")
     smaller = [f"--steps={steps}"] if steps else []
     smaller += [f"--final-n-prompts={final_n_prompts}"] if final_n_prompts else []
-    runs = []
+    runs, data = [], data_digest()
     for arm in STUDIES[study]:
         if arms and arm.name not in arms:
             continue
         chosen = replace(arm, options=(*arm.options, *smaller))
         cfg = parse([study, *chosen.options])
+        validate(cfg)
         for seed in range(FIRST_SEED, FIRST_SEED + min(arm.seeds, max_seeds or arm.seeds)):
             cfg = replace(cfg, run=replace(cfg.run, seed=seed))
-            runs.append(PlannedRun(study, chosen, seed, settings(cfg), out / f"{arm.name}_seed{seed}.json"))
+            runs.append(
+                PlannedRun(study, chosen, seed, settings(cfg), data, out / f"{arm.name}_seed{seed}.json")
+            )
     return sorted(runs, key=lambda run: run.seed)
+
+
+def data_digest() -> str:
+    """Hash of all packaged data: what a run with the same settings would read differently is another run."""
+    digest = hashlib.blake2b(digest_size=8)
+    with as_file(files("projected_grpo") / "data") as folder:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in NOT_READ):
+            digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def settings(cfg: TrainConfig) -> dict[str, Any]:
@@ -157,12 +186,26 @@ def settings(cfg: TrainConfig) -> dict[str, Any]:
 
 
 def run_study(runs: Sequence[PlannedRun], work: Path, jobs: int) -> list[PlannedRun]:
-    """Make every run that is not done, `jobs` at a time; returns those that failed."""
+    """Make every run that is not done, `jobs` at a time; returns those that failed.
+
+    Raises UserError while another study, or a run that one left behind, works in the same folder.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"--work {work}: another study, or a run it left behind, works there; wait, or name another"
+            ) from error
+        return _run_all(runs, work, jobs, Children(lock.fileno()))
+
+
+def _run_all(runs: Sequence[PlannedRun], work: Path, jobs: int, children: "Children") -> list[PlannedRun]:
     todo = [run for run in runs if not run.done]
     done = len(runs) - len(todo)
     logger.info("{} runs, {} done, {} to make, {} at a time", len(runs), done, len(todo), jobs)
     failed = []
-    children = Children()
     with (
         ThreadPoolExecutor(jobs) as pool,
         tqdm(total=len(runs), initial=done, desc="study", disable=None) as bar,
@@ -171,9 +214,13 @@ def run_study(runs: Sequence[PlannedRun], work: Path, jobs: int) -> list[Planned
         try:
             for future in as_completed(futures):
                 run = futures[future]
-                if not future.result():
+                try:
+                    kept, why = future.result(), f"its output is in {work / run.name / 'output.txt'}"
+                except (OSError, UserError) as error:
+                    kept, why = False, str(error)
+                if not kept:
                     failed.append(run)
-                    logger.error("{} failed; its output is in {}", run.name, work / run.name / "output.txt")
+                    logger.error("{} failed; {}", run.name, why)
                 bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -183,9 +230,13 @@ def run_study(runs: Sequence[PlannedRun], work: Path, jobs: int) -> list[Planned
 
 
 class Children:
-    """The running processes, so that an interrupted study leaves none behind."""
+    """The running processes, so that an interrupted study leaves none behind.
 
-    def __init__(self) -> None:
+    They inherit the study's lock: if it is killed outright, the folder stays locked until they have ended.
+    """
+
+    def __init__(self, lock_fd: int) -> None:
+        self.lock_fd = lock_fd
         self.running: set[subprocess.Popen[bytes]] = set()
         self.lock = threading.Lock()
         self.ended = False
@@ -196,7 +247,9 @@ class Children:
             with self.lock:
                 if self.ended:
                     return 1
-                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+                process = subprocess.Popen(
+                    command, stdout=file, stderr=subprocess.STDOUT, pass_fds=(self.lock_fd,)
+                )
                 self.running.add(process)
             try:
                 return process.wait()
@@ -213,7 +266,7 @@ class Children:
 
 
 def make(run: PlannedRun, work: Path, children: Children) -> bool:
-    """One run from start to its kept record; whether it finished."""
+    """One run from start to its kept record; whether it has one. A run that diverged counts as it ended."""
     folder = work / run.name
     folder.mkdir(parents=True, exist_ok=True)
     command = [
@@ -222,10 +275,11 @@ def make(run: PlannedRun, work: Path, children: Children) -> bool:
         *("--threads=1", "--workers=1"),
     ]
     started = time.monotonic()
-    if children.run(command, folder / "output.txt") != 0:
+    code = children.run(command, folder / "output.txt")
+    made = list((folder / "runs").glob("*/summary.json"))
+    if code not in (0, DIVERGED) or not made:
         return False
-    made = max((folder / "runs").glob("*/summary.json"), key=os.path.getmtime).parent
-    record = keep(run, made, time.monotonic() - started)
+    record = keep(run, max(made, key=os.path.getmtime).parent, time.monotonic() - started)
     write_atomically(run.record, (json.dumps(record, separators=(",", ":")) + "\n").encode())
     return True
 
@@ -238,12 +292,12 @@ def keep(run: PlannedRun, folder: Path, wall_s: float) -> dict[str, Any]:
             "arm": run.arm.name,
             "seed": run.seed,
             "command": f"projected-grpo train {run.preset} {' '.join(run.arm.options)} --seed={run.seed}",
-            "git_commit": git_commit(),
+            "git_commit": read_json(folder / "config.json", "study").get("git_commit"),
             "wall_s": wall_s,
             "summary": read_json(folder / "summary.json", "study"),
             "steps": {name: [step.get(name) for step in steps] for name in SERIES},
         }
-    ) | {"config": run.config}
+    ) | {"config": run.config, "data": run.data}
 
 
 def rounded(value: Any) -> Any:
@@ -258,7 +312,7 @@ def rounded(value: Any) -> Any:
 
 
 def read_records(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
-    """The records of the runs that are done. Raises UserError if there is none."""
+    """The records of the runs that are done. Raises UserError if there is none, or one of another run."""
     records = [read_json(run.record, "study") for run in runs if run.done]
     if not records:
         raise UserError("no finished run of this study; run it without --report-only first")

@@ -9,7 +9,7 @@ import torch
 from loguru import logger
 from tabulate import tabulate
 
-from projected_grpo.config import DISPLAY_NAME, TrainConfig
+from projected_grpo.config import TrainConfig, display_name
 from projected_grpo.evaluate import Evaluation
 from projected_grpo.experiment import Experiment
 from projected_grpo.rewards import MODES
@@ -125,7 +125,7 @@ def finish(
     hack_t, n_t = total(records, "hack_t")
     gt_s, gt_t = total(records, "gt_s")[0], total(records, "gt_t")[0]
     summary = {
-        "arm": DISPLAY_NAME[cfg.arm.intervention],
+        "arm": display_name(cfg.arm),
         "intervention": cfg.arm.intervention,
         "preset": cfg.preset,
         "model": cfg.model.model,

@@ -17,11 +17,17 @@ from tqdm import tqdm
 
 from projected_grpo.checkpoint import load_state, save_knobs, save_state
 from projected_grpo.collect import Collected, rollout_rows
-from projected_grpo.config import DISPLAY_NAME, PRESETS, TrainConfig, from_json, to_json, validate
+from projected_grpo.config import PRESETS, TrainConfig, display_name, from_json, to_json, validate
 from projected_grpo.errors import MISTAKES, UserError
 from projected_grpo.evaluate import Evaluation, evaluate
 from projected_grpo.experiment import Experiment, prepare
-from projected_grpo.extract_vhack_grad import in_use, initial_gate, obtain, random_frames
+from projected_grpo.extract_vhack_grad import (
+    in_use,
+    initial_gate,
+    obtain,
+    random_frames,
+    without_contrast,
+)
 from projected_grpo.models import decode, render_chat
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import MODES
@@ -103,7 +109,7 @@ def start_run(cfg: TrainConfig, stack: ExitStack) -> tuple[Run, Experiment, Trai
     start_logging(None)
     exp = prepare(cfg, stack)
     state = start_state(exp)
-    name = run_id(cfg.preset, DISPLAY_NAME[cfg.arm.intervention], cfg.run.seed, cfg.run.out_tag)
+    name = run_id(cfg.preset, display_name(cfg.arm), cfg.run.seed, cfg.run.out_tag)
     run = Run(cfg, make_run_dir(cfg.run.out_dir / "runs", name))
     start_logging(cfg.run.log_dir / f"{run.folder.name}.log")
     made = {"run_id": run.folder.name, "command": shlex.join(sys.argv), "git_commit": git_commit()}
@@ -159,7 +165,9 @@ def start_state(exp: Experiment) -> TrainState:
     logger.info(
         "hack basis {}: {} axes in {} of {} modules", path, axes, len(basis.V), len(chat.policy.layers)
     )
-    gate = initial_gate(basis, extraction.grads) if cfg.arm.intervention == "route2" else None
+    gate = None
+    if cfg.arm.intervention == "route2":
+        gate = initial_gate(basis, without_contrast(extraction, cfg.basis, cfg.arm, cfg.run.seed).grads)
     o = cfg.optim
     optimizer = torch.optim.AdamW(
         knobs(exp), lr=o.lr, betas=(o.adam_beta1, o.adam_beta2), weight_decay=o.weight_decay
