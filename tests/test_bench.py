@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -53,6 +53,11 @@ def test_a_report_without_quick_responses_is_a_table_too():
     report = bench_grader([(make_task("gt_only"), fenced(BUSY))], QUICK)
     assert report["baseline"] == {"responses": 0} and report["without_slow"] == {"responses": 0}
     assert "plain" not in bench_table(report)
+
+
+def test_without_loops_none_is_run():
+    report = bench_grader([(make_task("gt_only"), fenced(CANONICAL))], replace(QUICK, loops=0))
+    assert report["loops"] == {"count": 0} and "loop" not in bench_table(report)
 
 
 def test_a_single_response_is_metered_alone(metered):

@@ -1,8 +1,11 @@
 """Pretraining the nano model: tokenizer, loss, batches, the loop, what is saved, and the packaged model."""
 
+import json
 import math
 from dataclasses import replace
+from importlib.resources import files
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +33,8 @@ from projected_grpo.rewards import Grade
 
 SMALL = PretrainConfig(steps=12, batch=6, lr=1e-2, vocabulary=300, hidden=32, layers=1)
 EXAMPLES = list(islice(corpus(5, CorpusMix()), 60))
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +259,13 @@ def test_every_solution_fits_the_preset(packaged, nano_problems):
     for problem in nano_problems:
         ids = tokenizer(f"```python\n{problem.canonical}\n```")["input_ids"]
         assert len(ids) + 1 <= NANO_PRESET.sampling.max_new, problem.problem_id
+
+
+def test_the_page_on_nano_shows_the_figures_of_the_packaged_model():
+    packaged = files("projected_grpo") / "data" / "nano" / "base.json"
+    report, page = json.loads(packaged.read_text()), (ROOT / "docs" / "nano.md").read_text()
+    kinds = {k: v for group in ("by_mode", "by_level", "by_split") for k, v in report[group].items()}
+    for name, rates in (kinds | {"all": report}).items():
+        shown = " | ".join(f"{rates[key]:.3f}" for key in ("format", "solve", "hack", "tampered"))
+        assert f"| {name} | {shown} | {rates['n']:,} |" in page
+    assert report["passed"] is True

@@ -18,6 +18,7 @@ import pytest
 
 from hacks import processes_below
 from projected_grpo import experiment
+from projected_grpo import sandbox as sandbox_module
 from projected_grpo.errors import UserError
 from projected_grpo.oracle import LinkedList, decode
 from projected_grpo.problems import load_problems
@@ -361,6 +362,23 @@ def test_when_every_interpreter_dies_it_is_said_and_not_graded(root):
                 future.result(60)
 
 
+def test_programs_that_kill_their_interpreters_do_not_end_a_run(monkeypatch):
+    """However many: while a harmless program is answered, it is the programs."""
+    run = sandbox_module._Worker.run
+
+    def killed(worker, program):
+        if program.source == "kill":
+            raise sandbox_module.WorkerDied("the interpreter ended")
+        return run(worker, program)
+
+    monkeypatch.setattr(sandbox_module._Worker, "run", killed)
+    monkeypatch.setattr(sandbox_module, "MAX_DEATHS", 3)
+    with Sandbox(1, SHORT) as box:
+        futures = [box.submit(Program("kill", "f")) for _ in range(7)]
+        assert [f.result(60).status for f in futures] == ["worker_died"] * 7
+        assert alive(box)
+
+
 def test_results_keep_their_order_and_nothing_is_left_behind(root):
     threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
     with Sandbox(2, SHORT) as box:
@@ -475,9 +493,48 @@ def test_an_ordinary_user_can_run_it():
     assert done.stdout.split() == ["1000", "4", "not", "root", "True"], done.stderr
 
 
+HALF = """
+import os, sys
+from projected_grpo import sandbox_contain as contain
+real, failing, root = contain.mount, sys.argv[1], sys.argv[2]
+def mount(source, target, *rest):
+    if target.endswith(failing) and (failing != 'packages' or rest[0] == 'tmpfs'):
+        raise OSError(1, 'refused')
+    real(source, target, *rest)
+contain.mount = mount
+if failing == 'packages':
+    os.path.isdir = lambda path: True  # wherever this Python keeps them
+layers = {}
+contain.enter_namespaces(layers)
+before = list(sys.path)
+if layers['namespaces'] is True:
+    contain.private_mounts(root, layers)
+print(layers.get('mounts'), layers.get('private_proc'), before == sys.path, os.listdir(root), sep='; ')
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "said"),
+    [
+        ("packages", "[Errno 1] refused; [Errno 1] refused; True; ['below']"),
+        ("lib", "[Errno 1] refused; [Errno 1] refused; True; ['below']"),
+        ("/proc", "True; [Errno 1] refused; False; ['jobs', 'lib']"),
+    ],
+)
+def test_mounts_that_fail_are_not_said_to_be_in_force(tmp_path, failing, said):
+    """Nor do they stay half: programs then get plain folders in the root, which must be writable."""
+    (tmp_path / "below").touch()
+    command = [sys.executable, "-c", HALF, failing, str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(SRC)}, capture_output=True, text=True)
+    if done.stdout.startswith("None"):
+        pytest.skip("no namespaces here")
+    assert done.stdout.strip() == said, done.stderr
+
+
 SCAN = """import ctypes, gc, os
 libc = ctypes.CDLL(None)
 places = {id(o) >> 21 for o in gc.get_objects()} | {id(bytes(n)) >> 21 for n in (600, 5000, 70_000, 300_000)}
+places = {place + near for place in places for near in (-1, 0, 1)}
 copy = os.open('copy', os.O_RDWR | os.O_CREAT)
 libc.memmem.restype = ctypes.c_void_p
 wanted = b'@'.join([b'left', b'MARK'])
@@ -489,19 +546,45 @@ for page in (p for place in places for p in range(place << 21, place + 1 << 21, 
         found += at is not None and not 0 <= at - id(wanted) < 64
 print(found)
 """
+SAY = {
+    "stdout": "os.write(1, text)",
+    "stderr": "os.write(2, text)",
+    "result": "os.write(3, text)",
+    "much": "os.write(1, text * 100)\n    os.write(1, text)",
+    "file": "open('f', 'wb').write(text)",
+    "name": "open(text[:200], 'wb')",
+    "exception": "raise ValueError(text)",
+}
 
 
-@pytest.mark.parametrize("channel", ["os.write(1, text)", "os.write(3, text)", "open('f', 'wb').write(text)"])
-def test_what_a_program_with_the_canonical_says_is_in_no_later_memory(sandbox, channel):
-    """It could tell a later response the solution: the interpreter reads what it says, and forks the next."""
-    for substitute, found in (("canonical", False), ("own", True)):  # the second shows that the scan works
-        canonical = "class Solution: pass" if substitute == "canonical" else ""
+def scan(box: Sandbox, mark: str) -> int:
+    """How many pages of a new program hold the mark."""
+    return int(box.run(Program(SCAN.replace("MARK", mark), "f")).stdout)
+
+
+@pytest.mark.parametrize("substitute", ["own", "canonical"])
+def test_what_a_program_says_is_in_no_later_memory(substitute):
+    """It could tell a later response the answers, as one interpreter passes it on and forks the next."""
+    with Sandbox(1, SHORT) as box:
+        for channel, statement in SAY.items():
+            mark = os.urandom(6).hex()
+            source = f"import os\ndef run_tests():\n    text = b'left@{mark} ' * 300\n    {statement}\n"
+            for _ in range(3):
+                program = Program(
+                    source, "f", "tests", substitute=substitute, canonical="class Solution: pass"
+                )
+                assert box.run(program).loaded
+            assert scan(box, mark) == 0, channel
+        # That the scan finds what is inherited: the interpreter runs a plain setup, so it holds its text.
         mark = os.urandom(6).hex()
-        source = f"import os\ndef run_tests():\n    text = b'left@{mark} ' * 300\n    {channel}\n"
-        for _ in range(3):
-            said = sandbox.run(Program(source, "f", "tests", substitute=substitute, canonical=canonical))
-            assert said.loaded
-        assert (sandbox.run(Program(SCAN.replace("MARK", mark), "f")).stdout != "0\n") is found
+        box.run(Program("", "f", setup=f"text = {'left@' + mark!r}"))
+        assert scan(box, mark) > 0
+
+
+def test_all_files_come_back_up_to_the_caps(sandbox):
+    body = "for i in range(40): open(f'{i:02}' + '\\x01' * 250, 'wb').write(bytes(9000))"
+    files = ask(sandbox, method(body)).files
+    assert files == {f"{i:02}" + "\x01" * 250: "\0" * 4096 for i in range(SHORT.max_files)}
 
 
 CHANGE = """
@@ -551,6 +634,9 @@ def test_more_setups_than_are_kept_are_run_all_the_same(sandbox):
         "while True: pass",
         "import os",
         "from subprocess import run",
+        "from json import tool",  # a module that no one has imported
+        "from collections import abc",
+        "from math import no_such_name",
         "import sys\nsys.setrecursionlimit(10 ** 6)",
         "x = [0] * 10 ** 9",
         "x = print('now')",
@@ -588,7 +674,7 @@ def test_the_datasets_setups_are_plain(shared_data):
 
 def test_an_endless_or_failing_setup_costs_its_own_program_only(sandbox):
     assert ask(sandbox, method("return 1"), setup="while True: pass").status == "timeout"
-    failing = "from math import no_such_name"
+    failing = "x = no_such_name"
     assert plain(failing)
     for _ in range(2):
         outcome = ask(sandbox, method("return 1"), setup=failing)

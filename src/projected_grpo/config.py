@@ -303,7 +303,7 @@ PRESETS: Mapping[str, tuple[str, TrainConfig]] = {
 
 
 def display_name(arm: ArmConfig) -> str:
-    """What an arm is called in folders and tables: its display name, with its control and what it projects."""
+    """What an arm is called in folders and tables: display name, control, and where it acts if unusual."""
     parts = [DISPLAY_NAME[arm.intervention]]
     parts += [arm.control] if arm.control != "none" else []
     parts += ["update"] if arm.project == "update" else []

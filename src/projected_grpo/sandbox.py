@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import importlib
 import importlib.util
 import json
 import marshal
@@ -26,7 +27,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from projected_grpo.errors import UserError
@@ -46,11 +49,12 @@ PRELOAD = (
     *("json", "math", "operator", "queue", "random", "re", "string", "time", "typing", "unicodedata"),
 )
 
-MAX_DEATHS = 24  # interpreters lost in a row, in all workers, after which it is the machine and not a program
+MAX_DEATHS = 24  # interpreters lost in a row, in all workers, after which one is tried on a harmless program
 MAX_SETUPS = 16  # setups that one interpreter keeps prepared; the children run any further ones themselves
 NOT_PREPARED = 255
-JOB, SETUP, SECRET = 0, 1, 2  # kinds of message to the interpreter, as in sandbox_child.py
-MESSAGE, ANSWER = struct.Struct(">BBI"), struct.Struct(">II")
+JOB, SETUP = 0, 1  # kinds of message to the interpreter, as in sandbox_child.py
+MESSAGE, ANSWER = struct.Struct(">BBI"), struct.Struct(">5I")
+STARTED = b"R"  # a contained child's first byte on its result pipe
 
 # Third-party packages that LeetCode offers to solutions: imported before forking, where they are installed.
 PACKAGES = ("sortedcontainers",)
@@ -180,8 +184,7 @@ class _Worker:
         """One program to its end; WorkerDied when the interpreter failed."""
         deadline = time.monotonic() + self.limits.wall_s + GRACE_S
         number = self._prepared(program.setup, deadline)
-        kind = SECRET if program.canonical else JOB
-        self._send(kind, number, marshal.dumps(vars(program)), deadline)
+        self._send(JOB, number, marshal.dumps(vars(program)), deadline)
         return read_outcome(program, *self._answer(deadline))
 
     def _prepared(self, setup: str, deadline: float) -> int:
@@ -217,8 +220,8 @@ class _Worker:
                 raise WorkerDied(str(error)) from error
 
     def _answer(self, deadline: float) -> tuple[dict[str, Any], bytes]:
-        """What the interpreter saw, and what the child wrote."""
-        data, length, head = bytearray(), ANSWER.size, 0
+        """What the interpreter saw, and what the child wrote on its result pipe."""
+        data, length = bytearray(), ANSWER.size
         while len(data) < length:
             self._wait(self.stdout, select.POLLIN, deadline)
             part = os.read(self.stdout, 1 << 20)
@@ -226,9 +229,13 @@ class _Worker:
                 raise WorkerDied("the interpreter ended")
             data += part
             if length == ANSWER.size <= len(data):
-                head, tail = ANSWER.unpack_from(data)
-                length += head + tail
-        return json.loads(data[ANSWER.size : ANSWER.size + head]), bytes(data[ANSWER.size + head :])
+                length += sum(ANSWER.unpack_from(data))
+        stream = BytesIO(data)
+        head, stdout, stderr, result, files = map(stream.read, ANSWER.unpack(stream.read(ANSWER.size)))
+        seen = json.loads(head)
+        seen["stdout"], seen["stderr"] = stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace")
+        seen["files"] = json.loads(files or b"{}")
+        return seen, result[len(STARTED) :]
 
 
 def read_outcome(program: Program, seen: dict[str, object], lines: bytes) -> Outcome:
@@ -427,14 +434,21 @@ class Sandbox:
                 worker.close()
             worker = None
             outcome = Outcome("worker_died", error=f"sandbox worker restarted: {error}"[:200])
-        self._settle(future, outcome)
+        self._settle(future, outcome, start)
         return worker
 
-    def _settle(self, future: Future[Outcome], outcome: Outcome) -> None:
-        """Answer; or fail, when interpreter after interpreter died: grades would all be wrong, and silent."""
+    def _settle(self, future: Future[Outcome], outcome: Outcome, start: Callable[[], _Worker]) -> None:
+        """Answer; or fail, when interpreter after interpreter died: grades would all be wrong, and silent.
+
+        A group of responses that each kill their interpreter must not end a run: a harmless program decides.
+        """
         with self._lock:
             self._deaths = self._deaths + 1 if outcome.status == "worker_died" else 0
             broken = self._deaths >= MAX_DEATHS
+        if broken and works(start):
+            with self._lock:
+                self._deaths = 0
+            broken = False
         if broken:
             reason = f"the last {MAX_DEATHS} programs each ended their interpreter ({outcome.error})"
             future.set_exception(UserError(f"nothing can be graded here: {reason}"))
@@ -442,10 +456,23 @@ class Sandbox:
             future.set_result(outcome)
 
 
+def works(start: Callable[[], _Worker]) -> bool:
+    """Whether a fresh interpreter runs a program that does nothing."""
+    try:
+        worker = start()
+        try:
+            return worker.run(Program("", "f")).status == "ok"
+        finally:
+            worker.close()
+    except Exception:
+        return False
+
+
 @lru_cache(256)
 def plain(setup: str) -> bool:
-    """Whether a setup only imports modules that are loaded anyway, defines functions and classes, and names
-    constants: running it can neither go on for ever nor touch anything that a later program would see.
+    """Whether a setup only imports modules that are loaded anyway or what they define, defines functions and
+    classes, and names constants: running it can neither go on for ever nor touch anything that a later
+    program would see.
     """
     try:
         body = ast.parse(setup).body
@@ -466,7 +493,11 @@ def harmless(node: ast.stmt) -> bool:
     if isinstance(node, ast.Import):
         return all(name.name in PRELOAD for name in node.names)
     if isinstance(node, ast.ImportFrom):
-        return node.level == 0 and node.module in PRELOAD
+        return (
+            node.level == 0
+            and node.module in PRELOAD
+            and all(defined(node.module, name.name) for name in node.names)
+        )
     if isinstance(node, ast.ClassDef):
         methods = [n for n in node.body if not isinstance(n, ast.Pass | ast.Expr)]
         return (
@@ -485,6 +516,12 @@ def harmless(node: ast.stmt) -> bool:
         names = all(isinstance(target, ast.Name) and target.id != "float" for target in node.targets)
         return names and constant(node.value)
     return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+
+
+def defined(module: str, name: str) -> bool:
+    """Whether the module defines this; a submodule is no attribute before an import runs it."""
+    value = getattr(importlib.import_module(module), name, None)
+    return name == "*" or not (value is None or isinstance(value, ModuleType))
 
 
 def constant(node: ast.expr) -> bool:

@@ -3,10 +3,9 @@
 A standalone standard-library program, started by sandbox.py as `python -s -S -P -B sandbox_child.py CONFIG`.
 On descriptor 0 arrive messages: a kind, the number of a prepared setup, a length and that many bytes. A setup
 (dataset code that only imports and defines, see sandbox.plain) is run by the interpreter; forks find it done.
-A job is read by the forked child alone: none (a canonical solution, say) is ever in the memory that later
-children inherit. One with a canonical solution is also watched by a process of its own, since what a program
-says passes through the memory of the process that watches it. A job is answered by two lengths, what its
-watcher saw (JSON), and what the child wrote (at most `result_bytes` of untrusted bytes).
+A job is read by the forked child alone, and what a program says or leaves is read into memory that no fork
+inherits (see Output): neither a canonical solution nor an answer is ever in the memory of a later child. A
+job is answered by five lengths, what this interpreter saw (JSON), and the four parts of the Output.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import gc
 import importlib
 import json
 import marshal
+import mmap
 import os
 import select
 import shutil
@@ -24,13 +24,11 @@ import struct
 import sys
 import time
 import types
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 register_at_fork = os.register_at_fork
-JOB, SETUP, SECRET = 0, 1, 2  # kinds of message; SECRET: a job that holds a canonical solution
-MESSAGE, ANSWER = struct.Struct(">BBI"), struct.Struct(">II")
+JOB, SETUP = 0, 1  # kinds of message
+MESSAGE, ANSWER = struct.Struct(">BBI"), struct.Struct(">5I")
 
 if "projected_grpo" not in sys.modules:  # a program of its own: the real package needs more than this library
     stand_in = types.ModuleType("projected_grpo")
@@ -42,9 +40,9 @@ if "projected_grpo" not in sys.modules:  # a program of its own: the real packag
 
 from projected_grpo.sandbox_contain import (  # noqa: E402
     FOLDER,
+    MNT_DETACH,
     MS_NOSUID_NODEV_NOEXEC,
     PARENT,
-    PR_SET_CHILD_SUBREAPER,
     PR_SET_PDEATHSIG,
     Containment,
     libc,
@@ -54,7 +52,10 @@ from projected_grpo.sandbox_contain import (  # noqa: E402
 from projected_grpo.sandbox_encode import attempt, describe  # noqa: E402
 from projected_grpo.sandbox_run import RESULT_FD, Run, Setup, flush, report  # noqa: E402
 
-MNT_DETACH = 2
+STDOUT, STDERR, RESULT, FILES = range(4)  # the parts of an Output
+NAME_BYTES = 255  # the longest name of a file
+SPARE_BYTES = 1 << 16
+STARTED = b"R"  # the first byte on the result pipe: the child is contained and has its job
 SETUP_FAILED = 70  # exit code of a child whose containment could not be put in place
 
 
@@ -70,12 +71,46 @@ def read_exactly(fd: int, count: int) -> bytes:
     return b"".join(parts)
 
 
-def answer(fd: int, seen: dict[str, Any], result: bytes) -> None:
-    """Two lengths, what this interpreter saw as JSON, and the child's bytes."""
+class Output:
+    """What one program wrote and left, up to the caps, in a mapping that the kernel gives to no fork.
+
+    It goes from a pipe into the mapping and from there to the trusted side. A `bytes` of it on the heap would
+    stay there, freed or not, where the next program, forked from this interpreter, could find it.
+    """
+
+    def __init__(self, cfg: dict[str, Any]) -> None:
+        files = cfg["max_files"] * 6 * (cfg["file_bytes"] + NAME_BYTES + 2)  # a byte is up to 6 in JSON
+        sizes = (cfg["stdout_bytes"], cfg["stderr_bytes"], cfg["result_bytes"], files)
+        memory = mmap.mmap(-1, sum(sizes) + SPARE_BYTES)
+        memory.madvise(mmap.MADV_DONTFORK)
+        view = memoryview(memory)
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        self.parts = [view[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        self.spare = view[ends[-1] :]
+        self.lengths = [0] * len(sizes)
+
+    def clear(self) -> None:
+        """Forget the program before."""
+        self.lengths = [0] * len(self.parts)
+
+    def read(self, part: int, fd: int) -> int:
+        """Read once; how many bytes there were, also of those over the cap."""
+        room = self.parts[part][self.lengths[part] :]
+        count = os.readv(fd, [room, self.spare])
+        self.lengths[part] += min(count, len(room))
+        return count
+
+
+def answer(fd: int, seen: dict[str, Any], output: Output | None = None) -> None:
+    """Five lengths, what this interpreter saw as JSON, and the program's output."""
     head = json.dumps(seen).encode()
-    view = memoryview(ANSWER.pack(len(head), len(result)) + head + result)
-    while view:
-        view = view[os.write(fd, view) :]
+    lengths = output.lengths if output else [0, 0, 0, 0]
+    parts = [memoryview(ANSWER.pack(len(head), *lengths) + head)]
+    if output:
+        parts += [part[:length] for part, length in zip(output.parts, lengths, strict=True)]
+    for part in parts:
+        while part:
+            part = part[os.write(fd, part) :]
 
 
 def kill_rest(pid: int) -> None:
@@ -110,14 +145,12 @@ def children() -> list[int]:
 
 
 class Supervisor:
-    """Watches one child until it ends or its time is up, and collects what it writes, up to the caps."""
+    """Watches one child until it ends or its time is up, and collects what it writes."""
 
-    def __init__(self, pid: int, readers: list[int], cfg: dict[str, Any]) -> None:
+    def __init__(self, pid: int, readers: list[int], output: Output, cfg: dict[str, Any]) -> None:
         self.pid, self.cfg = pid, cfg
-        self.caps = dict(
-            zip(readers, (cfg["stdout_bytes"], cfg["stderr_bytes"], cfg["result_bytes"]), strict=True)
-        )
-        self.data = {fd: bytearray() for fd in readers}
+        self.output = output
+        self.parts = dict(zip(readers, (STDOUT, STDERR, RESULT), strict=True))
         self.seen = 0
         self.cpu_s = 0.0
         self.poll = select.poll()
@@ -146,7 +179,7 @@ class Supervisor:
         _, status, used = os.wait4(self.pid, 0)
         self.cpu_s = used.ru_utime + used.ru_stime
         kill_rest(self.pid)
-        for fd in self.data:  # every writer is dead, so this empties each pipe
+        for fd in self.parts:  # every writer is dead, so this empties each pipe
             while self.drain(fd):
                 continue
             os.close(fd)
@@ -156,17 +189,16 @@ class Supervisor:
     def drain(self, fd: int) -> bool:
         """Read once; False when nothing is there now."""
         try:
-            part = os.read(fd, 1 << 16)
+            count = self.output.read(self.parts[fd], fd)
         except BlockingIOError:
             return False
-        if not part:
+        if not count:
             try:
                 self.poll.unregister(fd)
             except KeyError:
                 return False
-        self.seen += len(part)
-        self.data[fd] += part[: max(0, self.caps[fd] - len(self.data[fd]))]
-        return bool(part)
+        self.seen += count
+        return count > 0
 
 
 class Scratch:
@@ -207,30 +239,60 @@ class Scratch:
                 continue
             info = os.fstat(fd)
             if stat.S_ISREG(info.st_mode) and info.st_nlink == 1:  # no link to a file from elsewhere
-                found[entry[:200]] = os.read(fd, self.cfg["file_bytes"]).decode("utf-8", "replace")
+                found[entry] = os.read(fd, self.cfg["file_bytes"]).decode("utf-8", "replace")
             os.close(fd)
         return found
 
-    def clear(self) -> None:
-        """Remove the directory with whatever was left in it."""
+    def untouched(self) -> bool:
+        """Whether the program left nothing, told without reading a name: its tmpfs has one inode."""
+        info = os.statvfs(self.path) if self.mounts else None
+        return info is not None and info.f_files - info.f_ffree == 1
+
+    def clear(self, output: Output) -> None:
+        """Report the files and remove the directory with whatever was left in it."""
+        if not self.untouched():
+            self.read_in_a_fork(output)
         if self.mounts:
             if libc.umount2(self.path.encode(), MNT_DETACH):
                 raise OSError("cannot unmount a program's folder")  # the next program must not find it
-            return
-        if self.ruleset is not None:
+        elif self.ruleset is not None:
             os.close(self.ruleset)
-        shutil.rmtree(self.path, ignore_errors=True)
+
+    def read_in_a_fork(self, output: Output) -> None:
+        """Names and contents are the program's words: they pass through memory that ends with a fork."""
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+                view = memoryview(json.dumps(self.files()).encode())
+                while view:
+                    view = view[os.write(writer, view) :]
+                if not self.mounts:
+                    self.remove()
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        os.close(writer)
+        while output.read(FILES, reader):
+            continue
+        os.close(reader)
+        if os.waitpid(pid, 0)[1]:
+            raise OSError("cannot read or remove what a program left")
+
+    def remove(self) -> None:
+        """Remove a plain directory."""
+        attempt(lambda: shutil.rmtree(self.path, ignore_errors=True))
         if os.path.lexists(self.path):  # modes taken away, nested too deep for rmtree, or no folder any more
             if not os.path.islink(self.path):
                 os.spawnv(os.P_WAIT, "/bin/chmod", ["chmod", "-R", "u+rwX", self.path])
             os.spawnv(os.P_WAIT, "/bin/rm", ["rm", "-rf", self.path])
 
 
-def run_job(
-    length: int, setup: Setup | None, scratch: Scratch, null: int, cfg: dict[str, Any], out: int
-) -> bool:
+def run_job(length: int, setup: Setup | None, scratch: Scratch, output: Output, null: int, out: int) -> bool:
     """Fork a child for the job waiting on descriptor 0, and answer; False when the child could not start."""
     scratch.make()
+    output.clear()
     pipes = [os.pipe() for _ in range(3)]
     started = time.monotonic()
     pid = os.fork()
@@ -238,35 +300,17 @@ def run_job(
         child(length, setup, scratch, [null, *(write for _, write in pipes)])
     for _, write in pipes:
         os.close(write)
-    readers = [reader for reader, _ in pipes]
-    supervisor = Supervisor(pid, readers, cfg)
+    supervisor = Supervisor(pid, [reader for reader, _ in pipes], output, scratch.cfg)
     why, status = supervisor.watch()
-    stdout, stderr, result = (bytes(supervisor.data[fd]) for fd in readers)
     seen = {
         "why": why,
         "exit_code": os.waitstatus_to_exitcode(status),
-        "stdout": stdout.decode("utf-8", "replace"),
-        "stderr": stderr.decode("utf-8", "replace"),
-        "files": scratch.files(),
         "seconds": time.monotonic() - started,
         "cpu_s": supervisor.cpu_s,
     }
-    scratch.clear()
-    answer(out, seen, result[1:])
-    return result[:1] == b"R"
-
-
-def in_a_fork(serve: Callable[[], bool]) -> bool:
-    """Serve a job in a fork of this interpreter, whose memory goes with it."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
-            os._exit(0 if serve() else 1)
-        except BaseException:
-            os._exit(1)
-    return os.waitpid(pid, 0)[1] == 0
+    scratch.clear(output)
+    answer(out, seen, output)
+    return output.lengths[RESULT] > 0 and output.parts[RESULT][0] == STARTED[0]
 
 
 def child(length: int, setup: Setup | None, scratch: Scratch, files: list[int]) -> None:
@@ -283,7 +327,7 @@ def child(length: int, setup: Setup | None, scratch: Scratch, files: list[int]) 
         os.closerange(RESULT_FD + (2 if ruleset is not None else 1), 1 << 16)
         os.chdir(scratch.path)
         scratch.containment.enter(ruleset)
-        os.write(RESULT_FD, b"R")
+        os.write(RESULT_FD, STARTED)
     except BaseException as error:
         text = describe(error)
         attempt(lambda: os.write(2, text.encode()))
@@ -347,12 +391,13 @@ def main() -> None:
     try:
         layers = warm_up(cfg)
         scratch = Scratch(cfg, Containment(cfg, layers), layers["mounts"] is True)
+        output = Output(cfg)
     except Exception as error:
-        answer(out, {"broken": describe(error)}, b"")
+        answer(out, {"broken": describe(error)})
         return
     withdraw_imports()
     os.register_at_fork = register_at_fork
-    answer(out, {"layers": layers}, b"")
+    answer(out, {"layers": layers})
     setups: dict[int, Setup | None] = {}
     while True:
         try:
@@ -361,9 +406,7 @@ def main() -> None:
             return
         if kind == SETUP:
             setups[number] = prepare_setup(read_exactly(0, length))
-            continue
-        serve = partial(run_job, length, setups.get(number), scratch, null, cfg, out)
-        if not (in_a_fork(serve) if kind == SECRET else serve()):
+        elif not run_job(length, setups.get(number), scratch, output, null, out):
             return  # the job may lie half read on descriptor 0: only a new interpreter is in step again
 
 

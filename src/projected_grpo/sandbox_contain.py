@@ -22,6 +22,7 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC_PRIVATE = 1, 0x20, 0x1000, 0x44000
 MS_NOSUID_NODEV, MS_NOSUID_NODEV_NOEXEC = 6, 0xE
+MNT_DETACH = 2
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same numbers on every architecture
 LANDLOCK_FS_BITS = (0, 13, 14, 15, 15, 16)  # by ABI version: how many kinds of file access it governs
 LANDLOCK_READ_DIR, LANDLOCK_FILE = 0xD, 0x7  # execute, read file, read dir; execute, write file, read file
@@ -154,33 +155,46 @@ def enter_namespaces(layers: dict[str, Any]) -> None:
     layers["namespaces"] = True
 
 
+def own_files(root: str) -> str:
+    """A tmpfs as work folder and in it a readable standard library without packages; returns its place."""
+    mount("none", "/", "", MS_REC_PRIVATE, "")
+    mount("tmpfs", root, "tmpfs", MS_NOSUID_NODEV, "size=1m,mode=0711")
+    try:
+        target = os.path.join(root, "lib")
+        os.mkdir(target, 0o755)
+        mount(os.path.dirname(os.__file__), target, "", MS_BIND, "")
+        os.mkdir(jobs := os.path.join(root, PARENT), 0o711)
+        os.mkdir(os.path.join(jobs, FOLDER), 0o700)
+        mount("tmpfs", root, "", MS_REMOUNT | MS_RDONLY | MS_NOSUID_NODEV, "")  # nothing stays beside the job
+        for folder in ("site-packages", "dist-packages"):  # may hold this project and its data
+            if os.path.isdir(os.path.join(target, folder)):
+                mount("tmpfs", os.path.join(target, folder), "tmpfs", MS_RDONLY, "size=4k")
+    except OSError:
+        libc.umount2(root.encode(), MNT_DETACH)  # programs then get plain folders in what is below
+        raise
+    return target
+
+
 def private_mounts(root: str, layers: dict[str, Any]) -> None:
-    """Own mounts: a tmpfs as work folder, a /proc of this namespace only, a readable standard library."""
+    """Own mounts, and a /proc of this namespace only; what does not work leaves no half of itself behind."""
     if layers["namespaces"] is not True:
         layers["mounts"] = layers["private_proc"] = "needs namespaces"
         return
     try:
-        mount("none", "/", "", MS_REC_PRIVATE, "")
-        mount("tmpfs", root, "tmpfs", MS_NOSUID_NODEV, "size=1m,mode=0711")
-        library = os.path.dirname(os.__file__)
-        target = os.path.join(root, "lib")
-        os.mkdir(target, 0o755)
-        mount(library, target, "", MS_BIND, "")
-        sys.path[:] = [target, os.path.join(target, "lib-dynload")]
-        for module in [*sys.modules.values()]:  # packages already loaded look for their submodules here too
-            if hasattr(module, "__path__"):
-                module.__path__ = [path.replace(library, target, 1) for path in module.__path__]
-        os.mkdir(jobs := os.path.join(root, PARENT), 0o711)
-        os.mkdir(os.path.join(jobs, FOLDER), 0o700)
-        mount("tmpfs", root, "", MS_REMOUNT | MS_RDONLY | MS_NOSUID_NODEV, "")  # nothing stays beside the job
-        layers["mounts"] = True
-        for folder in ("site-packages", "dist-packages"):  # may hold this project and its data
-            if os.path.isdir(os.path.join(target, folder)):
-                mount("tmpfs", os.path.join(target, folder), "tmpfs", MS_RDONLY, "size=4k")
+        target = own_files(root)
+    except OSError as error:
+        layers["mounts"] = layers["private_proc"] = str(error)
+        return
+    layers["mounts"] = True
+    library = os.path.dirname(os.__file__)
+    sys.path[:] = [target, os.path.join(target, "lib-dynload")]
+    for module in [*sys.modules.values()]:  # packages already loaded look for their submodules here too
+        if hasattr(module, "__path__"):
+            module.__path__ = [path.replace(library, target, 1) for path in module.__path__]
+    try:
         mount("proc", "/proc", "proc", MS_NOSUID_NODEV_NOEXEC, "")
         layers["private_proc"] = True
     except OSError as error:
-        layers.setdefault("mounts", str(error))
         layers["private_proc"] = str(error)
 
 
