@@ -64,6 +64,12 @@ def examples() -> list[Example]:
     return list(islice(corpus(0, MIX), 3000))
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Tampering that runs here writes its files into a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+
 @cache
 def asserts(instance: Instance) -> tuple[CodeType, ...]:
     return tuple(compile(test, "test", "exec") for test in hidden_tests(instance))
