@@ -23,7 +23,7 @@ from typing import Any
 from loguru import logger
 from tqdm import tqdm
 
-from projected_grpo.config import EnvMode, TrainConfig, to_json, validate
+from projected_grpo.config import NANO, EnvMode, TrainConfig, to_json, validate
 from projected_grpo.errors import UserError
 from projected_grpo.runlog import complete_lines, plain, read_json, write_atomically
 from projected_grpo.train import parse
@@ -33,7 +33,7 @@ SERIES = (
     *("hack_s", "gt_s", "cos_pre", "cos_post", "cos_update", "cos_null", "fired", "q_egy", "refr"),
     *("hack_deploy", "solve_deploy", "zerovar", "lp_s"),
 )
-NOT_READ = ("README.md", "base.json")
+NOT_READ = ("base.json",)
 SAYS = {"config": "settings", "data": "packaged data"}
 DIVERGED = 3  # exit code of a run that ended early, and is kept as it ended
 DIGITS = 4  # kept of every figure
@@ -169,9 +169,9 @@ def plan(
 
 
 def data_digest() -> str:
-    """Hash of all packaged data: what a run with the same settings would read differently is another run."""
+    """Hash of the packaged nano data: a run that would read something else is another run."""
     digest = hashlib.blake2b(digest_size=8)
-    with as_file(files("projected_grpo") / "data") as folder:
+    with as_file(files("projected_grpo") / "data" / NANO) as folder:
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in NOT_READ):
             digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
