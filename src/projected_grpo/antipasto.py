@@ -97,19 +97,15 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*b d_in"]) -> Float[Tensor, "*b d_out"]:
         if self.bound is None:
             return self.base(x)
+        rows = self.bound.ndim == 2  # one per rollout
+        if rows and (x.ndim != 3 or len(x) != len(self.bound)):
+            raise ValueError(f"rows for {len(self.bound)} rollouts met an input of shape {tuple(x.shape)}")
         if self.tangent:
-            if x.ndim != 3 or len(x) != len(self.bound):
-                raise ValueError(
-                    f"rows for {len(self.bound)} rollouts met an input of shape {tuple(x.shape)}"
-                )
             return _TangentLinear.apply(x, self.bound, self.base.weight.data, self.base.bias, self.U, self.Vh)
         delta = self.bound.to(x.dtype)
-        if delta.ndim == 2:  # one row per rollout
-            if x.ndim != 3 or len(x) != len(delta):
-                raise ValueError(f"rows for {len(delta)} rollouts met an input of shape {tuple(x.shape)}")
+        if rows:
             delta = delta[:, None, :]
-        y = self.base(x)
-        return y + F.linear(F.linear(x, self.Vh) * delta, self.U)
+        return self.base(x) + F.linear(F.linear(x, self.Vh) * delta, self.U)
 
 
 @dataclass(frozen=True)

@@ -333,13 +333,19 @@ def split_by_arm(
     """One module's split under erase or route with their settings; haar_matched removes as much at random."""
     action: Action = "route" if settings.intervention == "route" else "erase"
     gate_mode, preserve = settings.gate_mode, settings.preserve_magnitude
-    c = V @ g
-    removed = settings.project_overshoot * (used_coefficients(c, gate_mode) @ V)
-    if settings.control == "haar_matched":
-        if frame is None:
-            raise ValueError("haar_matched needs a random frame")
-        removed = matched_removal(g, removed.norm(), frame, gate_mode)
-    return split(g, V, removed, action, preserve)
+    real = project_delta_S_grad(
+        g,
+        V,
+        action,
+        gate_mode=gate_mode,
+        overshoot=settings.project_overshoot,
+        preserve_magnitude=preserve,
+    )
+    if settings.control != "haar_matched":
+        return real
+    if frame is None:
+        raise ValueError("haar_matched needs a random frame")
+    return split(g, V, matched_removal(g, real.removed.norm(), frame, gate_mode), action, preserve)
 
 
 def _project_all(x: ArmInput) -> dict[str, Projection]:

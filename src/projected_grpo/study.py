@@ -26,7 +26,7 @@ from tqdm import tqdm
 from projected_grpo.config import NANO, EnvMode, TrainConfig, to_json, validate
 from projected_grpo.errors import UserError
 from projected_grpo.runlog import complete_lines, plain, read_json, write_atomically
-from projected_grpo.train import parse
+from projected_grpo.train import DIVERGED, parse
 
 FIRST_SEED = 41
 SERIES = (
@@ -35,7 +35,6 @@ SERIES = (
 )
 NOT_READ = ("base.json",)
 SAYS = {"config": "settings", "data": "packaged data"}
-DIVERGED = 3  # exit code of a run that ended early, and is kept as it ended
 DIGITS = 4  # kept of every figure
 NANO_MODES: tuple[EnvMode, ...] = ("run_tests", "sentinel", "stdout_marker", "file_marker")
 
