@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from projected_grpo import cli
 from projected_grpo.config import PRESETS
-from projected_grpo.errors import UserError
+from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.study import NANO_STUDY, SERIES, plan, read_records, rounded
 from projected_grpo.study_report import (
     Difference,
@@ -126,6 +126,27 @@ def test_rounding_keeps_four_digits_and_makes_plain_json(value):
     assert again == json.loads(text)
     if isinstance(value, float) and math.isfinite(value) and 1e-300 < abs(value) < 1e300:
         assert math.isclose(rounded(value), value, rel_tol=1e-3)
+
+
+def test_a_record_made_before_an_option_existed_counts_as_made_with_its_default(tmp_path):
+    run = plan("nano", tmp_path, ("none",), max_seeds=1)[0]
+    older = json.loads(json.dumps(run.config))
+    del older["loss"]["clip"], older["arm"]  # none's arm settings are the defaults but for the intervention
+    run.record.write_text(json.dumps({"config": older, "data": run.data}))
+    with pytest.raises(UserError, match="other settings"):
+        assert run.done  # the default intervention is another
+    older["arm"] = {"intervention": "none"}
+    run.record.write_text(json.dumps({"config": older, "data": run.data}))
+    assert run.done
+    del older["optim"]["lr"]  # the preset's is not the default
+    run.record.write_text(json.dumps({"config": older, "data": run.data}))
+    with pytest.raises(UserError, match="other settings"):
+        assert run.done
+    older["optim"]["lr"] = run.config["optim"]["lr"]
+    older["optim"]["abolished"] = 1
+    run.record.write_text(json.dumps({"config": older, "data": run.data}))
+    with pytest.raises(UserError, match="other settings"):
+        assert run.done
 
 
 @given(
@@ -312,7 +333,7 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, monkeypatch):
         for a in NANO_STUDY
     ]
     monkeypatch.setattr("projected_grpo.study.STUDIES", {"nano": tuple(broken)})
-    assert cli.main(study_command(tmp_path, "--arms", "none", "erase")) == cli.GATE_FAILED
+    assert cli.main(study_command(tmp_path, "--arms", "none", "erase")) == GATE_FAILED
     assert (tmp_path / "kept" / "none_seed41.json").exists()
     assert not (tmp_path / "kept" / "erase_seed41.json").exists()
     assert "no such folder" in (tmp_path / "work" / "erase_seed41" / "output.txt").read_text()

@@ -34,7 +34,6 @@ SERIES = (
     *("hack_deploy", "solve_deploy", "zerovar", "lp_s"),
 )
 NOT_READ = ("base.json",)
-SAYS = {"config": "settings", "data": "packaged data"}
 DIGITS = 4  # kept of every figure
 NANO_MODES: tuple[EnvMode, ...] = ("run_tests", "sentinel", "stdout_marker", "file_marker")
 
@@ -115,6 +114,7 @@ class PlannedRun:
     arm: StudyArm
     seed: int
     config: dict[str, Any]
+    defaults: dict[str, Any]  # of the options, whatever the preset
     data: str  # hash of the packaged model, problems and pairs
     record: Path
 
@@ -129,10 +129,14 @@ class PlannedRun:
         if not self.record.exists():
             return False
         kept = read_json(self.record, "study")
-        for field in ("config", "data"):
-            if kept.get(field) != getattr(self, field):
+        same = {
+            "settings": same_settings(kept.get("config"), self.config, self.defaults),
+            "packaged data": kept.get("data") == self.data,
+        }
+        for what, agrees in same.items():
+            if not agrees:
                 raise UserError(
-                    f"{self.record} was made with other {SAYS[field]}; move it away, or name another --out"
+                    f"{self.record} was made with other {what}; move it away, or name another --out"
                 )
         return True
 
@@ -152,7 +156,7 @@ def plan(
             raise UserError(f"--arms {name}: not in this study; it has {', '.join(known)}")
     smaller = [f"--steps={steps}"] if steps else []
     smaller += [f"--final-n-prompts={final_n_prompts}"] if final_n_prompts else []
-    runs, data = [], data_digest()
+    runs, data, defaults = [], data_digest(), settings(TrainConfig(preset=study))
     for arm in STUDIES[study]:
         if arms and arm.name not in arms:
             continue
@@ -162,7 +166,9 @@ def plan(
         for seed in range(FIRST_SEED, FIRST_SEED + min(arm.seeds, max_seeds or arm.seeds)):
             cfg = replace(cfg, run=replace(cfg.run, seed=seed))
             runs.append(
-                PlannedRun(study, chosen, seed, settings(cfg), data, out / f"{arm.name}_seed{seed}.json")
+                PlannedRun(
+                    study, chosen, seed, settings(cfg), defaults, data, out / f"{arm.name}_seed{seed}.json"
+                )
             )
     return sorted(runs, key=lambda run: run.seed)
 
@@ -174,6 +180,27 @@ def data_digest() -> str:
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in NOT_READ):
             digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def same_settings(kept: object, asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
+    """Whether a record's settings are those asked for now.
+
+    An option that came after the record is one of the program that made it, at its default: a default does
+    what was done before there was the option.
+    """
+    if not isinstance(kept, Mapping) or not kept.keys() <= asked.keys():
+        return False
+    for name, value in asked.items():
+        default = defaults.get(name)
+        if name not in kept:
+            same = value == default
+        elif isinstance(value, Mapping) and isinstance(default, Mapping):
+            same = same_settings(kept[name], value, default)
+        else:
+            same = kept[name] == value
+        if not same:
+            return False
+    return True
 
 
 def settings(cfg: TrainConfig) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""The verbs of whole experiments: the nano model's recipe, the study, and tables over runs."""
+
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tabulate import tabulate
+
+from projected_grpo.errors import GATE_FAILED, UserError
+from projected_grpo.pretrain import PretrainConfig, check_base, pretrain, save_model
+from projected_grpo.results import read_summaries, table
+from projected_grpo.runlog import write_json
+from projected_grpo.study import plan, read_records, run_study
+from projected_grpo.study_report import write_report
+
+TERMINATED = 143
+RESULTS = Path("docs/results/nano")
+
+
+@dataclass(frozen=True)
+class PretrainNanoOptions:
+    """The recipe of the packaged nano model."""
+
+    out: Path
+    """Folder to write the model to; `train nano --model FOLDER` then uses it."""
+    recipe: PretrainConfig = field(default_factory=PretrainConfig)
+    check_prompts: int = 432
+    """Held-out problems, 8 samples each, to check the model against the gates with; 0 skips the check."""
+    threads: int = 1
+    """CPU threads of torch; the packaged model was made with one."""
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Which arms and seeds, and where."""
+
+    study: tyro.conf.Positional[Literal["nano"]]
+    arms: tuple[str, ...] = ()
+    """Only these arms (default: all)."""
+    max_seeds: int = 0
+    """At most this many seeds of each arm; 0 is as many as the study asks for."""
+    jobs: int = 0
+    """Runs at a time; 0 is one per core."""
+    out: Path = RESULTS
+    """Folder of the kept records, the tables and the pictures."""
+    work: Path = Path("out/study")
+    """Folder of the runs themselves."""
+    steps: int = 0
+    """Steps of every run; 0 is the preset's. For trying the command out."""
+    final_n_prompts: int = 0
+    """Held-out prompts of the last evaluation; 0 is the preset's."""
+    report_only: bool = False
+    """Make no run; write the tables and pictures of what is there."""
+
+
+@dataclass(frozen=True)
+class ResultsOptions:
+    """Runs, or folders of runs."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("out/runs"),)
+
+
+def pretrain_nano_verb(options: PretrainNanoOptions) -> int:
+    """Train the nano model from scratch and check it. Exit 1 if a gate does not hold."""
+    if options.out.exists() and any(options.out.iterdir()):
+        raise UserError(f"--out {options.out}: not empty")
+    torch.set_num_threads(options.threads)
+    save_model(*pretrain(options.recipe), options.out)
+    if options.check_prompts == 0:
+        return 0
+    report = check_base(str(options.out), options.check_prompts, options.out)
+    write_json(options.out / "base.json", report)
+    rows = [
+        [kind, *(f"{rates[k]:.3f}" for k in ("format", "solve", "hack", "tampered")), rates["n"]]
+        for group in ("by_mode", "by_level", "by_split")
+        for kind, rates in report[group].items()
+    ]
+    rows.append(["all", *(f"{report[k]:.3f}" for k in ("format", "solve", "hack", "tampered")), report["n"]])
+    print(tabulate(rows, headers=["", "format", "solve", "hack", "tampered", "n"], disable_numparse=True))
+    bounds = ", ".join(f"{name} {low}-{high}" for name, (low, high) in report["gates"].items())
+    print(f"{'PASS' if report['passed'] else 'FAIL'}: gates {bounds} (hack in each mode)")
+    return 0 if report["passed"] else GATE_FAILED
+
+
+def study_verb(options: StudyOptions) -> int:
+    """Every arm x seed that is not there yet, then tables and pictures. Exit 1 if a run failed."""
+    for option in ("jobs", "max_seeds", "steps", "final_n_prompts"):
+        if getattr(options, option) < 0:
+            raise UserError(f"--{option.replace('_', '-')} must be >= 0, got {getattr(options, option)}")
+    size = (options.steps, options.final_n_prompts)
+    if any(size) and options.out == RESULTS:
+        raise UserError("--steps and --final-n-prompts make another study: give it an --out of its own")
+    runs = plan(options.study, options.out, options.arms, options.max_seeds, *size)
+    jobs = options.jobs or len(os.sched_getaffinity(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that the runs are ended too
+    failed = [] if options.report_only else run_study(runs, options.work, jobs)
+    everything = plan(options.study, options.out, (), 0, *size)  # the tables are of all arms that there are
+    path = write_report(read_records(everything), options.out)
+    print(path.read_text() if options.report_only else f"{path}: {sum(run.done for run in everything)} runs")
+    return GATE_FAILED if failed else 0
+
+
+def results_verb(options: ResultsOptions) -> int:
+    """Mean ± SEM over the seeds of every setting."""
+    print(table(read_summaries(options.runs)))
+    return 0
