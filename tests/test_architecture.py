@@ -31,7 +31,7 @@ ORDER = (
         "summary",
     ),
     *("results", "plots", "train", "study", "study_report"),
-    *("verbs_basis", "verbs_grading", "verbs_study", "cli"),
+    *("bench_model", "bench_trl", "verbs_bench", "verbs_basis", "verbs_grading", "verbs_study", "cli"),
 )
 LONGEST = 80
 LONGEST_BY_NAME = {"train_step": 60}

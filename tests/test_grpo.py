@@ -134,6 +134,24 @@ def test_a_large_budget_is_one_microbatch():
     assert len(list(microbatches(rollouts, [0, 1, 2], 20))) == 2
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30)), min_size=1, max_size=12),
+    st.integers(1, 200),
+)
+def test_microbatches_count_the_prompt_of_a_part_once(rows, budget):
+    widths = (3, 17, 30, 9)
+    rollouts = [Rollout((1,) * widths[part], (2,) * c, "") for part, c in rows]
+    parts = [part for part, _ in rows]
+    batches = list(microbatches(rollouts, range(len(rows)), budget, parts))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
+    for batch in batches:
+        width = max(widths[parts[i]] for i in batch)
+        length = max(len(rollouts[i].completion_ids) for i in batch)
+        assert width * len({parts[i] for i in batch}) + length * len(batch) <= budget or len(batch) == 1
+    order = [parts[i] for batch in batches for i in batch]
+    assert [p for p, q in zip(order, [None, *order], strict=False) if p != q] == list(dict.fromkeys(order))
+
+
 # Per-rollout gradients
 
 MAX_NEW = 8
@@ -415,3 +433,62 @@ def test_bfloat16_weights_give_float32_rows(small_model):
     m = "model.layers.1.mlp.down_proj"  # nearest the loss, so least rounded
     cosine = torch.cosine_similarity(rows[m].double().flatten(), exact[m].flatten(), dim=0)
     assert float(cosine) > 0.9
+
+
+# Parts: sums over rollouts that share a prompt, which is run once
+
+PARTS = (0, 1, 0, 2, 2, 0)
+
+
+def with_common_prompts(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Six rollouts in three parts; part 2 has a prompt of one token."""
+    extra = Rollout((), (9, 9, 1), "")
+    prompts = {0: (5, 6, 7), 1: (8, 9, 10, 11, 12, 13), 2: (14,)}
+    return [replace(r, prompt_ids=prompts[part]) for part, r in zip(PARTS, [*rollouts, extra], strict=True)]
+
+
+@pytest.mark.parametrize("budget", [1, 25, 16384])
+@pytest.mark.parametrize("loss", [LossConfig(), LossConfig(unbiased=False, beta=0.3)])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "qwen3_5"])
+def test_a_parts_row_is_the_sum_of_its_rollouts_rows(small_model, family, loss, budget):
+    policy = wrap(small_model(family), None)
+    generator = torch.Generator().manual_seed(1)
+    for layer in policy.layers.values():
+        layer.delta_s.data.copy_(0.2 * torch.randn(layer.delta_s.shape, generator=generator))
+    rollouts = with_common_prompts([Rollout(p, c, "") for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
+    A = torch.tensor((1.0, -0.5, 0.25, -1.25, 2.0, 0.0), dtype=torch.float64)
+    loss = replace(loss, tokens_per_microbatch=budget)
+    single = per_rollout_grads(policy, rollouts, A, loss, MAX_NEW, 0, with_reference=True)
+    shared = per_rollout_grads(policy, rollouts, A, loss, MAX_NEW, 0, with_reference=True, parts=PARTS)
+    assert shared.first.tolist() == [0, 1, 3]
+    relative = 1e-4 if family == "qwen3_5" else 1e-7  # the gated delta rule computes in float32 inside
+    assert shared.loss == pytest.approx(single.loss, rel=relative)
+    for m, rows in shared.rows.items():
+        for part, row in enumerate(rows):
+            expected = sum(single.rows[m][i] for i, p in enumerate(PARTS) if p == part)
+            torch.testing.assert_close(row, expected, rtol=0, atol=relative * float(expected.norm()))
+    for name in ("logp", "ref_logp", "kl", "gap"):
+        torch.testing.assert_close(
+            getattr(shared, name), getattr(single, name), rtol=1e-4, atol=1e-5, equal_nan=True
+        )
+
+
+def test_a_shared_prompt_is_run_once(policy, monkeypatch):
+    rollouts = [Rollout((5, 6, 7, 8), c, "") for c in COMPLETIONS]
+    fed: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        policy.model,
+        "forward",
+        lambda *a, _run=policy.model.forward, **k: (fed.append(tuple(k["input_ids"].shape)), _run(*a, **k))[
+            1
+        ],
+    )
+    A = torch.ones(5, dtype=torch.float64)
+    per_rollout_grads(policy, rollouts, A, LossConfig(), MAX_NEW, 0, parts=(0, 0, 0, 0, 0))
+    assert fed == [(1, 3), (5, 8)]  # the prompt but for its last token; that token and 8 - 1 of completion
+
+
+def test_rollouts_of_one_part_must_have_one_prompt(policy):
+    rollouts = [Rollout((5, 6), (1, 2), ""), Rollout((5, 7), (1, 2), "")]
+    with pytest.raises(ValueError, match="different prompts"):
+        per_rollout_grads(policy, rollouts, torch.ones(2), LossConfig(), MAX_NEW, 0, parts=(0, 0))

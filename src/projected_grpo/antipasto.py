@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from loguru import logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -133,7 +133,7 @@ class Policy:
         }
 
     @contextmanager
-    def bind(self, deltas: Deltas | None) -> Iterator[None]:
+    def bind(self, deltas: Mapping[str, Tensor | None] | None) -> Iterator[None]:
         """Run forward and backward passes with these deltas ([r], or [n, r] rows); None is the reference."""
         outer = {m: layer.bound for m, layer in self.layers.items()}
         try:
@@ -166,6 +166,14 @@ class Policy:
         finally:
             for layer in self.layers.values():
                 layer.tangent = False
+
+    @contextmanager
+    def repeat(self, index: Int[Tensor, " n"]) -> Iterator[None]:
+        """Run rollout i with row index[i] of the bound rows; what is bound without rows stays."""
+        bound = {m: layer.bound for m, layer in self.layers.items()}
+        rows = {m: delta for m, delta in bound.items() if delta is not None and delta.ndim == 2}
+        with self.bind({**bound, **{m: delta[index] for m, delta in rows.items()}}):
+            yield
 
     @contextmanager
     def merge(self, deltas: Deltas) -> Iterator[None]:

@@ -118,6 +118,13 @@ def bench_grader(work: Work, settings: BenchSettings) -> dict[str, Any]:
         "loops": bench_loops(work[0][0], workers, settings),
         "baseline": baseline(work, singles, sample, workers, settings),
         "load_average_before": load,
+        **machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on."""
+    return {
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "git_commit": git_commit(),

@@ -9,6 +9,15 @@ from projected_grpo import train
 from projected_grpo.errors import MISTAKES
 from projected_grpo.runlog import start_logging
 from projected_grpo.verbs_basis import ExtractOptions, extract_verb, verify_verb
+from projected_grpo.verbs_bench import (
+    BenchOptions,
+    BenchStepOptions,
+    bench_backward_verb,
+    bench_extraction_verb,
+    bench_generation_verb,
+    bench_step_verb,
+    bench_svd_verb,
+)
 from projected_grpo.verbs_grading import (
     BenchGraderOptions,
     GradeOptions,
@@ -52,6 +61,11 @@ VERBS: Mapping[str, tuple[type, Callable[..., int]]] = {
     "pretrain-nano": (PretrainNanoOptions, pretrain_nano_verb),
     "results": (ResultsOptions, results_verb),
     "bench grader": (BenchGraderOptions, bench_grader_verb),
+    "bench step": (BenchStepOptions, bench_step_verb),
+    "bench generation": (BenchOptions, bench_generation_verb),
+    "bench backward": (BenchOptions, bench_backward_verb),
+    "bench extraction": (BenchOptions, bench_extraction_verb),
+    "bench svd": (BenchOptions, bench_svd_verb),
 }
 
 
@@ -59,7 +73,7 @@ def usage() -> str:
     """The list of verbs."""
     rows = [("train PRESET", "Train one arm: " + ", ".join(train.PRESETS))]
     rows += [(name, (function.__doc__ or "").splitlines()[0]) for name, (_, function) in VERBS.items()]
-    lines = "\n".join(f"  {name:<14} {text}" for name, text in rows)
+    lines = "\n".join(f"  {name:<16} {text}" for name, text in rows)
     return f"usage: projected-grpo VERB [options]   (VERB --help tells more)\n\n{lines}"
 
 

@@ -15,16 +15,24 @@ tokens.
 Sources: Liu et al. 2025 (arXiv:2503.20783), Schulman et al. 2017 (arXiv:1707.06347), Schulman 2020 (K3).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from projected_grpo.antipasto import Policy
 from projected_grpo.config import LossConfig
-from projected_grpo.rollout import Rollout, collate, completion_logps
+from projected_grpo.rollout import (
+    Rollout,
+    can_share,
+    collate,
+    collate_shared,
+    completion_logps,
+    shared_logps,
+)
 
 STD_FLOOR = 1e-4  # added to the std in classic GRPO, as TRL does
 FLAT = 1e-8  # a group whose rewards differ by less has no variance
@@ -32,9 +40,13 @@ FLAT = 1e-8  # a group whose rewards differ by less has no variance
 
 @dataclass(frozen=True)
 class RolloutGrads:
-    """Per-rollout knob gradients of the loss, and figures per rollout; NaN where one was not measured."""
+    """Knob gradients of the loss, a row per part, and figures per rollout; NaN where one was not measured.
 
-    rows: Mapping[str, Float[Tensor, "n r"]]
+    `first` is a rollout of each part, to look up what the part's rollouts have in common.
+    """
+
+    rows: Mapping[str, Float[Tensor, "parts r"]]
+    first: Int[Tensor, " parts"]
     loss: float
     logp: Float[Tensor, " n"]
     ref_logp: Float[Tensor, " n"]
@@ -75,20 +87,32 @@ def k3(logp: Float[Tensor, "b T"], ref: Float[Tensor, "b T"]) -> Float[Tensor, "
     return difference.exp() - difference - 1
 
 
-def microbatches(rollouts: Sequence[Rollout], which: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Split indices into batches of at most `budget` padded tokens (one rollout at least), by length."""
+def microbatches(
+    rollouts: Sequence[Rollout], which: Sequence[int], budget: int, parts: Sequence[int] | None = None
+) -> Iterator[list[int]]:
+    """Split indices into batches of at most `budget` padded tokens (one rollout at least), longest first.
+
+    With `parts` a batch holds the prompt of each part once, and rollouts of a part stay together.
+    """
+    parts = range(len(rollouts)) if parts is None else parts
+    lengths = {i: len(rollouts[i].prompt_ids) + len(rollouts[i].completion_ids) for i in which}
+    longest: dict[int, int] = {}
+    for i in which:
+        longest[parts[i]] = max(lengths[i], longest.get(parts[i], 0))
     batch: list[int] = []
-    width = length = 0
-    for i in sorted(which, key=lambda i: -len(rollouts[i].prompt_ids) - len(rollouts[i].completion_ids)):
-        wider = max(width, len(rollouts[i].prompt_ids))
-        longer = max(length, len(rollouts[i].completion_ids))
-        if batch and (wider + longer) * (len(batch) + 1) > budget:
+    for i in sorted(which, key=lambda i: (-longest[parts[i]], parts[i], -lengths[i])):
+        if batch and _padded_tokens(rollouts, parts, [*batch, i]) > budget:
             yield batch
-            batch, wider, longer = [], len(rollouts[i].prompt_ids), len(rollouts[i].completion_ids)
+            batch = []
         batch.append(i)
-        width, length = wider, longer
     if batch:
         yield batch
+
+
+def _padded_tokens(rollouts: Sequence[Rollout], parts: Sequence[int], batch: Sequence[int]) -> int:
+    width = max(len(rollouts[i].prompt_ids) for i in batch)
+    length = max(len(rollouts[i].completion_ids) for i in batch)
+    return width * len({parts[i] for i in batch}) + length * len(batch)
 
 
 def per_rollout_grads(
@@ -101,42 +125,57 @@ def per_rollout_grads(
     *,
     deltas: Mapping[str, Float[Tensor, " r"]] | None = None,
     with_reference: bool = False,
+    parts: Sequence[int] | None = None,
 ) -> RolloutGrads:
     """Gradient of the loss for every rollout, from one forward and one backward per microbatch.
 
-    Rollouts with advantage 0 are not run and have zero rows. The gradient is taken at `deltas` (default: the
-    policy as trained); no parameter's `.grad` is touched.
+    With `parts`, a number from 0 up for each rollout, there is a row per part instead, the sum over its
+    rollouts; their prompt, which must be the same, is then run once where the model allows it. Rollouts with
+    advantage 0 are not run and add nothing. The gradient is taken at `deltas` (default: the policy as
+    trained); no parameter's `.grad` is touched.
     """
     deltas = policy.deltas() if deltas is None else deltas
     n = len(rollouts)
-    names = list(policy.layers)
-    rows = {
-        m: torch.zeros(n, len(delta), dtype=delta.dtype, device=delta.device) for m, delta in deltas.items()
-    }
+    parts = range(n) if parts is None else parts
+    first = torch.tensor([parts.index(part) for part in range(max(parts) + 1)])
+    shared = len(first) < n and can_share(policy.model)
+    rows = {m: delta.new_zeros(len(first), len(delta)) for m, delta in deltas.items()}
     figures = torch.full((4, n), float("nan"))
     total = 0.0
     live = [i for i, a in enumerate(advantage.tolist()) if a != 0]
-    for index in microbatches(rollouts, live, loss.tokens_per_microbatch):
-        part = [rollouts[i] for i in index]
-        batch = collate(part, pad_id, policy.device)
+    for index in microbatches(rollouts, live, loss.tokens_per_microbatch, parts if shared else None):
+        batch = [rollouts[i] for i in index]
+        own = [parts[i] for i in index]
+        into = sorted(set(own)) if shared else own  # the part of each row of this forward pass
+        logps, completion = _scorer(policy, batch, own, pad_id, shared)
         ref = None
         if with_reference or loss.beta > 0:
             with torch.no_grad(), policy.bind(None):
-                ref = completion_logps(policy.model, batch)
-        with policy.rows(deltas, len(index)) as leaves:
-            logp = completion_logps(policy.model, batch)
-            old = _old_logps(part, logp)
-            A = advantage[index].to(logp)
-            per_token = -surrogate(logp, old, A, loss.clip, loss.ratio_cap)
+                ref = logps()
+        with policy.rows(deltas, len(into)) as leaves:
+            logp = logps()
+            old = _old_logps(batch, logp)
+            per_token = -surrogate(logp, old, advantage[index].to(logp), loss.clip, loss.ratio_cap)
             if loss.beta > 0 and ref is not None:
                 per_token = per_token + loss.beta * k3(logp, ref)
-            value = (per_token * batch.completion * _token_weights(batch.completion, loss, n, max_new)).sum()
-            gradients = torch.autograd.grad(value, [leaves[m] for m in names])
-        for m, gradient in zip(names, gradients, strict=True):
-            rows[m][index] = gradient
+            value = (per_token * completion * _token_weights(completion, loss, n, max_new)).sum()
+            gradients = torch.autograd.grad(value, list(leaves.values()))
+        for m, gradient in zip(leaves, gradients, strict=True):
+            rows[m].index_add_(0, torch.tensor(into, device=gradient.device), gradient)
         total += float(value.detach())
-        figures[:, index] = _per_rollout_figures(logp.detach(), old, ref, batch.completion).cpu()
-    return RolloutGrads(rows, total, *figures)
+        figures[:, index] = _per_rollout_figures(logp.detach(), old, ref, completion).cpu()
+    return RolloutGrads(rows, first, total, *figures)
+
+
+def _scorer(
+    policy: Policy, rollouts: Sequence[Rollout], parts: Sequence[int], pad_id: int, shared: bool
+) -> tuple[Callable[[], Float[Tensor, "b T"]], Bool[Tensor, "b T"]]:
+    """What gives the completions' log-probabilities under the deltas bound by then, and their mask."""
+    if shared:
+        once = collate_shared(rollouts, parts, pad_id, policy.device)
+        return partial(shared_logps, policy, once), once.completion
+    batch = collate(rollouts, pad_id, policy.device)
+    return partial(completion_logps, policy.model, batch), batch.completion
 
 
 def _token_weights(

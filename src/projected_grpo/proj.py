@@ -238,7 +238,9 @@ def intervene(
     split: bool = True,
     draws: Draws = Draws(),
 ) -> Update:
-    """Apply an arm to per-rollout gradients and measure what it did. Only route2 reads anchors and gate.
+    """Apply an arm to gradients and measure what it did. Only route2 reads anchors and gate.
+
+    A row is a rollout's gradient; for arms not in PER_ROLLOUT it may be the sum over rollouts of one source.
 
     Modules without a basis (all axes below the noise floor) pass unchanged, but for route2's known hacks,
     which are parked in every module. Raises FloatingPointError on a
@@ -361,6 +363,9 @@ ARMS: Mapping[Intervention, Callable[[ArmInput], Update]] = {
     "route": arm_route,
     "route2": arm_route2,
 }
+
+
+PER_ROLLOUT: frozenset[Intervention] = frozenset(("route2",))  # the others read sums of rows only
 
 
 def mean_hackward_share(g: Mapping[str, Tensor], basis: HackBasis) -> float | None:

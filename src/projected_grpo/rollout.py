@@ -47,6 +47,21 @@ class Batch:
         return self.ids[:, -self.completion.shape[1] :]
 
 
+@dataclass(frozen=True)
+class SharedBatch:
+    """Prompts held once, however many completions follow each.
+
+    `prefix` is every prompt but its last token, left-padded; rollout i continues prompt `owner[i]`; its `ids`
+    are that last token and the completion, right-padded.
+    """
+
+    prefix: Int[Tensor, "p W"]
+    prefix_attention: Bool[Tensor, "p W"]
+    owner: Int[Tensor, " b"]
+    completion: Bool[Tensor, "b T"]
+    ids: Int[Tensor, "b T+1"]
+
+
 def stream_seed(*coordinates: int | str) -> int:
     """A 63-bit seed from coordinates such as (seed, "train", step, prompt, row)."""
     text = "/".join(str(c) for c in coordinates)
@@ -60,7 +75,7 @@ def uniforms(seed: int, count: int) -> Float[Tensor, " count"]:
 
 def collate(rollouts: Sequence[Rollout], pad_id: int, device: torch.device) -> Batch:
     """Pad rollouts into one batch."""
-    width = max(len(r.prompt_ids) for r in rollouts)
+    width = max(1, max(len(r.prompt_ids) for r in rollouts))
     length = max(1, max(len(r.completion_ids) for r in rollouts))
     ids = torch.full((len(rollouts), width + length), pad_id)
     attention = torch.zeros_like(ids, dtype=torch.bool)
@@ -70,6 +85,23 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, device: torch.device) -> B
         ids[row, start : start + len(tokens)] = tokens
         attention[row, start : start + len(tokens)] = True
     return Batch(ids.to(device), attention.to(device), attention[:, width:].to(device))
+
+
+def collate_shared(
+    rollouts: Sequence[Rollout], parts: Sequence[int], pad_id: int, device: torch.device
+) -> SharedBatch:
+    """Pad rollouts into one batch that holds the prompt of each part once.
+
+    Rollouts of one part have the same prompt; `owner` counts parts in ascending order.
+    """
+    names = sorted(set(parts))
+    prompts = {part: rollout.prompt_ids for part, rollout in zip(parts, rollouts, strict=True)}
+    if any(prompts[part] != r.prompt_ids for part, r in zip(parts, rollouts, strict=True)):
+        raise ValueError("rollouts of one part have different prompts")
+    heads = collate([Rollout(prompts[part][:-1], (), "") for part in names], pad_id, device)
+    tails = collate([Rollout(r.prompt_ids[-1:], r.completion_ids, "") for r in rollouts], pad_id, device)
+    owner = torch.tensor([names.index(part) for part in parts], device=device)
+    return SharedBatch(heads.ids[:, :-1], heads.attention[:, :-1], owner, tails.completion, tails.ids)
 
 
 def positions(attention: Bool[Tensor, "b L"]) -> Int[Tensor, "b L"]:
@@ -92,6 +124,37 @@ def completion_logps(model: nn.Module, batch: Batch) -> Float[Tensor, "b T"]:
     )
     logps = per_token_logps(out.logits[:, :-1], batch.completion_ids)
     return logps * batch.completion  # padding has finite logits, so 0 * them is 0
+
+
+def can_share(model: nn.Module) -> bool:
+    """Whether a prompt's cache holds all that its continuations read: full attention in every layer."""
+    return set(getattr(model.config, "layer_types", None) or ("full_attention",)) == {"full_attention"}
+
+
+def shared_logps(policy: Policy, batch: SharedBatch) -> Float[Tensor, "b T"]:
+    """`completion_logps` with each prompt run once; gradients reach it from all completions that follow it.
+
+    Bound rows are one per part.
+    """
+    head = policy.model(
+        input_ids=batch.prefix,
+        attention_mask=batch.prefix_attention.long(),
+        position_ids=positions(batch.prefix_attention),
+        logits_to_keep=1,
+        use_cache=True,
+    )
+    head.past_key_values.reorder_cache(batch.owner)
+    before = batch.prefix_attention[batch.owner]
+    fed = torch.cat([before.new_ones(len(before), 1), batch.completion[:, :-1]], dim=1)
+    with policy.repeat(batch.owner):
+        out = policy.model(
+            input_ids=batch.ids[:, :-1],
+            attention_mask=torch.cat([before, fed], dim=1).long(),
+            position_ids=before.sum(1, keepdim=True) + positions(fed),
+            past_key_values=head.past_key_values,
+            use_cache=True,
+        )
+    return per_token_logps(out.logits, batch.ids[:, 1:]) * batch.completion
 
 
 def pick_tokens(

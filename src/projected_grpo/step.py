@@ -20,6 +20,7 @@ from projected_grpo.experiment import Experiment
 from projected_grpo.extract_vhack_grad import refresh
 from projected_grpo.grpo import RolloutGrads, advantages, per_rollout_grads
 from projected_grpo.proj import (
+    PER_ROLLOUT,
     Anchors,
     Draws,
     GateState,
@@ -101,6 +102,14 @@ def find_anchors(cfg: TrainConfig, data: Collected, advantage: Float[Tensor, " n
         clean=data.is_teacher & ~data.hacked,
         advantage_sign=advantage.sign(),
     )
+
+
+def parts_by_source(data: Collected) -> list[int]:
+    """A number per rollout: those of one group and one source are summed, since only their sum is used."""
+    group = len(data.rollouts) // len(data.problems)
+    names = [(i // group, teacher) for i, teacher in enumerate(data.is_teacher.tolist())]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return [numbers[name] for name in names]
 
 
 def apply_update(exp: Experiment, state: TrainState, update: Update) -> dict[str, float | None]:
@@ -190,6 +199,7 @@ def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Coll
         cfg.sampling.max_new,
         exp.chat.pad_id,
         with_reference=ref_due,
+        parts=None if cfg.arm.intervention in PER_ROLLOUT else parts_by_source(data),
     )
     stats: dict[str, float | None] = {}
     if bool((advantage != 0).any()):
@@ -200,7 +210,7 @@ def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Coll
             grads.rows,
             state.basis,
             cfg.arm,
-            data.is_teacher.to(device),
+            data.is_teacher[grads.first].to(device),
             Anchors(*(x.to(device) for x in (anchors.hack, anchors.clean, anchors.advantage_sign))),
             state.gate,
             split=split_every > 0 and state.step % split_every == 0,

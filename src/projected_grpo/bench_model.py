@@ -1,0 +1,401 @@
+"""Timings of the parts of training, each beside a floor measured in the same run on the same tokens.
+
+Models may be random weights of a named size, so that a figure needs no download. Completions never stop early
+and rewards are random, so that every step does all of its work and no group is flat.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from projected_grpo.antipasto import compute_svd, wrap
+from projected_grpo.bench import machine
+from projected_grpo.config import EMBEDDED, FAST, Intervention, ModelConfig, TrainConfig, validate
+from projected_grpo.errors import UserError
+from projected_grpo.experiment import Chat, Data, Experiment
+from projected_grpo.extract_vhack_grad import pair_grads
+from projected_grpo.grpo import per_rollout_grads
+from projected_grpo.models import load_model, stop_ids
+from projected_grpo.pairs import load_pairs
+from projected_grpo.pools import NO_TEACHER
+from projected_grpo.problems import load_problems
+from projected_grpo.rewards import Grade, Grader, Task
+from projected_grpo.rollout import Rollout, collate, positions, sample, stream_seed
+from projected_grpo.step import TrainState, train_step
+from projected_grpo.train import start_state
+
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    "random-0.3m": {
+        **{"hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 3, "vocab_size": 2048},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+    },
+    "random-21m": {
+        **{"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 4096},
+        **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64},
+    },
+    "random-4b": {  # Qwen3-4B's
+        **{"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "vocab_size": 151936},
+        **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    },
+}
+WARM_UP = 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step's size. n = prompts_per_step * group rollouts of max_new tokens each."""
+
+    model: ModelConfig
+    prompts_per_step: int = 4
+    group: int = 4
+    prompt_tokens: int = 200
+    max_new: int = 64
+    steps: int = 5
+    intervention: Intervention = "erase"
+    tokens_per_microbatch: int = 16384
+    seed: int = 41
+
+
+class RandomGrader(Grader):
+    """Pays at random, so that no group is flat."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def grade_all(self, items: Sequence[tuple[Task, str]]) -> list[Grade]:
+        """A uniform reward for each; nothing is run."""
+        rewards = torch.rand(len(items), generator=self.generator).tolist()
+        return [
+            Grade(reward, False, False, False, None, True, False, False, False, None) for reward in rewards
+        ]
+
+
+def bench_model(cfg: ModelConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A model by name or folder, or random weights of a size in SIZES with the tiny model's tokenizer."""
+    if cfg.model not in SIZES:
+        return load_model(cfg)
+    model, tokenizer = load_model(replace(cfg, model="tiny-random"))
+    template: Any = model.config
+    shape = SIZES[cfg.model]
+    config = Qwen3Config(
+        **shape,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        pad_token_id=template.pad_token_id,
+        eos_token_id=template.eos_token_id,
+    )
+    config._attn_implementation = template._attn_implementation
+    weight = next(model.parameters())
+    with torch.random.fork_rng(devices=[]), torch.device(weight.device):
+        torch.manual_seed(0)
+        random: nn.Module = Qwen3ForCausalLM(config)
+    return random.to(dtype=weight.dtype).eval(), tokenizer
+
+
+def open_bench_chat(work: Work) -> Chat:
+    """The adapted model; no token stops a completion."""
+    model, tokenizer = bench_model(work.model)
+    policy = wrap(model, work.model.svd_cache)
+    pad = tokenizer.pad_token_id
+    return Chat(policy, tokenizer, frozenset(), min(stop_ids(model, tokenizer)) if pad is None else pad)
+
+
+def bench_prompts(work: Work, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts of about prompt_tokens tokens: problem statements, one after another."""
+    statements = "\n\n".join(p.messages[-1]["content"] for p in load_problems(EMBEDDED).problems)
+    ids = tokenizer(statements, add_special_tokens=False)["input_ids"]
+    if len(ids) < work.prompts_per_step + work.prompt_tokens:
+        raise UserError(f"--prompt-tokens {work.prompt_tokens}: at most {len(ids) - work.prompts_per_step}")
+    shift = (len(ids) - work.prompt_tokens) // work.prompts_per_step
+    pieces = [ids[i * shift : i * shift + work.prompt_tokens] for i in range(work.prompts_per_step)]
+    return [str(tokenizer.decode(piece)) for piece in pieces]
+
+
+def bench_experiment(work: Work, chat: Chat, out: Path) -> Experiment:
+    """The loop's own experiment on these prompts, with random rewards."""
+    texts = bench_prompts(work, chat.tokenizer)
+    problems = load_problems(EMBEDDED).problems
+    train, held_out = problems[: len(texts)], problems[len(texts) : len(texts) + 1]
+    prompts = {
+        problem.problem_id: tuple(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
+        for problem, text in zip(train, texts, strict=True)
+    }
+    cfg = bench_config(work, out)
+    data = Data(train, held_out, held_out, NO_TEACHER)
+    return Experiment(cfg, chat, data, prompts, load_pairs(None), RandomGrader(work.seed))
+
+
+def bench_config(work: Work, out: Path) -> TrainConfig:
+    """`fast`'s settings at this size, without the extraction and the reference pass of some steps."""
+    cfg = replace(
+        FAST,
+        model=work.model,
+        run=replace(FAST.run, out_dir=out, seed=work.seed),
+        problems=replace(FAST.problems, problems=EMBEDDED, n_problems=work.prompts_per_step),
+        sampling=replace(
+            FAST.sampling,
+            prompts_per_step=work.prompts_per_step,
+            group=work.group,
+            max_new=work.max_new,
+        ),
+        loss=replace(FAST.loss, ref_every=0, tokens_per_microbatch=work.tokens_per_microbatch),
+        optim=replace(FAST.optim, steps=work.steps + WARM_UP),
+        arm=replace(FAST.arm, intervention=work.intervention),
+        basis=replace(FAST.basis, vhack_refresh_every=0),
+        teacher=replace(FAST.teacher, mix_ratio=0.0),
+    )
+    validate(cfg)
+    return cfg
+
+
+@contextmanager
+def open_stepper(work: Work, chat: Chat) -> Iterator[Callable[[], dict[str, Any]]]:
+    """A function that makes one training step and returns its line of steps.jsonl."""
+    with tempfile.TemporaryDirectory() as out:
+        exp = bench_experiment(work, chat, Path(out))
+        state: TrainState = start_state(exp)
+
+        def step() -> dict[str, Any]:
+            record, _ = train_step(exp, state)
+            synchronise(chat.policy.device)
+            state.step += 1
+            return record
+
+        yield step
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU, so that a clock read next is honest."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def alternated(
+    functions: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
+) -> dict[str, float]:
+    """Median seconds of each, called in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(repeats + WARM_UP):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            synchronise(device)
+            if i >= WARM_UP:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+Rival = Callable[[Work, Sequence[str], Callable[[], object]], list[float]]
+
+
+def bench_step(work: Work, rival: Rival | None = None) -> dict[str, Any]:
+    """Seconds of a whole step, ours and the rival's in turns: generate, score, loss, update.
+
+    `parts` are ours: generation, and what follows grading. Medians; the first step of each is not counted.
+    """
+    chat = open_bench_chat(work)
+    ours: list[dict[str, Any]] = []
+    with open_stepper(work, chat) as step:
+        if rival is None:
+            for _ in range(work.steps + WARM_UP):
+                ours.append(step())
+            theirs = None
+        else:
+            texts = bench_prompts(work, chat.tokenizer)
+            theirs = median(rival(work, texts, lambda: ours.append(step()))[WARM_UP:])
+    ours = ours[WARM_UP:]
+    parts = {name: median(record[key] for record in ours) for name, key in (("gen_s", "gen"), ("fb_s", "fb"))}
+    seconds = median(record["sec"] for record in ours)
+    figures: dict[str, Any] = {"ours_s": seconds, **parts}
+    if theirs is not None:
+        figures |= {"trl_s": theirs, "ratio": theirs / seconds}
+    return figures | {"peak_gb": ours[-1]["peak_gb"]} | describe(work, chat)
+
+
+def bench_generation(work: Work) -> dict[str, Any]:
+    """Our sampling with trained knobs, beside transformers' own generate on the base model, in turns."""
+    chat = open_bench_chat(work)
+    policy = chat.policy
+    for layer in policy.layers.values():
+        layer.delta_s.data.normal_(std=1e-3)
+    prompts = [
+        tuple(chat.tokenizer(t, add_special_tokens=False)["input_ids"])
+        for t in bench_prompts(work, chat.tokenizer)
+    ]
+    seeds = [[stream_seed(work.seed, i, j) for j in range(work.group)] for i in range(len(prompts))]
+    sampling = bench_config(work, Path()).sampling
+    heads = collate(
+        [Rollout(p, (), "") for p in prompts for _ in range(work.group)], chat.pad_id, policy.device
+    )
+    model: Any = policy.model
+
+    def floor() -> None:
+        model.generate(
+            heads.ids[:, :-1],
+            attention_mask=heads.attention[:, :-1].long(),
+            max_new_tokens=work.max_new,
+            min_new_tokens=work.max_new,
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            pad_token_id=chat.pad_id,
+        )
+
+    def ours() -> None:
+        sample(policy, prompts, seeds, sampling, chat.stop, chat.pad_id)
+
+    seconds = alternated({"ours": ours, "floor": floor}, policy.device, work.steps)
+    tokens = len(heads.ids) * work.max_new
+    return {
+        "ours_s": seconds["ours"],
+        "floor_s": seconds["floor"],
+        "ours_tokens_per_s": tokens / seconds["ours"],
+        "floor_tokens_per_s": tokens / seconds["floor"],
+        "ratio": seconds["floor"] / seconds["ours"],
+    } | describe(work, chat)
+
+
+def random_rollouts(work: Work, chat: Chat) -> list[Rollout]:
+    """Rollouts of full length with random completions, group by group."""
+    config: Any = chat.policy.model.config
+    generator = torch.Generator().manual_seed(work.seed)
+    prompts = [
+        chat.tokenizer(t, add_special_tokens=False)["input_ids"] for t in bench_prompts(work, chat.tokenizer)
+    ]
+    return [
+        Rollout(
+            tuple(p),
+            tuple(torch.randint(config.vocab_size, (work.max_new,), generator=generator).tolist()),
+            "",
+        )
+        for p in prompts
+        for _ in range(work.group)
+    ]
+
+
+def bench_backward(work: Work) -> dict[str, Any]:
+    """The loss's forward and backward, a gradient per rollout or per group, beside the frozen base's.
+
+    The floor runs the same padded tokens through the base model forward and backward to its input embeddings.
+    """
+    chat = open_bench_chat(work)
+    policy = chat.policy
+    rollouts = random_rollouts(work, chat)
+    generator = torch.Generator().manual_seed(work.seed)
+    advantage = torch.randn(len(rollouts), generator=generator).to(policy.device)
+    loss = bench_config(work, Path()).loss
+    groups = [i // work.group for i in range(len(rollouts))]
+
+    def ours(parts: Sequence[int] | None) -> None:
+        per_rollout_grads(policy, rollouts, advantage, loss, work.max_new, chat.pad_id, parts=parts)
+
+    functions: dict[str, Callable[[], object]] = {
+        "per_rollout": lambda: ours(None),
+        "shared_prompt": lambda: ours(groups),
+        "floor": lambda: frozen_pass(
+            policy.model, rollouts, chat.pad_id, policy.device, work.tokens_per_microbatch
+        ),
+    }
+    for layer in policy.layers.values():
+        layer.delta_s.data.normal_(std=1e-3)
+    seconds = alternated(functions, policy.device, work.steps)
+    floor = seconds["floor"]
+    return {
+        **{f"{name}_s": value for name, value in seconds.items()},
+        "per_rollout_over_floor": seconds["per_rollout"] / floor,
+        "shared_prompt_over_floor": seconds["shared_prompt"] / floor,
+    } | describe(work, chat)
+
+
+def frozen_pass(
+    model: nn.Module, rollouts: Sequence[Rollout], pad_id: int, device: torch.device, budget: int
+) -> None:
+    """Forward through frozen weights and backward to the input embeddings, in batches of `budget` tokens."""
+    tokens = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
+    size = max(1, budget // tokens)
+    for start in range(0, len(rollouts), size):
+        batch = collate(rollouts[start : start + size], pad_id, device)
+        table: Any = model.get_input_embeddings()  # type: ignore[operator]
+        embedded = table(batch.ids).detach().requires_grad_()
+        out = model(
+            inputs_embeds=embedded,
+            attention_mask=batch.attention.long(),
+            position_ids=positions(batch.attention),
+            logits_to_keep=batch.completion.shape[1] + 1,
+            use_cache=False,
+        )
+        torch.autograd.grad(out.logits.float().logsumexp(-1).sum(), embedded)
+
+
+def bench_extraction(work: Work) -> dict[str, Any]:
+    """Gradients of the packaged pairs, beside the frozen base's forward and backward on the same tokens."""
+    chat = open_bench_chat(work)
+    pairs = load_pairs(None).split()[0]
+    loss = bench_config(work, Path()).loss
+    rollouts = [
+        Rollout(
+            tuple(chat.tokenizer(pair.messages[-1]["content"], add_special_tokens=False)["input_ids"]),
+            tuple(chat.tokenizer(text, add_special_tokens=False)["input_ids"]),
+            "",
+        )
+        for pair in pairs
+        for text in (pair.hack, pair.clean)
+    ]
+    functions: dict[str, Callable[[], object]] = {
+        "ours": lambda: pair_grads(chat.policy, chat.tokenizer, pairs, loss, chat.stop_id),
+        "floor": lambda: frozen_pass(
+            chat.policy.model, rollouts, chat.pad_id, chat.policy.device, work.tokens_per_microbatch
+        ),
+    }
+    seconds = alternated(functions, chat.policy.device, work.steps)
+    return {
+        "ours_s": seconds["ours"],
+        "floor_s": seconds["floor"],
+        "over_floor": seconds["ours"] / seconds["floor"],
+        "pairs": len(pairs),
+    } | describe(work, chat)
+
+
+def bench_svd(work: Work) -> dict[str, Any]:
+    """The SVDs of all adapted weights, beside one product of each weight with its transpose."""
+    chat = open_bench_chat(replace(work, model=replace(work.model, svd_cache=None)))
+    weights = [layer.weight.data.float() for layer in chat.policy.layers.values()]
+    functions: dict[str, Callable[[], object]] = {
+        "ours": lambda: [compute_svd(W) for W in weights],
+        "matmul": lambda: [W @ W.T for W in weights],
+    }
+    seconds = alternated(functions, chat.policy.device, work.steps)
+    return {
+        "ours_s": seconds["ours"],
+        "floor_s": seconds["matmul"],
+        "over_floor": seconds["ours"] / seconds["matmul"],
+        "modules": len(weights),
+    } | describe(work, chat)
+
+
+def describe(work: Work, chat: Chat) -> dict[str, Any]:
+    """What was measured, and on what."""
+    parameters = sum(p.numel() for p in chat.policy.model.parameters())
+    knobs = sum(2 * r for r in chat.policy.ranks.values())
+    return {
+        "model": work.model.model,
+        "parameters": parameters - knobs,
+        "prompts_per_step": work.prompts_per_step,
+        "group": work.group,
+        "prompt_tokens": work.prompt_tokens,
+        "max_new": work.max_new,
+        "steps": work.steps,
+        "intervention": work.intervention,
+        "device": str(chat.policy.device),
+        "dtype": str(next(chat.policy.model.parameters()).dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    } | machine()

@@ -1,0 +1,87 @@
+"""TRL's GRPOTrainer with LoRA on the benchmark's model and prompts (needs the `bench` extra)."""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from projected_grpo.bench_model import WARM_UP, Work, bench_model, synchronise
+
+RANK = 32
+
+
+class StepClock(TrainerCallback):
+    """Times every optimizer step of a trainer, and gives the floor to someone else after each."""
+
+    def __init__(self, device: torch.device, between: Callable[[], object]) -> None:
+        self.device, self.between = device, between
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The step's data are fetched; generation, scoring, loss and update follow."""
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time, then let the other side make its step."""
+        synchronise(self.device)
+        self.seconds.append(time.perf_counter() - self.started)
+        self.between()
+
+
+def trl_steps(work: Work, prompts: Sequence[str], between: Callable[[], object]) -> list[float]:
+    """Seconds of each of TRL's steps; `between` is called after each of them.
+
+    Same model, prompts, group and completion length (no early stop), random rewards, AdamW, one update per
+    batch, no reference model, Dr.GRPO's loss; LoRA of rank 32 on all Linears in place of our knobs.
+    """
+    model, tokenizer = bench_model(work.model)
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(work.seed)
+    clock = StepClock(device, between)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+    def random_reward(completions: Sequence[object], **kwargs: object) -> list[float]:
+        return torch.rand(len(completions), generator=generator).tolist()
+
+    with tempfile.TemporaryDirectory() as out:
+        config = GRPOConfig(
+            output_dir=out,
+            per_device_train_batch_size=work.prompts_per_step * work.group,
+            num_generations=work.group,
+            max_completion_length=work.max_new,
+            generation_kwargs={"min_new_tokens": work.max_new},
+            max_steps=work.steps + WARM_UP,
+            loss_type="dr_grpo",
+            beta=0.0,
+            temperature=0.7,
+            top_k=20,
+            learning_rate=7e-5,
+            gradient_checkpointing=False,
+            bf16=next(model.parameters()).dtype == torch.bfloat16,
+            use_cpu=device.type == "cpu",
+            shuffle_dataset=False,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            seed=work.seed,
+        )
+        trainer = GRPOTrainer(
+            model=model,
+            args=config,
+            reward_funcs=random_reward,
+            train_dataset=Dataset.from_dict({"prompt": list(prompts)}),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"),
+            callbacks=[clock],
+        )
+        trainer.train()
+    return clock.seconds

@@ -1,0 +1,117 @@
+"""The verbs that time training: a whole step, and its parts beside their floors."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tabulate import tabulate
+
+from projected_grpo.bench_model import (
+    Rival,
+    Work,
+    bench_backward,
+    bench_extraction,
+    bench_generation,
+    bench_step,
+    bench_svd,
+)
+from projected_grpo.config import Intervention, ModelConfig
+from projected_grpo.errors import UserError
+from projected_grpo.runlog import write_json
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """The size of a step. Figures are medians over the steps, the first of which is not counted."""
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(model="random-21m", svd_cache=None))
+    prompts_per_step: int = 4
+    group: int = 4
+    prompt_tokens: int = 200
+    max_new: int = 64
+    """Completion tokens; no completion stops early."""
+    steps: int = 5
+    intervention: Intervention = "erase"
+    tokens_per_microbatch: int = 16384
+    """Padded tokens per forward-backward pass."""
+    threads: int = 0
+    """CPU threads of torch; 0 is torch's own choice."""
+    json: Path | None = None
+    """Write the figures here."""
+
+
+@dataclass(frozen=True)
+class BenchStepOptions(BenchOptions):
+    """A whole step: generate, score, loss, update. Rewards are random."""
+
+    vs: Literal["none", "trl"] = "none"
+    """Measure TRL's GRPOTrainer in turns with ours (needs the `bench` extra)."""
+
+
+def measure(options: BenchOptions, function: Callable[[Work], dict[str, Any]]) -> int:
+    """Run one benchmark, print its figures and write them."""
+    for name in ("prompts_per_step", "group", "prompt_tokens", "max_new", "steps", "tokens_per_microbatch"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if options.group < 2:
+        raise UserError(f"--group must be at least 2, got {options.group}: a group of one has no advantage")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    figures = function(
+        Work(
+            options.model,
+            options.prompts_per_step,
+            options.group,
+            options.prompt_tokens,
+            options.max_new,
+            options.steps,
+            options.intervention,
+            options.tokens_per_microbatch,
+        )
+    )
+    rows = [[name, f"{value:.4g}" if isinstance(value, float) else value] for name, value in figures.items()]
+    print(tabulate(rows, disable_numparse=True))
+    if options.json is not None:
+        write_json(options.json, figures)
+    return 0
+
+
+def rival(name: str) -> Rival | None:
+    """The other trainer. Raises UserError if it is not installed."""
+    if name == "none":
+        return None
+    try:
+        module = importlib.import_module("projected_grpo.bench_trl")
+    except ModuleNotFoundError as error:
+        raise UserError(f"--vs {name}: {error.name} is not installed; pip install -e '.[bench]'") from error
+    steps: Rival = module.trl_steps
+    return steps
+
+
+def bench_step_verb(options: BenchStepOptions) -> int:
+    """Seconds of a whole training step, and TRL's on the same work."""
+    other = rival(options.vs)
+    return measure(options, lambda work: bench_step(work, other))
+
+
+def bench_generation_verb(options: BenchOptions) -> int:
+    """Tokens per second of our sampling, beside transformers' generate on the base model."""
+    return measure(options, bench_generation)
+
+
+def bench_backward_verb(options: BenchOptions) -> int:
+    """The loss's forward and backward, beside those of the frozen base model."""
+    return measure(options, bench_backward)
+
+
+def bench_extraction_verb(options: BenchOptions) -> int:
+    """Pair gradients, beside the frozen base model's forward and backward on the same tokens."""
+    return measure(options, bench_extraction)
+
+
+def bench_svd_verb(options: BenchOptions) -> int:
+    """The SVDs of all adapted weights, beside a product of each weight with its transpose."""
+    return measure(options, bench_svd)
