@@ -62,6 +62,7 @@ STDOUT, STDERR, RESULT, FILES = range(4)  # the parts of an Output
 NAME_BYTES = 255  # the longest name of a file
 QUIET_S = 0.005  # most programs end sooner: what they say is then read once, not line by line
 SPARE_BYTES = 1 << 16
+F_GETFL = 3
 STARTED = b"R"  # the first byte on the result pipe: the child is contained and has its job
 JOBS_FD = 200  # where this interpreter reads messages
 SETUP_FAILED = 70  # exit code of a child whose containment could not be put in place
@@ -205,11 +206,15 @@ class Cell:
             if fd >= 0:
                 self.poll.register(fd, select.POLLIN)
 
-    def go_on(self, job: Job) -> None:
-        """Have the process run another job."""
+    def go_on(self, job: Job) -> bool:
+        """Have the process run another job; False when it is no longer there."""
+        try:
+            os.write(self.order, ORDER.pack(job.more, job.length))
+        except BrokenPipeError:
+            return False
         if not job.more:
             self.poll.unregister(self.heard)  # it forks no more: all it will say is that it closed this
-        os.write(self.order, ORDER.pack(job.more, job.length))
+        return True
 
     def watch(self) -> Seen:
         """Wait for the program that runs."""
@@ -390,8 +395,9 @@ def child(
         keep_only(RESULT_FD + (2 if ruleset is not None else 1), (JOBS_FD, *channel))
         os.chdir(scratch.path)
         scratch.containment.enter(ruleset)
+        flags = open_flags()
         while job.more and os.fork():
-            job = after_a_fork(*channel)
+            job = after_a_fork(*channel, flags)
         if job.more:
             os.setsid()  # as it is in a process that runs its only program
         data = marshal.loads(read_exactly(JOBS_FD, job.length))  # from the trusted side
@@ -413,11 +419,15 @@ def child(
     os._exit(0)
 
 
-def after_a_fork(heard: int, order: int) -> Job:
+def open_flags() -> list[int]:
+    """All that the programs of this process share beside the folder: how its descriptors are open."""
+    return [libc.fcntl(fd, F_GETFL, 0) for fd in range(RESULT_FD + 1)]
+
+
+def after_a_fork(heard: int, order: int, flags: list[int]) -> Job:
     """Wait for the end of the program that this process forked, say how it ended, and be told the next."""
     _, status, used = os.wait4(-1, 0)
-    whole = all(map(os.get_blocking, range(RESULT_FD + 1)))  # all that programs share: the open pipes
-    os.write(heard, ENDED.pack(whole, status, used.ru_utime + used.ru_stime))
+    os.write(heard, ENDED.pack(open_flags() == flags, status, used.ru_utime + used.ru_stime))
     more, length = ORDER.unpack(read_exactly(order, ORDER.size))
     return Job(length, more)
 
@@ -494,15 +504,13 @@ class Server:
 
     def run(self, number: int, job: Job) -> bool:
         """Run a job and answer; False when no process began with it."""
-        if self.cell is not None and self.cell.number != number:
+        started = time.monotonic()
+        if self.cell is not None and not (self.cell.number == number and self.cell.go_on(job)):
             self.close_cell()
         self.output.clear()
-        started = time.monotonic()
         if self.cell is None:
             self.cell = Cell(self.scratch, self.output, number)
             self.cell.start(job, self.setups.get(number), self.null)
-        else:
-            self.cell.go_on(job)
         seen = self.cell.watch()
         seconds = time.monotonic() - started
         if not seen.clean:
