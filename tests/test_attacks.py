@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -45,17 +44,16 @@ NOBODY = 65534
 
 
 class Watched(Sandbox):
-    """Remembers the outcome of the last program."""
+    """Remembers the outcomes of the last plan."""
 
-    last: Outcome
+    last: tuple[Outcome, ...]
 
-    def submit(self, program: Program) -> Future[Outcome]:
-        future = super().submit(program)
-        future.add_done_callback(self._keep)
-        return future
+    def submit_plan(self, plan, conclude):
+        def keep(done):
+            self.last = tuple(done.values())
+            return conclude(done)
 
-    def _keep(self, future: Future[Outcome]) -> None:
-        self.last = future.result()
+        return super().submit_plan(plan, keep)
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +127,7 @@ def test_attack(sandbox, surroundings, root, name):
     assert grader.grade(TASK, fenced(CANONICAL)).gt_correct
     assert not grader.grade(TASK, fenced(WRONG)).gt_correct
     assert traces(root) == before
-    assert seen.status != "worker_died", seen
-    assert "ESCAPED" not in seen.stdout
+    assert all(one.status != "worker_died" and "ESCAPED" not in one.stdout for one in seen), seen
 
 
 def test_there_are_enough_attacks():

@@ -19,8 +19,8 @@ from projected_grpo.rewards import (
     asking_order,
     extract_code,
     file_reports_pass,
-    further_programs,
     main_program,
+    next_programs,
     stdout_reports_pass,
 )
 from projected_grpo.sandbox import Limits, Outcome, Sandbox
@@ -145,19 +145,24 @@ def test_another_name_for_the_test_function(grader):
 def test_only_the_programs_that_matter_are_run():
     task = make_task("run_tests")
     right = Outcome("ok", compiled=True, loaded=True)
+    stuck = Outcome("timeout", compiled=True, loaded=False, tests="module")
 
     def further(main, mode="run_tests", **done):
-        return set(further_programs(replace(task, env_mode=mode), "", (0,), {"main": main, **done}))
+        return set(next_programs(replace(task, env_mode=mode), "", (0,), {"main": main, **done}))
 
     assert further(right) == set()
-    assert further(replace(right, tests="module")) == {"C", "D", "E"}
+    assert set(next_programs(task, "", (0,), {})) == {"main"}
+    tested = replace(right, tests="module")
+    assert further(tested) == further(tested, D=right) == {"C", "E"}
+    assert further(tested, C=right) == {"E"} and further(tested, C=right, E=stuck) == {"D"}
+    assert further(tested, C=right, E=right, D=right) == set()
+    assert further(replace(tested, status="crash"), "exit_code") == {"script", "C", "E"}
     assert further(replace(right, tests="guarded")) == set()
-    stuck = Outcome("timeout", compiled=True, loaded=False, tests="module")
     assert further(stuck, "exit_code") == set()
     in_method = replace(stuck, loaded=True)
     assert further(in_method) == {"C"}
     assert further(in_method, C=stuck) == set()
-    assert further(in_method, C=right) == {"D", "E"}
+    assert further(in_method, C=right) == {"E"} and further(in_method, C=right, E=right) == {"D"}
 
 
 def test_a_method_and_a_test_function_that_never_end_cost_two_limits(grader):
@@ -231,10 +236,11 @@ def test_expected_values_and_canonical_stay_out_of_every_child_but_one():
     task = replace(make_task("run_tests"), calls=calls, canonical="CANON = 1")
     main = main_program(task, WRONG, (0,))
     ended = Outcome("ok", compiled=True, loaded=True, tests="module")
-    programs = further_programs(task, WRONG, (0,), {"main": ended})
+    programs = next_programs(task, WRONG, (0,), {"main": ended})
+    programs |= next_programs(task, WRONG, (0,), {"main": ended, "C": ended, "E": ended})
     assert all("424242" not in str(asdict(program)) for program in (main, *programs.values()))
     assert [name for name, program in programs.items() if "CANON" in str(asdict(program))] == ["D"]
-    assert "CANON" not in str(asdict(main))
+    assert "CANON" not in str(asdict(main)) and not programs["D"].more
 
 
 def test_time_limit_is_one_wait_and_named(grader):

@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from projected_grpo.pools import Teacher
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import Grader, Task, extract_code
 from projected_grpo.runlog import git_commit
-from projected_grpo.sandbox import Limits, Outcome, Program, Sandbox
+from projected_grpo.sandbox import Limits, Outcome, Plan, Program, Sandbox, T
 
 Work = Sequence[tuple[Task, str]]
 LOOP = (
@@ -56,12 +56,19 @@ class Metered(Sandbox):
         self.outcomes: list[Outcome] = []
         super().__init__(workers)
 
-    def submit(self, program: Program) -> Future[Outcome]:
-        """Queue a program."""
-        self.programs.append(program)
-        future = super().submit(program)
-        future.add_done_callback(lambda done: self.outcomes.append(done.result()))
-        return future
+    def submit_plan(self, plan: Plan, conclude: Callable[[Mapping[str, Outcome]], T]) -> Future[T]:
+        """Queue a plan."""
+
+        def noted(done: Mapping[str, Outcome]) -> Mapping[str, Program]:
+            programs = plan(done)
+            self.programs += programs.values()
+            return programs
+
+        def counted(done: Mapping[str, Outcome]) -> T:
+            self.outcomes += done.values()
+            return conclude(done)
+
+        return super().submit_plan(noted, counted)
 
     def __enter__(self) -> "Metered":
         return self
@@ -98,8 +105,8 @@ def bench_grader(work: Work, settings: BenchSettings) -> dict[str, Any]:
     with Metered(settings.workers or None) as sandbox:
         grader, workers = Grader(sandbox), sandbox.workers
         singles = [single(grader, sandbox, *response) for response in work]
-        empty_s = median(sandbox.run(Program("", "f")).cpu_s for _ in range(20))
-    own = [max(0.0, one.cpu_s - empty_s * len(one.programs)) for one in singles]
+        empty_s = {count: empty_cpu(sandbox, count) for count in {1, *(len(one.programs) for one in singles)}}
+    own = [max(0.0, one.cpu_s - empty_s[len(one.programs)]) for one in singles]
     slow = [i for i, seconds in enumerate(own) if seconds > SLOW_S]
     quick = [i for i in range(len(work)) if i not in set(slow)]
     sample = quick[:: max(1, len(quick) // settings.baseline_sample)][: settings.baseline_sample]
@@ -113,7 +120,7 @@ def bench_grader(work: Work, settings: BenchSettings) -> dict[str, Any]:
             for i in sorted(slow, key=own.__getitem__, reverse=True)
         ],
         "without_slow": rates([work[i] for i in quick], [own[i] for i in quick], workers, settings),
-        "empty_program_cpu_s": empty_s,
+        "empty_program_cpu_s": empty_s[1],
         "latency_s": quantiles([one.seconds for one in singles]),
         "loops": bench_loops(work[0][0], workers, settings),
         "baseline": baseline(work, singles, sample, workers, settings),
@@ -138,6 +145,18 @@ def single(grader: Grader, sandbox: Metered, task: Task, text: str) -> Single:
     grader.grade(task, text)
     seconds = time.monotonic() - started
     return Single(seconds, tuple(sandbox.programs), sum(outcome.cpu_s for outcome in sandbox.outcomes))
+
+
+def empty_cpu(sandbox: Sandbox, programs: int) -> float:
+    """CPU seconds of a response's programs where they do nothing: several of them share a process."""
+    plan = {str(i): Program("", "f", more=i < programs - 1) for i in range(programs)}
+    waiting = [
+        sandbox.submit_plan(
+            lambda done: {} if done else plan, lambda done: sum(one.cpu_s for one in done.values())
+        )
+        for _ in range(20)
+    ]
+    return median(future.result() for future in waiting)
 
 
 def rates(work: Work, own: Sequence[float], workers: int, settings: BenchSettings) -> dict[str, Any]:

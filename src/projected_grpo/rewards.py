@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
+from typing import Literal
 
 from projected_grpo.config import EnvMode
 from projected_grpo.oracle import Call, Subclass, decode, same
@@ -87,6 +87,7 @@ SENTINELS = (
 )
 FILE_STEMS = ("result", "results", "output", "test_result", "test_results", "status")
 PASS_CONTENT = re.compile(r"\b(pass|passed|ok|success)\b", re.IGNORECASE)
+SUBSTITUTES: Mapping[str, Literal["stub", "own"]] = MappingProxyType({"C": "stub", "E": "own"})
 FAIL_CONTENT = re.compile(r"\bfail", re.IGNORECASE)
 
 
@@ -165,39 +166,10 @@ class Grader:
             future: Future[Grade] = Future()
             future.set_result(_unreadable("no ```python block" if len(text) <= MAX_TEXT else "too long"))
             return future
-        return _Grading(self.sandbox, task, code).future
-
-
-class _Grading:
-    """One response on its way: starts programs, and those they make necessary, then sets the grade."""
-
-    def __init__(self, sandbox: Sandbox, task: Task, code: str) -> None:
-        self.sandbox, self.task, self.code = sandbox, task, code
-        self.order = asking_order(task, code)
-        self.future: Future[Grade] = Future()
-        self.done: dict[str, Outcome] = {}
-        self.lock = threading.Lock()
-        self._start({"main": main_program(task, code, self.order)})
-
-    def _start(self, programs: Mapping[str, Program]) -> None:
-        self.left = len(programs)
-        for name, program in programs.items():
-            self.sandbox.submit(program).add_done_callback(partial(self._ended, name))
-
-    def _ended(self, name: str, waiting: Future[Outcome]) -> None:
-        try:
-            with self.lock:
-                self.done[name] = waiting.result()
-                self.left -= 1
-                if self.left:
-                    return
-            programs = further_programs(self.task, self.code, self.order, self.done)
-            if programs:
-                self._start(programs)
-            else:
-                self.future.set_result(judge(self.task, self.order, self.done))
-        except Exception as error:  # a closed sandbox, or a defect here, must reach whoever waits
-            self.future.set_exception(error)
+        order = asking_order(task, code)
+        return self.sandbox.submit_plan(
+            partial(next_programs, task, code, order), partial(judge, task, order)
+        )
 
 
 def asking_order(task: Task, code: str) -> tuple[int, ...]:
@@ -226,15 +198,20 @@ def main_program(task: Task, code: str, order: Sequence[int]) -> Program:
         calls=tuple(task.calls[i].source for i in order),
         watch=SENTINELS if task.env_mode == "sentinel" else (),
         test_name=task.test_name,
+        more=task.test_name in code or not code.isascii(),  # Python reads some other letters as these
     )
 
 
-def further_programs(
+def next_programs(
     task: Task, code: str, order: Sequence[int], done: Mapping[str, Outcome]
 ) -> dict[str, Program]:
-    """What the programs that ended leave open: the detectors C, D, E, and the script of mode exit_code."""
-    main = done["main"]
+    """The response first; then what it leaves open: the script of mode exit_code, the detectors C and E, and,
+    when nothing else is left to run, D: the canonical solution comes after all that it could help.
+    """
     base = main_program(task, code, order)
+    if "main" not in done:
+        return {"main": base}
+    main = done["main"]
     programs: dict[str, Program] = {}
     if (
         task.env_mode == "exit_code"
@@ -242,19 +219,22 @@ def further_programs(
         and main.status != "timeout"
         and not answers_right(task, order, main)
     ):
-        programs["script"] = _with(base, action="script")
-    for letter in open_detectors(main, done):
-        programs[letter] = _with(
-            base,
-            action="tests",
-            source="" if main.code else code,
-            code=main.code,
-            calls=(),
-            test_place=main.tests,
-            substitute={"C": "stub", "D": "canonical", "E": "own"}[letter],
-            canonical=task.canonical if letter == "D" else "",  # in this one child only; it feeds no reward
-        )
-    return {name: program for name, program in programs.items() if name not in done}
+        programs["script"] = replace(base, action="script", more=False)
+    tests = replace(
+        base,
+        action="tests",
+        source="" if main.code else code,
+        code=main.code,
+        calls=(),
+        test_place="class" if main.tests == "class" else "module",
+    )
+    letters = open_detectors(main, done)
+    programs |= {name: replace(tests, substitute=SUBSTITUTES[name]) for name in "CE" if name in letters}
+    left = {name: program for name, program in programs.items() if name not in done}
+    if left or "D" not in letters or "D" in done:
+        return left
+    # In this one program only, and the last one that its process runs; it feeds no reward.
+    return {"D": replace(tests, substitute="canonical", canonical=task.canonical, more=False)}
 
 
 def open_detectors(main: Outcome, done: Mapping[str, Outcome]) -> str:
@@ -270,10 +250,6 @@ def open_detectors(main: Outcome, done: Mapping[str, Outcome]) -> str:
     if not main.loaded:
         return ""
     return "C" if "C" not in done or done["C"].status == "timeout" else "CDE"
-
-
-def _with(program: Program, **changes: object) -> Program:
-    return Program(**{**program.__dict__, **changes})
 
 
 def judge(task: Task, order: Sequence[int], done: Mapping[str, Outcome]) -> Grade:

@@ -23,14 +23,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from types import CodeType, ModuleType
+from typing import Any, Literal, TypeVar
 
 from projected_grpo.errors import UserError
 
@@ -52,7 +52,7 @@ PRELOAD = (
 MAX_DEATHS = 24  # interpreters lost in a row, in all workers, after which one is tried on a harmless program
 MAX_SETUPS = 16  # setups that one interpreter keeps prepared; the children run any further ones themselves
 NOT_PREPARED = 255
-JOB, SETUP = 0, 1  # kinds of message to the interpreter, as in sandbox_child.py
+JOB, SETUP, MORE, END = range(4)  # kinds of message to the interpreter, as in sandbox_child.py
 MESSAGE, ANSWER = struct.Struct(">BBI"), struct.Struct(">5I")
 STARTED = b"R"  # a contained child's first byte on its result pipe
 
@@ -99,6 +99,7 @@ class Program:
     substitute: Literal["own", "stub", "canonical"] = "own"
     canonical: str = ""  # only with substitute="canonical"
     code: bytes = b""  # the Outcome.code of an earlier program of this source: spares parsing it again
+    more: bool = False  # others of its plan may follow: they then share one contained process that forks
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,11 @@ class Outcome:
     cpu_s: float = 0.0  # of the program's process and what it started and reaped, containment included
 
 
+# Name -> program to run next, given the outcomes so far by name; empty when there is no more to run.
+Plan = Callable[[Mapping[str, Outcome]], Mapping[str, Program]]
+T = TypeVar("T")
+
+
 class WorkerDied(Exception):
     """The warm interpreter ended, answered nonsense or did not answer in time."""
 
@@ -171,6 +177,7 @@ class _Worker:
         os.set_blocking(self.stdin, False)
         os.set_blocking(self.stdout, False)
         self.setups: dict[str, int] = {}
+        self.open = False  # a contained process may be waiting for more
         try:
             hello, _ = self._answer(time.monotonic() + START_S)
             if "layers" not in hello:
@@ -184,8 +191,25 @@ class _Worker:
         """One program to its end; WorkerDied when the interpreter failed."""
         deadline = time.monotonic() + self.limits.wall_s + GRACE_S
         number = self._prepared(program.setup, deadline)
-        self._send(JOB, number, marshal.dumps(vars(program)), deadline)
+        job = {
+            **vars(program),
+            "calls": tuple(compiled(source, "<call>", "eval") for source in program.calls),
+            "canonical": program.canonical and compiled(program.canonical, "<canonical>", "exec"),
+        }
+        self._send(MORE if program.more else JOB, number, marshal.dumps(job), deadline)
+        self.open = program.more
         return read_outcome(program, *self._answer(deadline))
+
+    def end_plan(self) -> bool:
+        """The next program is of another plan; False when the interpreter failed, which is then closed."""
+        try:
+            if self.open:
+                self._send(END, 0, b"", time.monotonic() + GRACE_S)
+        except WorkerDied:
+            self.close()
+            return False
+        self.open = False
+        return True
 
     def _prepared(self, setup: str, deadline: float) -> int:
         """Under which number this interpreter has run the setup; NOT_PREPARED when each child must."""
@@ -224,7 +248,7 @@ class _Worker:
         data, length = bytearray(), ANSWER.size
         while len(data) < length:
             self._wait(self.stdout, select.POLLIN, deadline)
-            part = os.read(self.stdout, 1 << 20)
+            part = os.read(self.stdout, 1 << 16)  # as much as a pipe holds
             if not part:
                 raise WorkerDied("the interpreter ended")
             data += part
@@ -236,6 +260,24 @@ class _Worker:
         seen["stdout"], seen["stderr"] = stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace")
         seen["files"] = json.loads(files or b"{}")
         return seen, result[len(STARTED) :]
+
+
+@lru_cache(1 << 14)
+def compiled(source: str, name: str, kind: str) -> CodeType | str:
+    """A dataset's code, compiled once for all responses; the source itself where the child must do it."""
+    try:
+        code = compile(source, name, kind, dont_inherit=True, optimize=0)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return source
+    return source if holds_a_set(code) else code
+
+
+def holds_a_set(code: CodeType) -> bool:
+    """Whether a constant is a set, whose order would no longer come from the child's own fixed hashes."""
+    return any(
+        isinstance(value, frozenset) or (isinstance(value, CodeType) and holds_a_set(value))
+        for value in code.co_consts
+    )
 
 
 def read_outcome(program: Program, seen: dict[str, object], lines: bytes) -> Outcome:
@@ -334,7 +376,7 @@ class Sandbox:
         self.packages = packages
         self.limits = limits or Limits()
         self.workers = workers or len(os.sched_getaffinity(0))
-        self._jobs: queue.SimpleQueue[tuple[Program, Future[Outcome]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._layers: Future[dict[str, bool | str]] = Future()
         self._lock = threading.Lock()
         self._closed = False
@@ -360,14 +402,20 @@ class Sandbox:
             if state is not True and (name, state) != ("uid_drop", NOT_ROOT)
         }
 
-    def submit(self, program: Program) -> Future[Outcome]:
-        """Queue a program; the future raises for nothing it does, UserError if no interpreter lives."""
-        future: Future[Outcome] = Future()
+    def submit_plan(self, plan: Plan, conclude: Callable[[Mapping[str, Outcome]], T]) -> Future[T]:
+        """Queue a plan, whose programs one worker runs in order; the future is what `conclude` makes of their
+        outcomes. It raises for nothing that a program does, UserError if no interpreter lives.
+        """
+        future: Future[T] = Future()
         with self._lock:
             if self._closed:
                 raise RuntimeError("the sandbox is closed")
-            self._jobs.put((program, future))
+            self._jobs.put(_Job(plan, conclude, future))
         return future
+
+    def submit(self, program: Program) -> Future[Outcome]:
+        """Queue one program."""
+        return self.submit_plan(lambda done: {} if done else {"it": program}, lambda done: done["it"])
 
     def run(self, program: Program) -> Outcome:
         """Submit and wait."""
@@ -411,21 +459,35 @@ class Sandbox:
                     if not self._layers.done():
                         self._layers.set_exception(RuntimeError(f"no sandbox: {error}"))
             while (job := self._jobs.get()) is not None:
-                program, future = job
-                worker = self._serve_one(program, future, worker, start)
+                worker = self._serve_plan(job, worker, start)
         finally:
             if worker is not None:
                 worker.close()
 
-    def _serve_one(
-        self, program: Program, future: Future[Outcome], worker: _Worker | None, start: Callable[[], _Worker]
-    ) -> _Worker | None:
-        """Run one program; returns the interpreter for the next one."""
-        if not future.set_running_or_notify_cancel():
+    def _serve_plan(self, job: _Job, worker: _Worker | None, start: Callable[[], _Worker]) -> _Worker | None:
+        """Run a plan to its end; returns the interpreter for the next one."""
+        if not job.future.set_running_or_notify_cancel():
             return worker
         if worker is not None and worker.process.poll() is not None:
-            worker.close()  # it died while idle: not this program's doing
+            worker.close()  # it died while idle: not this plan's doing
             worker = None
+        done: dict[str, Outcome] = {}
+        try:
+            while programs := job.plan(done):
+                for name, program in programs.items():
+                    done[name], worker = self._run(program, worker, start)
+                    self._check(done[name], start)
+            result = job.conclude(done)
+        except Exception as error:  # no interpreter lives, or a defect in the plan: whoever waits must hear
+            job.future.set_exception(error)
+        else:
+            job.future.set_result(result)
+        return worker if worker is None or worker.end_plan() else None
+
+    def _run(
+        self, program: Program, worker: _Worker | None, start: Callable[[], _Worker]
+    ) -> tuple[Outcome, _Worker | None]:
+        """Run one program; its outcome, and the interpreter for the next one."""
         try:
             worker = worker or start()
             outcome = worker.run(program)
@@ -434,11 +496,10 @@ class Sandbox:
                 worker.close()
             worker = None
             outcome = Outcome("worker_died", error=f"sandbox worker restarted: {error}"[:200])
-        self._settle(future, outcome, start)
-        return worker
+        return outcome, worker
 
-    def _settle(self, future: Future[Outcome], outcome: Outcome, start: Callable[[], _Worker]) -> None:
-        """Answer; or fail, when interpreter after interpreter died: grades would all be wrong, and silent.
+    def _check(self, outcome: Outcome, start: Callable[[], _Worker]) -> None:
+        """UserError when interpreter after interpreter died: grades would all be wrong, and silent.
 
         A group of responses that each kill their interpreter must not end a run: a harmless program decides.
         """
@@ -451,9 +512,16 @@ class Sandbox:
             broken = False
         if broken:
             reason = f"the last {MAX_DEATHS} programs each ended their interpreter ({outcome.error})"
-            future.set_exception(UserError(f"nothing can be graded here: {reason}"))
-        else:
-            future.set_result(outcome)
+            raise UserError(f"nothing can be graded here: {reason}")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A plan that waits for a worker."""
+
+    plan: Plan
+    conclude: Callable[[Mapping[str, Outcome]], Any]
+    future: Future[Any]
 
 
 def works(start: Callable[[], _Worker]) -> bool:

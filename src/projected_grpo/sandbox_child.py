@@ -1,11 +1,14 @@
-"""The warm interpreter of the sandbox: forks one contained child per untrusted program.
+"""The warm interpreter of the sandbox: forks a process for every untrusted program and contains it.
 
 A standalone standard-library program, started by sandbox.py as `python -s -S -P -B sandbox_child.py CONFIG`.
 On descriptor 0 arrive messages: a kind, the number of a prepared setup, a length and that many bytes. A setup
 (dataset code that only imports and defines, see sandbox.plain) is run by the interpreter; forks find it done.
-A job is read by the forked child alone, and what a program says or leaves is read into memory that no fork
-inherits (see Output): neither a canonical solution nor an answer is ever in the memory of a later child. A
-job is answered by five lengths, what this interpreter saw (JSON), and the four parts of the Output.
+A job is read by the process that runs it alone, and what a program says or leaves is read into memory that
+no fork inherits (see Output): neither a canonical solution nor an answer is ever in a later program's memory.
+A job is answered by five lengths, what this interpreter saw (JSON), and the four parts of the Output.
+
+A job that others of the same response may follow (MORE) is run by a fork of the contained process, which
+itself never runs, reads or hears anything of a response; the others are forked from it too (see Cell).
 """
 
 from __future__ import annotations
@@ -17,18 +20,21 @@ import marshal
 import mmap
 import os
 import select
-import shutil
 import signal
 import stat
 import struct
 import sys
 import time
 import types
-from typing import Any
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, NamedTuple, NoReturn
 
 register_at_fork = os.register_at_fork
-JOB, SETUP = 0, 1  # kinds of message
+JOB, SETUP, MORE, END = range(4)  # kinds of message; END: no more for the contained process that is there
 MESSAGE, ANSWER = struct.Struct(">BBI"), struct.Struct(">5I")
+ORDER, ENDED = struct.Struct(">?I"), struct.Struct(">?id")  # to a contained process; what it says of a fork
+HOSTING = ("seccomp", "process_limit", "mounts")  # layers without which a program could reach the next one's
 
 if "projected_grpo" not in sys.modules:  # a program of its own: the real package needs more than this library
     stand_in = types.ModuleType("projected_grpo")
@@ -54,8 +60,11 @@ from projected_grpo.sandbox_run import RESULT_FD, Run, Setup, flush, report  # n
 
 STDOUT, STDERR, RESULT, FILES = range(4)  # the parts of an Output
 NAME_BYTES = 255  # the longest name of a file
+QUIET_S = 0.005  # most programs end sooner: what they say is then read once, not line by line
 SPARE_BYTES = 1 << 16
+F_GETFL = 3
 STARTED = b"R"  # the first byte on the result pipe: the child is contained and has its job
+JOBS_FD = 200  # where this interpreter reads messages
 SETUP_FAILED = 70  # exit code of a child whose containment could not be put in place
 
 
@@ -113,21 +122,21 @@ def answer(fd: int, seen: dict[str, Any], output: Output | None = None) -> None:
             part = part[os.write(fd, part) :]
 
 
-def kill_rest(pid: int) -> None:
-    """Kill and reap everything the program left: this interpreter is the subreaper of all of it."""
+def kill_rest(pid: int) -> float:
+    """Kill and reap everything the program left, of which this interpreter is the subreaper; CPU seconds."""
+    cpu_s = 0.0
     while True:
         try:
-            if os.waitpid(-1, os.WNOHANG)[0]:
-                continue
+            ended, _, used = os.wait4(-1, os.WNOHANG)
+            if not ended:
+                # As first process of its own pid namespace it reaches everything else in there with -1.
+                for target in [-1] if os.getpid() == 1 else [-pid, *children()]:
+                    with suppress(ProcessLookupError, PermissionError):
+                        os.kill(target, signal.SIGKILL)
+                _, _, used = os.wait4(-1, 0)
         except ChildProcessError:
-            return
-        # As first process of its own pid namespace it reaches everything else in there with -1.
-        for target in [-1] if os.getpid() == 1 else [-pid, *children()]:
-            try:
-                os.kill(target, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                continue
-        os.waitpid(-1, 0)
+            return cpu_s
+        cpu_s += used.ru_utime + used.ru_stime
 
 
 def children() -> list[int]:
@@ -144,61 +153,126 @@ def children() -> list[int]:
     return found
 
 
-class Supervisor:
-    """Watches one child until it ends or its time is up, and collects what it writes."""
+class Job(NamedTuple):
+    """A program to run: its length on JOBS_FD; `more`: others of the same response may follow."""
 
-    def __init__(self, pid: int, readers: list[int], output: Output, cfg: dict[str, Any]) -> None:
-        self.pid, self.cfg = pid, cfg
-        self.output = output
-        self.parts = dict(zip(readers, (STDOUT, STDERR, RESULT), strict=True))
-        self.seen = 0
-        self.cpu_s = 0.0
+    length: int
+    more: bool
+
+
+class Seen(NamedTuple):
+    """What became of one program. `clean`: it ended by itself and left its contained process as it was."""
+
+    why: str  # exit, timeout or flood
+    exit_code: int
+    cpu_s: float
+    clean: bool = False
+
+
+class Cell:
+    """One contained process with its fresh folder and pipes, watched until it ends or its time is up.
+
+    Its first and only program it runs itself. Where others may follow it forks itself for each, one at a
+    time, and stays as it was, so that each finds what the first one found; the last one it runs itself.
+    A program after which anything is not as before is the last one here.
+    """
+
+    def __init__(self, scratch: Scratch, output: Output, number: int) -> None:
+        self.scratch, self.output, self.number = scratch, output, number
+        self.pid = self.end = -1
+        self.parts: dict[int, int] = {}
+        self.heard = self.order = -1  # pipes from and to a process that forks
+        self.told = 0.0  # CPU seconds of its forks
+        self.status: int | None = None
         self.poll = select.poll()
-        self.end = os.pidfd_open(pid)
-        for fd in (*readers, self.end):
-            os.set_blocking(fd, False)
-            self.poll.register(fd, select.POLLIN)
 
-    def watch(self) -> tuple[str, int]:
-        """Returns (why it ended: exit, timeout or flood; wait status)."""
-        deadline = time.monotonic() + self.cfg["wall_s"]
-        why = None
-        while why is None:
-            ready = [fd for fd, _ in self.poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
-            for fd in ready:
-                if fd != self.end:
-                    self.drain(fd)
+    def start(self, job: Job, setup: Setup | None, null: int) -> None:
+        """Fork the process, which runs the job."""
+        self.scratch.make()
+        pipes = [os.pipe() for _ in range(3)]
+        up, down = (os.pipe(), os.pipe()) if job.more else ((-1, -1), (-1, -1))
+        self.pid = os.fork()
+        if self.pid == 0:
+            child(job, setup, self.scratch, [null, *(write for _, write in pipes)], (up[1], down[0]))
+        for fd in (*(write for _, write in pipes), up[1], down[0]):
+            if fd >= 0:
+                os.close(fd)
+        self.heard, self.order = up[0], down[1]
+        self.parts = dict(zip((read for read, _ in pipes), (STDOUT, STDERR, RESULT), strict=True))
+        self.end = os.pidfd_open(self.pid)
+        for fd in self.parts:
+            os.set_blocking(fd, False)
+        for fd in (self.end, self.heard):
+            if fd >= 0:
+                self.poll.register(fd, select.POLLIN)
+
+    def go_on(self, job: Job) -> bool:
+        """Have the process run another job; False when it is no longer there."""
+        try:
+            os.write(self.order, ORDER.pack(job.more, job.length))
+        except BrokenPipeError:
+            return False
+        if not job.more:
+            self.poll.unregister(self.heard)  # it forks no more: all it will say is that it closed this
+        return True
+
+    def watch(self) -> Seen:
+        """Wait for the program that runs."""
+        cfg, written = self.scratch.cfg, 0
+        deadline = time.monotonic() + cfg["wall_s"]
+        if not self.poll.poll(QUIET_S * 1000):
+            for fd in self.parts:
+                self.poll.register(fd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in self.poll.poll(max(0.0, deadline - time.monotonic()) * 1000)}
+            written += sum(self.drain(fd) for fd in self.parts if fd in ready)
+            if self.heard in ready and (said := os.read(self.heard, ENDED.size)):
+                whole, status, cpu_s = ENDED.unpack(said)
+                self.told += cpu_s
+                self.empty()
+                clean = whole and status == 0 and self.scratch.untouched()
+                return Seen("exit", os.waitstatus_to_exitcode(status), cpu_s, clean)
             if self.end in ready:
-                why = "exit"
-            elif self.seen > self.cfg["flood_bytes"]:
-                why = "flood"
-            elif time.monotonic() >= deadline:
-                why = "timeout"
+                return self.stop("exit")
+            if written > cfg["flood_bytes"]:
+                return self.stop("flood")
+            if time.monotonic() >= deadline:
+                return self.stop("timeout")
+
+    def stop(self, why: str) -> Seen:
+        """End the process and everything below it, and hear what was left to hear."""
         if why != "exit":
             os.kill(self.pid, signal.SIGKILL)
-        _, status, used = os.wait4(self.pid, 0)
-        self.cpu_s = used.ru_utime + used.ru_stime
-        kill_rest(self.pid)
-        for fd in self.parts:  # every writer is dead, so this empties each pipe
+        _, self.status, used = os.wait4(self.pid, 0)
+        cpu_s = used.ru_utime + used.ru_stime + kill_rest(self.pid) - self.told
+        self.empty()  # every writer is dead
+        return Seen(why, os.waitstatus_to_exitcode(self.status), cpu_s)
+
+    def empty(self) -> None:
+        """Read what is in the pipes."""
+        for fd in self.parts:
             while self.drain(fd):
                 continue
-            os.close(fd)
-        os.close(self.end)
-        return why, status
 
-    def drain(self, fd: int) -> bool:
-        """Read once; False when nothing is there now."""
+    def drain(self, fd: int) -> int:
+        """Read once; how many bytes, 0 when nothing is there now."""
         try:
             count = self.output.read(self.parts[fd], fd)
         except BlockingIOError:
-            return False
+            return 0
         if not count:
-            try:
+            with suppress(KeyError):
                 self.poll.unregister(fd)
-            except KeyError:
-                return False
-        self.seen += count
-        return count > 0
+        return count
+
+    def close(self) -> None:
+        """End the process if it is there, report the files of its last program, and remove the folder."""
+        if self.status is None:
+            self.stop("closed")
+        for fd in (*self.parts, self.end, self.heard, self.order):
+            if fd >= 0:
+                os.close(fd)
+        self.scratch.clear(self.output)
 
 
 class Scratch:
@@ -222,6 +296,12 @@ class Scratch:
             self.ruleset = self.containment.ruleset(self.path)
         if self.cfg["uid"] is not None:
             os.chown(self.path, self.cfg["uid"], self.cfg["uid"])
+        self.made = self.folder()
+
+    def folder(self) -> tuple[int, ...]:
+        """The directory's own state, which any entry made or removed in it changes."""
+        info = os.stat(self.path)
+        return info.st_ino, info.st_mode, info.st_uid, info.st_nlink, info.st_mtime_ns, info.st_ctime_ns
 
     def files(self) -> dict[str, str]:
         """Name -> first bytes of the plain files lying directly in the directory."""
@@ -246,7 +326,7 @@ class Scratch:
     def untouched(self) -> bool:
         """Whether the program left nothing, told without reading a name: its tmpfs has one inode."""
         info = os.statvfs(self.path) if self.mounts else None
-        return info is not None and info.f_files - info.f_ffree == 1
+        return info is not None and info.f_files - info.f_ffree == 1 and self.folder() == self.made
 
     def clear(self, output: Output) -> None:
         """Report the files and remove the directory with whatever was left in it."""
@@ -282,51 +362,47 @@ class Scratch:
 
     def remove(self) -> None:
         """Remove a plain directory."""
-        attempt(lambda: shutil.rmtree(self.path, ignore_errors=True))
-        if os.path.lexists(self.path):  # modes taken away, nested too deep for rmtree, or no folder any more
+        attempt(lambda: remove_tree(self.path))
+        if os.path.lexists(self.path):  # modes taken away, nested too deep, or no folder any more
             if not os.path.islink(self.path):
                 os.spawnv(os.P_WAIT, "/bin/chmod", ["chmod", "-R", "u+rwX", self.path])
             os.spawnv(os.P_WAIT, "/bin/rm", ["rm", "-rf", self.path])
 
 
-def run_job(length: int, setup: Setup | None, scratch: Scratch, output: Output, null: int, out: int) -> bool:
-    """Fork a child for the job waiting on descriptor 0, and answer; False when the child could not start."""
-    scratch.make()
-    output.clear()
-    pipes = [os.pipe() for _ in range(3)]
-    started = time.monotonic()
-    pid = os.fork()
-    if pid == 0:
-        child(length, setup, scratch, [null, *(write for _, write in pipes)])
-    for _, write in pipes:
-        os.close(write)
-    supervisor = Supervisor(pid, [reader for reader, _ in pipes], output, scratch.cfg)
-    why, status = supervisor.watch()
-    seen = {
-        "why": why,
-        "exit_code": os.waitstatus_to_exitcode(status),
-        "seconds": time.monotonic() - started,
-        "cpu_s": supervisor.cpu_s,
-    }
-    scratch.clear(output)
-    answer(out, seen, output)
-    return output.lengths[RESULT] > 0 and output.parts[RESULT][0] == STARTED[0]
+def remove_tree(path: str) -> None:
+    """shutil.rmtree for a folder that no one changes meanwhile: importing shutil would make forks dearer."""
+    for folder, folders, files in os.walk(path, topdown=False):
+        for name in files:
+            os.unlink(os.path.join(folder, name))
+        for name in folders:
+            place = os.path.join(folder, name)
+            (os.unlink if os.path.islink(place) else os.rmdir)(place)
+    os.rmdir(path)
 
 
-def child(length: int, setup: Setup | None, scratch: Scratch, files: list[int]) -> None:
-    """Contain this freshly forked process, read the job, run it. Never returns."""
+def child(
+    job: Job, setup: Setup | None, scratch: Scratch, files: list[int], channel: tuple[int, int]
+) -> NoReturn:
+    """Contain this freshly forked process; run the job, or fork for it and wait for the next one."""
     try:
         os.setsid()
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        job = marshal.loads(read_exactly(0, length))  # from the trusted side
         for target, source in enumerate(files):
             os.dup2(source, target)
         ruleset = scratch.ruleset
         if ruleset is not None:
             ruleset = os.dup2(ruleset, RESULT_FD + 1)
-        os.closerange(RESULT_FD + (2 if ruleset is not None else 1), 1 << 16)
+        keep_only(RESULT_FD + (2 if ruleset is not None else 1), (JOBS_FD, *channel))
         os.chdir(scratch.path)
         scratch.containment.enter(ruleset)
+        flags = open_flags()
+        while job.more and os.fork():
+            job = after_a_fork(*channel, flags)
+        if job.more:
+            os.setsid()  # as it is in a process that runs its only program
+        data = marshal.loads(read_exactly(JOBS_FD, job.length))  # from the trusted side
+        os.closerange(RESULT_FD + 1, 1 << 16)
+        scratch.containment.enter_program()
         os.write(RESULT_FD, STARTED)
     except BaseException as error:
         text = describe(error)
@@ -334,13 +410,34 @@ def child(length: int, setup: Setup | None, scratch: Scratch, files: list[int]) 
         os._exit(SETUP_FAILED)
     try:
         gc.enable()
-        getattr(Run(job, setup), job["action"])()
+        getattr(Run(data, setup), data["action"])()
     except BaseException as error:
         text = describe(error)
         attempt(lambda: report({"fatal": text}))
         os._exit(1)
     flush()
     os._exit(0)
+
+
+def open_flags() -> list[int]:
+    """All that the programs of this process share beside the folder: how its descriptors are open."""
+    return [libc.fcntl(fd, F_GETFL, 0) for fd in range(RESULT_FD + 1)]
+
+
+def after_a_fork(heard: int, order: int, flags: list[int]) -> Job:
+    """Wait for the end of the program that this process forked, say how it ended, and be told the next."""
+    _, status, used = os.wait4(-1, 0)
+    os.write(heard, ENDED.pack(open_flags() == flags, status, used.ru_utime + used.ru_stime))
+    more, length = ORDER.unpack(read_exactly(order, ORDER.size))
+    return Job(length, more)
+
+
+def keep_only(first: int, kept: Iterable[int]) -> None:
+    """Close all descriptors from `first` on but these."""
+    for fd in sorted(fd for fd in kept if fd >= first):
+        os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, 1 << 16)
 
 
 def warm_up(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -382,6 +479,53 @@ def prepare_setup(source: bytes) -> Setup | None:
         gc.freeze()
 
 
+class Server:
+    """Takes messages from the trusted side, one after the other, and answers the jobs."""
+
+    def __init__(self, scratch: Scratch, output: Output, hosting: bool, null: int, out: int) -> None:
+        self.scratch, self.output, self.hosting = scratch, output, hosting
+        self.null, self.out = null, out
+        self.setups: dict[int, Setup | None] = {}
+        self.cell: Cell | None = None
+
+    def serve(self) -> None:
+        """Until descriptor JOBS_FD closes, or a job was not read: only a new interpreter is in step again."""
+        while True:
+            try:
+                kind, number, length = MESSAGE.unpack(read_exactly(JOBS_FD, MESSAGE.size))
+            except EOFError:
+                return
+            if kind == SETUP:
+                self.setups[number] = prepare_setup(read_exactly(JOBS_FD, length))
+            elif kind == END:
+                self.close_cell()
+            elif not self.run(number, Job(length, kind == MORE and self.hosting)):
+                return
+
+    def run(self, number: int, job: Job) -> bool:
+        """Run a job and answer; False when no process began with it."""
+        started = time.monotonic()
+        if self.cell is not None and not (self.cell.number == number and self.cell.go_on(job)):
+            self.close_cell()
+        self.output.clear()
+        if self.cell is None:
+            self.cell = Cell(self.scratch, self.output, number)
+            self.cell.start(job, self.setups.get(number), self.null)
+        seen = self.cell.watch()
+        seconds = time.monotonic() - started
+        if not seen.clean:
+            self.close_cell()
+        told = {"why": seen.why, "exit_code": seen.exit_code, "seconds": seconds, "cpu_s": seen.cpu_s}
+        answer(self.out, told, self.output)
+        return self.output.lengths[RESULT] > 0 and self.output.parts[RESULT][0] == STARTED[0]
+
+    def close_cell(self) -> None:
+        """End the contained process, if there is one."""
+        if self.cell is not None:
+            self.cell.close()
+        self.cell = None
+
+
 def main() -> None:
     """Serve jobs until descriptor 0 closes."""
     cfg = json.loads(sys.argv[1])
@@ -397,17 +541,10 @@ def main() -> None:
         return
     withdraw_imports()
     os.register_at_fork = register_at_fork
+    os.dup2(0, JOBS_FD)  # out of the way of a program's own descriptors
     answer(out, {"layers": layers})
-    setups: dict[int, Setup | None] = {}
-    while True:
-        try:
-            kind, number, length = MESSAGE.unpack(read_exactly(0, MESSAGE.size))
-        except EOFError:
-            return
-        if kind == SETUP:
-            setups[number] = prepare_setup(read_exactly(0, length))
-        elif not run_job(length, setups.get(number), scratch, output, null, out):
-            return  # the job may lie half read on descriptor 0: only a new interpreter is in step again
+    hosting = not cfg["processes"] and all(layers[name] is True for name in HOSTING)
+    Server(scratch, output, hosting, null, out).serve()
 
 
 if __name__ == "__main__":

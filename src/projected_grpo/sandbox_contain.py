@@ -45,6 +45,7 @@ class Containment:
         self.uid = cfg["uid"] if layers["uid_drop"] is True else None
         self.landlock_abi = cfg["landlock_abi"] if layers["landlock"] is True else 0
         self.filter = Filter(cfg["processes"] > 0) if layers["seccomp"] is True else None
+        self.processes = cfg["base_processes"] + cfg["processes"]
         megabyte = 1 << 20
         self.limits = [
             (resource.RLIMIT_CPU, (cfg["cpu_s"], cfg["cpu_s"] + 1)),
@@ -54,7 +55,6 @@ class Containment:
                     (resource.RLIMIT_AS, cfg["memory_mb"] * megabyte),
                     (resource.RLIMIT_FSIZE, cfg["file_mb"] * megabyte),
                     (resource.RLIMIT_NOFILE, cfg["open_files"]),
-                    (resource.RLIMIT_NPROC, cfg["base_processes"] + cfg["processes"]),
                     (resource.RLIMIT_CORE, 0),
                 )
             ),
@@ -65,7 +65,9 @@ class Containment:
         return landlock_ruleset(self.landlock_abi, folder) if self.landlock_abi else None
 
     def enter(self, ruleset: int | None) -> None:
-        """Limits first, then the loss of rights that setting them may have needed. For good."""
+        """All that holds for every program of this process. Limits first, then the loss of rights that
+        setting them may have needed. For good.
+        """
         for kind, values in self.limits:
             resource.setrlimit(kind, values)
         if (uid := self.uid) is not None:
@@ -81,8 +83,15 @@ class Containment:
             os.close(ruleset)
         libc.prctl(PR_SET_DUMPABLE, 0)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: a change of uid clears it
+        if self.filter is not None:
+            self.filter.install_lasting()
+
+    def enter_program(self) -> None:
+        """The rest, just before a program: no process beside it, no reach beyond it. For good."""
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: a fork clears it
+        resource.setrlimit(resource.RLIMIT_NPROC, (self.processes, self.processes))
         if self.filter is not None:  # last: it refuses some of the above
-            self.filter.install()
+            self.filter.install_for_program()
 
 
 def landlock_ruleset(abi: int, folder: str) -> int:
@@ -224,6 +233,7 @@ def process_limit(cfg: dict[str, Any], layers: dict[str, Any]) -> bool | str:
     if pid == 0:
         try:
             containment.enter(containment.ruleset(cfg["root"]))
+            containment.enter_program()
         except BaseException:
             os._exit(3)
         try:

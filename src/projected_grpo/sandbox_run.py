@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import atexit
-import base64
+import binascii
 import builtins
 import json
 import marshal
@@ -109,19 +109,19 @@ class Run:
         write(LOADED)
         results: list[Any] = []
         found: set[str] = set()
-        for source in self.job["calls"]:
+        for call in self.job["calls"]:
             self.instances.clear()
-            results.append(self.one_call(source, names))
+            results.append(self.one_call(call, names))
             holders = self.instances or [space.get("Solution")]
             found.update(
                 name for name in self.job["watch"] if any(truthy(holder, name) for holder in holders)
             )
         report({"load_error": load_error, "calls": results, "attributes": sorted(found)})
 
-    def one_call(self, source: str, names: dict[str, Any]) -> dict[str, Any]:
+    def one_call(self, call: str | types.CodeType, names: dict[str, Any]) -> dict[str, Any]:
         """Evaluate one call: its encoded value, or what it raised."""
         try:
-            value = eval(compile(source, "<call>", "eval", dont_inherit=True), names)
+            value = eval(compiled(call, "<call>", "eval"), names)
             if type(value) in EXACT_TYPES:
                 return {"value": Encoder().encode(value)}
             equal, held = always_equal_to(value), held_and_equal(value)
@@ -146,7 +146,7 @@ class Run:
             other: dict[str, Any] = {"__name__": "<canonical>", "__builtins__": builtins}
             assert self.setup is not None
             exec(self.setup.code, other)  # classes of its own, which the response has not touched
-            exec(compile(job["canonical"], "<canonical>", "exec", dont_inherit=True), other)
+            exec(compiled(job["canonical"], "<canonical>", "exec"), other)
             for name, value in vars(other["Solution"]).items():
                 if name == "__init__" or not (name.startswith("__") and name.endswith("__")):
                     setattr(solution, name, value)
@@ -160,8 +160,8 @@ class Run:
         status = 1
         try:
             exec(code, space)
-            for source in self.job["calls"]:
-                eval(compile(source, "<call>", "eval", dont_inherit=True), names)
+            for call in self.job["calls"]:
+                eval(compiled(call, "<call>", "eval"), names)
             raise AssertionError("forced failure")
         except SystemExit as error:
             status = exit_status(error)
@@ -176,6 +176,11 @@ class Run:
         attempt(atexit._run_exitfuncs)
         flush()
         os._exit(status)
+
+
+def compiled(source: str | types.CodeType, name: str, kind: str) -> types.CodeType:
+    """The dataset's code, which the trusted side sends compiled if it can."""
+    return compile(source, name, kind, dont_inherit=True) if isinstance(source, str) else source
 
 
 def exit_status(error: SystemExit) -> int:
@@ -200,7 +205,7 @@ def portable(code: types.CodeType) -> bytes:
         data = marshal.dumps(code)
     except ValueError:
         return b""
-    return base64.b64encode(data) if len(data) <= MAX_CODE else b""
+    return binascii.b2a_base64(data, newline=False) if len(data) <= MAX_CODE else b""
 
 
 def report(data: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ import os
 import struct
 
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
-# BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JGE|K, BPF_RET|K
-LOAD, JUMP_EQUAL, JUMP_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
+# BPF_LD|W|ABS, BPF_JMP|JA, BPF_JMP|JEQ|K, BPF_JMP|JGE|K, BPF_RET|K
+LOAD, JUMP, JUMP_EQUAL, JUMP_AT_LEAST, RETURN = 0x20, 0x05, 0x15, 0x35, 0x06
 # Offsets in struct seccomp_data. Of the argument the low half: process ids and options are 32 bits wide.
 NUMBER_AT, ARCHITECTURE_AT, FIRST_ARGUMENT_AT = 0, 4, 16
 ALLOW, REFUSE = 0x7FFF0000, 0x00050000  # SECCOMP_RET_ALLOW; SECCOMP_RET_ERRNO, plus the errno
@@ -50,11 +50,14 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     # memory that no limit counts, or that outlives the program and so could carry a message to the next one
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "semget": (64, 190),
     "msgget": (68, 186), "mq_open": (240, 180),
+    # by user or by number, so that it could slow the process that the next program is forked from
+    "setpriority": (141, 140), "ioprio_set": (251, 30),
 }  # fmt: skip
 # Allowed towards the calling process only (their first argument is a process id).
 ITSELF_ONLY: dict[str, tuple[int | None, int | None]] = {
     "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240), "prlimit64": (302, 261), "sched_setaffinity": (203, 122),
+    "sched_setparam": (142, 118), "sched_setscheduler": (144, 119), "sched_setattr": (314, 274),
 }  # fmt: skip
 # Refused to a program that may have no process and no thread beside the first.
 NEW_PROCESS: dict[str, tuple[int | None, int | None]] = {
@@ -74,46 +77,70 @@ def op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
     return struct.pack("=HBBI", code, if_true, if_false, value)
 
 
-def build_filter(machine: str, pid: int, new_processes: bool) -> bytes:
-    """The program for this architecture, and for a child with this process id."""
+def refuse(table: dict[str, tuple[int | None, int | None]], column: int, error: int) -> list[bytes]:
+    """These system calls end here with this errno; an instruction each, as every child pays for them."""
+    numbers = [number for row in table.values() if (number := row[column]) is not None]
+    code = [op(JUMP_EQUAL, number, len(numbers) - i, 0) for i, number in enumerate(numbers)]
+    return [*code, op(JUMP, 1), op(RETURN, REFUSE | error)]
+
+
+def lasting_rules(machine: str) -> bytes:
+    """What holds for every program of a contained process, and for the process itself, which forks them."""
     column, architecture = ARCHITECTURES[machine]
-    refuse, allow = op(RETURN, REFUSE | errno.EPERM), op(RETURN, ALLOW)
-    code = [op(LOAD, ARCHITECTURE_AT), op(JUMP_EQUAL, architecture, 1, 0), refuse, op(LOAD, NUMBER_AT)]
+    no = op(RETURN, REFUSE | errno.EPERM)
+    code = [op(LOAD, ARCHITECTURE_AT), op(JUMP_EQUAL, architecture, 1, 0), no, op(LOAD, NUMBER_AT)]
     if machine == "x86_64":
-        code += [op(JUMP_AT_LEAST, X32, 0, 1), refuse]
-    for numbers in REFUSED.values():
-        if (number := numbers[column]) is not None:
-            code += [op(JUMP_EQUAL, number, 0, 1), refuse]
+        code += [op(JUMP_AT_LEAST, X32, 0, 1), no]
+    return b"".join([*code, *refuse(REFUSED, column, errno.EPERM), op(RETURN, ALLOW)])
+
+
+def program_rules(machine: str, pid: int, new_processes: bool) -> bytes:
+    """What one program may not do beside that: reach any process but its own, this one, or start another."""
+    column, _ = ARCHITECTURES[machine]
+    no, yes = op(RETURN, REFUSE | errno.EPERM), op(RETURN, ALLOW)
+    code = [op(LOAD, NUMBER_AT)]
     if not new_processes:
-        for numbers in NEW_PROCESS.values():
-            if (number := numbers[column]) is not None:  # EAGAIN is what a process limit answers
-                code += [op(JUMP_EQUAL, number, 0, 1), op(RETURN, REFUSE | errno.EAGAIN)]
-    for numbers in ITSELF_ONLY.values():
-        if (number := numbers[column]) is not None:
-            code += [op(JUMP_EQUAL, number, 0, 5), op(LOAD, FIRST_ARGUMENT_AT)]
-            code += [op(JUMP_EQUAL, 0, 2, 0), op(JUMP_EQUAL, pid, 1, 0), refuse, allow]
+        code += refuse(NEW_PROCESS, column, errno.EAGAIN)  # what a process limit answers
+    numbers = [number for row in ITSELF_ONLY.values() if (number := row[column]) is not None]
+    code += [op(JUMP_EQUAL, number, len(numbers) - i, 0) for i, number in enumerate(numbers)]
+    code += [op(JUMP, 5), op(LOAD, FIRST_ARGUMENT_AT)]
+    code += [op(JUMP_EQUAL, 0, 2, 0), op(JUMP_EQUAL, pid, 1, 0), no, yes]
     code += [op(JUMP_EQUAL, PRCTL[column], 0, 5), op(LOAD, FIRST_ARGUMENT_AT)]
-    code += [op(JUMP_EQUAL, KEPT_OPTIONS[0], 1, 0), op(JUMP_EQUAL, KEPT_OPTIONS[1], 0, 1), refuse, allow]
-    return b"".join([*code, allow])
+    code += [op(JUMP_EQUAL, KEPT_OPTIONS[0], 1, 0), op(JUMP_EQUAL, KEPT_OPTIONS[1], 0, 1), no, yes]
+    return b"".join([*code, yes])
 
 
-class Filter:
-    """The program, built once before forking: a child only writes its own process id into it."""
+class Rules:
+    """A filter's instructions where the kernel can read them."""
 
-    def __init__(self, new_processes: bool) -> None:
-        code = build_filter(os.uname().machine, PID_PLACE, new_processes)
-        place = op(JUMP_EQUAL, PID_PLACE, 1, 0)
-        self.places = [at + 4 for at in range(0, len(code), 8) if code[at : at + 8] == place]
+    def __init__(self, code: bytes) -> None:
         self.buffer = ctypes.create_string_buffer(code, len(code))
         self.program = struct.pack("@HP", len(code) // 8, ctypes.addressof(self.buffer))
 
     def install(self) -> None:
         """Filter this process and all it may start, for good; OSError when the kernel refuses."""
-        pid = os.getpid()
-        for at in self.places:
-            struct.pack_into("=I", self.buffer, at, pid)
         if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, self.program, 0, 0):
             raise OSError(ctypes.get_errno(), f"seccomp: {os.strerror(ctypes.get_errno())}")
+
+
+class Filter:
+    """Both sets of rules, built before forking: a child only writes its own process id into the second."""
+
+    def __init__(self, new_processes: bool) -> None:
+        machine = os.uname().machine
+        self.lasting = Rules(lasting_rules(machine))
+        code = program_rules(machine, PID_PLACE, new_processes)
+        self.of_program = Rules(code)
+        self.place = code.index(op(JUMP_EQUAL, PID_PLACE, 1, 0)) + 4
+
+    def install_lasting(self) -> None:
+        """The rules for this process and all it forks; forking stays allowed."""
+        self.lasting.install()
+
+    def install_for_program(self) -> None:
+        """The rest, for this process as it is numbered now."""
+        struct.pack_into("=I", self.of_program.buffer, self.place, os.getpid())
+        self.of_program.install()
 
 
 def probe_filter() -> bool | str:
@@ -124,7 +151,9 @@ def probe_filter() -> bool | str:
     if pid == 0:
         try:
             libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-            Filter(False).install()
+            rules = Filter(False)
+            rules.install_lasting()
+            rules.install_for_program()
             refused = libc.socket(1, 1, 0) == -1 and ctypes.get_errno() == errno.EPERM
             refused = refused and libc.kill(-1, 0) == -1 and ctypes.get_errno() == errno.EPERM
             os._exit(0 if refused and libc.kill(os.getpid(), 0) == 0 else 3)
