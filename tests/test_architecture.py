@@ -25,13 +25,15 @@ ORDER = (
         "checkpoint",
         "evaluate",
         "experiment",
+        "trained",
+        "export",
         "pretrain",
         "collect",
         "step",
         "summary",
     ),
     *("results", "plots", "train", "study", "study_report"),
-    *("verbs_basis", "verbs_grading", "verbs_study", "cli"),
+    *("verbs_basis", "verbs_grading", "verbs_evaluate", "verbs_study", "cli"),
 )
 LONGEST = 80
 LONGEST_BY_NAME = {"train_step": 60}
