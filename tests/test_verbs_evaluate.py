@@ -15,11 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from projected_grpo.cli import main
-from projected_grpo.config import from_json
+from projected_grpo.config import PRESETS, from_json
+from projected_grpo.errors import UserError
+from projected_grpo.pools import bake
 from projected_grpo.problems import is_eval, is_validation, load_problems
 from projected_grpo.rewards import MODES, Grade, Grader
 from projected_grpo.rollout import stream_seed
-from projected_grpo.trained import find_source
+from projected_grpo.trained import Source, find_source
 from projected_grpo.verbs_evaluate import EvaluateOptions, chosen_problems
 
 GROUP, PROMPTS, MAX_NEW = 3, 4, 6
@@ -51,6 +53,15 @@ def made_up(self, items):
             )
         )
     return grades
+
+
+class Labels(Grader):
+    """A grader without a sandbox."""
+
+    grade_all = made_up
+
+    def __init__(self):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +209,37 @@ def test_any_other_file_is_asked_whole(run, shared_data, tmp_path):
     assert all(p.named for p in chosen)
 
 
+def test_modes_are_those_of_the_runs_teacher_pool(home, tmp_path):
+    """Of the problems it lists, and shared out over the others; also where it lists none of them."""
+    problems, smoke = load_problems("embedded").problems, PRESETS["smoke"][1]
+
+    def modes(pooled, **options):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        bake(pooled, Labels(), folder)
+        cfg = replace(
+            smoke,
+            problems=replace(smoke.problems, env_mode="run_tests"),
+            teacher=replace(smoke.teacher, teacher_pool_dir=folder),
+        )
+        asked = EvaluateOptions(out=Path("e.json"), subset="all", **options)
+        return {p.problem_id: p.env_mode for p in chosen_problems(asked, Source("x", cfg=cfg))}
+
+    listed = [replace(problems[0], env_mode="sentinel"), replace(problems[1], env_mode="file_marker")]
+    found = modes(listed)
+    assert [found[p.problem_id] for p in listed] == ["sentinel", "file_marker"]
+    assert set(found.values()) == {"sentinel", "file_marker"}
+    assert set(modes(listed, env_mode="exit_code").values()) == {"exit_code"}
+    elsewhere = [replace(p, problem_id=f"x{i}", method="nowhere") for i, p in enumerate(listed)]
+    elsewhere = [
+        replace(p, question=p.question.replace(problems[i].method, "nowhere"))
+        for i, p in enumerate(elsewhere)
+    ]
+    assert set(modes(elsewhere).values()) == {"sentinel", "file_marker"}
+    gone = replace(smoke, teacher=replace(smoke.teacher, teacher_pool_dir=tmp_path / "none"))
+    with pytest.raises(UserError, match="--env-mode"):
+        chosen_problems(EvaluateOptions(out=Path("e.json")), Source("x", cfg=gone))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -236,8 +278,10 @@ def test_a_run_in_pieces_is_told(run, tmp_path, capsys):
     assert main([str(a) for a in ask]) == 0  # what was parked is then not known
     assert json.loads((tmp_path / "e.json").read_text())["as_trained"] is None
     assert "--as-trained" in refused(["export", copy, f"--out={tmp_path}/x", "--as-trained"], capsys)
-    (copy / "config.json").write_text("{}")
+    (copy / "config.json").write_text('{"config": {}}')
     assert "config.json" in refused(ask, capsys)
+    (copy / "config.json").write_text("{}")
+    assert "--model" in refused(ask, capsys)
 
 
 def test_an_exported_folder_is_a_model_again(run, tmp_path, capsys):

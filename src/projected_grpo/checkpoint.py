@@ -38,7 +38,10 @@ def load_knobs(path: Path, policy: Policy) -> dict[str, Any]:
     if made_for is None:
         logger.warning("{}: from an older version, so it does not say which weights its knobs fit", path)
     elif made_for != weights_digest(policy):
-        raise UserError(f"{path}: made for another model: these weights are not those its knobs fit")
+        raise UserError(
+            f"{path}: made for another model: it does not fit these weights; name its own with --model, or "
+            "load them in the --dtype it was trained in"
+        )
     _fill(path, policy, tensors, quarantine=not meta.get("deployed", False))
     return meta
 

@@ -51,7 +51,10 @@ def find_source(path: Path | None, model: str) -> Source:
 
 
 def _run_source(folder: Path, model: str) -> Source:
-    cfg = from_json(read_json(folder / "config.json", str(folder)).get("config", {}), older=True)
+    made = read_json(folder / "config.json", str(folder)).get("config")
+    if made is None:
+        raise UserError(f"{folder}: not a run folder; a folder with a model goes to --model")
+    cfg = from_json(made, older=True)
     knobs, state = folder / DEPLOYED_FILE, folder / STATE_FILE
     if not knobs.exists():
         hint = f"; for its last saved state give {state}" if state.exists() else ""

@@ -193,7 +193,11 @@ def with_run_modes(
         return give_modes(problems, modes, {})
     if not pool.is_dir():
         raise UserError(f"{pool}: the run's teacher pool, which said the modes, is gone; give --env-mode")
-    return give_modes(problems, modes, join(load_pool(pool), problems).partition)
+    prompts = load_pool(pool)
+    partition = join(prompts, problems).partition
+    if not partition and len(modes) == 1:  # another file than the pool's: its modes, shared out by id
+        modes = tuple(sorted({p.env_mode for p in prompts if p.env_mode})) or modes
+    return give_modes(problems, modes, partition)
 
 
 def sampling_of(options: EvaluateOptions, source: Source) -> SamplingConfig:
