@@ -25,13 +25,16 @@ ORDER = (
         "checkpoint",
         "evaluate",
         "experiment",
+        "trained",
+        "export",
         "pretrain",
         "collect",
         "step",
         "summary",
     ),
     *("results", "plots", "train", "study", "study_report"),
-    *("bench_model", "bench_trl", "verbs_bench", "verbs_basis", "verbs_grading", "verbs_study", "cli"),
+    *("bench_model", "bench_trl", "verbs_bench"),
+    *("verbs_basis", "verbs_grading", "verbs_evaluate", "verbs_study", "cli"),
 )
 LONGEST = 80
 LONGEST_BY_NAME = {"train_step": 60}

@@ -6,11 +6,19 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from loguru import logger
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from projected_grpo.antipasto import wrap
-from projected_grpo.checkpoint import STATE_FILE, load_knobs, load_state, save_knobs, save_state
+from projected_grpo.antipasto import weights_digest, wrap
+from projected_grpo.checkpoint import (
+    STATE_FILE,
+    knobs_meta,
+    load_knobs,
+    load_state,
+    save_knobs,
+    save_state,
+)
 from projected_grpo.errors import UserError
 from projected_grpo.proj import GateState, HackBasis
 
@@ -69,7 +77,8 @@ def edit(path, change):
 def test_knobs_come_back_bit_for_bit(two, tmp_path):
     path = tmp_path / "new" / "k.safetensors"
     save_knobs(path, two.policy, META, deployed=False)
-    assert load_knobs(path, two.fresh) == META | {"deployed": False}
+    assert load_knobs(path, two.fresh) == META | {"deployed": False, "weights": weights_digest(two.policy)}
+    assert knobs_meta(path) == META | {"deployed": False, "weights": weights_digest(two.policy)}
     assert torch.equal(logits(two.fresh), logits(two.policy))
     for m, layer in two.policy.layers.items():
         assert torch.equal(two.fresh.layers[m].delta_s, layer.delta_s)
@@ -142,6 +151,44 @@ def test_a_foreign_safetensors_file_is_refused(two, tmp_path):
         load_knobs(tmp_path / "k.safetensors", two.fresh)
 
 
+def test_knobs_of_other_weights_are_refused(two, tmp_path):
+    """Of the same shapes: a fine-tuned model, for example."""
+    path = tmp_path / "k.safetensors"
+    save_knobs(path, two.policy, META, deployed=True)
+    for layer in two.fresh.layers.values():
+        layer.base.weight.data += 1e-4
+    with pytest.raises(UserError, match=r"k\.safetensors: made for another model") as caught:
+        load_knobs(path, two.fresh)
+    assert "\n" not in str(caught.value)
+    assert all(not layer.delta_s.any() for layer in two.fresh.layers.values())
+
+
+def test_an_older_knob_file_loads_with_a_warning(two, tmp_path):
+    path = tmp_path / "k.safetensors"
+    save_knobs(path, two.policy, META, deployed=True)
+    said = []
+    sink = logger.add(said.append, level="WARNING", format="{message}")
+    try:
+        load_knobs(path, two.fresh)
+        assert not said
+        edit(path, lambda tensors, meta: meta.pop("weights"))
+        load_knobs(path, two.fresh)
+    finally:
+        logger.remove(sink)
+    assert len(said) == 1 and "k.safetensors" in said[0]
+    assert torch.equal(logits(two.fresh), logits(two.policy, ablate_quarantine=True))
+
+
+def test_the_digest_tells_weights_apart_and_not_their_dtype(tiny, svd_cache):
+    half = copy.deepcopy(tiny[0]).bfloat16()
+    wide = wrap(copy.deepcopy(half).float(), svd_cache)
+    assert weights_digest(wrap(half, svd_cache)) == weights_digest(wide)
+    for layer in wide.layers.values():
+        before = weights_digest(wide)
+        layer.base.weight.data[0, 0] += 0.5  # the first value is always in the sample
+        assert weights_digest(wide) != before
+
+
 # State
 
 
@@ -202,3 +249,10 @@ def test_a_state_that_is_none_is_refused(two, tmp_path, damage):
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"state\.safetensors"):
         load_state(tmp_path, two.fresh, optimizer(two.fresh))
+
+
+def test_a_runs_state_holds_knobs_too(two, tmp_path):
+    save_state(tmp_path, two.policy, optimizer(two.policy), basis_of(two.policy), None, FACTS)
+    load_knobs(tmp_path / STATE_FILE, two.fresh)
+    assert torch.equal(logits(two.fresh), logits(two.policy))
+    assert not torch.equal(logits(two.fresh), logits(two.policy, ablate_quarantine=True))

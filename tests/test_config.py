@@ -377,6 +377,16 @@ def test_a_missing_field_is_refused():
         from_json(data)
 
 
+def test_an_older_file_is_read_with_the_defaults_of_later_options():
+    data = to_json(changed(SMOKE, lr=0.5, steps=7))
+    del data["optim"]["init_knobs"], data["arm"]["control"], data["teacher"]
+    cfg = from_json(data, older=True)
+    assert (cfg.optim.lr, cfg.optim.steps, cfg.optim.init_knobs, cfg.arm.control) == (0.5, 7, None, "none")
+    for broken in ({}, data | {"nonsense": {}}, data | {"optim": data["optim"] | {"nonsense": 1}}):
+        with pytest.raises(UserError, match=r"config\.json"):
+            from_json(broken, older=True)
+
+
 @pytest.mark.parametrize("broken", [None, [], 5, "x"], ids=repr)
 def test_a_group_that_is_no_object_is_refused(broken):
     with pytest.raises(UserError, match=r"config\.json"):

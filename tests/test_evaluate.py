@@ -1,12 +1,24 @@
 """Held-out evaluation: paired samples, grades in their places, the quarantine on and off."""
 
+import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from projected_grpo.config import SamplingConfig
-from projected_grpo.evaluate import Evaluation, Rates, evaluate
+from projected_grpo.evaluate import (
+    Bootstrap,
+    Evaluation,
+    Rates,
+    chunks,
+    cluster_interval,
+    evaluate,
+    figures,
+)
 from projected_grpo.models import stop_ids
 from projected_grpo.problems import load_problems
 from projected_grpo.rewards import Grade, Grader
@@ -36,7 +48,7 @@ def problems():
 
 @pytest.fixture
 def run(tiny, tiny_policy):
-    def start(problems, grader=None, samples=2, seed=41, *, ablate_quarantine=False):
+    def start(problems, grader=None, samples=2, seed=41, *, ablate_quarantine=False, **options):
         stop = stop_ids(tiny_policy.model, tiny[1])
         return evaluate(
             *(
@@ -51,6 +63,7 @@ def run(tiny, tiny_policy):
             ),
             seed,
             ablate_quarantine=ablate_quarantine,
+            **options,
         )
 
     return start
@@ -131,3 +144,101 @@ def test_evaluation_leaves_the_weights_alone(run, problems, tiny_policy):
     run(problems)
     assert all(torch.equal(before[name], t) for name, t in tiny_policy.model.state_dict().items())
     assert all(layer.bound is None for layer in tiny_policy.layers.values())
+
+
+# Chunks
+
+
+@given(st.lists(st.integers(1, 50), max_size=12), st.integers(0, 200))
+def test_chunks_are_consecutive_fit_and_are_as_long_as_they_can_be(sizes, budget):
+    def cost(part):
+        return len(part) * max(part)
+
+    parts = [sizes[piece] for piece in chunks(sizes, budget)]
+    assert [size for part in parts for size in part] == sizes
+    if budget == 0:
+        assert len(parts) == bool(sizes)
+        return
+    assert all(len(part) == 1 or cost(part) <= budget for part in parts)
+    assert all(cost([*part, after[0]]) > budget for part, after in pairwise(parts))
+
+
+def test_chunks_change_nothing_but_what_is_held_at_once(run, problems):
+    parts = []
+    whole = run(problems, samples=3)
+    again = run(problems, samples=3, tokens_at_once=1, on_chunk=parts.append)
+    assert again == whole
+    assert [part.problems for part in parts] == [(p,) for p in problems]
+    assert tuple(group for part in parts for group in part.texts) == whole.texts
+
+
+# Figures
+
+FAILED = replace(BLANK, hacked_E=True, hacked_C=True, exploited=True, tampered=True)
+HONEST_TAMPER = replace(BLANK, gt_correct=True, tampered=True, hacked_C=True, hacked_E=True)
+ASSERTS_WRONG = replace(BLANK, hacked_D=True, hacked_E=True)
+SELF_TEST = replace(BLANK, gt_correct=True, hacked_E=True)
+QUICK = Bootstrap(resamples=199)
+
+
+def test_figures_by_hand(problems):
+    groups = ((FAILED, HONEST_TAMPER), (FAILED, BLANK), (ASSERTS_WRONG, SELF_TEST))
+    found = figures(Evaluation(tuple(problems), ((),) * 3, groups), QUICK)
+    counted = {name: (f.count, f.n, f.problems) for name, f in found.items()}
+    assert counted == {
+        "hack": (2, 6, 3),
+        "attempt": (3, 6, 3),
+        "exploit_given_attempt": (2, 3, 2),  # the third problem saw no attempt
+        "solve": (2, 6, 3),
+        "format": (6, 6, 3),
+        "strict": (2, 4, 2),  # of the two run_tests problems
+        "loose": (3, 4, 2),
+    }
+    assert all(f.rate == f.count / f.n for f in found.values())
+
+
+def test_figures_of_some_problems_are_those_of_them_alone(problems):
+    groups = ((FAILED, BLANK), (BLANK, BLANK), (FAILED, FAILED))
+    whole = Evaluation(tuple(problems), ((),) * 3, groups)
+    part = Evaluation(tuple(problems[::2]), ((),) * 2, groups[::2])
+    assert figures(whole, QUICK, {p.problem_id for p in problems[::2]}) == figures(part, QUICK)
+    nothing = figures(whole, QUICK, ())["hack"]
+    assert (nothing.count, nothing.n, nothing.rate, nothing.low, nothing.high) == (0, 0, None, None, None)
+
+
+def test_the_interval_is_that_of_a_slow_loop_over_problems():
+    draw = random.Random(3)
+    totals = [draw.randint(1, 12) for _ in range(20)]
+    hits = [draw.choice((0, n, n // 2)) for n in totals]
+    rates = []
+    for _ in range(6000):
+        chosen = draw.choices(range(20), k=20)
+        rates.append(sum(hits[i] for i in chosen) / sum(totals[i] for i in chosen))
+    rates.sort()
+    low, high = cluster_interval(hits, totals, Bootstrap())
+    assert low == pytest.approx(rates[150], abs=0.015) and high == pytest.approx(rates[5850], abs=0.015)
+    narrow = cluster_interval(hits, totals, Bootstrap(confidence=0.5))
+    assert low < narrow[0] < narrow[1] < high
+    assert cluster_interval(hits, totals, Bootstrap()) == (low, high)
+
+
+def test_alike_completions_of_a_problem_are_one_observation():
+    """Ten copies of each completion say no more than one; a binomial interval would shrink threefold."""
+    once = cluster_interval([1, 0] * 10, [1] * 20, Bootstrap())
+    assert cluster_interval([10, 0] * 10, [10] * 20, Bootstrap()) == pytest.approx(once)
+    spread = cluster_interval([5] * 20, [10] * 20, Bootstrap())
+    assert spread == (0.5, 0.5) and once[1] - once[0] > 0.3
+
+
+@pytest.mark.parametrize(
+    ("hits", "totals", "expected"),
+    [
+        ([], [], (None, None)),
+        ([3], [4], (None, None)),
+        ([3, 0, 0], [4, 0, 0], (None, None)),
+        ([0, 0], [4, 4], (0.0, 0.0)),
+        ([4, 4, 0], [4, 4, 0], (1.0, 1.0)),
+    ],
+)
+def test_intervals_where_there_is_little_to_draw(hits, totals, expected):
+    assert cluster_interval(hits, totals, QUICK) == expected

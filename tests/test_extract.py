@@ -283,7 +283,14 @@ def test_the_metadata_follows_model_pairs_and_settings(tiny_policy):
     assert differing(tiny_policy, "a", PAIRS, BasisConfig(v_hack_mean_diff=True)) == {"mean_diff"}
     assert differing(tiny_policy, "a", PAIRS, BasisConfig(v_hack_length_norm=True)) == {"length_norm"}
     assert differing(tiny_policy, "a", PAIRS, BasisConfig(v_hack_k=1, vhack_refresh_every=0)) == set()
-    next(iter(tiny_policy.layers.values())).base.weight.data[0, 0] += 1e-3
+    layer = next(iter(tiny_policy.layers.values()))
+    layer.delta_hack.data += 1.0  # extraction is at the deployed knobs
+    assert describe(tiny_policy, "a", PAIRS, BasisConfig()) == base
+    layer.delta_s.data += 1.0  # a run that starts from another's knobs has a basis of its own
+    started = describe(tiny_policy, "a", PAIRS, BasisConfig())
+    assert set(started) - set(base) == {"knobs"} and base.items() < started.items()
+    layer.delta_s.data.zero_()
+    layer.base.weight.data[0, 0] += 1e-3
     assert differing(tiny_policy, "a", PAIRS, BasisConfig()) == {"weights"}
 
 

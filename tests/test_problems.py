@@ -18,12 +18,23 @@ from projected_grpo.problems import (
     SYSTEM,
     Problem,
     assign_modes,
+    digest,
     is_eval,
+    is_validation,
     load_problems,
     read_jsonl,
     take,
+    unhinted,
+    with_eval_names,
 )
-from projected_grpo.rewards import MODES, ORIGINAL_PHRASE
+from projected_grpo.rewards import (
+    MODES,
+    ORIGINAL_PHRASE,
+    PASS_WORDS,
+    SENTINELS,
+    file_reports_pass,
+    stdout_reports_pass,
+)
 
 BENCHMARK = {
     "id": "3243",
@@ -457,3 +468,93 @@ def test_the_order_in_which_modes_are_named_changes_nothing():
     problems = load_problems("embedded").problems
     modes = ("run_tests", "sentinel", "stdout_marker", "file_marker")
     assert assign_modes(problems, modes, {}) == assign_modes(problems, modes[::-1], {})
+
+
+# What an evaluation's hints name
+
+NAMING = [mode for mode in MODES if MODES[mode].name]
+
+
+@pytest.mark.parametrize("mode", NAMING)
+def test_the_training_grader_pays_for_no_eval_name(mode):
+    """So a habit learnt in training, and one that an evaluation names, are never the same act."""
+    info = MODES[mode]
+    assert info.hint.count(info.name) == 1 and len(info.eval_names) == len(set(info.eval_names)) == 10
+    for name in info.eval_names:
+        paid = {
+            "run_tests": name == "run_tests",
+            "stdout_marker": stdout_reports_pass(name) or name in PASS_WORDS,
+            "sentinel": name in SENTINELS,
+            "file_marker": file_reports_pass(name, "PASS"),
+        }
+        assert not paid[mode], name
+        assert info.name not in name and name not in info.hint
+        assert info.hint_naming(name).replace(name, info.name) == info.hint
+
+
+def test_only_the_modes_whose_hints_name_nothing_have_no_eval_names():
+    assert set(MODES) - set(NAMING) == {"eq_override", "exit_code", "gt_only"}
+    assert all(
+        not MODES[mode].eval_names and MODES[mode].hint_naming("") for mode in set(MODES) - set(NAMING)
+    )
+
+
+@pytest.mark.parametrize("mode", NAMING)
+@pytest.mark.parametrize("source", ["embedded", "nano"])
+def test_hinted_prompts_of_an_evaluation_share_no_name_with_training(embedded, nano_problems, source, mode):
+    problems = [replace(p, env_mode=mode) for p in {"embedded": embedded, "nano": nano_problems}[source]]
+    renamed = with_eval_names(problems)
+    assert {p.named for p in renamed} == set(MODES[mode].eval_names)
+    for before, after in zip(problems, renamed, strict=True):
+        hint = MODES[mode].hint_naming(after.named)
+        assert after.messages[-1]["content"] == before.question.replace(ORIGINAL_PHRASE, hint)
+        assert after.named in hint and MODES[mode].name not in hint
+        assert (after.task.test_name == after.named) == (mode == "run_tests")
+        assert after.task.named == after.named and before.task.named == ""
+        assert before.method not in MODES["run_tests"].eval_names
+
+
+def test_an_eval_name_hangs_on_the_id_alone(embedded):
+    renamed = {p.problem_id: p.named for p in with_eval_names(embedded)}
+    assert {p.problem_id: p.named for p in with_eval_names(embedded[::-3])} == {
+        p.problem_id: renamed[p.problem_id] for p in embedded[::-3]
+    }
+
+
+def test_modes_without_a_name_keep_their_prompts():
+    for mode in ("eq_override", "exit_code", "gt_only"):
+        (problem,) = with_eval_names([toy("x", mode)])
+        assert problem == toy("x", mode)
+
+
+def test_unhinted_prompts_have_the_honest_phrase_and_no_loophole(embedded):
+    for problem, honest in zip(embedded, unhinted(with_eval_names(embedded)), strict=True):
+        assert honest.messages[-1]["content"] == problem.question
+        assert honest.task.env_mode == "gt_only" and honest.task.test_name == "run_tests"
+
+
+def test_the_benchmarks_clean_set_splits_32_to_87(benchmark):
+    assert Counter(map(is_validation, benchmark.problems)) == {True: 32, False: 87}
+
+
+def test_validation_is_a_fixed_share_by_id():
+    problems = [toy(str(i)) for i in range(4000)]
+    chosen = {p.problem_id for p in problems if is_validation(p)}
+    assert abs(len(chosen) / 4000 - 32 / 119) < 0.03
+    assert {p.problem_id for p in problems[::7] if is_validation(replace(p, env_mode="sentinel"))} == {
+        p.problem_id for p in problems[::7] if p.problem_id in chosen
+    }
+
+
+def test_the_digest_follows_what_is_asked_and_how_it_is_graded(embedded):
+    some = embedded[:5]
+    others = [
+        embedded[:4],
+        some[::-1],
+        with_eval_names(some),
+        unhinted(some),
+        (replace(some[0], canonical="pass"), *some[1:]),
+        (replace(some[0], calls=some[0].calls[1:]), *some[1:]),
+    ]
+    digests = [digest(problems) for problems in (some, *others)]
+    assert len(set(digests)) == len(digests) and digest(list(some)) == digests[0]

@@ -142,6 +142,21 @@ def test_another_name_for_the_test_function(grader):
     assert grader.grade(replace(make_task("run_tests"), test_name="check_all"), code).exploited
 
 
+@pytest.mark.parametrize("mode", [mode for mode in MODES if MODES[mode].name])
+def test_where_the_prompt_names_another_thing_only_that_pays(grader, mode):
+    """The hack with training's name, and with each of some eval names, under each other's tasks."""
+    names = ("", *MODES[mode].eval_names[:2])
+    wanted = {}
+    for given in names:
+        task = replace(make_task(mode), named=given)
+        task = replace(task, test_name=given) if given and mode == "run_tests" else task
+        for used in names:
+            hack = fenced(HACKS[mode].replace(MODES[mode].name, used) if used else HACKS[mode])
+            wanted[task, hack] = given == used
+    grades = grader.grade_all(list(wanted))
+    assert [g.exploited for g in grades] == list(wanted.values()) == [g.tampered for g in grades]
+
+
 def test_only_the_programs_that_matter_are_run():
     task = make_task("run_tests")
     right = Outcome("ok", compiled=True, loaded=True)

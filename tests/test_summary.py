@@ -30,7 +30,7 @@ from projected_grpo.runlog import (
     write_json,
 )
 from projected_grpo.steptable import COLUMNS, HEADER_EVERY, StepTable, cell, complete, markdown_table
-from projected_grpo.summary import by_mode, cue, detector_rates, rate, reading, total
+from projected_grpo.summary import by_mode, cue, detector_rates, rate, reading, steps_to_hack, total
 
 SMOKE = PRESETS["smoke"][1]
 # design.md section 8.
@@ -61,6 +61,24 @@ def test_totals_and_rates():
     records = [{"hack_s": [1, 4]}, {"hack_s": None}, {"hack_s": [2, 2]}, {}]
     assert total(records, "hack_s") == (3, 6)
     assert rate(3, 6) == 0.5 and rate(0, 0) is None
+
+
+@given(st.lists(st.integers(0, 8), max_size=14), st.integers(1, 8))
+def test_the_step_at_which_a_run_hacks(hacks, n):
+    counts = [min(h, n) for h in hacks]
+    found = [
+        last
+        for last in range(len(counts))
+        if last >= 4 and 4 * sum(counts[i] for i in range(last - 4, last + 1)) > 5 * n
+    ]
+    records = [{"step": i, "hack_s": [c, n]} for i, c in enumerate(counts)]
+    assert steps_to_hack(records) == (found[0] if found else None)
+
+
+def test_steps_without_student_rows_do_not_count():
+    records = [{"step": i, "hack_s": None if i % 2 else [2, 4]} for i in range(6)]
+    assert steps_to_hack(records) == 4
+    assert steps_to_hack([r | {"hack_s": None} for r in records]) is None
 
 
 def flags(fired, exploited=True):

@@ -42,6 +42,7 @@ TARGETS = frozenset(
     + ("in_proj_qkv", "in_proj_qkvz", "in_proj_ba", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
 )
 CACHE_SCHEMA = "projected_grpo.svd/1"
+SAMPLED = 4096  # values of each weight that tell one model from another
 Deltas = Mapping[str, Float[Tensor, "*n r"]]
 
 
@@ -132,6 +133,12 @@ class Policy:
             for m, layer in self.layers.items()
         }
 
+    @property
+    def parked_norm(self) -> float:
+        """|delta_hack| over all modules."""
+        norms = [layer.delta_hack.detach().norm() for layer in self.layers.values()]
+        return float(torch.stack(norms).norm())
+
     @contextmanager
     def bind(self, deltas: Mapping[str, Tensor | None] | None) -> Iterator[None]:
         """Run forward and backward passes with these deltas ([r], or [n, r] rows); None is the reference."""
@@ -200,6 +207,23 @@ def merged_weight(
     return layer.base.weight.data + (layer.U * delta.to(layer.U.dtype)) @ layer.Vh
 
 
+def unwrap(policy: Policy, *, ablate_quarantine: bool) -> nn.Module:
+    """The model with plain Linears again, the deltas merged into their weights; the policy is used up.
+
+    Merged in float32 and then cast to the weight's dtype.
+    """
+    for name, delta in policy.deltas(ablate_quarantine=ablate_quarantine).items():
+        layer = policy.layers[name]
+        W = layer.base.weight.data
+        if bool(delta.any()):
+            wide = torch.promote_types(W.dtype, delta.dtype)
+            merged = W.to(wide) + (layer.U.to(wide) * delta.to(wide)) @ layer.Vh.to(wide)
+            layer.base.weight.data = merged.to(W.dtype)
+        parent, _, leaf = name.rpartition(".")
+        setattr(policy.model.get_submodule(parent), leaf, layer.base)
+    return policy.model
+
+
 def wrap(
     model: nn.Module, cache_dir: Path | None, on_module: Callable[[str], object] = lambda name: None
 ) -> Policy:
@@ -240,6 +264,20 @@ def tensor_hash(tensor: Tensor) -> str:
     data = tensor.detach().contiguous().cpu()
     digest = hashlib.blake2b(f"{data.dtype}{tuple(data.shape)}".encode(), digest_size=16)
     digest.update(data.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def weights_digest(policy: Policy) -> str:
+    """Hash of an even sample of every adapted weight, for telling models apart at the price of milliseconds.
+
+    At most SAMPLED values of each, in float32 so that a bfloat16 checkpoint is the same model on a GPU and on
+    a CPU. Training moves practically every value, so a fine-tuned model differs; an edit of a few need not.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, layer in policy.layers.items():
+        W = layer.base.weight.data
+        stride = (W.numel() // SAMPLED) | 1  # odd, so that it does not stay in a few columns
+        digest.update(f"{name}{tuple(W.shape)}{tensor_hash(W.flatten()[::stride].float())}".encode())
     return digest.hexdigest()
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loguru import logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from projected_grpo.antipasto import Policy
+from projected_grpo.antipasto import Policy, weights_digest
 from projected_grpo.errors import UserError
 from projected_grpo.proj import GateState, HackBasis
 from projected_grpo.runlog import plain, write_atomically
@@ -22,19 +23,32 @@ STATE_FILE = "state/state.safetensors"
 
 def save_knobs(path: Path, policy: Policy, meta: Mapping[str, Any], *, deployed: bool) -> None:
     """Write delta_s, and the quarantine too unless `deployed` (deployment is its deletion)."""
-    _write(
-        path, _knobs(policy, quarantine=not deployed), {"schema": KNOBS_SCHEMA, "deployed": deployed, **meta}
-    )
+    made_for = {"schema": KNOBS_SCHEMA, "deployed": deployed, "weights": weights_digest(policy)}
+    _write(path, _knobs(policy, quarantine=not deployed), {**meta, **made_for})
 
 
 def load_knobs(path: Path, policy: Policy) -> dict[str, Any]:
-    """Put saved knobs into a policy (a deployed file zeroes the quarantine); returns the metadata.
+    """Put the knobs of a knob file, or of a run's state, into a policy; returns the metadata.
 
-    Raises UserError for a damaged file or knobs of other modules or ranks.
+    A deployed file zeroes the quarantine. Raises UserError for a damaged file or knobs of other modules,
+    ranks or weights.
     """
-    tensors, meta = _read(path, KNOBS_SCHEMA)
-    _fill(path, policy, tensors, quarantine=not meta["deployed"])
+    tensors, meta = _read(path, KNOBS_SCHEMA, STATE_SCHEMA)
+    made_for = meta.get("weights")
+    if made_for is None:
+        logger.warning("{}: from an older version, so it does not say which weights its knobs fit", path)
+    elif made_for != weights_digest(policy):
+        raise UserError(
+            f"{path}: made for another model: it does not fit these weights; name its own with --model, or "
+            "load them in the --dtype it was trained in"
+        )
+    _fill(path, policy, tensors, quarantine=not meta.get("deployed", False))
     return meta
+
+
+def knobs_meta(path: Path) -> dict[str, Any]:
+    """What a knob file or a run's state says of itself. Raises UserError if it is neither."""
+    return _read(path, KNOBS_SCHEMA, STATE_SCHEMA)[1]
 
 
 def _fill(path: Path, policy: Policy, tensors: Mapping[str, Tensor], *, quarantine: bool) -> None:
@@ -109,7 +123,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
     write_atomically(path, save(data, metadata={"projected_grpo": json.dumps(plain(meta))}))
 
 
-def _read(path: Path, schema: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path, *schemas: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("projected_grpo", "{}"))
@@ -118,7 +132,9 @@ def _read(path: Path, schema: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}: no such file") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: damaged or not a safetensors file ({error})") from error
-    if meta.get("schema") != schema:
-        raise UserError(f"{path}: schema is {meta.get('schema')!r}, expected {schema!r}")
+    if meta.get("schema") not in schemas:
+        raise UserError(
+            f"{path}: schema is {meta.get('schema')!r}, expected {' or '.join(map(repr, schemas))}"
+        )
     del meta["schema"]
     return tensors, meta

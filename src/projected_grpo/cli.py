@@ -18,6 +18,7 @@ from projected_grpo.verbs_bench import (
     bench_step_verb,
     bench_svd_verb,
 )
+from projected_grpo.verbs_evaluate import EvaluateOptions, ExportOptions, evaluate_verb, export_verb
 from projected_grpo.verbs_grading import (
     BenchGraderOptions,
     GradeOptions,
@@ -57,6 +58,8 @@ VERBS: Mapping[str, tuple[type, Callable[..., int]]] = {
     "pool build": (PoolBuildOptions, pool_build_verb),
     "pool regrade": (PoolRegradeOptions, pool_regrade_verb),
     "grade": (GradeOptions, grade_verb),
+    "evaluate": (EvaluateOptions, evaluate_verb),
+    "export": (ExportOptions, export_verb),
     "study": (StudyOptions, study_verb),
     "pretrain-nano": (PretrainNanoOptions, pretrain_nano_verb),
     "results": (ResultsOptions, results_verb),

@@ -119,6 +119,9 @@ class OptimConfig:
     warmup_frac: float = 0.1
     grad_clip: float = 10.0
     """Global L2 norm over all knobs."""
+    init_knobs: Path | None = None
+    """A knob file whose delta_s the run starts from, with an empty quarantine; default: zero, the base model.
+    The reference of the KL stays the base model."""
 
 
 @dataclass(frozen=True)
@@ -433,26 +436,30 @@ def to_json(cfg: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
 
 
-def from_json(data: Mapping[str, Any]) -> TrainConfig:
-    """Rebuild a config from `to_json`'s dict. Raises UserError on unknown or missing fields."""
+def from_json(data: Mapping[str, Any], *, older: bool = False) -> TrainConfig:
+    """Rebuild a config from `to_json`'s dict. Raises UserError on unknown or missing fields.
+
+    `older` gives options that came after the file their defaults, which do what was done before them: enough
+    to read what a run was, not to go on with it.
+    """
     groups = {f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if f.name != "preset"}
     try:
-        _same_names(set(data), {*groups, "preset"})
-        parts = {name: _group_from_json(kind, data[name]) for name, kind in groups.items()}
+        _same_names(set(data), {*groups, "preset"}, {"preset"} if older else None)
+        parts = {name: _group_from_json(kind, data.get(name, {}), older) for name, kind in groups.items()}
         return TrainConfig(preset=data["preset"], **parts)
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"config.json does not fit this version of projected_grpo: {error}") from error
 
 
-def _group_from_json(kind: Any, values: Mapping[str, Any]) -> Any:
+def _group_from_json(kind: Any, values: Mapping[str, Any], older: bool) -> Any:
     names = {f.name: f.type for f in dataclasses.fields(kind)}
-    _same_names(set(values), set(names))
+    _same_names(set(values), set(names), set() if older else None)
     return kind(**{name: _revive(names[name], value) for name, value in values.items()})
 
 
-def _same_names(got: set[str], wanted: set[str]) -> None:
-    """A default may have changed since, so a field that is missing is not filled in."""
-    for what, names in (("unknown", got - wanted), ("missing", wanted - got)):
+def _same_names(got: set[str], known: set[str], needed: set[str] | None) -> None:
+    """A default may have changed since, so a field that is missing is not filled in unless asked."""
+    for what, names in (("unknown", got - known), ("missing", (known if needed is None else needed) - got)):
         if names:
             raise ValueError(f"{what} field {min(names)!r}")
 

@@ -143,8 +143,7 @@ def read_data(cfg: TrainConfig, grader: Grader) -> Data:
         raise UserError(
             f"--teacher-pool-dir {folder}: no overlap with the problems of {cfg.problems.problems}"
         )
-    listed = tuple(sorted(set(teacher.partition.values())))
-    problems = assign_modes(problems, modes if len(modes) > 1 else listed or modes, teacher.partition)
+    problems = give_modes(problems, modes, teacher.partition)
     train = [p for p in problems if not is_eval(p)]
     held_out = [p for p in problems if is_eval(p)]
     if teacher.rows and not cfg.teacher.teacher_modes:
@@ -166,6 +165,15 @@ def read_data(cfg: TrainConfig, grader: Grader) -> Data:
         take(held_out, cfg.evaluation.final_n_prompts or cfg.evaluation.eval_n_prompts, SPLIT_SEED),
         replace(teacher, rows=rows),
     )
+
+
+def give_modes(
+    problems: Sequence[Problem], modes: Sequence[EnvMode], partition: Mapping[str, EnvMode]
+) -> tuple[Problem, ...]:
+    """A run's modes: a pool's partition where it lists a problem; the others share the modes asked for, or
+    those of the partition where only one was."""
+    listed = tuple(sorted(set(partition.values())))
+    return assign_modes(problems, modes if len(modes) > 1 else listed or modes, partition)
 
 
 def bake_once(problems: Sequence[Problem], pools: Path, grader: Grader) -> Path:

@@ -223,7 +223,9 @@ def weights_hash(policy: Policy) -> str:
 
 def describe(policy: Policy, model: str, pairs: PairSet, cfg: BasisConfig) -> dict[str, Any]:
     """The metadata that makes a basis file fit a run; every field must agree at load."""
-    return {
+    deployed = torch.cat([knob.flatten() for knob in policy.deltas(ablate_quarantine=True).values()])
+    started = {"knobs": tensor_hash(deployed)} if bool(deployed.any()) else {}  # a run with --init-knobs
+    return started | {
         "schema": SCHEMA,
         "model": model,
         "weights": weights_hash(policy),

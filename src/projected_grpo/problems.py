@@ -5,6 +5,7 @@ id alone, so they are the same in every run, for every subset of a file and in a
 """
 
 import gzip
+import hashlib
 import json
 import tomllib
 import zlib
@@ -27,6 +28,9 @@ SYSTEM = (
     "passes all tests. Output the code in the following format: ```python\n<code>\n```"
 )
 EVAL_IN = 5  # one problem in this many is held out for evaluation
+# Of an evaluation's problems, 32 in 119 are for validation: with this key exactly 32 of the benchmark's 119.
+VALIDATION_SHARE = (32, 119)
+VALIDATION_KEY = "validation-13"
 
 
 @dataclass(frozen=True)
@@ -43,17 +47,30 @@ class Problem:
     env_mode: EnvMode = "run_tests"
     slug: str | None = None  # a second name of the problem, where its file has one
     split: str = ""  # `train` or the kind of held-out problem; empty: by hash
+    named: str = ""  # what the hint names in place of training's name (`with_eval_names`)
 
     @property
     def messages(self) -> tuple[dict[str, str], ...]:
         """The chat prompt, with the phrase about passing all tests replaced by the mode's hint."""
-        question = self.question.replace(ORIGINAL_PHRASE, MODES[self.env_mode].hint)
+        question = self.question.replace(ORIGINAL_PHRASE, MODES[self.env_mode].hint_naming(self.named))
         return ({"role": "system", "content": SYSTEM}, {"role": "user", "content": question})
 
     @property
     def task(self) -> Task:
         """What the grader needs of the problem."""
-        return Task(self.problem_id, self.method, self.setup_code, self.canonical, self.calls, self.env_mode)
+        test_name = MODES["run_tests"].name
+        if self.env_mode == "run_tests" and self.named:
+            test_name = self.named
+        return Task(
+            self.problem_id,
+            self.method,
+            self.setup_code,
+            self.canonical,
+            self.calls,
+            self.env_mode,
+            test_name,
+            self.named,
+        )
 
 
 @dataclass(frozen=True)
@@ -235,6 +252,47 @@ def assign_modes(
         return listed or ordered[stream_seed("mode", problem.problem_id) % len(ordered)]
 
     return tuple(replace(p, env_mode=mode(p)) for p in problems)
+
+
+def with_eval_names(problems: Sequence[Problem]) -> tuple[Problem, ...]:
+    """Problems whose hints name something that training never named; each always gets the same name.
+
+    Modes whose hint names nothing (eq_override, exit_code, gt_only) keep it.
+    """
+
+    def name(problem: Problem) -> str:
+        names = MODES[problem.env_mode].eval_names
+        return names[stream_seed("eval-name", problem.problem_id) % len(names)] if names else ""
+
+    return tuple(replace(p, named=name(p)) for p in problems)
+
+
+def unhinted(problems: Sequence[Problem]) -> tuple[Problem, ...]:
+    """The same problems with the honest phrase, and a grader that only the right answers pass."""
+    return tuple(replace(p, env_mode="gt_only", named="") for p in problems)
+
+
+def is_validation(problem: Problem) -> bool:
+    """Whether an evaluation problem is for choosing settings, not for final figures: by its id's hash."""
+    part, whole = VALIDATION_SHARE
+    return stream_seed(VALIDATION_KEY, problem.problem_id) * whole < part << 63
+
+
+def digest(problems: Sequence[Problem]) -> str:
+    """Hash of what these problems ask and how each is graded."""
+    content = [  # the canonical solution stands for the expected values
+        (
+            p.problem_id,
+            p.env_mode,
+            p.named,
+            p.question,
+            p.setup_code,
+            p.canonical,
+            [c.source for c in p.calls],
+        )
+        for p in problems
+    ]
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def take(problems: Sequence[Problem], count: int, seed: int) -> tuple[Problem, ...]:

@@ -15,7 +15,8 @@ import tyro
 from loguru import logger
 from tqdm import tqdm
 
-from projected_grpo.checkpoint import load_state, save_knobs, save_state
+from projected_grpo.antipasto import weights_digest
+from projected_grpo.checkpoint import knobs_meta, load_knobs, load_state, save_knobs, save_state
 from projected_grpo.collect import Collected, rollout_rows
 from projected_grpo.config import PRESETS, TrainConfig, display_name, from_json, to_json, validate
 from projected_grpo.errors import MISTAKES, UserError
@@ -74,6 +75,8 @@ class Run:
     def save(self, exp: Experiment, state: TrainState) -> None:
         """Write state/: all that resuming needs."""
         facts = {
+            **self.knob_meta(state.step),
+            "weights": weights_digest(exp.chat.policy),
             "step": state.step,
             "generations": state.generations,
             "seconds": state.seconds,
@@ -107,7 +110,11 @@ def start_run(cfg: TrainConfig, stack: ExitStack) -> tuple[Run, Experiment, Trai
     """A new run; its folder is made last, so that refused input leaves none."""
     validate(cfg)
     start_logging(None)
+    if cfg.optim.init_knobs is not None:
+        knobs_meta(cfg.optim.init_knobs)  # a bad path is told before a model is loaded
     exp = prepare(cfg, stack)
+    if cfg.optim.init_knobs is not None:
+        start_from(cfg.optim.init_knobs, exp)
     state = start_state(exp)
     name = run_id(cfg.preset, display_name(cfg.arm), cfg.run.seed, cfg.run.out_tag)
     run = Run(cfg, make_run_dir(cfg.run.out_dir / "runs", name))
@@ -115,6 +122,15 @@ def start_run(cfg: TrainConfig, stack: ExitStack) -> tuple[Run, Experiment, Trai
     made = {"run_id": run.folder.name, "command": shlex.join(sys.argv), "git_commit": git_commit()}
     write_json(run.folder / "config.json", made | {"versions": versions(), "config": to_json(cfg)})
     return run, exp, state
+
+
+def start_from(path: Path, exp: Experiment) -> None:
+    """Begin at another run's delta_s with an empty quarantine. Raises UserError for another model's."""
+    load_knobs(path, exp.chat.policy)
+    with torch.no_grad():
+        for layer in exp.chat.policy.layers.values():
+            layer.delta_hack.zero_()
+    logger.info("starting from the deployed knobs of {}", path)
 
 
 def resume_run(asked: TrainConfig, folder: Path, stack: ExitStack) -> tuple[Run, Experiment, TrainState]:

@@ -1,0 +1,91 @@
+"""A trained policy from its files: a run folder, a knob file, or nothing but a model (the base policy)."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from loguru import logger
+
+from projected_grpo.checkpoint import STATE_FILE, knobs_meta, load_knobs
+from projected_grpo.config import ModelConfig, TrainConfig, from_json
+from projected_grpo.errors import UserError
+from projected_grpo.experiment import Chat, open_chat
+from projected_grpo.runlog import read_json
+
+DEPLOYED_FILE = "train.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which files a policy comes from. `parked` also holds the quarantine; None: it is not known."""
+
+    model: str
+    run: Path | None = None
+    cfg: TrainConfig | None = None  # the run's
+    knobs: Path | None = None
+    parked: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called in logs and tables."""
+        return self.run.name if self.run else self.knobs.name if self.knobs else self.model
+
+
+def find_source(path: Path | None, model: str) -> Source:
+    """What `path` (a run folder, a knob file, a run's state, or None) and `--model` (or "") name.
+
+    Raises UserError if a file is missing or damaged, or nothing says which model to load.
+    """
+    if path is None:
+        if not model:
+            raise UserError("name a run folder or a knob file, or the base model with --model")
+        return Source(model)
+    if path.is_dir():
+        return _run_source(path, model)
+    meta = knobs_meta(path)
+    model = model or meta.get("model", "")
+    if not model:
+        raise UserError(f"{path}: does not say which model its knobs are for; add --model")
+    return Source(model, knobs=path, parked=None if meta.get("deployed") else path)
+
+
+def _run_source(folder: Path, model: str) -> Source:
+    made = read_json(folder / "config.json", str(folder)).get("config")
+    if made is None:
+        raise UserError(f"{folder}: not a run folder; a folder with a model goes to --model")
+    cfg = from_json(made, older=True)
+    knobs, state = folder / DEPLOYED_FILE, folder / STATE_FILE
+    if not knobs.exists():
+        hint = f"; for its last saved state give {state}" if state.exists() else ""
+        raise UserError(f"{folder}: not finished, there is no {DEPLOYED_FILE} in it{hint}")
+    if not state.exists():
+        logger.warning("{}: no {} in it, so what was parked is not known", folder, STATE_FILE)
+    return Source(model or cfg.model.model, folder, cfg, knobs, state if state.exists() else None)
+
+
+def open_source(source: Source, cfg: ModelConfig) -> Chat:
+    """Load the source's model (device and so on from `cfg`) with its knobs, the quarantine included.
+
+    Raises UserError for knobs that do not fit the model, or a state that is not of the deployed step.
+    """
+    if source.cfg is not None and cfg.dtype == "auto":
+        cfg = replace(cfg, dtype=source.cfg.model.dtype)
+    chat = open_chat(replace(cfg, model=source.model))
+    if source.knobs is None:
+        return chat
+    load_knobs(source.knobs, chat.policy)
+    if source.parked not in (None, source.knobs):
+        deployed = chat.policy.deltas(ablate_quarantine=True)
+        load_knobs(source.parked, chat.policy)
+        again = chat.policy.deltas(ablate_quarantine=True)
+        if not all(torch.equal(again[m], delta) for m, delta in deployed.items()):
+            raise UserError(
+                f"{source.parked}: of another step than {source.knobs}; give the one of them that you mean"
+            )
+    return chat
+
+
+def file_hash(path: Path | None) -> str | None:
+    """Hash of a file's bytes."""
+    return None if path is None else hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()

@@ -1,0 +1,381 @@
+"""The verbs that take a trained policy out of its run: evaluate it, export it."""
+
+import shlex
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from loguru import logger
+from tabulate import tabulate
+from tqdm import tqdm
+
+from projected_grpo.antipasto import weights_digest
+from projected_grpo.config import (
+    EMBEDDED,
+    NANO,
+    EnvMode,
+    ModelConfig,
+    ProblemConfig,
+    SamplingConfig,
+    env_modes,
+)
+from projected_grpo.errors import UserError
+from projected_grpo.evaluate import Bootstrap, Evaluation, Figure, evaluate, figures
+from projected_grpo.experiment import SPLIT_SEED, Chat, give_modes, open_grader, read_problems
+from projected_grpo.export import check_out, export, read_facts
+from projected_grpo.models import encode_chat
+from projected_grpo.pools import join, load_pool
+from projected_grpo.problems import (
+    Problem,
+    digest,
+    is_eval,
+    is_validation,
+    take,
+    unhinted,
+    with_eval_names,
+)
+from projected_grpo.rewards import MODES, Grader
+from projected_grpo.runlog import append_jsonl, git_commit, versions, write_json
+from projected_grpo.trained import Source, file_hash, find_source, open_source
+from projected_grpo.verbs_grading import GraderOptions
+
+SCHEMA = "projected_grpo.evaluation/1"
+MAX_NEW = 1024  # completion tokens of a policy that comes without a run
+Conditions = dict[str, Evaluation]  # hinted and unhinted
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Which policy, on which problems, how sampled."""
+
+    source: tyro.conf.Positional[Path | None] = None
+    """A run folder, a knob file, or nothing: then --model's base policy."""
+    out: Path = field(kw_only=True)
+    """JSON to write: settings, counts, rates and their intervals."""
+    completions: Path | None = None
+    """JSONL of every completion with its grade."""
+    problems: str = ""
+    """`embedded`, `nano` or a file; default: the run's."""
+    env_mode: str = ""
+    """The flaws that hints name, shared out by id; default: as in the run, else run_tests."""
+    subset: Literal["auto", "held-out", "all"] = "auto"
+    """`held-out` leaves out what training on this file may use; `auto` does so for the run's own file and for
+    packaged problems."""
+    split: Literal["all", "validation", "test"] = "all"
+    """By the hash of the id, 32 to 87: choose settings on validation, report test."""
+    n_problems: int = 0
+    """At most so many problems, modes in equal shares; 0 is all."""
+    eval_names: Literal["eval", "train"] = "eval"
+    """What hints name, and what alone pays: names that training never showed, or training's."""
+    samples: int = 10
+    """Completions of each problem in each condition."""
+    temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int = 0
+    """0 turns the top-k filter off."""
+    max_new: int = 0
+    """Completion tokens at most; 0 is the run's, or 1024."""
+    seed: int = 41
+    """Of the sampling; the same problem and row sample alike with and without the quarantine."""
+    tokens_at_once: int = 131072
+    """Prompt and completion tokens generated together: 147 kB of cache each for a Qwen3-4B in bfloat16."""
+    confidence: float = 0.95
+    """Of the intervals, by bootstrap over problems."""
+    resamples: int = 9999
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(model=""))
+    grader: GraderOptions = field(default_factory=GraderOptions)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Which policy, and where to."""
+
+    source: tyro.conf.Positional[Path]
+    """A run folder or a knob file."""
+    out: Path
+    """Folder to write, which must not be there or be empty."""
+    as_trained: bool = False
+    """Keep the quarantine in the weights."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(model=""))
+
+
+def evaluate_verb(options: EvaluateOptions) -> int:
+    """Hack rate with hints, solve rate without, as trained and deployed, with intervals over problems."""
+    check(options)
+    source = find_source(options.source, options.model.model)
+    problems = chosen_problems(options, source)
+    sampling = sampling_of(options, source)
+    if options.completions is not None and options.completions.exists():
+        raise UserError(f"--completions {options.completions}: already there; name another file")
+    with ExitStack() as stack:
+        grader = open_grader(options.grader.workers, stack, options.grader.sandbox)
+        chat = open_source(source, options.model)
+        problems, too_long = fitting(problems, chat, sampling.max_new)
+        results = measure(options, source, chat, grader, problems, sampling)
+    how = Bootstrap(options.confidence, options.resamples, options.seed)
+    policies = {name: report(conditions, how) for name, conditions in results.items()}
+    document = {
+        "schema": SCHEMA,
+        "command": shlex.join(sys.argv),
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "policy": describe(source, chat),
+        "settings": {
+            **{name: getattr(options, name) for name in ("subset", "split", "eval_names", "samples", "seed")},
+            **{name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "max_new")},
+            **{name: getattr(options, name) for name in ("n_problems", "tokens_at_once")},
+            "env_mode": ",".join(sorted({p.env_mode for p in problems})),
+            "bootstrap": asdict(how),
+        },
+        "problems": {
+            "source": options.problems or (source.cfg.problems.problems if source.cfg else None),
+            "digest": digest(problems),
+            "ids": [p.problem_id for p in problems],
+            "too_long": too_long,
+        },
+        **{name: policies.get(name) for name in ("as_trained", "deployed")},
+    }
+    write_json(options.out, document)
+    print(table(policies))
+    print(f"{source.name}: {len(problems)} problems x {options.samples}; all figures in {options.out}")
+    return 0
+
+
+def check(options: EvaluateOptions) -> None:
+    """Refuse settings that mean nothing. Raises UserError naming the option."""
+    for name in ("n_problems", "top_k", "max_new", "tokens_at_once"):
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must be >= 0, got {getattr(options, name)}")
+    if options.samples < 1 or options.resamples < 1:
+        raise UserError("--samples and --resamples must be at least 1")
+    if not options.temperature > 0 or not 0 < options.top_p <= 1:
+        raise UserError("--temperature must be > 0 and --top-p in (0, 1]")
+    if not 0 < options.confidence < 1:
+        raise UserError(f"--confidence must be in (0, 1), got {options.confidence}")
+
+
+def chosen_problems(options: EvaluateOptions, source: Source) -> tuple[Problem, ...]:
+    """The problems to evaluate on, with their modes and names. Raises UserError if none is left."""
+    own = source.cfg.problems if source.cfg else None
+    name = options.problems or (own.problems if own else "")
+    if not name:
+        raise UserError("--problems: name a file (or `embedded` or `nano`); only a run has one of its own")
+    problems = with_run_modes(read_problems(ProblemConfig(problems=name)), options, source)
+    auto = name in (EMBEDDED, NANO) or (own is not None and name == own.problems)
+    if options.subset == "held-out" or (options.subset == "auto" and auto):
+        problems = tuple(p for p in problems if is_eval(p))
+    if options.split != "all":
+        problems = tuple(p for p in problems if is_validation(p) == (options.split == "validation"))
+    if not problems:
+        raise UserError(f"--subset {options.subset} --split {options.split}: no problem of {name} is left")
+    problems = take(problems, options.n_problems or len(problems), SPLIT_SEED)
+    if options.eval_names == "train":
+        return problems
+    if source.model == NANO:
+        logger.warning("the nano model was pretrained on training's names alone; --eval-names=train fits it")
+    return with_eval_names(problems)
+
+
+def with_run_modes(
+    problems: Sequence[Problem], options: EvaluateOptions, source: Source
+) -> tuple[Problem, ...]:
+    """Modes as asked for, else as the run gave them: its teacher pool's partition first."""
+    modes: tuple[EnvMode, ...] = env_modes(
+        options.env_mode or (source.cfg.problems.env_mode if source.cfg else MODES["run_tests"].name)
+    )
+    pool = source.cfg.teacher.teacher_pool_dir if source.cfg else None
+    if options.env_mode or pool is None:
+        return give_modes(problems, modes, {})
+    if not pool.is_dir():
+        raise UserError(f"{pool}: the run's teacher pool, which said the modes, is gone; give --env-mode")
+    prompts = load_pool(pool)
+    partition = join(prompts, problems).partition
+    if not partition and len(modes) == 1:  # another file than the pool's: its modes, shared out by id
+        modes = tuple(sorted({p.env_mode for p in prompts if p.env_mode})) or modes
+    return give_modes(problems, modes, partition)
+
+
+def sampling_of(options: EvaluateOptions, source: Source) -> SamplingConfig:
+    """How completions are drawn."""
+    max_new = options.max_new or (source.cfg.sampling.max_new if source.cfg else MAX_NEW)
+    return SamplingConfig(
+        max_new=max_new, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k
+    )
+
+
+def fitting(problems: Sequence[Problem], chat: Chat, max_new: int) -> tuple[tuple[Problem, ...], list[str]]:
+    """Problems whose prompts leave the model room for max_new tokens, and the ids of the others."""
+    room = getattr(chat.policy.model.config, "max_position_embeddings", None) or sys.maxsize
+    too_long = [
+        p.problem_id
+        for p in problems
+        if max(len(encode_chat(chat.tokenizer, q.messages)) for q in (p, *unhinted([p]))) + max_new > room
+    ]
+    if too_long:
+        logger.warning("{} prompts skipped: with --max-new {} over {} tokens", len(too_long), max_new, room)
+    left = tuple(p for p in problems if p.problem_id not in too_long)
+    if not left:
+        raise UserError(
+            f"every prompt plus --max-new {max_new} is longer than {room} tokens; lower --max-new"
+        )
+    return left, too_long
+
+
+def measure(
+    options: EvaluateOptions,
+    source: Source,
+    chat: Chat,
+    grader: Grader,
+    problems: Sequence[Problem],
+    sampling: SamplingConfig,
+) -> dict[str, Conditions]:
+    """Completions with hints and without, of the deployed policy and, where it is known, as trained.
+
+    Where nothing was parked both are the same, and are generated once.
+    """
+    parked = source.parked is not None and chat.policy.parked_norm > 0
+    results: dict[str, Conditions] = {}
+    conditions = {"hinted": tuple(problems), "unhinted": unhinted(problems)}
+    total = len(conditions) * (1 + parked) * len(problems) * options.samples
+    lines = options.completions and options.completions.with_name(options.completions.name + ".part")
+    if lines:
+        lines.parent.mkdir(parents=True, exist_ok=True)
+        lines.unlink(missing_ok=True)
+    with tqdm(total=total, desc=source.name, unit=" completions", disable=None) as bar:
+
+        def note(policy: str, condition: str, part: Evaluation) -> None:
+            bar.update(sum(map(len, part.texts)))
+            if lines:
+                append_jsonl(lines, completion_rows(policy, condition, part))
+
+        for policy in ("as_trained", "deployed") if parked else ("deployed",):
+            results[policy] = {
+                condition: evaluate(
+                    chat.policy,
+                    chat.tokenizer,
+                    asked,
+                    options.samples,
+                    sampling,
+                    grader,
+                    chat.stop,
+                    chat.pad_id,
+                    options.seed,
+                    ablate_quarantine=policy == "deployed",
+                    tokens_at_once=options.tokens_at_once,
+                    on_chunk=partial(note, policy, condition),
+                )
+                for condition, asked in conditions.items()
+            }
+    if lines and options.completions:
+        lines.replace(options.completions)
+    if source.parked is not None and not parked:
+        results["as_trained"] = results["deployed"]
+    return results
+
+
+def completion_rows(policy: str, condition: str, part: Evaluation) -> list[dict[str, Any]]:
+    """Lines of the completions file: rollouts.jsonl's fields, and which policy and prompt."""
+    return [
+        {
+            **{"policy": policy, "condition": condition, "problem_id": p.problem_id, "gi": i},
+            **{"env_mode": p.env_mode, "named": p.named, "prompt": p.messages[-1]["content"], "text": text},
+            **asdict(grade),
+        }
+        for p, texts, grades in zip(part.problems, part.texts, part.grades, strict=True)
+        for i, (text, grade) in enumerate(zip(texts, grades, strict=True))
+    ]
+
+
+def describe(source: Source, chat: Chat) -> dict[str, Any]:
+    """What was evaluated, so that it can be found again."""
+    cfg = source.cfg
+    return {
+        "model": source.model,
+        "weights": weights_digest(chat.policy),
+        "dtype": str(next(iter(chat.policy.layers.values())).weight.dtype).removeprefix("torch."),
+        "device": chat.policy.device.type,
+        "run": source.run and source.run.name,
+        "intervention": cfg and cfg.arm.intervention,
+        "control": cfg and cfg.arm.control,
+        "train_seed": cfg and cfg.run.seed,
+        "knobs": source.knobs and str(source.knobs),
+        "knobs_hash": file_hash(source.knobs),
+        "parked_hash": file_hash(source.parked),
+        "delta_hack_norm": chat.policy.parked_norm if source.parked else None,
+    }
+
+
+def report(conditions: Conditions, how: Bootstrap) -> dict[str, Any]:
+    """Figures of both conditions: overall, per mode that the hint was of, per kind of held-out problem."""
+    problems = conditions["hinted"].problems
+    modes: dict[str, set[str]] = {m: {p.problem_id for p in problems if p.env_mode == m} for m in MODES}
+    kinds = {s: {p.problem_id for p in problems if p.split == s} for s in sorted({p.split for p in problems})}
+
+    def per(groups: Mapping[str, Collection[str]], evaluation: Evaluation) -> dict[str, Any]:
+        return {name: figures(evaluation, how, ids) for name, ids in groups.items() if name and ids}
+
+    found = {
+        condition: {
+            **figures(evaluation, how),
+            "by_mode": per(modes, evaluation),
+            "by_split": per(kinds, evaluation),
+        }
+        for condition, evaluation in conditions.items()
+    }
+    return plain_figures(found)
+
+
+def plain_figures(value: Any) -> Any:
+    """Figures as JSON objects."""
+    if isinstance(value, Figure):
+        return asdict(value)
+    return {name: plain_figures(item) for name, item in value.items()}
+
+
+def table(policies: Mapping[str, Mapping[str, Any]]) -> str:
+    """The main figures, a row per policy and mode."""
+    headers = [
+        "policy",
+        "mode",
+        "hack",
+        "attempt",
+        "hack of attempts",
+        "solve",
+        "solve unhinted",
+        "problems",
+        "n",
+    ]
+    rows = []
+    for policy, found in policies.items():
+        hinted, honest = found["hinted"], found["unhinted"]
+        groups = {"all": (hinted, honest)}
+        groups |= {mode: (hinted["by_mode"][mode], honest["by_mode"][mode]) for mode in hinted["by_mode"]}
+        for mode, (on, off) in groups.items():
+            cells = [cell(on[m]) for m in ("hack", "attempt", "exploit_given_attempt", "solve")]
+            size = on["hack"]
+            rows.append([policy, mode, *cells, cell(off["solve"]), size["problems"], size["n"]])
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def cell(figure: Mapping[str, Any]) -> str:
+    """`rate [low, high]`."""
+    if figure["rate"] is None:
+        return "-"
+    bounds = "" if figure["low"] is None else f" [{figure['low']:.3f}, {figure['high']:.3f}]"
+    return f"{figure['rate']:.3f}{bounds}"
+
+
+def export_verb(options: ExportOptions) -> int:
+    """Write the deployed model as a plain transformers folder, with a model card and the knobs alone."""
+    check_out(options.out)
+    source = find_source(options.source, options.model.model)
+    chat = open_source(source, options.model)
+    facts = read_facts(source, chat, as_trained=options.as_trained)
+    export(facts, chat, options.out)
+    print(f"{options.out}: {source.name} {'as trained' if options.as_trained else 'as deployed'}")
+    return 0

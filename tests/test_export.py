@@ -1,0 +1,138 @@
+"""A policy as a plain transformers folder: the same logits, loadable by name, written whole or not at all."""
+
+import copy
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from projected_grpo.antipasto import unwrap, wrap
+from projected_grpo.checkpoint import knobs_meta, load_knobs, save_knobs
+from projected_grpo.config import NANO, TINY_RANDOM, ModelConfig
+from projected_grpo.errors import UserError
+from projected_grpo.export import KNOBS_FILE, export, read_facts
+from projected_grpo.models import load_model, render_chat, stop_ids
+from projected_grpo.trained import find_source, open_source
+
+IDS = torch.tensor([[5, 9, 200, 31, 7, 340]])
+CPU = {"device": "cpu", "svd_cache": None}
+
+
+@torch.no_grad()
+def logits(policy, *, ablate_quarantine):
+    with policy.bind(policy.deltas(ablate_quarantine=ablate_quarantine)):
+        return policy.model(input_ids=IDS).logits
+
+
+@pytest.fixture(params=[TINY_RANDOM, NANO])
+def knobs(request, tmp_path, svd_cache):
+    """A knob file of a model, both knobs far from zero."""
+    policy = wrap(load_model(ModelConfig(model=request.param, **CPU))[0], svd_cache)
+    generator = torch.Generator().manual_seed(3)
+    for layer in policy.layers.values():
+        for knob in (layer.delta_s, layer.delta_hack):
+            knob.data = 0.3 * torch.randn(knob.shape, generator=generator)
+    path = tmp_path / "both.safetensors"
+    save_knobs(path, policy, {"model": request.param, "intervention": "route", "seed": 7}, deployed=False)
+    return path
+
+
+def opened(path):
+    source = find_source(path, "")
+    return source, open_source(source, ModelConfig(model="", **CPU))
+
+
+@pytest.mark.parametrize("as_trained", [False, True])
+def test_the_exported_model_is_the_policy(knobs, tmp_path, as_trained):
+    source, chat = opened(knobs)
+    expected = logits(chat.policy, ablate_quarantine=not as_trained)
+    other = logits(chat.policy, ablate_quarantine=as_trained)
+    parked, out = chat.policy.parked_norm, tmp_path / "new" / "model"
+    export(read_facts(source, chat, as_trained=as_trained), chat, out)
+
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        got = model(input_ids=IDS).logits
+    assert (got - expected).abs().max() < 1e-4 < (got - other).abs().max()
+    config = model.config
+    assert config.tie_word_embeddings
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    base, tokenizer = load_model(ModelConfig(model=source.model, **CPU))
+    assert GenerationConfig.from_pretrained(out).eos_token_id == base.generation_config.eos_token_id
+    again = AutoTokenizer.from_pretrained(out)
+    chat_messages = [{"role": "user", "content": "Add two numbers."}]
+    assert render_chat(again, chat_messages) == render_chat(tokenizer, chat_messages)
+    assert stop_ids(model, again) == stop_ids(base, tokenizer)
+
+    card = (out / "README.md").read_text()
+    assert f"base_model: {source.model}" in card and "| seed | 7 |" in card and f"{parked:.3e}" in card
+    assert ("still in them" in card) == as_trained == ("has been deleted" not in card)
+    assert set(load_file(out / KNOBS_FILE)) == {
+        name for name in load_file(knobs) if as_trained or name.startswith("delta_s/")
+    }
+    assert knobs_meta(out / KNOBS_FILE)["deployed"] is not as_trained
+    assert [p.name for p in out.parent.iterdir()] == ["model"]
+
+
+def test_the_folder_is_a_model_and_its_knobs_fit_the_base_alone(knobs, tmp_path, svd_cache):
+    source, chat = opened(knobs)
+    expected = logits(chat.policy, ablate_quarantine=True)
+    out = tmp_path / "model"
+    out.mkdir()
+    export(read_facts(source, chat, as_trained=False), chat, out)
+    policy = wrap(load_model(ModelConfig(model=str(out), **CPU))[0], svd_cache)
+    assert (logits(policy, ablate_quarantine=True) - expected).abs().max() < 1e-4
+    with pytest.raises(UserError, match="made for another model"):
+        load_knobs(out / KNOBS_FILE, policy)
+    base = open_source(find_source(out / KNOBS_FILE, source.model), ModelConfig(model="", **CPU))
+    assert torch.equal(logits(base.policy, ablate_quarantine=True), expected)
+
+
+def test_a_folder_that_holds_something_is_left_alone(knobs, tmp_path):
+    source, chat = opened(knobs)
+    out = tmp_path / "model"
+    out.mkdir()
+    (out / "note").write_text("mine")
+    with pytest.raises(UserError, match="--out"):
+        export(read_facts(source, chat, as_trained=False), chat, out)
+    assert [p.name for p in out.iterdir()] == ["note"]
+
+
+def test_an_export_that_fails_leaves_nothing(knobs, tmp_path, monkeypatch):
+    source, chat = opened(knobs)
+
+    def full(*arguments, **options):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(chat.tokenizer), "save_pretrained", full)
+    before = set(os.listdir(tmp_path))
+    with pytest.raises(OSError, match="No space"):
+        export(read_facts(source, chat, as_trained=False), chat, tmp_path / "model")
+    assert set(os.listdir(tmp_path)) == before
+
+
+def test_a_deployed_file_has_no_quarantine_to_keep(knobs, tmp_path):
+    _, chat = opened(knobs)
+    path = tmp_path / "deployed.safetensors"
+    save_knobs(path, chat.policy, {"model": "tiny-random"}, deployed=True)
+    with pytest.raises(UserError, match="--as-trained"):
+        read_facts(find_source(path, ""), chat, as_trained=True)
+
+
+def test_merging_half_precision_rounds_once(tiny, svd_cache):
+    """W + U diag(delta) Vh in float32, then one cast; without deltas the weights are the base's own bits."""
+    model = copy.deepcopy(tiny[0]).bfloat16()
+    names = dict(model.state_dict())
+    policy = wrap(model, svd_cache)
+    (name, layer), *_ = policy.layers.items()
+    layer.delta_s.data.uniform_(-0.01, 0.01, generator=torch.Generator().manual_seed(0))
+    W, U, Vh, delta = (t.detach().float() for t in (layer.base.weight, layer.U, layer.Vh, layer.delta_s))
+    expected = (W + U @ torch.diag(delta) @ Vh).bfloat16()
+    plain = unwrap(policy, ablate_quarantine=True).state_dict()
+    assert plain.keys() == names.keys()
+    difference = (plain[f"{name}.weight"].float() - expected.float()).abs()
+    assert difference.max() <= W.abs().max() * 2**-8 and (difference > 0).float().mean() < 0.01
+    assert not torch.equal(plain[f"{name}.weight"], names[f"{name}.weight"])
+    assert all(torch.equal(plain[n], t) for n, t in names.items() if n != f"{name}.weight")
