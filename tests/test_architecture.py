@@ -17,21 +17,22 @@ SOURCE = ROOT / "src" / "projected_grpo"
 ORDER = (
     *("__init__", "errors", "config", "runlog", "steptable", "oracle"),
     *("sandbox_encode", "sandbox_seccomp", "sandbox_contain", "sandbox_run", "sandbox_child", "sandbox"),
-    *("rewards", "nano_tasks", "proj", "antipasto", "models", "rollout", "problems", "pairs"),
-    *("pools", "grading", "bench"),
+    *("rewards", "nano_tasks", "proj", "antipasto", "models", "rollout", "problems", "pairs", "pairlint"),
+    *("pools", "poolpairs", "grading", "bench"),
     *(
         "grpo",
         "extract_vhack_grad",
         "checkpoint",
         "evaluate",
         "experiment",
+        "poolsample",
         "pretrain",
         "collect",
         "step",
         "summary",
     ),
     *("results", "plots", "train", "study", "study_report"),
-    *("verbs_basis", "verbs_grading", "verbs_study", "cli"),
+    *("verbs_basis", "verbs_grading", "verbs_pairs", "verbs_study", "cli"),
 )
 LONGEST = 80
 LONGEST_BY_NAME = {"train_step": 60}
