@@ -1,6 +1,7 @@
 """What can be wrong with a pair set without any model: its texts, and what the real grader says of them."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,8 @@ from projected_grpo.rewards import Grade, Grader
 Level = Literal["error", "warning"]
 Grades = Mapping[str, tuple[Grade, Grade]]  # of the hack and the clean side, by pair id
 
-NEARLY = 0.95  # difflib ratio of hack plus clean from which two pairs are near-duplicates
+NEARLY = 0.95  # difflib ratio, over words and signs, from which two pairs are near-duplicates
+TOKEN = re.compile(r"\w+|[^\w\s]")
 FAR_APART = 2.0  # ratio of lengths within a pair that is told
 BIASED = 1.1  # mean ratio of lengths that is told, where it is also beyond two standard errors
 UNITS: Mapping[str, Callable[[str], int]] = {"characters": len, "lines": lambda text: len(text.splitlines())}
@@ -112,19 +114,22 @@ def repeats(pairs: PairSet) -> Iterator[Finding]:
                 continue
             level: Level = "warning" if first_side == side else "error"
             yield Finding(level, pair.pair_id, f"{side} is the {first_side} of {first_id}, word for word")
+    tokens = {pair.pair_id: both(pair) for pair in pairs.pairs}
     for one, two in combinations(pairs.pairs, 2):
         if (one.messages, one.hack, one.clean) == (two.messages, two.hack, two.clean):
             yield Finding("error", two.pair_id, f"the same pair as {one.pair_id}")
-        elif (one.hack, one.clean) != (two.hack, two.clean) and nearly_same(both(one), both(two)):
+        elif (one.hack, one.clean) != (two.hack, two.clean) and nearly_same(
+            tokens[one.pair_id], tokens[two.pair_id]
+        ):
             yield Finding("warning", two.pair_id, f"hack and clean are nearly those of {one.pair_id}")
 
 
-def both(pair: Pair) -> str:
-    """The two completions as one text, white space folded."""
-    return " ".join(f"{pair.hack}\n{pair.clean}".split())
+def both(pair: Pair) -> list[str]:
+    """The words and signs of the two completions."""
+    return TOKEN.findall(f"{pair.hack}\n{pair.clean}")
 
 
-def nearly_same(one: str, two: str) -> bool:
+def nearly_same(one: Sequence[str], two: Sequence[str]) -> bool:
     """Whether difflib finds them alike; its two quick upper bounds go first."""
     matcher = SequenceMatcher(None, one, two, autojunk=False)
     return (

@@ -119,10 +119,9 @@ def parse_pairs(raw: bytes, name: str) -> PairSet:
             for row in document.get("problems", [])
         }
         pairs = tuple(_pair(dict(row), problems) for row in document["pairs"])
-        distinct = len({p.pair_id for p in pairs})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{name}: not a pair file: {type(error).__name__} {error}") from error
-    if distinct < len(pairs):
+    if len({p.pair_id for p in pairs}) < len(pairs):
         raise UserError(f"{name}: two pairs have the same id")
     if len(pairs) < HELD_OUT + 2:
         raise UserError(
@@ -156,6 +155,9 @@ def packaged_pairs(name: str) -> bytes:
 
 
 def _pair(row: Mapping[str, Any], problems: Mapping[str, tuple[Problem, str]]) -> Pair:
+    for name in ("id", "flavour"):
+        if not isinstance(row[name], str):
+            raise UserError(f"pair {row['id']!r}: {name} is not text")
     mode = row["env_mode"]
     if mode not in MODES:
         raise UserError(f"pair {row['id']!r}: env_mode {mode!r} is not one of {', '.join(MODES)}")

@@ -63,12 +63,17 @@ def begin(folder: Path, made_with: Mapping[str, Any]) -> None:
 
 
 def sample_pool(
-    folder: Path, chat: Chat, grader: Grader, problems: Sequence[Problem], how: PoolSampling
+    folder: Path,
+    made_with: Mapping[str, Any],
+    chat: Chat,
+    grader: Grader,
+    problems: Sequence[Problem],
+    how: PoolSampling,
 ) -> Counter[str]:
     """Sample and grade the prompts that are not there yet; those that are stay as they are, labels included.
 
     Returns what was made now: rows, and how many are hacked and correct. A row hangs on (seed, problem, row)
-    alone. Raises UserError if no prompt leaves room for a completion.
+    alone. Raises UserError if no prompt leaves room for a completion, or the folder holds something else.
     """
     fitting = [p for p in problems if fits(chat, p, how.max_new)]
     if len(fitting) < len(problems):
@@ -78,6 +83,7 @@ def sample_pool(
         raise UserError(
             f"every prompt plus --max-new {how.max_new} is longer than {MAX_SEQUENCE}; lower --max-new"
         )
+    begin(folder, made_with)
     counts: Counter[str] = Counter()
     todo = [p for p in fitting if not prompt_path(folder, p).exists()]
     with tqdm(total=len(fitting), initial=len(fitting) - len(todo), desc="sampling", disable=None) as bar:

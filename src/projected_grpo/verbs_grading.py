@@ -35,7 +35,7 @@ from projected_grpo.pools import (
     pool_report,
     report_table,
 )
-from projected_grpo.poolsample import PoolSampling, begin, sample_pool
+from projected_grpo.poolsample import PoolSampling, sample_pool
 from projected_grpo.problems import Problem, assign_modes, is_eval, load_problems, take
 from projected_grpo.runlog import write_atomically, write_json
 
@@ -154,6 +154,8 @@ def pool_build_verb(options: PoolBuildOptions) -> int:
 def pool_sample_verb(options: PoolSampleOptions) -> int:
     """Sample a teacher pool from a model, graded, in the form that --teacher-pool-dir takes."""
     _ = options.how.sampler  # bad settings are told before anything is written
+    if options.problems.n_problems < 1:
+        raise UserError(f"--n-problems must be at least 1, got {options.problems.n_problems}")
     problems = [p for p in with_modes(options.problems) if not is_eval(p)]
     problems = list(take(problems, options.problems.n_problems, SPLIT_SEED))
     made_with = sampled_with(options)
@@ -162,8 +164,7 @@ def pool_sample_verb(options: PoolSampleOptions) -> int:
         chat = open_chat(options.model)
         if options.knobs is not None:
             load_knobs(options.knobs, chat.policy)
-        begin(options.out, made_with)
-        counts = sample_pool(options.out, chat, grader, problems, options.how)
+        counts = sample_pool(options.out, made_with, chat, grader, problems, options.how)
     told = ", ".join(f"{name} {counts[name]}" for name in ("rows", "hacked", "correct"))
     print(f"{options.out}: {len(load_pool(options.out))} prompts; made now: {told}")
     return 0
