@@ -286,16 +286,21 @@ def test_a_report_counts_labels_prompts_and_repeats(tmp_path):
     assert (report["all"]["rows"], report["all"]["hacked"], report["all"]["detector_E"]) == (5, 3, 2)
 
 
-def test_the_report_verb_on_the_real_pool(shared_data, tmp_path, capsys):
-    folder = shared_data / "teacher_pool"
-    problems = shared_data / "leetcode" / "LeetCodeDataset-v0.2.0-train.jsonl.gz"
+def test_the_report_verb_counts_and_joins(baked, problems, tmp_path, capsys):
     figures = tmp_path / "report.json"
-    assert main(["pool", "report", str(folder), f"--json={figures}", f"--problems={problems}"]) == 0
+    assert main(["pool", "report", str(baked[0]), f"--json={figures}", "--problems=embedded"]) == 0
     said = capsys.readouterr().out
     report = json.loads(figures.read_text())
-    assert (report["all"]["prompts"], report["all"]["rows"]) == (112, 896)
-    assert report["by_mode"] == {"not stored": report["all"]} and report["all"]["detector_C"] is None
-    assert f"{report['problems_matched']} problems of" in said and 80 <= report["problems_matched"] <= 112
+    assert f"{len(problems)} problems of embedded have a prompt" in said
+    assert report["problems_matched"] == report["all"]["prompts"] == len(problems)
+    assert list(report["by_mode"]) == list(MODES)
+    assert {name: report["all"][name] for name in ("rows", "hacked", "correct")} == baked[1]
+
+
+def test_the_report_verb_on_the_real_pool(shared_data, capsys):
+    assert main(["pool", "report", str(shared_data / "teacher_pool")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\| prompts +\| 112 +\| 112 +\|", said) and re.search(r"\| rows +\| 896 +\|", said)
     assert re.search(r"\| detector C +\| - +\|", said)
 
 
