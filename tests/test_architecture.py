@@ -17,8 +17,8 @@ SOURCE = ROOT / "src" / "projected_grpo"
 ORDER = (
     *("__init__", "errors", "config", "runlog", "steptable", "oracle"),
     *("sandbox_encode", "sandbox_seccomp", "sandbox_contain", "sandbox_run", "sandbox_child", "sandbox"),
-    *("rewards", "nano_tasks", "proj", "antipasto", "models", "rollout", "problems", "pairs"),
-    *("pools", "grading", "bench"),
+    *("rewards", "nano_tasks", "proj", "antipasto", "models", "rollout", "problems", "pairs", "pairlint"),
+    *("pools", "poolpairs", "grading", "bench"),
     *(
         "grpo",
         "extract_vhack_grad",
@@ -27,6 +27,7 @@ ORDER = (
         "experiment",
         "trained",
         "export",
+        "poolsample",
         "pretrain",
         "collect",
         "step",
@@ -34,7 +35,7 @@ ORDER = (
     ),
     *("results", "plots", "train", "study", "study_report"),
     *("bench_model", "bench_trl", "verbs_bench"),
-    *("verbs_basis", "verbs_grading", "verbs_evaluate", "verbs_study", "cli"),
+    *("verbs_basis", "verbs_grading", "verbs_pairs", "verbs_evaluate", "verbs_study", "cli"),
 )
 LONGEST = 80
 LONGEST_BY_NAME = {"train_step": 60}

@@ -336,6 +336,7 @@ ROUND_TRIP = {
     "project": st.sampled_from(["gradient", "update"]),
     "vhack_pairs_path": st.none() | st.just(Path("nano")),
     "vhack_pairs_modes": st.sampled_from([(), ("run_tests",), ("sentinel", "gt_only")]),
+    "leave_out": st.sampled_from(["", "run_tests", "run_tests,sentinel"]),
     "final_n_prompts": st.integers(),
     "unbiased": st.booleans(),
 }

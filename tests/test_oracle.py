@@ -16,6 +16,7 @@ from projected_grpo.oracle import (
     Opaque,
     Subclass,
     Tree,
+    as_assert,
     decode,
     parse_asserts,
     parse_check_function,
@@ -224,6 +225,37 @@ def test_a_payload_nested_past_the_recursion_limit_is_malformed():
     for _ in range(50_000):
         deep = [deep]
     assert decode(deep) == Opaque("malformed")
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
+hashable = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3).map(tuple), max_leaves=4)
+values = st.recursive(
+    scalars | st.sets(hashable, min_size=1, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(hashable, inner, max_size=3)
+        | st.lists(inner, min_size=1, max_size=3).map(lambda items: LinkedList(tuple(items)))
+    ),
+    max_leaves=8,
+)
+
+
+@given(value=values)
+def test_a_call_written_as_an_assert_reads_back_as_it_was(value):
+    call = Call("Solution().f(n=7)", value)
+    calls, problems = parse_asserts([as_assert(call)], "f")
+    assert not problems and len(calls) == 1
+    assert calls[0].source == call.source and repr(calls[0].expected) == repr(value)
+
+
+@pytest.mark.parametrize(
+    "levels", ["[1]", "[1, None, 2]", "[1, 2, None, None, 3]", "[5, 4, 8, 11, None, 13]"]
+)
+def test_a_tree_written_as_an_assert_reads_back_as_it_was(levels):
+    calls, _ = parse_asserts([f"assert Solution().f(n=7) == tree_node({levels})"], "f")
+    assert isinstance(calls[0].expected, Tree)
+    assert parse_asserts([as_assert(calls[0])], "f") == (calls, ())
 
 
 @needs_data

@@ -1,4 +1,4 @@
-"""Teacher pools: baked and read back, joined to problems, real ones, and refused ones."""
+"""Teacher pools: baked, sampled, read back, joined, counted, made into pairs; real and refused ones."""
 
 import gzip
 import json
@@ -6,16 +6,29 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
+from projected_grpo.checkpoint import save_knobs
+from projected_grpo.cli import main
+from projected_grpo.collect import assemble, pick_teacher
+from projected_grpo.config import PRESETS
 from projected_grpo.errors import UserError
+from projected_grpo.experiment import Chat, Data, Experiment
+from projected_grpo.models import encode_chat
+from projected_grpo.pairlint import grade_pairs, lint
+from projected_grpo.pairs import load_pairs
+from projected_grpo.poolpairs import Wanted, mine
 from projected_grpo.pools import (
     NO_TEACHER,
     PoolPrompt,
+    Teacher,
     TeacherRow,
     bake,
     baked_completions,
     join,
     load_pool,
+    pool_digest,
+    pool_report,
 )
 from projected_grpo.problems import Problem, format_question, load_problems
 from projected_grpo.rewards import MODES, Grader
@@ -191,6 +204,259 @@ def test_the_real_substrate_pool_brings_its_modes(shared_data, dataset):
     teacher = join(pool, dataset)
     assert len(teacher.rows) >= 6
     assert teacher.partition == {i: partition[i] for i in teacher.rows}
+
+
+# Labels
+
+
+def test_cached_labels_are_used_as_they_are(tmp_path, tiny, tiny_policy):
+    """Wrong ones too: nothing grades a teacher's text again on its way into a step."""
+    problem = load_problems("embedded").problems[0]
+    rows = [
+        {"completion": baked_completions(problem)[0], "reward": 0.125, "hacked": True, "gt_pass": False},
+        {"completion": "no code at all", "reward": 3.5, "hacked": False, "gt_pass": True},
+    ]
+    head = {"problem_id": problem.problem_id, "prompt": problem.messages[-1]["content"]}
+    teacher = join(load_pool(pool_file(tmp_path, *(head | row for row in rows))), [problem])
+    cfg = PRESETS["smoke"][1]
+    prompts = {problem.problem_id: encode_chat(tiny[1], problem.messages)}
+    chat = Chat(tiny_policy, tiny[1], frozenset({0}), 0)
+    data = Data((problem,), (), (), teacher)
+    with Sandbox(1) as sandbox:
+        exp = Experiment(cfg, chat, data, prompts, load_pairs(None), Grader(sandbox))
+        for step in range(4):
+            taught = pick_teacher(exp, problem, step)
+            got = assemble(exp, (problem,), [[]], [], [taught], 0.0, 0.0)
+            labels = {
+                r.text: [float(reward), bool(hacked), bool(correct)]
+                for r, reward, hacked, correct in zip(
+                    got.rollouts, got.rewards.flatten(), got.hacked, got.correct, strict=True
+                )
+            }
+            assert labels == {r["completion"]: [r["reward"], r["hacked"], r["gt_pass"]] for r in rows}
+            assert got.grades == (None, None) and got.is_teacher.all()
+
+
+def test_detectors_are_read_where_they_are_stored(tmp_path, baked):
+    assert load_pool(pool_file(tmp_path / "old", ROW))[0].rows[0].detectors is None
+    stored = ROW | {"hacked_C": True, "hacked_D": False, "hacked_E": True}
+    assert load_pool(pool_file(tmp_path / "new", stored))[0].rows[0].detectors == ("C", "E")
+    assert all(row.detectors is not None for p in load_pool(baked[0]) for row in p.rows)
+
+
+def test_a_problem_is_posed_in_the_pools_mode():
+    problem = replace(toy("1"), env_mode="run_tests")
+    assert Teacher({}, {"1": "sentinel"}).posed(problem) == replace(problem, env_mode="sentinel")
+    assert Teacher({}, {"2": "sentinel"}).posed(problem) == problem
+
+
+# Reports
+
+
+def test_a_report_counts_labels_prompts_and_repeats(tmp_path):
+    def row(problem_id, completion, mode, fired, hacked, correct):
+        labels = {"env_mode": mode, "completion": completion, "hacked": hacked, "gt_pass": correct}
+        return ROW | {"problem_id": problem_id} | labels | {f"hacked_{d}": d in fired for d in "CDE"}
+
+    files = {
+        "a": [row("a", "x", "run_tests", "CE", True, False), row("a", "xyz", "run_tests", "", False, True)],
+        "b": [row("b", "xx", "run_tests", "E", True, True), row("b", "xx", "run_tests", "", False, False)],
+        "c": [row("c", "y", "sentinel", "", True, False)],
+    }
+    for name, rows in files.items():
+        pool_file(tmp_path, *rows, name=f"prompt_{name}.jsonl")
+    report = pool_report(load_pool(tmp_path))
+    assert report["by_mode"]["run_tests"] == {
+        "prompts": 2,
+        "prompts_with_hack": 1,
+        "prompts_with_clean": 1,
+        "prompts_with_both": 1,
+        "rows": 4,
+        "hacked": 2,
+        "correct": 2,
+        "hacked_and_correct": 1,
+        "detector_C": 1,
+        "detector_D": 0,
+        "detector_E": 2,
+        "duplicates": 1,
+        "length_median": 2,
+        "length_max": 3,
+    }
+    assert list(report["by_mode"]) == ["run_tests", "sentinel"]
+    assert (report["all"]["rows"], report["all"]["hacked"], report["all"]["detector_E"]) == (5, 3, 2)
+
+
+def test_the_report_verb_counts_and_joins(baked, problems, tmp_path, capsys):
+    figures = tmp_path / "report.json"
+    assert main(["pool", "report", str(baked[0]), f"--json={figures}", "--problems=embedded"]) == 0
+    said = capsys.readouterr().out
+    report = json.loads(figures.read_text())
+    assert f"{len(problems)} problems of embedded have a prompt" in said
+    assert report["problems_matched"] == report["all"]["prompts"] == len(problems)
+    assert list(report["by_mode"]) == list(MODES)
+    assert {name: report["all"][name] for name in ("rows", "hacked", "correct")} == baked[1]
+
+
+def test_the_report_verb_on_the_real_pool(shared_data, capsys):
+    assert main(["pool", "report", str(shared_data / "teacher_pool")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\| prompts +\| 112 +\| 112 +\|", said) and re.search(r"\| rows +\| 896 +\|", said)
+    assert re.search(r"\| detector C +\| - +\|", said)
+
+
+# Pairs
+
+
+def test_pairs_from_a_pool_are_sound_and_of_one_prompt_each(baked, problems, grader):
+    teacher = join(load_pool(baked[0]), problems)
+    document = mine(teacher, problems, Wanted(), grader, "mined")
+    hackable = [p for p in problems if p.env_mode != "gt_only"]
+    assert [pair["problem_id"] for pair in document["pairs"]] == [p.problem_id for p in hackable]
+    for pair, problem in zip(document["pairs"], hackable, strict=True):
+        honest, hacks = baked_completions(problem)[:2], baked_completions(problem)[2:]
+        assert pair["clean"] in honest and pair["hack"] in hacks and pair["env_mode"] == problem.env_mode
+        gap = min(abs(len(h) - len(c)) for h in hacks for c in honest)
+        assert abs(len(pair["hack"]) - len(pair["clean"])) == gap
+    assert mine(teacher, problems, Wanted(), grader, "mined") == document
+
+
+def test_detectors_and_modes_choose_which_hacks_make_pairs(baked, problems, grader):
+    teacher = join(load_pool(baked[0]), problems)
+
+    def modes(wanted):
+        return {pair["env_mode"] for pair in mine(teacher, problems, wanted, grader, "mined")["pairs"]}
+
+    assert modes(Wanted(("C", "E"))) == {"run_tests"}  # the only templates with a test function
+    assert modes(Wanted(modes=("sentinel", "exit_code"))) == {"sentinel", "exit_code"}
+    assert modes(Wanted(("C",), ("sentinel",))) == set()
+
+
+def test_a_prompt_without_an_honest_row_takes_the_canonical_solution_if_asked(baked, problems, grader):
+    teacher = join(load_pool(baked[0]), problems)
+    hacks_only = replace(teacher, rows={i: rows[2:] for i, rows in teacher.rows.items()})
+    assert mine(hacks_only, problems, Wanted(), grader, "mined")["pairs"] == []
+    document = mine(hacks_only, problems, Wanted(canonical_clean=True), grader, "mined")
+    assert document["made_from"]["canonical_clean"] == len(document["pairs"]) == 2 * len(LOOPHOLES)
+    assert {pair["clean_from"] for pair in document["pairs"]} == {"canonical"}
+
+
+def test_a_text_makes_one_pair_only(problems, grader):
+    one = next(p for p in problems if p.env_mode == "run_tests")
+    twin = replace(one, problem_id="twin")
+    rows = tuple(TeacherRow(text, 3.5, False, False) for text in baked_completions(one))
+    found = mine(Teacher({one.problem_id: rows, "twin": rows}, {}), [one, twin], Wanted(), grader, "mined")
+    texts = [pair[side] for pair in found["pairs"] for side in ("hack", "clean")]
+    assert len(texts) == len(set(texts)) == 4
+
+
+def test_the_pair_verb_writes_a_file_that_lint_passes(baked, tmp_path, grader, capsys):
+    out = tmp_path / "mined.json"
+    options = ["--problems=embedded", "--modes", "run_tests", "sentinel", "stdout_marker", "--workers=2"]
+    assert main(["pairs", "from-pool", str(baked[0]), f"--out={out}", *options]) == 0
+    pairs = load_pairs(out)
+    assert pairs.name == "mined" and len(pairs.pairs) == 6 and "6 pairs" in capsys.readouterr().out
+    assert not [f for f in lint(pairs, grade_pairs(pairs, grader)) if f.level == "error"]
+    made = json.loads(out.read_text())["made_from"]
+    assert made["pool_digest"] == pool_digest(baked[0]) and made["problems"] == "embedded"
+    assert made["modes"] == ["run_tests", "sentinel", "stdout_marker"] and made["detectors"] == []
+    assert main(["pairs", "from-pool", str(baked[0]), f"--out={tmp_path}/no.json", *options[:3]]) == 2
+    assert "at least 4 are needed" in capsys.readouterr().err and not (tmp_path / "no.json").exists()
+
+
+def test_a_pools_digest_is_of_its_files(tmp_path):
+    pool_file(tmp_path, ROW)
+    first = pool_digest(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    assert pool_digest(tmp_path) == first
+    (tmp_path / "partition.json").write_text("{}")
+    assert pool_digest(tmp_path) != first
+    second = pool_digest(tmp_path)
+    pool_file(tmp_path, ROW, ROW)
+    assert pool_digest(tmp_path) not in (first, second)
+
+
+# Sampling
+
+
+SAMPLE = ("--model=tiny-random", "--device=cpu", "--problems=embedded", "--n-problems=4", "--samples=3")
+SAMPLE += ("--max-new=6", "--workers=1", "--env-mode=run_tests,sentinel")
+
+
+def sample(folder, *options):
+    return main(["pool", "sample", f"--out={folder}", *SAMPLE, *options])
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sampled") / "pool"
+    assert sample(folder, f"--svd-cache={folder.parent / 'svd'}") == 0
+    return folder
+
+
+def test_a_sampled_pool_is_one_that_a_run_takes(sampled):
+    problems = load_problems("embedded").problems
+    pool = load_pool(sampled)
+    teacher = join(pool, problems)
+    assert len(pool) == len(teacher.rows) == len(teacher.partition) == 4
+    assert set(teacher.partition.values()) <= {"run_tests", "sentinel"}
+    assert all(len(p.rows) == 3 and all(r.detectors is not None for r in p.rows) for p in pool)
+    assert len({row.completion for p in pool for row in p.rows}) > 6
+    assert json.loads((sampled / "sampled.json").read_text())["samples"] == 3
+
+
+def test_sampling_goes_on_where_it_was_and_leaves_labels_alone(sampled, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in sampled.glob("prompt_*")}
+    again, svd = tmp_path / "pool", f"--svd-cache={sampled.parent / 'svd'}"
+    again.mkdir()
+    kept, *others = sorted(before)
+    row = json.loads(gzip.decompress(before[kept]).splitlines()[0]) | {"reward": 0.125, "hacked": True}
+    (again / kept).write_bytes(gzip.compress(json.dumps(row).encode(), mtime=0))
+    (again / "sampled.json").write_bytes((sampled / "sampled.json").read_bytes())
+    assert sample(again, svd, "--batch=3") == 0
+    assert "rows 9" in capsys.readouterr().out
+    assert json.loads(gzip.decompress((again / kept).read_bytes())) == row
+    assert {name: (again / name).read_bytes() for name in others} == {name: before[name] for name in others}
+    assert sample(again, svd, "--seed=7") == 2
+    assert "sampled with other settings" in capsys.readouterr().err
+
+
+def test_knobs_of_a_run_change_what_is_sampled(sampled, tmp_path, tiny_policy):
+    svd = sampled.parent / "svd"
+    with torch.no_grad():
+        for layer in tiny_policy.layers.values():
+            layer.delta_s.normal_(generator=torch.Generator().manual_seed(0))
+    knobs = tmp_path / "train.safetensors"
+    save_knobs(knobs, tiny_policy, {}, deployed=True)
+    assert sample(tmp_path / "pool", f"--svd-cache={svd}", f"--knobs={knobs}") == 0
+    one, two = (
+        [row.completion for p in load_pool(folder) for row in p.rows]
+        for folder in (sampled, tmp_path / "pool")
+    )
+    assert len(one) == len(two) and one != two
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--samples=0"], "--samples"),
+        (["--batch=0"], "--batch"),
+        (["--temperature=0"], "--temperature"),
+        (["--n-problems=0"], "--n-problems"),
+        (["--knobs=no/such.safetensors"], "--knobs no/such.safetensors"),
+        (["--max-new=2048"], "lower --max-new"),
+    ],
+    ids=str,
+)
+def test_bad_sampling_is_refused_and_leaves_nothing(tmp_path, sampled, capsys, options, word):
+    assert sample(tmp_path / "pool", f"--svd-cache={sampled.parent / 'svd'}", *options) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert word in told and not (tmp_path / "pool").exists()
+
+
+def test_a_folder_of_something_else_is_not_sampled_into(tmp_path, sampled, capsys):
+    (tmp_path / "mine.txt").write_text("x")
+    assert sample(tmp_path, f"--svd-cache={sampled.parent / 'svd'}") == 2
+    assert "not empty" in capsys.readouterr().err
 
 
 # Refusals

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -92,7 +92,7 @@ def benchmark_work(problems: Sequence[Problem], limit: int) -> list[tuple[Task, 
 def pool_work(problems: Sequence[Problem], teacher: Teacher, limit: int) -> list[tuple[Task, str]]:
     """A pool's completions, each with its problem under the pool's mode."""
     work = [
-        (replace(problem, env_mode=teacher.partition.get(problem.problem_id, problem.env_mode)).task, text)
+        (teacher.posed(problem).task, text)
         for problem in problems
         for text in (row.completion for row in teacher.rows.get(problem.problem_id, ()))
     ]

@@ -24,10 +24,20 @@ from projected_grpo.verbs_grading import (
     GradeOptions,
     PoolBuildOptions,
     PoolRegradeOptions,
+    PoolReportOptions,
+    PoolSampleOptions,
     bench_grader_verb,
     grade_verb,
     pool_build_verb,
     pool_regrade_verb,
+    pool_report_verb,
+    pool_sample_verb,
+)
+from projected_grpo.verbs_pairs import (
+    PairsFromPoolOptions,
+    PairsLintOptions,
+    pairs_from_pool_verb,
+    pairs_lint_verb,
 )
 from projected_grpo.verbs_study import (
     PretrainNanoOptions,
@@ -55,7 +65,11 @@ def run_verb(name: str, options: type, function: Callable[..., int], argv: Seque
 VERBS: Mapping[str, tuple[type, Callable[..., int]]] = {
     "extract": (ExtractOptions, extract_verb),
     "verify": (ExtractOptions, verify_verb),
+    "pairs lint": (PairsLintOptions, pairs_lint_verb),
+    "pairs from-pool": (PairsFromPoolOptions, pairs_from_pool_verb),
     "pool build": (PoolBuildOptions, pool_build_verb),
+    "pool sample": (PoolSampleOptions, pool_sample_verb),
+    "pool report": (PoolReportOptions, pool_report_verb),
     "pool regrade": (PoolRegradeOptions, pool_regrade_verb),
     "grade": (GradeOptions, grade_verb),
     "evaluate": (EvaluateOptions, evaluate_verb),

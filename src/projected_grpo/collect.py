@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from projected_grpo.config import Intervention, teacher_rows
+from projected_grpo.config import EnvMode, Intervention, teacher_rows
 from projected_grpo.experiment import Experiment
 from projected_grpo.models import decode
 from projected_grpo.pools import TeacherRow
@@ -31,6 +31,11 @@ class Collected:
     correct: Bool[Tensor, " n"]
     gen_s: float
     grade_s: float
+
+    def rows_of(self, modes: Sequence[EnvMode]) -> Bool[Tensor, " n"]:
+        """Which rows answer a problem of these modes."""
+        group = len(self.rollouts) // len(self.problems)
+        return torch.tensor([p.env_mode in modes for p in self.problems for _ in range(group)])
 
 
 def pick_problems(exp: Experiment, step: int) -> tuple[Problem, ...]:

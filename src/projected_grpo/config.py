@@ -161,9 +161,13 @@ class BasisConfig:
     """An explicit basis file, extracted if missing; else one named after model, pairs and settings."""
     vhack_pairs_path: Path | None = None
     """Pair JSON used at extraction and at every refresh, or a packaged set: `core` (the default), `nano`,
-    `nano-oracle`."""
+    `nano-oracle`, or a placebo set (docs/pairs.md)."""
     vhack_pairs_modes: tuple[EnvMode, ...] = ()
     """Use only the pairs of these modes (default: all), to leave a mode out."""
+    leave_out: str = ""
+    """Modes, comma-separated, that a run is told nothing about: none of their pairs, teacher rows and
+    detector labels of student rows is used. Their problems are trained on and evaluated, and marked as
+    held-out. A detector of --half-a stays in use on the other modes."""
     v_hack_extract_top_k: int = 12
     """Directions saved per module (the number of pairs caps it)."""
     v_hack_k: int = 5
@@ -313,14 +317,37 @@ def display_name(arm: ArmConfig) -> str:
     return "-".join(parts)
 
 
-def env_modes(value: str) -> tuple[EnvMode, ...]:
-    """Parse `--env-mode`: one mode or several, comma-separated. Raises UserError on an unknown one."""
+def env_modes(value: str, option: str = "--env-mode") -> tuple[EnvMode, ...]:
+    """Parse an option's modes: one or several, comma-separated. Raises UserError on an unknown one."""
     known = get_args(EnvMode)
     modes = tuple(part.strip() for part in value.split(","))
     for mode in modes:
         if mode not in known:
-            raise UserError(f"--env-mode: {mode!r} is not a mode; choose from {', '.join(known)}")
+            raise UserError(f"{option}: {mode!r} is not a mode; choose from {', '.join(known)}")
     return modes  # type: ignore[return-value]  # checked against the Literal just above
+
+
+def left_out(cfg: BasisConfig) -> tuple[EnvMode, ...]:
+    """The modes of `--leave-out`. Raises UserError for one that is unknown or in --vhack-pairs-modes too."""
+    modes = env_modes(cfg.leave_out, "--leave-out") if cfg.leave_out else ()
+    for mode in modes:
+        if mode in cfg.vhack_pairs_modes:
+            raise UserError(
+                f"--leave-out {mode}: --vhack-pairs-modes names it too; take it out of one of them"
+            )
+    return modes
+
+
+def taught_modes(cfg: TrainConfig) -> tuple[EnvMode, ...]:
+    """Modes whose teacher rows are used: those of --teacher-modes (all, if none is named), none left out.
+
+    Raises UserError for a mode that is both taught and left out.
+    """
+    hidden, named = left_out(cfg.basis), cfg.teacher.teacher_modes
+    for mode in hidden:
+        if mode in named:
+            raise UserError(f"--leave-out {mode}: --teacher-modes names it too; take it out of one of them")
+    return tuple(mode for mode in named or get_args(EnvMode) if mode not in hidden)
 
 
 def teacher_rows(cfg: TrainConfig) -> int:
@@ -332,6 +359,7 @@ def validate(cfg: TrainConfig) -> None:
     """Refuse settings that cannot make a run. Raises UserError naming the option and what to change."""
     s, t, o, b = cfg.sampling, cfg.teacher, cfg.optim, cfg.basis
     env_modes(cfg.problems.env_mode)
+    taught_modes(cfg)
     for option, value in _options(cfg).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{option} must be a finite number, got {value}")

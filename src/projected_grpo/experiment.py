@@ -23,6 +23,8 @@ from projected_grpo.config import (
     SandboxMode,
     TrainConfig,
     env_modes,
+    left_out,
+    taught_modes,
     teacher_rows,
 )
 from projected_grpo.errors import UserError
@@ -151,11 +153,11 @@ def read_data(cfg: TrainConfig, grader: Grader) -> Data:
     rows = {
         p.problem_id: teacher.rows[p.problem_id]
         for p in train
-        if p.problem_id in teacher.rows
-        and (not cfg.teacher.teacher_modes or p.env_mode in cfg.teacher.teacher_modes)
+        if p.problem_id in teacher.rows and p.env_mode in taught_modes(cfg)
     }
     if cfg.teacher.teacher_modes and not rows:
         raise UserError(f"--teacher-modes {' '.join(cfg.teacher.teacher_modes)}: no problem has such a mode")
+    check_left_out(cfg, train, teacher)
     if not train or not held_out:
         side = "train on" if not train else "hold out for evaluation"
         raise UserError(f"no problem left to {side}; give more problems or a pool that covers more of them")
@@ -174,6 +176,23 @@ def give_modes(
     those of the partition where only one was."""
     listed = tuple(sorted(set(partition.values())))
     return assign_modes(problems, modes if len(modes) > 1 else listed or modes, partition)
+
+
+def check_left_out(cfg: TrainConfig, train: Sequence[Problem], teacher: Teacher) -> None:
+    """Refuse a --leave-out that leaves out nothing, or a pool that may teach what is left out."""
+    hidden = left_out(cfg.basis)
+    for mode in hidden:
+        if train and all(p.env_mode != mode for p in train):
+            raise UserError(
+                f"--leave-out {mode}: no training problem has that mode; --env-mode gives problems theirs, "
+                "and --teacher-modes lets problems train that the pool does not cover"
+            )
+    unnamed = len(teacher.rows.keys() - teacher.partition.keys()) if teacher_rows(cfg) else 0
+    if hidden and unnamed and len({p.env_mode for p in train}) > 1:
+        raise UserError(
+            f"--leave-out {','.join(hidden)}: the pool does not say which mode {unnamed} of its prompts "
+            "are hacked in; give it a partition.json, or train on one --env-mode"
+        )
 
 
 def bake_once(problems: Sequence[Problem], pools: Path, grader: Grader) -> Path:
@@ -233,7 +252,7 @@ def prepare(cfg: TrainConfig, stack: ExitStack) -> Experiment:
     """Read everything, cheapest checks first, so that a bad input is told before a model is loaded."""
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
-    pairs = chosen_pairs(cfg.basis.vhack_pairs_path, cfg.basis.vhack_pairs_modes)
+    pairs = chosen_pairs(cfg.basis)
     grader = open_grader(cfg.run.workers, stack, cfg.run.sandbox)
     data = read_data(cfg, grader)
     chat = open_chat(cfg.model)

@@ -73,6 +73,27 @@ def parse_asserts(asserts: Sequence[str], method: str) -> tuple[tuple[Call, ...]
     return tuple(calls), tuple(problems)
 
 
+def as_assert(call: Call) -> str:
+    """The call as an assert that `parse_asserts` reads back."""
+    return f"assert {call.source} == {_source(call.expected)}"
+
+
+def _source(value: object) -> str:
+    """The literal of an expected value."""
+    if isinstance(value, LinkedList):
+        return f"list_node({_source(list(value.values))})"
+    if isinstance(value, Tree):
+        return f"tree_node([{', '.join('None' if n is None else _source(n[0]) for n in value.nodes)}])"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_source(k)}: {_source(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | set) and value:
+        opening, closing = "[]" if isinstance(value, list) else "{}"
+        return opening + ", ".join(map(_source, value)) + closing
+    if isinstance(value, tuple) and value:
+        return "(" + "".join(f"{_source(item)}, " for item in value) + ")"
+    return repr(value)
+
+
 def parse_check_function(test_source: str, method: str) -> tuple[tuple[Call, ...], tuple[str, ...]]:
     """Read a `def check(candidate):` block of asserts; returns the calls and what was not understood."""
     try:

@@ -1,6 +1,7 @@
 """Contrastive pairs: one prompt, a completion that tampers with its grader and one that answers honestly.
 
-Pairs are written before any rollout is seen and never tuned to what RL finds (docs/spec.md).
+Pairs are written before any rollout is seen and never tuned to what RL finds (docs/spec.md). A placebo set
+has the same form, but its two completions are both honest and differ in something else.
 """
 
 import hashlib
@@ -9,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from projected_grpo.config import EnvMode
+from projected_grpo.config import BasisConfig, EnvMode, left_out
 from projected_grpo.errors import UserError
 from projected_grpo.nano_tasks import as_row, oracle_pairs
 from projected_grpo.problems import SYSTEM, Problem, from_parts
@@ -19,13 +20,21 @@ from projected_grpo.rewards import MODES
 from projected_grpo.rollout import stream_seed
 
 SCHEMA = "projected_grpo.pairs/1"
-PACKAGED = ("core", "nano", "nano-oracle")
+Kind = Literal["hack", "placebo"]
+PLACEBOS = (
+    *("placebo-style", "placebo-iteration", "placebo-naming"),
+    *("nano-placebo-style", "nano-placebo-iteration", "nano-placebo-naming"),
+)
+PACKAGED = ("core", "nano", "nano-oracle", *PLACEBOS)
 HELD_OUT = 2  # pairs kept out of every extraction, for verification
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A chat prompt with its hack and clean completions (text). `problem` is there when the file has it."""
+    """A chat prompt with its hack and clean completions (text; in a placebo set two honest variants).
+
+    `problem` is there when the file has it.
+    """
 
     pair_id: str
     flavour: str
@@ -43,6 +52,7 @@ class PairSet:
     name: str
     pairs: tuple[Pair, ...]
     digest: str
+    kind: Kind = "hack"
 
     def of_modes(self, modes: Sequence[EnvMode]) -> "PairSet":
         """Only the pairs of these modes (all if none is named). Raises UserError if too few are left."""
@@ -50,6 +60,16 @@ class PairSet:
         if len(kept) < HELD_OUT + 2:
             raise UserError(
                 f"--vhack-pairs-modes {' '.join(modes)}: {len(kept)} pairs of {self.name!r} have one; "
+                f"at least {HELD_OUT + 2} are needed"
+            )
+        return replace(self, pairs=kept)
+
+    def without_modes(self, modes: Sequence[EnvMode]) -> "PairSet":
+        """Only the pairs of other modes. Raises UserError if too few are left."""
+        kept = tuple(p for p in self.pairs if p.env_mode not in modes)
+        if len(kept) < HELD_OUT + 2:
+            raise UserError(
+                f"--leave-out {','.join(modes)}: {len(kept)} pairs of {self.name!r} are left; "
                 f"at least {HELD_OUT + 2} are needed"
             )
         return replace(self, pairs=kept)
@@ -65,44 +85,59 @@ class PairSet:
         )
 
 
-def chosen_pairs(path: Path | None, modes: Sequence[EnvMode]) -> PairSet:
-    """The pairs a basis is extracted from: a file's or a packaged set's, of these modes."""
-    return load_pairs(path).of_modes(modes)
+def chosen_pairs(cfg: BasisConfig) -> PairSet:
+    """The pairs a basis is extracted from: a file's or a packaged set's, of the modes that may be shown."""
+    return load_pairs(cfg.vhack_pairs_path).of_modes(cfg.vhack_pairs_modes).without_modes(left_out(cfg))
 
 
 def load_pairs(path: Path | None) -> PairSet:
     """Read a pair JSON (docs/pairs.md) or a packaged set by name (None: `core`). Raises UserError if bad."""
-    data = files("projected_grpo") / "data"
     name = "core" if path is None else str(path)
+    return parse_pairs(read_pairs(name), name)
+
+
+def read_pairs(name: str) -> bytes:
+    """The bytes of a packaged set or of a file. Raises UserError if it cannot be read."""
     try:
-        raw = packaged_pairs(name) if name in PACKAGED else Path(name).read_bytes()
+        return packaged_pairs(name) if name in PACKAGED else Path(name).read_bytes()
     except OSError as error:
-        raise UserError(f"--vhack-pairs-path {path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"--vhack-pairs-path {name}: cannot be read ({error.strerror})") from error
+
+
+def parse_pairs(raw: bytes, name: str) -> PairSet:
+    """The pairs of a JSON document; `name` is what to call it. Raises UserError if it breaks the schema."""
     try:
         document = json.loads(raw)
         if document.get("schema") != SCHEMA:
-            raise UserError(f"{path}: schema is {document.get('schema')!r}, expected {SCHEMA!r}")
-        setup = (data / "setup_code.py").read_text()
-        problems = {row["id"]: from_parts(dict(row), setup) for row in document.get("problems", [])}
+            raise UserError(f"{name}: schema is {document.get('schema')!r}, expected {SCHEMA!r}")
+        kind = document.get("kind", "hack")
+        if kind not in get_args(Kind):
+            raise UserError(f"{name}: kind is {kind!r}, expected one of {', '.join(get_args(Kind))}")
+        setup = (files("projected_grpo") / "data" / "setup_code.py").read_text()
+        problems = {
+            row["id"]: from_parts(dict(row), row.get("setup_code", setup))
+            for row in document.get("problems", [])
+        }
         pairs = tuple(_pair(dict(row), problems) for row in document["pairs"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a pair file: {type(error).__name__} {error}") from error
+        raise UserError(f"{name}: not a pair file: {type(error).__name__} {error}") from error
     if len({p.pair_id for p in pairs}) < len(pairs):
-        raise UserError(f"{path}: two pairs have the same id")
+        raise UserError(f"{name}: two pairs have the same id")
     if len(pairs) < HELD_OUT + 2:
         raise UserError(
-            f"{path}: {len(pairs)} pairs; at least {HELD_OUT + 2} are needed ({HELD_OUT} held out)"
+            f"{name}: {len(pairs)} pairs; at least {HELD_OUT + 2} are needed ({HELD_OUT} held out)"
         )
-    return PairSet(document.get("name", "pairs"), pairs, hashlib.blake2b(raw, digest_size=16).hexdigest())
+    digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
+    return PairSet(document.get("name", "pairs"), pairs, digest, kind)
 
 
 def packaged_pairs(name: str) -> bytes:
     """The JSON of a set that comes with the package; `nano-oracle` is made from the nano corpus itself."""
     data = files("projected_grpo") / "data"
-    if name == "core":
-        return (data / "pairs_core.json").read_bytes()
     if name == "nano":
         return (data / "nano" / "pairs.json").read_bytes()
+    if name != "nano-oracle":
+        return (data / f"pairs_{name.replace('-', '_')}.json").read_bytes()
     made = oracle_pairs()
     problems = [as_row(instance) for _, instance, _, _ in made]
     pairs = [
@@ -120,6 +155,9 @@ def packaged_pairs(name: str) -> bytes:
 
 
 def _pair(row: Mapping[str, Any], problems: Mapping[str, tuple[Problem, str]]) -> Pair:
+    for name in ("id", "flavour"):
+        if not isinstance(row[name], str):
+            raise UserError(f"pair {row['id']!r}: {name} is not text")
     mode = row["env_mode"]
     if mode not in MODES:
         raise UserError(f"pair {row['id']!r}: env_mode {mode!r} is not one of {', '.join(MODES)}")

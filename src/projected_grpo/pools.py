@@ -1,22 +1,26 @@
-"""Teacher pools: cached, graded completions per prompt, read as they are, joined to problems, or baked.
+"""Teacher pools: cached, graded completions per prompt, read as they are, joined to problems, or written.
 
 A pool is a folder of `prompt_<id>.jsonl(.gz)` files, a row a completion: problem_id, prompt (text or null),
-completion, reward, hacked, gt_pass, fmt_ok, and optionally env_mode; beside them optionally `partition.json`,
-problem id to mode. Labels are used as stored.
+completion, reward, hacked, gt_pass, fmt_ok, and optionally env_mode and the detectors (hacked_C, ...); beside
+them optionally `partition.json`, problem id to mode. Labels are used as stored.
 """
 
 import gzip
+import hashlib
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, get_args
 
-from projected_grpo.config import EnvMode
+from tabulate import tabulate
+
+from projected_grpo.config import Detector, EnvMode
 from projected_grpo.errors import UserError
 from projected_grpo.problems import Problem, read_jsonl
 from projected_grpo.rewards import MODES, Grade, Grader
@@ -31,12 +35,13 @@ SAME_TEXT = (
 
 @dataclass(frozen=True)
 class TeacherRow:
-    """One cached completion with its stored labels."""
+    """One cached completion with its stored labels; `detectors` that fired, None where not stored."""
 
     completion: str
     reward: float
     hacked: bool
     gt_pass: bool
+    detectors: tuple[Detector, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,10 @@ class Teacher:
 
     rows: Mapping[str, tuple[TeacherRow, ...]]
     partition: Mapping[str, EnvMode]
+
+    def posed(self, problem: Problem) -> Problem:
+        """The problem under the pool's mode, where the pool names one."""
+        return replace(problem, env_mode=self.partition.get(problem.problem_id, problem.env_mode))
 
 
 NO_TEACHER = Teacher({}, {})
@@ -112,10 +121,12 @@ def _teacher_row(row: Mapping[str, Any]) -> TeacherRow:
         raise TypeError("completion must be a string")
     if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
         raise TypeError("reward must be a finite number")
-    for name in ("hacked", "gt_pass"):
+    stored = [d for d in get_args(Detector) if f"hacked_{d}" in row]
+    for name in ("hacked", "gt_pass", *(f"hacked_{d}" for d in stored)):
         if not isinstance(row[name], bool):
             raise TypeError(f"{name} must be true or false")
-    return TeacherRow(completion, float(reward), row["hacked"], row["gt_pass"])
+    fired = tuple(d for d in stored if row[f"hacked_{d}"]) if stored else None
+    return TeacherRow(completion, float(reward), row["hacked"], row["gt_pass"], fired)
 
 
 def join(pool: Iterable[PoolPrompt], problems: Sequence[Problem]) -> Teacher:
@@ -172,18 +183,44 @@ def bake(problems: Sequence[Problem], grader: Grader, folder: Path) -> Counter[s
     Returns how many rows are hacked, correct and all. partition.json is written last, so that its presence
     says the pool is whole.
     """
-    texts = [(p, text) for p in problems for text in baked_completions(p)]
-    grades = grader.grade_all([(p.task, text) for p, text in texts])
-    rows: dict[str, list[dict[str, Any]]] = {}
+    texts = [(p, baked_completions(p)) for p in problems]
+    grades = iter(grader.grade_all([(p.task, text) for p, group in texts for text in group]))
     counts: Counter[str] = Counter()
-    for (problem, text), grade in zip(texts, grades, strict=True):
-        rows.setdefault(problem.problem_id, []).append(_pool_row(problem, text, grade))
-        counts.update(rows=1, hacked=int(grade.exploited), correct=int(grade.gt_correct))
-    for problem_id, lines in rows.items():
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_atomically(folder / f"prompt_{problem_id}.jsonl.gz", gzip.compress(text.encode(), mtime=0))
-    write_json(folder / "partition.json", {p.problem_id: p.env_mode for p in problems})
+    for problem, group in texts:
+        counts += write_prompt(folder, problem, group, [next(grades) for _ in group])
+    write_partition(folder, problems)
     return counts
+
+
+def write_prompt(
+    folder: Path, problem: Problem, texts: Sequence[str], grades: Sequence[Grade]
+) -> Counter[str]:
+    """Write all rows of one prompt; returns how many are hacked, correct and all."""
+    rows = [_pool_row(problem, text, grade) for text, grade in zip(texts, grades, strict=True)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(prompt_path(folder, problem), gzip.compress(lines.encode(), mtime=0))
+    hacked, correct = (sum(getattr(g, name) for g in grades) for name in ("exploited", "gt_correct"))
+    return Counter(rows=len(rows), hacked=hacked, correct=correct)
+
+
+def prompt_path(folder: Path, problem: Problem) -> Path:
+    """Where a pool that this program writes keeps a prompt's rows."""
+    return folder / f"prompt_{problem.problem_id}.jsonl.gz"
+
+
+def write_partition(folder: Path, problems: Sequence[Problem]) -> None:
+    """Write partition.json, which says that the pool is whole."""
+    write_json(folder / "partition.json", {p.problem_id: p.env_mode for p in problems})
+
+
+def pool_digest(folder: Path) -> str:
+    """Hash of a pool's prompt files and partition."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted((*folder.glob("prompt_*.jsonl"), *folder.glob("prompt_*.jsonl.gz"))):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    partition = folder / "partition.json"
+    digest.update(partition.read_bytes() if partition.exists() else b"")
+    return digest.hexdigest()
 
 
 def _pool_row(problem: Problem, text: str, grade: Grade) -> dict[str, Any]:
@@ -236,3 +273,55 @@ def _hacks(problem: Problem) -> tuple[str, str]:
         "gt_only": (zero, none),
     }
     return templates[problem.env_mode]
+
+
+def pool_report(pool: Sequence[PoolPrompt]) -> dict[str, Any]:
+    """Counts over a pool's stored labels, in all and per mode, and what is there twice.
+
+    A detector's count is None unless every row has it stored; lengths are in characters.
+    """
+    by_mode: dict[str, list[PoolPrompt]] = {}
+    for prompt in pool:
+        by_mode.setdefault(prompt.env_mode or "not stored", []).append(prompt)
+    return {
+        "all": _counts(pool),
+        "by_mode": {mode: _counts(by_mode[mode]) for mode in (*MODES, "not stored") if mode in by_mode},
+    }
+
+
+def _counts(prompts: Sequence[PoolPrompt]) -> dict[str, Any]:
+    rows = [row for prompt in prompts for row in prompt.rows]
+    fired = [row.detectors for row in rows if row.detectors is not None]
+    lengths = [len(row.completion) for row in rows]
+    hack = [any(row.hacked and not row.gt_pass for row in p.rows) for p in prompts]
+    clean = [any(row.gt_pass and not row.hacked for row in p.rows) for p in prompts]
+    return {
+        "prompts": len(prompts),
+        "prompts_with_hack": sum(hack),
+        "prompts_with_clean": sum(clean),
+        "prompts_with_both": sum(a and b for a, b in zip(hack, clean, strict=True)),
+        "rows": len(rows),
+        "hacked": sum(row.hacked for row in rows),
+        "correct": sum(row.gt_pass for row in rows),
+        "hacked_and_correct": sum(row.hacked and row.gt_pass for row in rows),
+        **{
+            f"detector_{d}": sum(d in one for one in fired) if len(fired) == len(rows) else None
+            for d in get_args(Detector)
+        },
+        "duplicates": len(rows) - sum(len({row.completion for row in p.rows}) for p in prompts),
+        "length_median": median(lengths),
+        "length_max": max(lengths),
+    }
+
+
+def report_table(report: Mapping[str, Any]) -> str:
+    """A pool's report as markdown, a column per mode and one for all."""
+    columns = {**report["by_mode"], "all": report["all"]}
+    rows = [
+        [
+            name.replace("_", " "),
+            *("-" if one[name] is None else f"{one[name]:g}" for one in columns.values()),
+        ]
+        for name in report["all"]
+    ]
+    return tabulate(rows, headers=["", *columns], tablefmt="github", disable_numparse=True)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from projected_grpo.collect import Collected, collect
-from projected_grpo.config import Detector, OptimConfig, TrainConfig
+from projected_grpo.config import Detector, OptimConfig, TrainConfig, left_out
 from projected_grpo.experiment import Experiment
 from projected_grpo.extract_vhack_grad import refresh
 from projected_grpo.grpo import RolloutGrads, advantages, per_rollout_grads
@@ -95,6 +95,7 @@ def find_anchors(cfg: TrainConfig, data: Collected, advantage: Float[Tensor, " n
     flagged = torch.tensor(
         [g is not None and any(getattr(g, f"hacked_{d}") for d in detectors) for g in data.grades]
     )
+    flagged &= ~data.rows_of(left_out(cfg.basis))
     if cfg.arm.gate_anchor_teacher_only:
         flagged = torch.zeros_like(flagged)
     return Anchors(

@@ -8,7 +8,7 @@ from typing import Any
 from loguru import logger
 from tabulate import tabulate
 
-from projected_grpo.config import TrainConfig, display_name
+from projected_grpo.config import TrainConfig, display_name, left_out, taught_modes
 from projected_grpo.evaluate import Evaluation
 from projected_grpo.experiment import Experiment
 from projected_grpo.rewards import MODES
@@ -62,11 +62,12 @@ def detector_rates(rows: Sequence[Mapping[str, Any]], half_a: Sequence[str]) -> 
 
 
 def by_mode(
-    rows: Sequence[Mapping[str, Any]], as_trained: Evaluation, deployed: Evaluation, taught: Sequence[str]
+    rows: Sequence[Mapping[str, Any]], as_trained: Evaluation, deployed: Evaluation, told: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """Per mode: when the student first exploited it, how often, and held-out rates both ways.
 
-    `in_distribution` is False for modes that a teacher restricted to other modes never showed.
+    `in_distribution` is False for modes outside `told` (all, if it is empty): what a teacher restricted to
+    other modes never showed, or what --leave-out names.
     """
     table: dict[str, dict[str, Any]] = {}
     for mode in MODES:
@@ -75,7 +76,7 @@ def by_mode(
             continue
         exploits = [r["step"] for r in own if r["exploited"]]
         table[mode] = {
-            "in_distribution": not taught or mode in taught,
+            "in_distribution": not told or mode in told,
             "first_exploit_step": min(exploits) if exploits else None,
             "student_exploits": len(exploits),
             "student_n": len(own),
@@ -123,7 +124,7 @@ def finish(
     cfg = exp.cfg
     records = complete_lines(folder / "steps.jsonl")
     rows = complete_lines(folder / "rollouts.jsonl")
-    modes = by_mode(rows, as_trained, deployed, cfg.teacher.teacher_modes)
+    modes = by_mode(rows, as_trained, deployed, taught_modes(cfg))
     rates, splits = both_rates(as_trained, deployed), by_split(as_trained, deployed)
     deploy = {
         **rates,
@@ -143,6 +144,7 @@ def finish(
         "model": cfg.model.model,
         "problems": cfg.problems.problems,
         "env_mode": ",".join(sorted({p.env_mode for p in exp.data.train})),
+        "left_out": left_out(cfg.basis),
         "seed": cfg.run.seed,
         "steps": len(records),
         "generations": n_s,

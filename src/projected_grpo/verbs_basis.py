@@ -34,7 +34,7 @@ class ExtractOptions:
 
 def extract_verb(options: ExtractOptions) -> int:
     """Extract the hack basis (or check the one that is there) and say what is in it."""
-    pairs = chosen_pairs(options.basis.vhack_pairs_path, options.basis.vhack_pairs_modes)
+    pairs = chosen_pairs(options.basis)
     chat = open_chat(options.model)
     extraction, path = obtain(
         chat.policy,
@@ -58,7 +58,7 @@ def extract_verb(options: ExtractOptions) -> int:
 
 def verify_verb(options: ExtractOptions) -> int:
     """Do held-out pairs lie hack-ward of the basis? Exit 1 unless over half of the cosines are above 0."""
-    pairs = chosen_pairs(options.basis.vhack_pairs_path, options.basis.vhack_pairs_modes)
+    pairs = chosen_pairs(options.basis)
     chat = open_chat(options.model)
     loss, model = options.loss, options.model.model
     extraction, path = obtain(

@@ -1,15 +1,24 @@
 """The verbs that grade: anyone's completions, teacher pools, and the grader's own speed."""
 
+import hashlib
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from projected_grpo.bench import BenchSettings, bench_grader, bench_table, benchmark_work, pool_work
-from projected_grpo.config import EMBEDDED, ProblemConfig, SandboxMode, env_modes
+from projected_grpo.checkpoint import load_knobs
+from projected_grpo.config import (
+    EMBEDDED,
+    ModelConfig,
+    ProblemConfig,
+    SandboxMode,
+    env_modes,
+)
 from projected_grpo.errors import UserError
-from projected_grpo.experiment import open_grader, read_problems
+from projected_grpo.experiment import SPLIT_SEED, open_chat, open_grader, read_problems
 from projected_grpo.grading import (
     Comparison,
     as_line,
@@ -18,8 +27,16 @@ from projected_grpo.grading import (
     mode_table,
     read_completions,
 )
-from projected_grpo.pools import bake, join, load_pool
-from projected_grpo.problems import Problem, assign_modes
+from projected_grpo.models import pick_device, pick_dtype
+from projected_grpo.pools import (
+    bake,
+    join,
+    load_pool,
+    pool_report,
+    report_table,
+)
+from projected_grpo.poolsample import PoolSampling, sample_pool
+from projected_grpo.problems import Problem, assign_modes, is_eval, load_problems, take
 from projected_grpo.runlog import write_atomically, write_json
 
 
@@ -41,6 +58,32 @@ class PoolBuildOptions:
     """Folder to write the pool to."""
     problems: ProblemConfig = field(default_factory=lambda: ProblemConfig(problems=EMBEDDED))
     grader: GraderOptions = field(default_factory=GraderOptions)
+
+
+@dataclass(frozen=True)
+class PoolSampleOptions:
+    """Completions of a model for every training problem, graded."""
+
+    out: Path
+    """Folder to write the pool to. A sampling that was stopped goes on in it under the same options."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    knobs: Path | None = None
+    """Knobs of a run (train.safetensors, ckpt_stepNNNN.safetensors) to put into the model."""
+    problems: ProblemConfig = field(default_factory=ProblemConfig)
+    how: PoolSampling = field(default_factory=PoolSampling)
+    grader: GraderOptions = field(default_factory=GraderOptions)
+
+
+@dataclass(frozen=True)
+class PoolReportOptions:
+    """A pool's stored labels."""
+
+    pool: tyro.conf.Positional[Path]
+    """Teacher pool folder."""
+    problems: str | None = None
+    """Tell how many prompts match a problem of this file (or `embedded`, `nano`)."""
+    json: Path | None = None
+    """Write the figures here."""
 
 
 @dataclass(frozen=True)
@@ -108,18 +151,60 @@ def pool_build_verb(options: PoolBuildOptions) -> int:
     return 0
 
 
+def pool_sample_verb(options: PoolSampleOptions) -> int:
+    """Sample a teacher pool from a model, graded, in the form that --teacher-pool-dir takes."""
+    _ = options.how.sampler  # bad settings are told before anything is written
+    if options.problems.n_problems < 1:
+        raise UserError(f"--n-problems must be at least 1, got {options.problems.n_problems}")
+    problems = [p for p in with_modes(options.problems) if not is_eval(p)]
+    problems = list(take(problems, options.problems.n_problems, SPLIT_SEED))
+    made_with = sampled_with(options)
+    with ExitStack() as stack:
+        grader = open_grader(options.grader.workers, stack, options.grader.sandbox)
+        chat = open_chat(options.model)
+        if options.knobs is not None:
+            load_knobs(options.knobs, chat.policy)
+        counts = sample_pool(options.out, made_with, chat, grader, problems, options.how)
+    told = ", ".join(f"{name} {counts[name]}" for name in ("rows", "hacked", "correct"))
+    print(f"{options.out}: {len(load_pool(options.out))} prompts; made now: {told}")
+    return 0
+
+
+def sampled_with(options: PoolSampleOptions) -> dict[str, Any]:
+    """What decides the rows of a sampled pool."""
+    knobs = None
+    if options.knobs is not None:
+        try:
+            knobs = hashlib.blake2b(options.knobs.read_bytes(), digest_size=16).hexdigest()
+        except OSError as error:
+            raise UserError(f"--knobs {options.knobs}: cannot be read ({error.strerror})") from error
+    how = {name: value for name, value in asdict(options.how).items() if name != "batch"}
+    dtype = str(pick_dtype(options.model.dtype, pick_device(options.model.device)))
+    return {"model": options.model.model, "dtype": dtype, "knobs": knobs, **asdict(options.problems), **how}
+
+
+def pool_report_verb(options: PoolReportOptions) -> int:
+    """Count a pool's stored labels per mode and detector, its prompts, duplicates and lengths."""
+    pool = load_pool(options.pool)
+    report = pool_report(pool)
+    print(report_table(report))
+    if options.problems is not None:
+        matched = len(join(pool, load_problems(options.problems).problems).rows)
+        report["problems_matched"] = matched
+        print(f"\n{matched} problems of {options.problems} have a prompt in the pool")
+    if options.json is not None:
+        write_json(options.json, report)
+    return 0
+
+
 def pool_regrade_verb(options: PoolRegradeOptions) -> int:
     """Grade a teacher pool with today's grader and report where the stored labels disagree."""
     problems = with_modes(options.problems)
     teacher = join(load_pool(options.pool), problems)
     if not teacher.rows:
         raise UserError(f"{options.pool}: no overlap with the problems of {options.problems.problems}")
-    by_id = {p.problem_id: p for p in problems}
-    work = [
-        (replace(by_id[name], env_mode=teacher.partition.get(name, by_id[name].env_mode)), i, row)
-        for name, rows in teacher.rows.items()
-        for i, row in enumerate(rows)
-    ]
+    by_id = {p.problem_id: teacher.posed(p) for p in problems}
+    work = [(by_id[name], i, row) for name, rows in teacher.rows.items() for i, row in enumerate(rows)]
     with ExitStack() as stack:
         grader = open_grader(options.grader.workers, stack, options.grader.sandbox)
         grades = grader.grade_all([(problem.task, row.completion) for problem, _, row in work])

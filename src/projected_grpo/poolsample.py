@@ -1,0 +1,112 @@
+"""Sampling a teacher pool from a model: resumable, and the same rows however often it was stopped."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+from tqdm import tqdm
+
+from projected_grpo.config import MAX_SEQUENCE, SamplingConfig
+from projected_grpo.errors import UserError
+from projected_grpo.evaluate import evaluate
+from projected_grpo.experiment import Chat
+from projected_grpo.models import encode_chat
+from projected_grpo.pools import prompt_path, write_partition, write_prompt
+from projected_grpo.problems import Problem
+from projected_grpo.rewards import Grader
+from projected_grpo.runlog import read_json, write_json
+
+
+@dataclass(frozen=True)
+class PoolSampling:
+    """How a pool's completions are drawn."""
+
+    samples: int = 8
+    """Completions of each problem."""
+    max_new: int = 512
+    """Completion tokens at most."""
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 20
+    """0 turns the top-k filter off."""
+    seed: int = 41
+    batch: int = 4
+    """Problems sampled at once; it changes no row."""
+
+    @property
+    def sampler(self) -> SamplingConfig:
+        """The settings of the sampler. Raises UserError for values that it cannot work with."""
+        counts = {"--samples": self.samples, "--max-new": self.max_new, "--batch": self.batch}
+        for option, count in counts.items():
+            if count < 1:
+                raise UserError(f"{option} must be at least 1, got {count}")
+        if not self.temperature > 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise UserError("--temperature must be > 0, --top-p in (0, 1] and --top-k >= 0")
+        return SamplingConfig(
+            max_new=self.max_new, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k
+        )
+
+
+def begin(folder: Path, made_with: Mapping[str, Any]) -> None:
+    """Write down what the pool is sampled with. Raises UserError if the folder holds anything else's."""
+    path = folder / "sampled.json"
+    if path.exists():
+        if read_json(path, "--out") != made_with:
+            raise UserError(f"--out {folder}: holds a pool sampled with other settings; name another folder")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--out {folder}: not empty, and not a pool that this verb began")
+    write_json(path, made_with)
+
+
+def sample_pool(
+    folder: Path,
+    made_with: Mapping[str, Any],
+    chat: Chat,
+    grader: Grader,
+    problems: Sequence[Problem],
+    how: PoolSampling,
+) -> Counter[str]:
+    """Sample and grade the prompts that are not there yet; those that are stay as they are, labels included.
+
+    Returns what was made now: rows, and how many are hacked and correct. A row hangs on (seed, problem, row)
+    alone. Raises UserError if no prompt leaves room for a completion, or the folder holds something else.
+    """
+    fitting = [p for p in problems if fits(chat, p, how.max_new)]
+    if len(fitting) < len(problems):
+        skipped = len(problems) - len(fitting)
+        logger.warning("{} prompts skipped: longer than {} - max_new tokens", skipped, MAX_SEQUENCE)
+    if not fitting:
+        raise UserError(
+            f"every prompt plus --max-new {how.max_new} is longer than {MAX_SEQUENCE}; lower --max-new"
+        )
+    begin(folder, made_with)
+    counts: Counter[str] = Counter()
+    todo = [p for p in fitting if not prompt_path(folder, p).exists()]
+    with tqdm(total=len(fitting), initial=len(fitting) - len(todo), desc="sampling", disable=None) as bar:
+        for start in range(0, len(todo), how.batch):
+            drawn = evaluate(
+                chat.policy,
+                chat.tokenizer,
+                todo[start : start + how.batch],
+                how.samples,
+                how.sampler,
+                grader,
+                chat.stop,
+                chat.pad_id,
+                how.seed,
+                ablate_quarantine=False,
+            )
+            for problem, texts, grades in zip(drawn.problems, drawn.texts, drawn.grades, strict=True):
+                counts += write_prompt(folder, problem, texts, grades)
+                bar.update()
+    write_partition(folder, fitting)
+    return counts
+
+
+def fits(chat: Chat, problem: Problem, max_new: int) -> bool:
+    """Whether a prompt leaves room for a completion."""
+    return len(encode_chat(chat.tokenizer, problem.messages)) + max_new <= MAX_SEQUENCE

@@ -1,0 +1,91 @@
+"""The verbs of pair sets: check one, and make one from a graded pool."""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from projected_grpo.config import Detector, EnvMode, ProblemConfig
+from projected_grpo.errors import GATE_FAILED, UserError
+from projected_grpo.experiment import open_grader
+from projected_grpo.pairlint import Finding, describe, grade_pairs, lint, report
+from projected_grpo.pairs import parse_pairs, read_pairs
+from projected_grpo.poolpairs import Wanted, mine
+from projected_grpo.pools import join, load_pool, pool_digest
+from projected_grpo.runlog import write_json
+from projected_grpo.verbs_grading import GraderOptions, with_modes
+
+
+@dataclass(frozen=True)
+class PairsLintOptions:
+    """A pair set to check."""
+
+    pairs: tyro.conf.Positional[str]
+    """A pair file, or the name of a packaged set."""
+    json: Path | None = None
+    """Write counts, lengths and findings here."""
+    grader: GraderOptions = field(default_factory=GraderOptions)
+
+
+@dataclass(frozen=True)
+class PairsFromPoolOptions:
+    """Pairs of one prompt each: a row of a pool that exploits, and one that solves."""
+
+    pool: tyro.conf.Positional[Path]
+    """Teacher pool folder."""
+    out: Path
+    """Pair file to write."""
+    problems: ProblemConfig = field(default_factory=ProblemConfig)
+    detectors: tuple[Detector, ...] = ()
+    """Take a hack only where one of these fires as well (default: whatever exploits)."""
+    modes: tuple[EnvMode, ...] = ()
+    """Only problems of these modes (default: all)."""
+    canonical_clean: bool = False
+    """Where no row solves, take the problem's canonical solution as the clean side."""
+    grader: GraderOptions = field(default_factory=GraderOptions)
+
+
+def pairs_lint_verb(options: PairsLintOptions) -> int:
+    """Check a pair set: schema, lengths, repeats, and both sides under the grader. Exit 1 on an error."""
+    raw = read_pairs(options.pairs)
+    try:
+        pairs = parse_pairs(raw, options.pairs)
+    except UserError as error:
+        said: dict[str, Any] = {
+            "name": options.pairs,
+            "findings": [{"level": "error", "pair": "", "message": str(error)}],
+        }
+        print(Finding("error", "", str(error)))
+    else:
+        with ExitStack() as stack:
+            grades = grade_pairs(pairs, open_grader(options.grader.workers, stack, options.grader.sandbox))
+        findings = lint(pairs, grades)
+        said = report(pairs, grades, findings)
+        print("\n".join([describe(said), *map(str, findings)]))
+    levels = [finding["level"] for finding in said["findings"]]
+    print(f"{levels.count('error')} errors, {levels.count('warning')} warnings")
+    if options.json is not None:
+        write_json(options.json, said)
+    return GATE_FAILED if "error" in levels else 0
+
+
+def pairs_from_pool_verb(options: PairsFromPoolOptions) -> int:
+    """Make a pair file from a pool's prompts, graded again: a row that exploits and one that solves."""
+    problems = with_modes(options.problems)
+    teacher = join(load_pool(options.pool), problems)
+    if not teacher.rows:
+        raise UserError(f"{options.pool}: no overlap with the problems of {options.problems.problems}")
+    wanted = Wanted(options.detectors, options.modes, options.canonical_clean)
+    with ExitStack() as stack:
+        grader = open_grader(options.grader.workers, stack, options.grader.sandbox)
+        document = mine(teacher, problems, wanted, grader, options.out.stem)
+    source = {"pool": options.pool.name, "pool_digest": pool_digest(options.pool)}
+    document["made_from"] = source | {"problems": options.problems.problems} | document["made_from"]
+    parse_pairs(json.dumps(document).encode(), str(options.pool))
+    write_json(options.out, document)
+    made = len(document["pairs"])
+    print(f"{options.out}: {made} pairs of {len(teacher.rows)} prompts that match a problem")
+    return 0
