@@ -219,8 +219,13 @@ class RunConfig:
     """Suffix of the run id."""
     save_every: int = 10
     """Steps between saves of everything that resuming needs; 0 is only at the end."""
+    keep_states: int = 2
+    """Saved states kept, the newest ones: should the last be damaged, the one before it is used."""
     resume: Path | None = None
-    """A run folder to go on with; its own settings are used."""
+    """A run folder to go on with; its own settings are used. `auto`: the newest run in --out-dir with exactly
+    these settings, or a new one if there is none; if that run has ended, say so and end as it did."""
+    max_skipped: int = 3
+    """Steps in a row whose loss or gradient is not finite (they are skipped) after which the run ends."""
     workers: int = 0
     """Grader processes; 0 is one per core."""
     threads: int = 0
@@ -341,6 +346,8 @@ def validate(cfg: TrainConfig) -> None:
         "--v-hack-extract-top-k": b.v_hack_extract_top_k,
         "--eval-n-prompts": cfg.evaluation.eval_n_prompts,
         "--tokens-per-microbatch": cfg.loss.tokens_per_microbatch,
+        "--keep-states": cfg.run.keep_states,
+        "--max-skipped": cfg.run.max_skipped,
     }
     for option, count in at_least_one.items():
         if count < 1:
@@ -431,6 +438,14 @@ def _options(cfg: TrainConfig) -> dict[str, Any]:
 def to_json(cfg: TrainConfig) -> dict[str, Any]:
     """Plain nested dict of a config, as written to config.json."""
     return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+
+
+def settings(cfg: TrainConfig) -> dict[str, Any]:
+    """What decides a run's outcome: its config without where and by how many processes it is run."""
+    data = to_json(cfg)
+    data["run"] = {"seed": cfg.run.seed}
+    del data["model"]["svd_cache"]
+    return data
 
 
 def from_json(data: Mapping[str, Any]) -> TrainConfig:

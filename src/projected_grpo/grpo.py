@@ -20,10 +20,12 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
+from loguru import logger
 from torch import Tensor
 
 from projected_grpo.antipasto import Policy
 from projected_grpo.config import LossConfig
+from projected_grpo.errors import UserError
 from projected_grpo.rollout import Rollout, collate, completion_logps
 
 STD_FLOOR = 1e-4  # added to the std in classic GRPO, as TRL does
@@ -105,38 +107,69 @@ def per_rollout_grads(
     """Gradient of the loss for every rollout, from one forward and one backward per microbatch.
 
     Rollouts with advantage 0 are not run and have zero rows. The gradient is taken at `deltas` (default: the
-    policy as trained); no parameter's `.grad` is touched.
+    policy as trained); no parameter's `.grad` is touched. A microbatch that does not fit into memory is run
+    in halves, which changes nothing but rounding; UserError if a single rollout does not fit.
     """
     deltas = policy.deltas() if deltas is None else deltas
     n = len(rollouts)
-    names = list(policy.layers)
     rows = {
         m: torch.zeros(n, len(delta), dtype=delta.dtype, device=delta.device) for m, delta in deltas.items()
     }
     figures = torch.full((4, n), float("nan"))
     total = 0.0
     live = [i for i, a in enumerate(advantage.tolist()) if a != 0]
-    for index in microbatches(rollouts, live, loss.tokens_per_microbatch):
-        part = [rollouts[i] for i in index]
-        batch = collate(part, pad_id, policy.device)
-        ref = None
-        if with_reference or loss.beta > 0:
-            with torch.no_grad(), policy.bind(None):
-                ref = completion_logps(policy.model, batch)
-        with policy.rows(deltas, len(index)) as leaves:
-            logp = completion_logps(policy.model, batch)
-            old = _old_logps(part, logp)
-            A = advantage[index].to(logp)
-            per_token = -surrogate(logp, old, A, loss.clip, loss.ratio_cap)
-            if loss.beta > 0 and ref is not None:
-                per_token = per_token + loss.beta * k3(logp, ref)
-            value = (per_token * batch.completion * _token_weights(batch.completion, loss, n, max_new)).sum()
-            gradients = torch.autograd.grad(value, [leaves[m] for m in names])
-        for m, gradient in zip(names, gradients, strict=True):
-            rows[m][index] = gradient
-        total += float(value.detach())
-        figures[:, index] = _per_rollout_figures(logp.detach(), old, ref, batch.completion).cpu()
+    waiting = list(microbatches(rollouts, live, loss.tokens_per_microbatch))[::-1]
+    while waiting:
+        index = waiting.pop()
+        part, A = [rollouts[i] for i in index], advantage[index]
+        try:
+            value, gradients, measured = _microbatch(
+                policy, part, A, loss, n, max_new, pad_id, deltas, with_reference=with_reference
+            )
+        except torch.OutOfMemoryError as error:
+            if len(index) == 1:
+                raise UserError("one rollout alone does not fit into memory; lower --max-new") from error
+            waiting += [index[len(index) // 2 :], index[: len(index) // 2]]
+            logger.warning("out of memory: a microbatch of {} rollouts is halved", len(index))
+        else:
+            for m, gradient in gradients.items():
+                rows[m][index] = gradient
+            total += value
+            figures[:, index] = measured
+            continue
+        torch.cuda.empty_cache()  # behind the handler: its traceback held the tensors
     return RolloutGrads(rows, total, *figures)
+
+
+def _microbatch(
+    policy: Policy,
+    part: Sequence[Rollout],
+    advantage: Float[Tensor, " b"],
+    loss: LossConfig,
+    n: int,
+    max_new: int,
+    pad_id: int,
+    deltas: Mapping[str, Float[Tensor, " r"]],
+    *,
+    with_reference: bool,
+) -> tuple[float, dict[str, Float[Tensor, "b r"]], Float[Tensor, "4 b"]]:
+    """These rollouts' share of the loss, their gradients, and figures per rollout."""
+    batch = collate(part, pad_id, policy.device)
+    ref = None
+    if with_reference or loss.beta > 0:
+        with torch.no_grad(), policy.bind(None):
+            ref = completion_logps(policy.model, batch)
+    with policy.rows(deltas, len(part)) as leaves:
+        logp = completion_logps(policy.model, batch)
+        old = _old_logps(part, logp)
+        per_token = -surrogate(logp, old, advantage.to(logp), loss.clip, loss.ratio_cap)
+        if loss.beta > 0 and ref is not None:
+            per_token = per_token + loss.beta * k3(logp, ref)
+        value = (per_token * batch.completion * _token_weights(batch.completion, loss, n, max_new)).sum()
+        names = list(policy.layers)
+        gradients = torch.autograd.grad(value, [leaves[m] for m in names])
+    figures = _per_rollout_figures(logp.detach(), old, ref, batch.completion).cpu()
+    return float(value.detach()), dict(zip(names, gradients, strict=True)), figures
 
 
 def _token_weights(
