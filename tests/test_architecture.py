@@ -30,7 +30,7 @@ ORDER = (
         "step",
         "summary",
     ),
-    *("results", "plots", "rundir", "train", "study", "study_report"),
+    *("results", "plots", "rundir", "train", "doctor", "study", "study_report"),
     *("verbs_basis", "verbs_grading", "verbs_study", "cli"),
 )
 LONGEST = 80

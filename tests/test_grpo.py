@@ -423,7 +423,7 @@ def test_bfloat16_weights_give_float32_rows(small_model):
 
 
 def starved(patch, where: str, rows: int):
-    """Memory for microbatches of at most `rows` rollouts, short in the forward pass or in the backward one."""
+    """Memory for microbatches of at most `rows` rollouts, short in the forward or in the backward pass."""
     counts = []
     real_forward, real_backward = grpo.completion_logps, torch.autograd.grad
 
