@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from beartype.door import is_bearable
+
 from projected_grpo.errors import UserError
 
 Intervention = Literal["none", "gt_only", "erase", "route", "route2"]
@@ -454,15 +456,21 @@ def from_json(data: Mapping[str, Any]) -> TrainConfig:
     try:
         _same_names(set(data), {*groups, "preset"})
         parts = {name: _group_from_json(kind, data[name]) for name, kind in groups.items()}
+        if data["preset"] not in PRESETS:
+            raise ValueError(f"no preset {data['preset']!r}")
         return TrainConfig(preset=data["preset"], **parts)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"config.json does not fit this version of projected_grpo: {error}") from error
 
 
 def _group_from_json(kind: Any, values: Mapping[str, Any]) -> Any:
     names = {f.name: f.type for f in dataclasses.fields(kind)}
     _same_names(set(values), set(names))
-    return kind(**{name: _revive(names[name], value) for name, value in values.items()})
+    revived = {name: _revive(names[name], value) for name, value in values.items()}
+    for name, value in revived.items():
+        if not is_bearable(value, names[name]):
+            raise ValueError(f"field {name!r} is {str(value)[:40]!r}")
+    return kind(**revived)
 
 
 def _same_names(got: set[str], wanted: set[str]) -> None:
@@ -477,4 +485,6 @@ def _revive(annotation: Any, value: Any) -> Any:
         return None
     if "Path" in str(annotation):
         return Path(value)
+    if annotation is float and type(value) is int:
+        return float(value)
     return tuple(value) if isinstance(value, list) else value
