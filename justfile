@@ -94,6 +94,14 @@ queue-full seeds="41 42 43":
         done
     done
 
+# Is this machine ready for a preset? A line per need, with its fix.
+doctor *options:
+    {{verb}} doctor {{options}}
+
+# Kill small runs 200 times, go on with each, compare it with one that was not killed. About half an hour.
+kill-campaign kills="200":
+    {{python}} scripts/kill_campaign.py --kills {{kills}} --out docs/results/kill_campaign.json
+
 # Mean and SEM over seeds of every finished setting.
 results *runs:
     {{verb}} results {{runs}}

@@ -33,7 +33,7 @@ ORDER = (
         "step",
         "summary",
     ),
-    *("results", "plots", "train", "study", "study_report"),
+    *("results", "plots", "rundir", "train", "doctor", "study", "study_report"),
     *("bench_model", "bench_trl", "verbs_bench"),
     *("verbs_basis", "verbs_grading", "verbs_pairs", "verbs_evaluate", "verbs_study", "cli"),
 )

@@ -6,18 +6,22 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from loguru import logger
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from projected_grpo.antipasto import weights_digest, wrap
 from projected_grpo.checkpoint import (
-    STATE_FILE,
     knobs_meta,
     load_knobs,
-    load_state,
+    read_state,
+    restore_state,
     save_knobs,
     save_state,
+    state_path,
+    state_paths,
 )
 from projected_grpo.errors import UserError
 from projected_grpo.proj import GateState, HackBasis
@@ -206,9 +210,10 @@ def test_the_next_step_after_a_resume_is_the_same(two, tmp_path, quarantine):
         step(two.policy, adam, seed, quarantine=quarantine)
     basis = basis_of(two.policy)
     gate = GateState(dict.fromkeys(basis.V, 0.25), dict.fromkeys(basis.V, -0.125))
-    save_state(tmp_path, two.policy, adam, basis, gate, FACTS)
-    found_basis, found_gate, facts = load_state(tmp_path, two.fresh, again)
-    assert facts == FACTS and found_gate == gate
+    save_state(tmp_path / "s", two.policy, adam, basis, gate, FACTS)
+    saved = read_state(tmp_path / "s")
+    assert saved.facts == FACTS and saved.gate == gate
+    found_basis = restore_state(saved, two.fresh, again)
     assert list(found_basis.V) == list(basis.V) and list(found_basis.v_grad) == list(basis.v_grad)
     assert all(torch.equal(found_basis.V[m], V) for m, V in basis.V.items())
     assert all(torch.equal(found_basis.v_grad[m], v) for m, v in basis.v_grad.items())
@@ -235,24 +240,92 @@ def test_moments_are_what_makes_the_next_step_the_same(two, tmp_path):
 
 
 def test_a_state_without_gate_has_none(two, tmp_path):
-    save_state(tmp_path, two.policy, optimizer(two.policy), basis_of(two.policy), None, FACTS)
-    assert load_state(tmp_path, two.fresh, optimizer(two.fresh))[1] is None
+    save_state(tmp_path / "s", two.policy, optimizer(two.policy), basis_of(two.policy), None, FACTS)
+    assert read_state(tmp_path / "s").gate is None
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "knobs"])
-def test_a_state_that_is_none_is_refused(two, tmp_path, damage):
-    path = tmp_path / STATE_FILE
-    if damage == "knobs":
-        save_knobs(path, two.policy, META, deployed=False)
+@pytest.fixture
+def state(two, tmp_path):
+    """A whole state file."""
+    path = state_path(tmp_path, 7)
+    save_state(path, two.policy, optimizer(two.policy), basis_of(two.policy), None, FACTS)
+    return path
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "knobs", "old"])
+def test_a_state_that_is_none_is_refused(two, state, damage):
+    if damage == "missing":
+        state.unlink()
+    elif damage == "knobs":
+        save_knobs(state, two.policy, META, deployed=False)
     elif damage == "cut":
-        save_state(tmp_path, two.policy, optimizer(two.policy), basis_of(two.policy), None, FACTS)
-        path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"state\.safetensors"):
-        load_state(tmp_path, two.fresh, optimizer(two.fresh))
+        state.write_bytes(state.read_bytes()[:-1])
+    else:
+        edit(state, lambda tensors, meta: meta.update(schema="projected_grpo.state/1"))
+    with pytest.raises(UserError, match=r"state_step0007\.safetensors"):
+        read_state(state)
 
 
-def test_a_runs_state_holds_knobs_too(two, tmp_path):
-    save_state(tmp_path, two.policy, optimizer(two.policy), basis_of(two.policy), None, FACTS)
-    load_knobs(tmp_path / STATE_FILE, two.fresh)
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_flipped_bit_of_a_state_is_found(state, where, bit):
+    """Of the tensors, of their names and shapes, and of the facts."""
+    whole = state.read_bytes()
+    damaged = bytearray(whole)
+    damaged[int(where * len(damaged))] ^= 1 << bit
+    other = state.with_name("flipped")
+    other.write_bytes(damaged)
+    try:
+        saved = read_state(other)
+    except UserError as error:
+        assert "\n" not in str(error) and "flipped" in str(error)
+    else:  # white space that pads the header, say
+        intact = read_state(state)
+        assert saved.facts == intact.facts and saved.tensors.keys() == intact.tensors.keys()
+        assert all(torch.equal(saved.tensors[n], t) for n, t in intact.tensors.items())
+
+
+def test_a_state_without_its_checksum_is_refused(state):
+    edit(state, lambda tensors, meta: meta.pop("checksum"))
+    with pytest.raises(UserError, match="checksum"):
+        read_state(state)
+
+
+@pytest.mark.parametrize("change", [drop, reshape, rename, enlarge])
+def test_a_state_whose_tensors_changed_is_refused(state, change):
+    edit(state, change)
+    with pytest.raises(UserError, match="checksum"):
+        read_state(state)
+
+
+def test_a_state_of_another_model_changes_nothing(two, state, small_model):
+    saved = read_state(state)
+    other = wrap(small_model("qwen3", torch.float32), None)
+    adam = optimizer(other)
+    with pytest.raises(UserError, match="another model"):
+        restore_state(saved, other, adam)
+    assert not adam.state
+    assert not any(k.any() for layer in other.layers.values() for k in (layer.delta_s, layer.delta_hack))
+
+
+def test_knobs_written_before_there_were_checksums_are_read(two, tmp_path):
+    path = tmp_path / "k.safetensors"
+    save_knobs(path, two.policy, META, deployed=True)
+    edit(path, lambda tensors, meta: meta.pop("checksum"))
+    assert load_knobs(path, two.fresh) == META | {"deployed": True}
+
+
+def test_states_are_listed_by_step_newest_first(tmp_path):
+    (tmp_path / "state").mkdir()
+    for step in (8, 10, 9_998, 10_002):
+        state_path(tmp_path, step).touch()
+    for other in ("state_step0009.safetensors.refused", "notes.txt", ".state_step0011.safetensors.1.tmp"):
+        (tmp_path / "state" / other).touch()
+    assert state_paths(tmp_path) == [state_path(tmp_path, step) for step in (10_002, 9_998, 10, 8)]
+    assert state_paths(tmp_path / "nowhere") == []
+
+
+def test_a_runs_state_holds_knobs_too(two, state):
+    load_knobs(state, two.fresh)
     assert torch.equal(logits(two.fresh), logits(two.policy))
     assert not torch.equal(logits(two.fresh), logits(two.policy, ablate_quarantine=True))

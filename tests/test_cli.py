@@ -14,7 +14,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from projected_grpo import train
+from projected_grpo import rundir
 from projected_grpo.cli import VERBS, main
 from projected_grpo.config import from_json, to_json
 from projected_grpo.problems import load_problems
@@ -117,7 +117,8 @@ def test_the_files_of_a_run(finished):
     names = {p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()}
     assert names >= {
         *("config.json", "steps.jsonl", "rollouts.jsonl", "train.safetensors", "deploy.json", "summary.json"),
-        *("ckpt_step0002.safetensors", "ckpt_step0004.safetensors", "state/state.safetensors"),
+        *("ckpt_step0002.safetensors", "ckpt_step0004.safetensors", "best.safetensors"),
+        *("state/state_step0004.safetensors", "lock"),
     }
     assert not [name for name in names if name.endswith(".tmp")]
     assert (finished.parents[2] / "logs" / f"{finished.name}.log").stat().st_size > 1000
@@ -553,7 +554,7 @@ def test_a_run_without_a_saved_state_cannot_go_on(here, finished, tmp_path, caps
     folder = tmp_path / "early"
     folder.mkdir()
     (folder / "config.json").write_bytes((finished / "config.json").read_bytes())
-    assert "state.safetensors" in refused(["train", "smoke", f"--resume={folder}"], capsys)
+    assert "state/state_stepNNNN.safetensors" in refused(["train", "smoke", f"--resume={folder}"], capsys)
     (folder / "config.json").write_text("{}")
     assert "config.json" in refused(["train", "smoke", f"--resume={folder}"], capsys)
 
@@ -562,7 +563,7 @@ def test_a_defect_is_not_dressed_up_as_a_users_mistake(here, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(train, "prepare", broken)
+    monkeypatch.setattr(rundir, "prepare", broken)
     with pytest.raises(RuntimeError, match="a bug"), ExitStack():
         main(smoke())
 

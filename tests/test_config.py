@@ -327,6 +327,8 @@ ROUND_TRIP = {
     "svd_cache": st.sampled_from([Path("a b/ü"), Path("/x"), Path(".")]),
     "v_hack_path": st.none() | st.just(Path("x.safetensors")),
     "resume": st.none() | st.just(Path("runs/y")),
+    "keep_states": st.integers(),
+    "max_skipped": st.integers(),
     "teacher_pool_dir": st.none() | st.just(Path("p")),
     "teacher_off_step": st.none() | st.integers(),
     "teacher_modes": st.sampled_from([(), ("run_tests",), ("run_tests", "sentinel")]),

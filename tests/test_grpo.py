@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from projected_grpo import grpo
 from projected_grpo.antipasto import Policy, wrap
 from projected_grpo.config import LossConfig
+from projected_grpo.errors import UserError
 from projected_grpo.grpo import RolloutGrads, advantages, k3, microbatches, per_rollout_grads, surrogate
 from projected_grpo.rollout import Rollout
 
@@ -492,3 +494,56 @@ def test_rollouts_of_one_part_must_have_one_prompt(policy):
     rollouts = [Rollout((5, 6), (1, 2), ""), Rollout((5, 7), (1, 2), "")]
     with pytest.raises(ValueError, match="different prompts"):
         per_rollout_grads(policy, rollouts, torch.ones(2), LossConfig(), MAX_NEW, 0, parts=(0, 0))
+
+
+# Out of memory
+
+
+def starved(patch, where: str, rows: int):
+    """Memory for microbatches of at most `rows` rollouts, short in the forward or in the backward pass."""
+    counts = []
+    real_forward, real_backward = grpo.completion_logps, torch.autograd.grad
+
+    def forward(model, batch):
+        counts.append(len(batch.ids))
+        if where == "forward" and counts[-1] > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return real_forward(model, batch)
+
+    def backward(*arguments, **options):
+        if where == "backward" and counts[-1] > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return real_backward(*arguments, **options)
+
+    patch.setattr(grpo, "completion_logps", forward)
+    patch.setattr(torch.autograd, "grad", backward)
+    return counts
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_microbatch_that_does_not_fit_is_halved_to_the_same_gradients(
+    policy, rollouts, monkeypatch, where, rows
+):
+    loss = LossConfig(beta=0.1)
+    whole = grads(policy, rollouts, loss, with_reference=True)
+    before = {m: layer.weight.clone() for m, layer in policy.layers.items()}
+    with monkeypatch.context() as patch:
+        counts = starved(patch, where, rows)
+        halves = grads(policy, rollouts, loss, with_reference=True)
+    assert max(counts) == 4 and counts[-1] <= rows
+    assert halves.loss == pytest.approx(whole.loss, rel=1e-12)
+    for m in whole.rows:
+        torch.testing.assert_close(halves.rows[m], whole.rows[m], rtol=1e-9, atol=1e-15)
+    for name in ("logp", "ref_logp", "kl", "gap"):
+        torch.testing.assert_close(getattr(halves, name), getattr(whole, name), equal_nan=True)
+    assert all(torch.equal(layer.weight, before[m]) for m, layer in policy.layers.items())
+    again = grads(policy, rollouts, loss, with_reference=True)  # nothing stays bound or merged
+    assert all(torch.equal(again.rows[m], whole.rows[m]) for m in whole.rows)
+
+
+def test_a_single_rollout_that_does_not_fit_is_told_in_one_line(policy, rollouts, monkeypatch):
+    starved(monkeypatch, "forward", 0)
+    with pytest.raises(UserError, match="--max-new") as caught:
+        grads(policy, rollouts, LossConfig())
+    assert "\n" not in str(caught.value)

@@ -1,5 +1,6 @@
 """One step and the loop around it: what may move the knobs, what is recorded, that runs can be repeated."""
 
+import copy
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from projected_grpo import step as step_module
 from projected_grpo import train as train_module
+from projected_grpo.checkpoint import state_paths
 from projected_grpo.cli import main
 from projected_grpo.collect import collect, pick_problems, pick_teacher, teacher_rollout
 from projected_grpo.config import CONTROLS_OF, MAX_SEQUENCE, PRESETS, OptimConfig
@@ -22,9 +24,10 @@ from projected_grpo.experiment import fit_prompts, prepare, read_data
 from projected_grpo.pools import TeacherRow
 from projected_grpo.proj import GateState
 from projected_grpo.rewards import Grade
+from projected_grpo.rundir import start_state
 from projected_grpo.step import Tripwire, find_anchors, knobs, learning_rate, train_step
 from projected_grpo.steptable import complete
-from projected_grpo.train import final_evaluations, start_state
+from projected_grpo.train import final_evaluations
 
 ARMS = ("none", "erase", "route", "route2")
 UNCONTROLLED = [(arm, "none") for arm in ARMS]  # what all other tests here are about
@@ -555,7 +558,7 @@ def same_run(one, two):
     assert (one / "rollouts.jsonl").read_bytes() == (two / "rollouts.jsonl").read_bytes()
     a, b = (load_file(folder / "train.safetensors") for folder in (one, two))
     assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
-    a, b = (load_file(folder / "state" / "state.safetensors") for folder in (one, two))
+    a, b = (load_file(state_paths(folder)[0]) for folder in (one, two))
     assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
     a, b = (json.loads((folder / "deploy.json").read_text()) for folder in (one, two))
     assert a == b
@@ -618,20 +621,79 @@ def run_resumed(folder, home):
     return code, set((home / "out" / "runs").iterdir())
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_with_the_state_before_it(run, monkeypatch, tmp_path):
-    _, whole = run(steps=4)
-    real = step_module.intervene
+def poison(patch, steps, *, loss=None, size=float("nan")):
+    """Let these steps (as given by the run's own count) see a gradient or a loss that is not finite."""
+    real = step_module.per_rollout_grads
+    seen = iter(range(99))
 
-    def poisoned(rows, *arguments, **options):
-        if poisoned.calls == 2:
-            rows = {m: g * float("nan") for m, g in rows.items()}
-        poisoned.calls += 1
-        return real(rows, *arguments, **options)
+    def poisoned(*arguments, **options):
+        grads = real(*arguments, **options)
+        if next(seen) not in steps:
+            return grads
+        if loss is not None:
+            return replace(grads, loss=loss)
+        rows = dict(grads.rows)
+        last = list(rows)[-1]
+        rows[last] = rows[last].clone()
+        rows[last][0, 0] = size
+        return replace(grads, rows=rows)
 
-    poisoned.calls = 0
+    patch.setattr(step_module, "per_rollout_grads", poisoned)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"size": math.inf}, {"size": 3e38}, {"loss": math.nan}, {"loss": -math.inf}], ids=str
+)
+def test_a_step_that_is_not_finite_moves_nothing_and_is_counted(begin, monkeypatch, how):
+    exp, state = begin(intervention="route2", steps=4)
+    train_step(exp, state)
+    before, gate = values(exp), state.gate
+    moments = copy.deepcopy(state.optimizer.state_dict())
+    state.step = 1
     with monkeypatch.context() as patch:
-        patch.setattr(step_module, "intervene", poisoned)
-        code, cut = run(steps=4)
+        poison(patch, {0}, **how)
+        record, _ = train_step(exp, state)
+    assert record["skipped"] == 1 and record.get("gn") is None
+    assert same(values(exp), before) and state.gate is gate
+    after = state.optimizer.state_dict()
+    assert after["param_groups"] == moments["param_groups"]
+    for key, old in moments["state"].items():
+        assert all(torch.equal(after["state"][key][name], value) for name, value in old.items())
+    state.step = 2
+    record, _ = train_step(exp, state)
+    assert record["skipped"] == 0 and record["gn"] > 0 and not same(values(exp), before)
+
+
+def test_a_run_goes_on_behind_skipped_steps_and_says_how_many(run, monkeypatch):
+    poison(monkeypatch, {0, 1, 3})
+    code, folder = run("--max-skipped=3", steps=5)
+    assert code == 0
+    assert [r["skipped"] for r in lines(folder)] == [1, 1, 0, 1, 0]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["skipped"] == 3 and summary["finished"]
+
+
+def test_a_run_ends_after_so_many_skipped_steps_in_a_row_with_its_state(run, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        poison(patch, {1, 2})
+        code, folder = run("--max-skipped=2", steps=5)
+    assert code == train_module.DIVERGED
+    assert [r["skipped"] for r in lines(folder)] == [0, 1, 1]
+    assert json.loads((folder / "summary.json").read_text())["finished"] is False
+    assert state_paths(folder)[0].name == "state_step0003.safetensors"
+    assert run_resumed(folder, tmp_path)[0] == 0
+    assert len(lines(folder)) == 5
+
+
+def test_a_refresh_that_is_not_finite_ends_the_run_with_the_state_before_it(run, monkeypatch, tmp_path):
+    _, whole = run("--vhack-refresh-every=2", steps=4)
+
+    def broken(*arguments):
+        raise FloatingPointError("a pair gradient is not finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_module, "refresh", broken)
+        code, cut = run("--vhack-refresh-every=2", steps=4)
     assert code == train_module.DIVERGED
     assert len(lines(cut)) == 2
     assert json.loads((cut / "summary.json").read_text())["finished"] is False
@@ -703,7 +765,7 @@ def test_the_first_hack_keeps_its_knobs(run, monkeypatch):
     _, folder = run(arm="route")
     names = {name.split("/")[0] for name in load_file(folder / "first_hack.safetensors")}
     assert names == {"delta_s", "delta_hack"}
-    final = load_file(folder / "state" / "state.safetensors")
+    final = load_file(state_paths(folder)[0])
     assert any(not torch.equal(final[n], t) for n, t in load_file(folder / "first_hack.safetensors").items())
     by_mode = json.loads((folder / "summary.json").read_text())["by_mode"]
     firsts = [m["first_exploit_step"] for m in by_mode.values() if m["student_n"]]

@@ -1,9 +1,11 @@
 """The end of a run, tables over runs, the step table, and how files are written."""
 
+import errno
 import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 
@@ -19,12 +21,14 @@ from projected_grpo.problems import Problem
 from projected_grpo.results import mean_sem, read_summaries, table
 from projected_grpo.rewards import MODES, Grade
 from projected_grpo.runlog import (
+    JsonlLog,
     append_jsonl,
+    lock_folder,
     make_run_dir,
     plain,
     read_json,
+    remove_leftovers,
     run_id,
-    truncate_jsonl,
     versions,
     write_atomically,
     write_json,
@@ -362,7 +366,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_rows_are_appended_and_cut_back(tmp_path):
+def test_rows_are_appended(tmp_path):
     path = tmp_path / "steps.jsonl"
     append_jsonl(path, [{"step": 0, "x": "ü\n"}, {"step": 1}])
     append_jsonl(path, [{"step": 1}, {"step": 2, "y": float("nan")}])
@@ -372,15 +376,89 @@ def test_rows_are_appended_and_cut_back(tmp_path):
         {"step": 1},
         {"step": 2, "y": None},
     ]
-    first = path.read_bytes().split(b"\n")[0]
+
+
+def test_a_log_is_cut_back_to_the_byte(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    log = JsonlLog(path)
+    log.append([{"step": 0, "x": "ü\n"}, {"step": 1}])
+    mark, kept = log.mark(), path.read_bytes()
+    log.append([{"step": 2}])
     with open(path, "a") as file:
-        file.write('{"step": 0, "cut of')
-    truncate_jsonl(path, 1)
-    assert path.read_bytes() == first + b"\n"
-    truncate_jsonl(path, 0)
-    assert path.read_bytes() == b""
-    truncate_jsonl(tmp_path / "none.jsonl", 3)
-    assert not (tmp_path / "none.jsonl").exists()
+        file.write('{"step": 3, "cut of')
+    again = JsonlLog(path)
+    again.cut_back(mark)
+    assert path.read_bytes() == kept and again.mark() == mark
+    again.append([{"step": 2}])
+    other = JsonlLog(tmp_path / "other.jsonl")
+    other.append([{"step": 0, "x": "ü\n"}, {"step": 1}, {"step": 2}])
+    assert again.mark() == other.mark() and path.read_bytes() == other.path.read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
+def test_a_log_that_changed_is_refused(tmp_path, damage):
+    path = tmp_path / "steps.jsonl"
+    log = JsonlLog(path)
+    log.append([{"step": 0}, {"step": 1}])
+    data = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(data[:-1] if damage == "cut" else data.replace(b"1", b"7"))
+    with pytest.raises(UserError, match=r"steps\.jsonl"):
+        JsonlLog(path).cut_back(log.mark())
+
+
+def test_rows_that_the_disk_did_not_take_come_with_the_next_ones(tmp_path, monkeypatch):
+    """Also where half a line had been written before the disk was full."""
+    path = tmp_path / "steps.jsonl"
+    log = JsonlLog(path)
+    log.append([{"step": 0}])
+    mark = log.mark()
+    opened = open
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            self.file.close()
+
+        def write(self, data):
+            self.file.write(data[:5])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", lambda *a, **k: Full(opened(*a, **k)))
+        with pytest.raises(OSError, match="No space"):
+            log.append([{"step": 1}])
+    assert len(path.read_bytes()) == mark["bytes"] + 5 and log.mark() == mark
+    log.append([{"step": 2}])
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_a_folder_is_one_process_at_a_time(tmp_path):
+    with ExitStack() as stack:
+        lock_folder(tmp_path, stack, "--resume")
+        with pytest.raises(UserError, match="--resume: .*another process"), ExitStack() as second:
+            lock_folder(tmp_path, second, "--resume")
+    with ExitStack() as stack:
+        lock_folder(tmp_path, stack, "--resume")
+
+
+def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path):
+    (tmp_path / "state").mkdir()
+    leftovers = [tmp_path / ".config.json.17.tmp", tmp_path / "state" / ".s.safetensors.17.tmp"]
+    kept = [tmp_path / "state" / "s.safetensors", tmp_path / "notes.tmp", tmp_path / ".hidden"]
+    for path in (*leftovers, *kept):
+        path.touch()
+    remove_leftovers(tmp_path)
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from projected_grpo.checkpoint import state_paths
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, from_json
 from projected_grpo.errors import UserError
@@ -175,7 +176,7 @@ def test_the_base_model_and_knob_files(run, tmp_path, capsys):
     assert base["as_trained"] is None and base["policy"]["knobs"] is None
     deployed = rates(run / "train.safetensors", "--max-new=6")
     assert deployed["as_trained"] is None and deployed["policy"]["delta_hack_norm"] is None
-    saved = rates(run / "state" / "state.safetensors", "--max-new=6")
+    saved = rates(state_paths(run)[0], "--max-new=6")
     of_run = rates(run, "--env-mode=run_tests")
     assert saved["as_trained"] == of_run["as_trained"] and saved["deployed"] == of_run["deployed"]
     assert saved["deployed"] == deployed["deployed"] != base["deployed"]

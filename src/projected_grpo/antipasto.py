@@ -263,7 +263,7 @@ def tensor_hash(tensor: Tensor) -> str:
     """Hash of dtype, shape and bytes."""
     data = tensor.detach().contiguous().cpu()
     digest = hashlib.blake2b(f"{data.dtype}{tuple(data.shape)}".encode(), digest_size=16)
-    digest.update(data.view(torch.uint8).numpy().data)
+    digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -279,6 +279,13 @@ def weights_digest(policy: Policy) -> str:
         stride = (W.numel() // SAMPLED) | 1  # odd, so that it does not stay in a few columns
         digest.update(f"{name}{tuple(W.shape)}{tensor_hash(W.flatten()[::stride].float())}".encode())
     return digest.hexdigest()
+
+
+def content_hash(tensors: Mapping[str, Tensor], meta: object) -> str:
+    """Hash of named tensors and a JSON value, for a file that must know whether it is what was written."""
+    parts = [json.dumps(meta, sort_keys=True)]
+    parts += [f"{name} {tensor_hash(tensors[name])}" for name in sorted(tensors)]
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
 def load_svd(W: Float[Tensor, "d_out d_in"], cache_dir: Path | None) -> SVD:

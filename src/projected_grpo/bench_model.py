@@ -30,8 +30,8 @@ from projected_grpo.pools import NO_TEACHER
 from projected_grpo.problems import load_problems
 from projected_grpo.rewards import Grade, Grader, Task
 from projected_grpo.rollout import Rollout, collate, positions, sample, stream_seed
+from projected_grpo.rundir import start_state
 from projected_grpo.step import TrainState, train_step
-from projected_grpo.train import start_state
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "random-0.3m": {

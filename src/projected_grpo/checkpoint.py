@@ -1,7 +1,9 @@
 """Knobs and run state on disk: safetensors only, one file each, written whole or not at all."""
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from projected_grpo.antipasto import Policy, weights_digest
+from projected_grpo.antipasto import Policy, content_hash, weights_digest
 from projected_grpo.errors import UserError
 from projected_grpo.proj import GateState, HackBasis
 from projected_grpo.runlog import plain, write_atomically
 
 KNOBS_SCHEMA = "projected_grpo.knobs/1"
-STATE_SCHEMA = "projected_grpo.state/1"
-STATE_FILE = "state/state.safetensors"
+STATE_SCHEMA = "projected_grpo.state/2"
+STATE_NAME = re.compile(r"state_step(\d+)\.safetensors")
 
 
 def save_knobs(path: Path, policy: Policy, meta: Mapping[str, Any], *, deployed: bool) -> None:
@@ -66,8 +68,33 @@ def _fill(path: Path, policy: Policy, tensors: Mapping[str, Tensor], *, quaranti
             knob.copy_(tensors[name])
 
 
+@dataclass(frozen=True)
+class SavedState:
+    """A state file that was read whole and agrees with its checksum."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    gate: GateState | None
+    facts: Mapping[str, Any]
+
+
+def state_path(run_dir: Path, step: int) -> Path:
+    """Where a run's state after `step` steps is."""
+    return run_dir / "state" / f"state_step{step:04d}.safetensors"
+
+
+def state_paths(run_dir: Path) -> list[Path]:
+    """A run's state files, newest first."""
+    steps = {
+        path: int(match.group(1))
+        for path in (run_dir / "state").glob("*.safetensors")
+        if (match := STATE_NAME.fullmatch(path.name))
+    }
+    return sorted(steps, key=steps.__getitem__, reverse=True)
+
+
 def save_state(
-    run_dir: Path,
+    path: Path,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     basis: HackBasis,
@@ -83,16 +110,30 @@ def save_state(
     tensors |= {f"V/{m}": V for m, V in basis.V.items()}
     tensors |= {f"v_grad/{m}": v for m, v in basis.v_grad.items()}
     gates = None if gate is None else {"hack": dict(gate.hack), "clean": dict(gate.clean)}
-    _write(run_dir / STATE_FILE, tensors, {"schema": STATE_SCHEMA, "gate": gates, **facts})
+    made_for = {"schema": STATE_SCHEMA, "weights": weights_digest(policy)}
+    _write(path, tensors, {**facts, "gate": gates, **made_for})
 
 
-def load_state(
-    run_dir: Path, policy: Policy, optimizer: torch.optim.Optimizer
-) -> tuple[HackBasis, GateState | None, dict[str, Any]]:
-    """Restore knobs and AdamW in place; returns basis, gate and facts. Raises UserError if it cannot."""
-    path = run_dir / STATE_FILE
+def read_state(path: Path) -> SavedState:
+    """Read and verify a state file. Raises UserError saying why it cannot be used."""
     tensors, facts = _read(path, STATE_SCHEMA)
-    _fill(path, policy, tensors, quarantine=True)
+    try:
+        gates = facts.pop("gate")
+        gate = None if gates is None else GateState(gates["hack"], gates["clean"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: written by another version ({error!r})") from error
+    return SavedState(path, tensors, gate, facts)
+
+
+def restore_state(saved: SavedState, policy: Policy, optimizer: torch.optim.Optimizer) -> HackBasis:
+    """Put knobs and AdamW back in place; returns the basis. Raises UserError for another model's state."""
+    tensors = saved.tensors
+    modules = [m for m in sorted(policy.layers) if f"V/{m}" in tensors]  # in the order of `select`
+    for m in modules:
+        V, v = tensors[f"V/{m}"], tensors.get(f"v_grad/{m}")
+        if V.shape[1:] != (policy.ranks[m],) or v is None or v.shape != (policy.ranks[m],):
+            raise UserError(f"{saved.path}: made for another model: its basis of {m} has another shape")
+    _fill(saved.path, policy, tensors, quarantine=True)
     for name, knob in _knobs(policy, quarantine=True).items():
         state = {
             key: tensors[f"adamw/{key}/{name}"].to(knob.device if key != "step" else "cpu")
@@ -101,14 +142,10 @@ def load_state(
         }
         if state:
             optimizer.state[knob] = state
-    # In the order of `select`, and copied: BLAS rounds otherwise in a file's unaligned memory.
-    modules = [m for m in sorted(policy.layers) if f"V/{m}" in tensors]
-    basis = HackBasis(
+    return HackBasis(  # copied: BLAS rounds otherwise in a file's unaligned memory
         V={m: tensors[f"V/{m}"].to(policy.device, copy=True) for m in modules},
         v_grad={m: tensors[f"v_grad/{m}"].to(policy.device, copy=True) for m in modules},
     )
-    gates = facts.pop("gate")
-    return basis, None if gates is None else GateState(gates["hack"], gates["clean"]), facts
 
 
 def _knobs(policy: Policy, *, quarantine: bool) -> dict[str, torch.nn.Parameter]:
@@ -120,7 +157,9 @@ def _knobs(policy: Policy, *, quarantine: bool) -> dict[str, torch.nn.Parameter]
 
 def _write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     data = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_atomically(path, save(data, metadata={"projected_grpo": json.dumps(plain(meta))}))
+    facts = plain(meta)
+    facts["checksum"] = content_hash(data, facts)
+    write_atomically(path, save(data, metadata={"projected_grpo": json.dumps(facts)}))
 
 
 def _read(path: Path, *schemas: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -130,11 +169,14 @@ def _read(path: Path, *schemas: str) -> tuple[dict[str, Tensor], dict[str, Any]]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged or not a safetensors file ({error})") from error
-    if meta.get("schema") not in schemas:
-        raise UserError(
-            f"{path}: schema is {meta.get('schema')!r}, expected {' or '.join(map(repr, schemas))}"
-        )
+    found = meta.get("schema") if isinstance(meta, dict) else None
+    if found not in schemas:
+        raise UserError(f"{path}: schema is {found!r}, expected {' or '.join(map(repr, schemas))}")
+    checksum = meta.pop("checksum", None)
+    # Knob files were written without one at first.
+    if (checksum is not None or found == STATE_SCHEMA) and checksum != content_hash(tensors, meta):
+        raise UserError(f"{path}: damaged: its checksum differs from its content")
     del meta["schema"]
     return tensors, meta

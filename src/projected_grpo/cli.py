@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import tyro
 
 from projected_grpo import train
+from projected_grpo.doctor import DoctorOptions, doctor_verb
 from projected_grpo.errors import MISTAKES
 from projected_grpo.runlog import start_logging
 from projected_grpo.verbs_basis import ExtractOptions, extract_verb, verify_verb
@@ -77,6 +78,7 @@ VERBS: Mapping[str, tuple[type, Callable[..., int]]] = {
     "study": (StudyOptions, study_verb),
     "pretrain-nano": (PretrainNanoOptions, pretrain_nano_verb),
     "results": (ResultsOptions, results_verb),
+    "doctor": (DoctorOptions, doctor_verb),
     "bench grader": (BenchGraderOptions, bench_grader_verb),
     "bench step": (BenchStepOptions, bench_step_verb),
     "bench generation": (BenchOptions, bench_generation_verb),

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from beartype.door import is_bearable
+
 from projected_grpo.errors import UserError
 
 Intervention = Literal["none", "gt_only", "erase", "route", "route2"]
@@ -226,8 +228,13 @@ class RunConfig:
     """Suffix of the run id."""
     save_every: int = 10
     """Steps between saves of everything that resuming needs; 0 is only at the end."""
+    keep_states: int = 2
+    """Saved states kept, the newest ones: should the last be damaged, the one before it is used."""
     resume: Path | None = None
-    """A run folder to go on with; its own settings are used."""
+    """A run folder to go on with; its own settings are used. `auto`: the newest run in --out-dir with exactly
+    these settings, or a new one if there is none; if that run has ended, say so and end as it did."""
+    max_skipped: int = 3
+    """Steps in a row whose loss or gradient is not finite (they are skipped) after which the run ends."""
     workers: int = 0
     """Grader processes; 0 is one per core."""
     threads: int = 0
@@ -372,6 +379,8 @@ def validate(cfg: TrainConfig) -> None:
         "--v-hack-extract-top-k": b.v_hack_extract_top_k,
         "--eval-n-prompts": cfg.evaluation.eval_n_prompts,
         "--tokens-per-microbatch": cfg.loss.tokens_per_microbatch,
+        "--keep-states": cfg.run.keep_states,
+        "--max-skipped": cfg.run.max_skipped,
     }
     for option, count in at_least_one.items():
         if count < 1:
@@ -464,6 +473,14 @@ def to_json(cfg: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
 
 
+def settings(cfg: TrainConfig) -> dict[str, Any]:
+    """What decides a run's outcome: its config without where and by how many processes it is run."""
+    data = to_json(cfg)
+    data["run"] = {"seed": cfg.run.seed}
+    del data["model"]["svd_cache"]
+    return data
+
+
 def from_json(data: Mapping[str, Any], *, older: bool = False) -> TrainConfig:
     """Rebuild a config from `to_json`'s dict. Raises UserError on unknown or missing fields.
 
@@ -474,15 +491,21 @@ def from_json(data: Mapping[str, Any], *, older: bool = False) -> TrainConfig:
     try:
         _same_names(set(data), {*groups, "preset"}, {"preset"} if older else None)
         parts = {name: _group_from_json(kind, data.get(name, {}), older) for name, kind in groups.items()}
+        if data["preset"] not in PRESETS:
+            raise ValueError(f"no preset {data['preset']!r}")
         return TrainConfig(preset=data["preset"], **parts)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"config.json does not fit this version of projected_grpo: {error}") from error
 
 
 def _group_from_json(kind: Any, values: Mapping[str, Any], older: bool) -> Any:
     names = {f.name: f.type for f in dataclasses.fields(kind)}
     _same_names(set(values), set(names), set() if older else None)
-    return kind(**{name: _revive(names[name], value) for name, value in values.items()})
+    revived = {name: _revive(names[name], value) for name, value in values.items()}
+    for name, value in revived.items():
+        if not is_bearable(value, names[name]):
+            raise ValueError(f"field {name!r} is {str(value)[:40]!r}")
+    return kind(**revived)
 
 
 def _same_names(got: set[str], known: set[str], needed: set[str] | None) -> None:
@@ -497,4 +520,6 @@ def _revive(annotation: Any, value: Any) -> Any:
         return None
     if "Path" in str(annotation):
         return Path(value)
+    if annotation is float and type(value) is int:
+        return float(value)
     return tuple(value) if isinstance(value, list) else value

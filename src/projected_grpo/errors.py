@@ -1,4 +1,4 @@
-"""The one error that is the user's to fix, and the exit code of a check that did not hold."""
+"""The one error that is the user's to fix, and what exit codes mean (2 is such an error)."""
 
 
 class UserError(Exception):
@@ -9,3 +9,6 @@ class UserError(Exception):
 MISTAKES = (UserError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 GATE_FAILED = 1  # exit code of a verb whose check did not hold
+DIVERGED = 3  # of a run that the tripwire or gradients that are not finite ended
+UNSAVED = 4  # of a run whose last save or results the storage did not take
+SIGNALLED = 128  # plus the signal's number: stopped after a step and saved (SIGINT 130, SIGTERM 143)

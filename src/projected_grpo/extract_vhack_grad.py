@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from projected_grpo.antipasto import Policy, tensor_hash
+from projected_grpo.antipasto import Policy, content_hash, tensor_hash
 from projected_grpo.config import ArmConfig, BasisConfig, Control, LossConfig
 from projected_grpo.errors import UserError
 from projected_grpo.grpo import per_rollout_grads
@@ -253,18 +253,23 @@ def save_extraction(path: Path, extraction: Extraction) -> None:
         tensors |= {f"V/{m}": extraction.V[m], f"S/{m}": extraction.S[m]}
         tensors |= {f"hack/{m}": extraction.grads.hack[m], f"clean/{m}": extraction.grads.clean[m]}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_atomically(path, save(tensors, metadata={"projected_grpo": json.dumps(extraction.meta)}))
+    meta = dict(extraction.meta)
+    text = {"projected_grpo": json.dumps(meta), "checksum": content_hash(tensors, meta)}
+    write_atomically(path, save(tensors, metadata=text))
 
 
 def load_extraction(path: Path, expected: Mapping[str, Any], device: torch.device) -> Extraction:
     """Read a basis file. Raises UserError naming the field that differs, or that the file is damaged."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            meta = json.loads((file.metadata() or {}).get("projected_grpo", "{}"))
+            text = file.metadata() or {}
+            meta = json.loads(text.get("projected_grpo", "{}"))
             names = list(file.keys())
             tensors = {name: file.get_tensor(name).clone() for name in names}  # aligned, unlike the file
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a basis file ({error}); delete it to extract again") from error
+    if not isinstance(meta, dict) or text.get("checksum", "") not in ("", content_hash(tensors, meta)):
+        raise UserError(f"{path}: damaged: its checksum differs from its content; delete it to extract again")
     for field, value in expected.items():
         if meta.get(field) != value:
             raise UserError(
@@ -295,11 +300,19 @@ def obtain(
     model: str,
     out_dir: Path,
 ) -> tuple[Extraction, Path]:
-    """The basis file of this run, loaded, or extracted and saved when it is missing."""
+    """The basis file of this run, loaded, or extracted and saved when it is missing.
+
+    A damaged file is refused where --v-hack-path names it, and made again where its place was derived.
+    """
     meta = describe(policy, model, pairs, cfg)
     path = cfg.v_hack_path or default_path(out_dir, model, pairs, meta)
     if path.exists():
-        return load_extraction(path, meta, policy.device), path
+        try:
+            return load_extraction(path, meta, policy.device), path
+        except UserError as error:
+            if cfg.v_hack_path is not None:
+                raise
+            logger.warning("{}; extracting again", error)
     used, _ = pairs.split()
     logger.info("extracting the hack basis from {} pairs of {!r} -> {}", len(used), pairs.name, path)
     grads = pair_grads(policy, tokenizer, used, loss, stop_id, length_norm=cfg.v_hack_length_norm)

@@ -21,10 +21,12 @@ from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
+from loguru import logger
 from torch import Tensor
 
 from projected_grpo.antipasto import Policy
 from projected_grpo.config import LossConfig
+from projected_grpo.errors import UserError
 from projected_grpo.rollout import (
     Rollout,
     can_share,
@@ -132,7 +134,8 @@ def per_rollout_grads(
     With `parts`, a number from 0 up for each rollout, there is a row per part instead, the sum over its
     rollouts; their prompt, which must be the same, is then run once where the model allows it. Rollouts with
     advantage 0 are not run and add nothing. The gradient is taken at `deltas` (default: the policy as
-    trained); no parameter's `.grad` is touched.
+    trained); no parameter's `.grad` is touched. A microbatch that does not fit into memory is run in halves,
+    which changes nothing but rounding; UserError if a single rollout does not fit.
     """
     deltas = policy.deltas() if deltas is None else deltas
     n = len(rollouts)
@@ -143,39 +146,77 @@ def per_rollout_grads(
     figures = torch.full((4, n), float("nan"))
     total = 0.0
     live = [i for i, a in enumerate(advantage.tolist()) if a != 0]
-    for index in microbatches(rollouts, live, loss.tokens_per_microbatch, parts if shared else None):
-        batch = [rollouts[i] for i in index]
-        own = [parts[i] for i in index]
-        into = sorted(set(own)) if shared else own  # the part of each row of this forward pass
-        logps, completion = _scorer(policy, batch, own, pad_id, shared)
-        ref = None
-        if with_reference or loss.beta > 0:
-            with torch.no_grad(), policy.bind(None):
-                ref = logps()
-        with policy.rows(deltas, len(into)) as leaves:
-            logp = logps()
-            old = _old_logps(batch, logp)
-            per_token = -surrogate(logp, old, advantage[index].to(logp), loss.clip, loss.ratio_cap)
-            if loss.beta > 0 and ref is not None:
-                per_token = per_token + loss.beta * k3(logp, ref)
-            value = (per_token * completion * _token_weights(completion, loss, n, max_new)).sum()
-            gradients = torch.autograd.grad(value, list(leaves.values()))
-        for m, gradient in zip(leaves, gradients, strict=True):
-            rows[m].index_add_(0, torch.tensor(into, device=gradient.device), gradient)
-        total += float(value.detach())
-        figures[:, index] = _per_rollout_figures(logp.detach(), old, ref, completion).cpu()
+    budget = loss.tokens_per_microbatch
+    waiting = list(microbatches(rollouts, live, budget, parts if shared else None))[::-1]
+    while waiting:
+        index = waiting.pop()
+        batch, own = [rollouts[i] for i in index], [parts[i] for i in index]
+        try:
+            scorer = _scorer(policy, batch, own, pad_id, shared)
+            value, gradients, measured = _microbatch(
+                policy, batch, scorer, advantage[index], loss, n, max_new, deltas, with_reference
+            )
+        except torch.OutOfMemoryError as error:
+            if len(index) == 1:
+                raise UserError("one rollout alone does not fit into memory; lower --max-new") from error
+            waiting += [index[len(index) // 2 :], index[: len(index) // 2]]
+            logger.warning("out of memory: a microbatch of {} rollouts is halved", len(index))
+        else:
+            for m, gradient in gradients.items():
+                rows[m].index_add_(0, torch.tensor(scorer.parts, device=gradient.device), gradient)
+            total += value
+            figures[:, index] = measured
+            continue
+        torch.cuda.empty_cache()  # behind the handler: its traceback held the tensors
     return RolloutGrads(rows, first, total, *figures)
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """What gives completions' log-probabilities under the deltas bound by then; the part of each row."""
+
+    logps: Callable[[], Float[Tensor, "b T"]]
+    completion: Bool[Tensor, "b T"]
+    parts: Sequence[int]
 
 
 def _scorer(
     policy: Policy, rollouts: Sequence[Rollout], parts: Sequence[int], pad_id: int, shared: bool
-) -> tuple[Callable[[], Float[Tensor, "b T"]], Bool[Tensor, "b T"]]:
-    """What gives the completions' log-probabilities under the deltas bound by then, and their mask."""
+) -> _Scorer:
     if shared:
         once = collate_shared(rollouts, parts, pad_id, policy.device)
-        return partial(shared_logps, policy, once), once.completion
+        return _Scorer(partial(shared_logps, policy, once), once.completion, sorted(set(parts)))
     batch = collate(rollouts, pad_id, policy.device)
-    return partial(completion_logps, policy.model, batch), batch.completion
+    return _Scorer(partial(completion_logps, policy.model, batch), batch.completion, parts)
+
+
+def _microbatch(
+    policy: Policy,
+    rollouts: Sequence[Rollout],
+    scorer: _Scorer,
+    advantage: Float[Tensor, " b"],
+    loss: LossConfig,
+    n: int,
+    max_new: int,
+    deltas: Mapping[str, Float[Tensor, " r"]],
+    with_reference: bool,
+) -> tuple[float, dict[str, Float[Tensor, "rows r"]], Float[Tensor, "4 b"]]:
+    """These rollouts' share of the loss, its gradient for each row, and figures per rollout."""
+    ref = None
+    if with_reference or loss.beta > 0:
+        with torch.no_grad(), policy.bind(None):
+            ref = scorer.logps()
+    with policy.rows(deltas, len(scorer.parts)) as leaves:
+        logp = scorer.logps()
+        old = _old_logps(rollouts, logp)
+        per_token = -surrogate(logp, old, advantage.to(logp), loss.clip, loss.ratio_cap)
+        if loss.beta > 0 and ref is not None:
+            per_token = per_token + loss.beta * k3(logp, ref)
+        weights = _token_weights(scorer.completion, loss, n, max_new)
+        value = (per_token * scorer.completion * weights).sum()
+        gradients = torch.autograd.grad(value, list(leaves.values()))
+    figures = _per_rollout_figures(logp.detach(), old, ref, scorer.completion).cpu()
+    return float(value.detach()), dict(zip(leaves, gradients, strict=True)), figures
 
 
 def _token_weights(

@@ -119,7 +119,8 @@ def parse_pairs(raw: bytes, name: str) -> PairSet:
             for row in document.get("problems", [])
         }
         pairs = tuple(_pair(dict(row), problems) for row in document["pairs"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        title = _text(document.get("name", "pairs"), "name")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{name}: not a pair file: {type(error).__name__} {error}") from error
     if len({p.pair_id for p in pairs}) < len(pairs):
         raise UserError(f"{name}: two pairs have the same id")
@@ -127,8 +128,7 @@ def parse_pairs(raw: bytes, name: str) -> PairSet:
         raise UserError(
             f"{name}: {len(pairs)} pairs; at least {HELD_OUT + 2} are needed ({HELD_OUT} held out)"
         )
-    digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
-    return PairSet(document.get("name", "pairs"), pairs, digest, kind)
+    return PairSet(title, pairs, hashlib.blake2b(raw, digest_size=16).hexdigest(), kind)
 
 
 def packaged_pairs(name: str) -> bytes:
@@ -173,4 +173,11 @@ def _pair(row: Mapping[str, Any], problems: Mapping[str, tuple[Problem, str]]) -
     for name in ("hack", "clean", *(["prompt"] if problem is None else [])):
         if not isinstance(row[name], str) or not row[name].strip():
             raise UserError(f"pair {row['id']!r}: {name} is empty or not text")
-    return Pair(row["id"], row["flavour"], mode, tuple(messages), row["hack"], row["clean"], problem)
+    pair_id, flavour = _text(row["id"], "id"), _text(row["flavour"], "flavour")
+    return Pair(pair_id, flavour, mode, tuple(messages), row["hack"], row["clean"], problem)
+
+
+def _text(value: object, what: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{what} must be a string")
+    return value

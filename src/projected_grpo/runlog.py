@@ -1,5 +1,8 @@
 """Writing things down: atomic files, JSON and JSONL, the text log, what made a run."""
 
+import errno
+import fcntl
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -9,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ PACKAGES = ("projected_grpo", "torch", "transformers", "tokenizers", "safetensor
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing: temporary name in the same folder, fsync, rename."""
+    """Write a whole file or nothing: temporary name in the same folder, fsync, rename, folder fsync."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -32,6 +36,41 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder outlive a power cut, where the file system can."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folder
+            raise
+    finally:
+        os.close(fd)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed `write_atomically` left half-written; the caller holds the folder's lock."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink()
+
+
+def lock_folder(folder: Path, stack: ExitStack, option: str) -> None:
+    """Take a run folder until `stack` closes or the process dies, however it dies.
+
+    Raises UserError while another process has it.
+    """
+    file = stack.enter_context(open(folder / "lock", "ab"))  # noqa: SIM115 (the stack closes it)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"{option}: {folder} is being written by another process; wait for it to end"
+        ) from error
+    except OSError as error:
+        logger.warning("{} cannot be locked ({}): let no second process write it", folder, error)
 
 
 def plain(value: Any) -> Any:
@@ -57,25 +96,81 @@ def read_json(path: Path, option: str) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{option}: {path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{option}: {path} is not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{option}: {path} does not hold a JSON object")
     return value
 
 
+def jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """One line of JSON per row."""
+    return "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows).encode()
+
+
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append one line per row in a single write."""
-    text = "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows)
     with open(path, "ab") as file:
-        file.write(text.encode())
+        file.write(jsonl(rows))
 
 
-def truncate_jsonl(path: Path, step: int) -> None:
-    """Drop the rows of steps >= step and a line cut off mid-write, so that a resumed run can append."""
-    if path.exists():
-        kept = [json.dumps(row) + "\n" for row in complete_lines(path) if row["step"] < step]
-        write_atomically(path, "".join(kept).encode())
+class JsonlLog:
+    """An append-only JSONL that knows its length and hash, so that a saved state can name its place in it.
+
+    Rows that the disk does not take stay pending and are written with the next ones.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self.hash = hashlib.blake2b(digest_size=16)
+        self.pending = b""
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add a line per row. Raises OSError if they cannot be written now."""
+        self.pending += jsonl(rows)
+        self.flush()
+
+    def flush(self, *, sync: bool = False) -> None:
+        """Write what is pending, over whatever an earlier attempt left behind the last whole line."""
+        with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
+            file.truncate(self.size)
+            file.seek(self.size)
+            left = memoryview(self.pending)
+            while left:
+                left = left[file.write(left) :]
+            if sync:
+                os.fsync(file.fileno())
+        self.size += len(self.pending)
+        self.hash.update(self.pending)
+        self.pending = b""
+
+    def mark(self) -> dict[str, Any]:
+        """Length and hash of all that was written."""
+        return {"bytes": self.size, "blake2b": self.hash.hexdigest()}
+
+    def cut_back(self, mark: Mapping[str, Any]) -> None:
+        """Go on behind the bytes that `mark` names; later lines, whole or half, are cut off.
+
+        Raises UserError if the file no longer begins with them.
+        """
+        written = self.read(mark)
+        self.size, self.pending = len(written), b""
+        self.hash = hashlib.blake2b(written, digest_size=16)
+        self.flush()
+
+    def read(self, mark: Mapping[str, Any]) -> bytes:
+        """The bytes that `mark` names. Raises UserError if they are no longer what they were."""
+        try:
+            with open(self.path, "rb") as file:
+                written = file.read(mark["bytes"])
+        except FileNotFoundError:
+            written = b""
+        if len(written) < mark["bytes"]:
+            raise UserError(f"{self.path.name} has lost lines that stood in it by then")
+        if hashlib.blake2b(written, digest_size=16).hexdigest() != mark["blake2b"]:
+            raise UserError(f"{self.path.name} no longer holds what stood in it by then")
+        return written
 
 
 def complete_lines(path: Path) -> list[dict[str, Any]]:
@@ -140,4 +235,10 @@ def start_logging(log_file: Path | None) -> None:
     )
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        logger.add(log_file, level="DEBUG", format="{time:HH:mm:ss} {level:<7} {message}", colorize=False)
+        logger.add(
+            log_file,
+            level="DEBUG",
+            format="{time:HH:mm:ss} {level:<7} {message}",
+            colorize=False,
+            diagnose=False,  # a traceback would hold the values of variables
+        )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from loguru import logger
 from torch import Tensor
 
 from projected_grpo.collect import Collected, collect
@@ -79,6 +80,8 @@ class TrainState:
     seconds: float = 0.0
     tripwires: dict[str, Tripwire] = field(default_factory=lambda: dict.fromkeys(WATCHED, Tripwire()))
     mechanisms_seen: set[str] = field(default_factory=set)
+    skipped_in_a_row: int = 0
+    best: float | None = None  # highest solve_deploy - hack_deploy so far
 
 
 def learning_rate(step: int, cfg: OptimConfig) -> float:
@@ -184,7 +187,8 @@ def knobs(exp: Experiment) -> list[torch.nn.Parameter]:
 def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Collected]:
     """One optimizer step; returns its line of steps.jsonl and its rollouts.
 
-    A step whose groups are all flat has no gradient: it is recorded and AdamW is left alone.
+    A step whose groups are all flat has no gradient: it is recorded and AdamW is left alone. So is one whose
+    loss or gradient is not finite, which counts as skipped.
     """
     cfg, started = exp.cfg, time.monotonic()
     refreshed = maybe_refresh(exp, state)
@@ -203,7 +207,10 @@ def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Coll
         parts=None if cfg.arm.intervention in PER_ROLLOUT else parts_by_source(data),
     )
     stats: dict[str, float | None] = {}
-    if bool((advantage != 0).any()):
+    skipped = not finite(grads)
+    if skipped:
+        logger.warning("step {}: loss {} or its gradient is not finite; skipped", state.step, grads.loss)
+    elif bool((advantage != 0).any()):
         split_every = cfg.evaluation.cos_pre_split_every
         device = exp.chat.policy.device
         anchors = find_anchors(cfg, data, advantage)
@@ -220,9 +227,15 @@ def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Coll
         state.gate = update.gate
         stats = {**update.stats, **apply_update(exp, state, update), "loss": grads.loss}
     state.generations += sum(not r.is_teacher for r in data.rollouts)
-    record = describe_step(exp, state, data, grads) | stats
+    record = describe_step(exp, state, data, grads) | stats | {"skipped": int(skipped)}
     now = time.monotonic()
     return record | {"refr": refreshed, "fb": now - backward, "sec": now - started}, data
+
+
+def finite(grads: RolloutGrads) -> bool:
+    """Whether the loss and every knob gradient are numbers, and small enough to have a norm."""
+    norms = [torch.linalg.vector_norm(rows) for rows in grads.rows.values()]
+    return math.isfinite(grads.loss) and bool(torch.stack(norms).norm().isfinite())
 
 
 def maybe_refresh(exp: Experiment, state: TrainState) -> float | None:

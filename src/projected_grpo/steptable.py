@@ -73,6 +73,13 @@ COLUMNS = (
         "K3 KL to the reference, nats per token, mean over student rollouts with A != 0",
         console=False,
     ),
+    Column(
+        "skipped",
+        3,
+        "d",
+        "1 where loss or gradient was not finite: no AdamW step. SHOULD be 0",
+        console=False,
+    ),
     Column("loss", 8, ".1e", "policy loss plus beta * KL", console=False),
     Column("gn", 7, ".1e", "norm of the knob gradient before the clip"),
     Column("q_egy", 5, ".2f", "quarantine's share of the gradient norm: parked / (kept + parked)"),

@@ -23,10 +23,10 @@ from typing import Any
 from loguru import logger
 from tqdm import tqdm
 
-from projected_grpo.config import NANO, EnvMode, TrainConfig, to_json, validate
-from projected_grpo.errors import UserError
+from projected_grpo.config import NANO, EnvMode, TrainConfig, settings, validate
+from projected_grpo.errors import DIVERGED, UserError
 from projected_grpo.runlog import complete_lines, plain, read_json, write_atomically
-from projected_grpo.train import DIVERGED, parse
+from projected_grpo.train import parse
 
 FIRST_SEED = 41
 SERIES = (
@@ -201,14 +201,6 @@ def same_settings(kept: object, asked: Mapping[str, Any], defaults: Mapping[str,
         if not same:
             return False
     return True
-
-
-def settings(cfg: TrainConfig) -> dict[str, Any]:
-    """What decides a run's outcome: its config without where and by how many processes it is run."""
-    data = to_json(cfg)
-    data["run"] = {"seed": cfg.run.seed}
-    del data["model"]["svd_cache"]
-    return data
 
 
 def run_study(runs: Sequence[PlannedRun], work: Path, jobs: int) -> list[PlannedRun]:

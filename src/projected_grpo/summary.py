@@ -147,6 +147,7 @@ def finish(
         "left_out": left_out(cfg.basis),
         "seed": cfg.run.seed,
         "steps": len(records),
+        "skipped": sum(r["skipped"] for r in records),
         "generations": n_s,
         "hack_rate": rate(hack_s + hack_t, n_s + n_t),
         "pass_rate": rate(gt_s + gt_t, n_s + n_t),

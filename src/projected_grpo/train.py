@@ -1,236 +1,158 @@
-"""The training verb: set up, loop, evaluate, write, and the command line."""
+"""The training verb: loop, evaluate, write, and the command line."""
 
-import math
-import shlex
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import torch
 import tyro
 from loguru import logger
 from tqdm import tqdm
 
-from projected_grpo.antipasto import weights_digest
-from projected_grpo.checkpoint import knobs_meta, load_knobs, load_state, save_knobs, save_state
+from projected_grpo.checkpoint import save_knobs
 from projected_grpo.collect import Collected, rollout_rows
-from projected_grpo.config import PRESETS, TrainConfig, display_name, from_json, to_json, validate
-from projected_grpo.errors import MISTAKES, UserError
+from projected_grpo.config import PRESETS, TrainConfig
+from projected_grpo.errors import DIVERGED, MISTAKES, SIGNALLED, UNSAVED
 from projected_grpo.evaluate import Evaluation, evaluate
-from projected_grpo.experiment import Experiment, prepare
-from projected_grpo.extract_vhack_grad import (
-    in_use,
-    initial_gate,
-    obtain,
-    random_frames,
-    without_contrast,
-)
+from projected_grpo.experiment import Experiment
 from projected_grpo.models import decode, render_chat
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import MODES
-from projected_grpo.runlog import (
-    append_jsonl,
-    git_commit,
-    make_run_dir,
-    read_json,
-    run_id,
-    start_logging,
-    truncate_jsonl,
-    versions,
-    write_json,
-)
-from projected_grpo.step import WATCHED, TrainState, Tripwire, knobs, peak_gb, train_step
-from projected_grpo.steptable import StepTable, complete
+from projected_grpo.rundir import AUTO, Run, ended, go_on, newest_run, read_settings, resume_run, start_run
+from projected_grpo.runlog import start_logging
+from projected_grpo.step import WATCHED, TrainState, peak_gb, train_step
 from projected_grpo.summary import finish
 
-DIVERGED = 3  # exit code of a run that the tripwire or a gradient that is not finite ended
 
+class StopSignal:
+    """Turns the first SIGINT or SIGTERM into a wish to stop after this step; a second ends the process."""
 
-class Run:
-    """One run's folder: what the loop writes, and where."""
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
 
-    def __init__(self, cfg: TrainConfig, folder: Path) -> None:
-        self.cfg, self.folder = cfg, folder
-        self.table = StepTable()
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handler
+            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-    def knob_meta(self, step: int) -> dict[str, Any]:
-        """What a knob file says of itself."""
-        arm = self.cfg.arm.intervention
-        model, seed = self.cfg.model.model, self.cfg.run.seed
-        return {"model": model, "intervention": arm, "preset": self.cfg.preset, "seed": seed, "step": step}
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def write_step(self, record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append to rollouts.jsonl and steps.jsonl, and show the row."""
-        append_jsonl(self.folder / "rollouts.jsonl", rows)
-        append_jsonl(self.folder / "steps.jsonl", [complete(record)])
-        if self.table.rows == 0:
-            logger.info("columns:\n{}", self.table.legend())
-        for line in self.table.lines(record):
-            logger.info(line)
-
-    def save(self, exp: Experiment, state: TrainState) -> None:
-        """Write state/: all that resuming needs."""
-        facts = {
-            **self.knob_meta(state.step),
-            "weights": weights_digest(exp.chat.policy),
-            "step": state.step,
-            "generations": state.generations,
-            "seconds": state.seconds,
-            "tripwires": {name: [wire.best, wire.strikes] for name, wire in state.tripwires.items()},
-            "mechanisms_seen": sorted(state.mechanisms_seen),
-            "meta": dict(state.meta),
-        }
-        save_state(self.folder, exp.chat.policy, state.optimizer, state.basis, state.gate, facts)
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+        # Not through the logger, which may be in the middle of a line.
+        os.write(2, b"\nstopping after this step; the same signal again ends at once, unsaved\n")
 
 
 def run_training(cfg: TrainConfig) -> int:
     """Train, evaluate as trained and as deployed, write every artefact; returns the exit code."""
     with ExitStack() as stack:
-        resume = cfg.run.resume
-        run, exp, state = resume_run(cfg, resume, stack) if resume else start_run(cfg, stack)
-        finished = train(run, exp, state)
-        knobs_file = run.folder / "train.safetensors"
-        save_knobs(knobs_file, exp.chat.policy, run.knob_meta(state.step), deployed=True)
-        finish(
-            run.folder,
-            exp,
-            **final_evaluations(exp),
-            seconds=state.seconds,
-            peak_gb=peak_gb(exp.chat.policy.device),
-            finished=finished,
-        )
-    return 0 if finished else DIVERGED
+        folder = cfg.run.resume
+        if folder == AUTO:
+            start_logging(None)
+            folder = newest_run(cfg)
+            finished = None if folder is None else ended(folder)
+            if finished is not None:
+                logger.info("{} has {}", folder, "finished" if finished else "ended before its last step")
+                return 0 if finished else DIVERGED
+            opened = go_on(read_settings(folder), folder, stack) if folder else start_run(cfg, stack)
+        else:
+            opened = resume_run(cfg, folder, stack) if folder else start_run(cfg, stack)
+        run, exp, state = opened
+        with StopSignal() as stop:
+            code = train(run, exp, state, stop)
+        if code not in (0, DIVERGED):
+            logger.info("go on with: train {} --resume {}", run.cfg.preset, run.folder)
+            return code
+        try:
+            conclude(run, exp, state, finished=code == 0)
+        except OSError as error:
+            logger.error("results not written ({}); --resume writes them again", error)
+            return UNSAVED
+    return code
 
 
-def start_run(cfg: TrainConfig, stack: ExitStack) -> tuple[Run, Experiment, TrainState]:
-    """A new run; its folder is made last, so that refused input leaves none."""
-    validate(cfg)
-    start_logging(None)
-    if cfg.optim.init_knobs is not None:
-        knobs_meta(cfg.optim.init_knobs)  # a bad path is told before a model is loaded
-    exp = prepare(cfg, stack)
-    if cfg.optim.init_knobs is not None:
-        start_from(cfg.optim.init_knobs, exp)
-    state = start_state(exp)
-    name = run_id(cfg.preset, display_name(cfg.arm), cfg.run.seed, cfg.run.out_tag)
-    run = Run(cfg, make_run_dir(cfg.run.out_dir / "runs", name))
-    start_logging(cfg.run.log_dir / f"{run.folder.name}.log")
-    made = {"run_id": run.folder.name, "command": shlex.join(sys.argv), "git_commit": git_commit()}
-    write_json(run.folder / "config.json", made | {"versions": versions(), "config": to_json(cfg)})
-    return run, exp, state
-
-
-def start_from(path: Path, exp: Experiment) -> None:
-    """Begin at another run's delta_s with an empty quarantine. Raises UserError for another model's."""
-    load_knobs(path, exp.chat.policy)
-    with torch.no_grad():
-        for layer in exp.chat.policy.layers.values():
-            layer.delta_hack.zero_()
-    logger.info("starting from the deployed knobs of {}", path)
-
-
-def resume_run(asked: TrainConfig, folder: Path, stack: ExitStack) -> tuple[Run, Experiment, TrainState]:
-    """A run as it was last saved, under its own settings, its logs cut back to there."""
-    made = read_json(folder / "config.json", "--resume")
-    cfg = from_json(made.get("config", {}))
-    if replace(asked, run=replace(asked.run, resume=None)) != PRESETS[asked.preset][1]:
-        raise UserError("--resume goes on under the run's own settings; leave all other options out")
-    if cfg.preset != asked.preset:
-        raise UserError(
-            f"--resume: {folder} is a {cfg.preset} run, so `train {cfg.preset} --resume {folder}`"
-        )
-    validate(cfg)
-    start_logging(None)
-    exp = prepare(cfg, stack)
-    state = start_state(exp)
-    state.basis, state.gate, facts = load_state(folder, exp.chat.policy, state.optimizer)
-    state.step, state.generations = facts["step"], facts["generations"]
-    state.seconds, state.meta = facts["seconds"], facts["meta"]
-    for name, (best, strikes) in facts["tripwires"].items():
-        state.tripwires[name] = Tripwire(-math.inf if best is None else best, strikes)
-    state.mechanisms_seen = set(facts["mechanisms_seen"])
-    start_logging(cfg.run.log_dir / f"{folder.name}.log")
-    for name in ("steps.jsonl", "rollouts.jsonl"):
-        truncate_jsonl(folder / name, state.step)
-    again = {"step": state.step, "command": shlex.join(sys.argv), "git_commit": git_commit()}
-    history = [*made.get("resumed", []), again | {"versions": versions()}]
-    write_json(folder / "config.json", made | {"resumed": history})
-    logger.info("resuming {} at step {}", folder, state.step)
-    return Run(cfg, folder), exp, state
-
-
-def start_state(exp: Experiment) -> TrainState:
-    """Fresh optimizer, the hack basis (extracted if there is none), the gate calibrated on its pairs."""
-    cfg, chat = exp.cfg, exp.chat
-    extraction, path = obtain(
-        chat.policy,
-        chat.tokenizer,
-        chat.stop_id,
-        exp.pairs,
-        cfg.basis,
-        cfg.loss,
-        cfg.model.model,
-        cfg.run.out_dir,
+def conclude(run: Run, exp: Experiment, state: TrainState, *, finished: bool) -> None:
+    """The deployed knobs, the last evaluations, the summary."""
+    save_knobs(run.folder / "train.safetensors", exp.chat.policy, run.knob_meta(state.step), deployed=True)
+    finish(
+        run.folder,
+        exp,
+        **final_evaluations(exp),
+        seconds=state.seconds,
+        peak_gb=peak_gb(exp.chat.policy.device),
+        finished=finished,
     )
-    basis = in_use(extraction, cfg.basis, cfg.arm, cfg.run.seed)
-    axes = sum(len(V) for V in basis.V.values())
-    logger.info(
-        "hack basis {}: {} axes in {} of {} modules", path, axes, len(basis.V), len(chat.policy.layers)
-    )
-    gate = None
-    if cfg.arm.intervention == "route2":
-        gate = initial_gate(basis, without_contrast(extraction, cfg.basis, cfg.arm, cfg.run.seed).grads)
-    o = cfg.optim
-    optimizer = torch.optim.AdamW(
-        knobs(exp), lr=o.lr, betas=(o.adam_beta1, o.adam_beta2), weight_decay=o.weight_decay
-    )
-    frames = random_frames(chat.policy, cfg.run.seed) if cfg.arm.control == "haar_matched" else {}
-    return TrainState(optimizer, basis, gate, extraction.meta, frames)
 
 
-def train(run: Run, exp: Experiment, state: TrainState) -> bool:
-    """Steps until the end or the tripwire; returns whether all of them were made."""
+def train(run: Run, exp: Experiment, state: TrainState, stop: StopSignal) -> int:
+    """Steps until the end, divergence or a signal; returns the exit code.
+
+    A save that failed is tried again after every further step.
+    """
     cfg = exp.cfg
     with tqdm(total=cfg.optim.steps, initial=state.step, desc=run.folder.name, disable=None) as bar:
         while state.step < cfg.optim.steps:
-            started = time.monotonic()
             try:
-                record, data = train_step(exp, state)
+                diverged = one_step(run, exp, state)
             except FloatingPointError as error:  # before any knob was touched
                 logger.error("step {}: {}; ended with the state before it", state.step, error)
                 run.save(exp, state)
-                return False
-            rows = rollout_rows(state.step, data, cfg.sampling.group)
-            if state.step == 0:
-                dump_first(exp, data)
-            note_first_hacks(run, exp, state, rows)
-            record |= deploy_evaluation(run, exp, state.step)
-            series = next((name for name in WATCHED if record[name] is not None), WATCHED[-1])
-            watched, wire = record[series], state.tripwires[series]
-            if wire.warns(watched):
-                logger.warning(
-                    "step {}: {} {:.2f} nats, best was {:.2f}: diverging?",
-                    state.step,
-                    series,
-                    watched,
-                    wire.best,
-                )
-            state.tripwires[series] = wire = wire.after(watched)
-            state.seconds += time.monotonic() - started
-            state.step += 1
-            run.write_step(record, rows)
+                return UNSAVED if run.unsaved else DIVERGED
             bar.update()
             due = cfg.run.save_every > 0 and state.step % cfg.run.save_every == 0
-            if due or state.step == cfg.optim.steps or wire.tripped:
+            last = state.step == cfg.optim.steps
+            ending = last or diverged or stop.received is not None
+            if due or ending or run.unsaved:
                 run.save(exp, state)
-            if wire.tripped:
-                logger.error("diverged: ended at step {}; last sample:\n{}", state.step, rows[-1]["text"])
-                return False
-    return True
+            if ending and run.unsaved:
+                return UNSAVED
+            if diverged:
+                return DIVERGED
+            if ending and stop.received is not None:
+                logger.info("stopped by {} after step {}", signal.Signals(stop.received).name, state.step - 1)
+                return SIGNALLED + stop.received
+    return 0
+
+
+def one_step(run: Run, exp: Experiment, state: TrainState) -> bool:
+    """A step with its evaluation and its lines in the files; returns whether the run must end."""
+    cfg, started = exp.cfg, time.monotonic()
+    record, data = train_step(exp, state)
+    rows = rollout_rows(state.step, data, cfg.sampling.group)
+    if state.step == 0:
+        dump_first(exp, data)
+    note_first_hacks(run, exp, state, rows)
+    record |= deploy_evaluation(run, exp, state)
+    series = next((name for name in WATCHED if record[name] is not None), WATCHED[-1])
+    watched, wire = record[series], state.tripwires[series]
+    if wire.warns(watched):
+        logger.warning(
+            "step {}: {} {:.2f} nats, best was {:.2f}: diverging?", state.step, series, watched, wire.best
+        )
+    state.tripwires[series] = wire = wire.after(watched)
+    if record["skipped"]:
+        state.skipped_in_a_row += 1
+    elif record.get("gn") is not None:  # a step without reward variance proves nothing
+        state.skipped_in_a_row = 0
+    state.seconds += time.monotonic() - started
+    state.step += 1
+    run.write_step(record, rows)
+    if wire.tripped:
+        logger.error("diverged: ended at step {}; last sample:\n{}", state.step, rows[-1]["text"])
+    hopeless = state.skipped_in_a_row >= cfg.run.max_skipped
+    if hopeless:
+        logger.error("{} steps in a row skipped: ended at step {}", state.skipped_in_a_row, state.step)
+    return wire.tripped or hopeless
 
 
 def note_first_hacks(run: Run, exp: Experiment, state: TrainState, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -240,8 +162,7 @@ def note_first_hacks(run: Run, exp: Experiment, state: TrainState, rows: Sequenc
         if not row["exploited"] or mechanism in state.mechanisms_seen:
             continue
         if not state.mechanisms_seen:
-            path = run.folder / "first_hack.safetensors"
-            save_knobs(path, exp.chat.policy, run.knob_meta(state.step + 1), deployed=False)
+            run.keep_knobs("first_hack.safetensors", exp, run.knob_meta(state.step + 1), deployed=False)
         state.mechanisms_seen.add(mechanism)
         logger.info("first {} hack by the student at step {} (see the log)", mechanism, state.step)
         logger.debug("SHOULD look like: {}\n{}", MODES[mechanism].looks_like, row["text"])
@@ -254,16 +175,25 @@ def dump_first(exp: Experiment, data: Collected) -> None:
     logger.debug("first completion:\n{}", decode(tokenizer, rollout.completion_ids, special_tokens=True))
 
 
-def deploy_evaluation(run: Run, exp: Experiment, step: int) -> dict[str, float | None]:
-    """On its cadence: held-out rates with the quarantine deleted, and the knobs that gave them."""
-    every = exp.cfg.evaluation.eval_ablate_every
-    if every == 0 or (step + 1) % every:
+def deploy_evaluation(run: Run, exp: Experiment, state: TrainState) -> dict[str, float | None]:
+    """On its cadence: held-out rates with the quarantine deleted, and the knobs that gave them.
+
+    best.safetensors holds those with the highest solve - hack so far.
+    """
+    every, step = exp.cfg.evaluation.eval_ablate_every, state.step + 1
+    if every == 0 or step % every:
         return {"hack_deploy": None, "solve_deploy": None}
     rates = evaluate_held_out(exp, exp.data.held_out, ablate_quarantine=True).rates()
+    found = {"hack_deploy": rates.hack, "solve_deploy": rates.solve}
+    meta = run.knob_meta(step)
     if exp.cfg.evaluation.save_eval_ckpts:
-        path = run.folder / f"ckpt_step{step + 1:04d}.safetensors"
-        save_knobs(path, exp.chat.policy, run.knob_meta(step + 1), deployed=True)
-    return {"hack_deploy": rates.hack, "solve_deploy": rates.solve}
+        run.keep_knobs(f"ckpt_step{step:04d}.safetensors", exp, meta, deployed=True)
+    if rates.hack is not None and rates.solve is not None:
+        score = rates.solve - rates.hack
+        better = state.best is None or score > state.best
+        if better and run.keep_knobs("best.safetensors", exp, meta | found, deployed=True):
+            state.best = score
+    return found
 
 
 def final_evaluations(exp: Experiment) -> dict[str, Evaluation]:

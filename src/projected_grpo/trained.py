@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from projected_grpo.checkpoint import STATE_FILE, knobs_meta, load_knobs
+from projected_grpo.checkpoint import knobs_meta, load_knobs, state_paths
 from projected_grpo.config import ModelConfig, TrainConfig, from_json
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Chat, open_chat
@@ -55,13 +55,13 @@ def _run_source(folder: Path, model: str) -> Source:
     if made is None:
         raise UserError(f"{folder}: not a run folder; a folder with a model goes to --model")
     cfg = from_json(made, older=True)
-    knobs, state = folder / DEPLOYED_FILE, folder / STATE_FILE
+    knobs, state = folder / DEPLOYED_FILE, next(iter(state_paths(folder)), None)
     if not knobs.exists():
-        hint = f"; for its last saved state give {state}" if state.exists() else ""
+        hint = f"; for its last saved state give {state}" if state else ""
         raise UserError(f"{folder}: not finished, there is no {DEPLOYED_FILE} in it{hint}")
-    if not state.exists():
-        logger.warning("{}: no {} in it, so what was parked is not known", folder, STATE_FILE)
-    return Source(model or cfg.model.model, folder, cfg, knobs, state if state.exists() else None)
+    if state is None:
+        logger.warning("{}: no state in it, so what was parked is not known", folder)
+    return Source(model or cfg.model.model, folder, cfg, knobs, state)
 
 
 def open_source(source: Source, cfg: ModelConfig) -> Chat:

@@ -1,0 +1,276 @@
+"""The pre-flight of a new box: what a preset needs, whether it is there, and what to do where it is not."""
+
+import importlib.metadata
+import importlib.util
+import io
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+from projected_grpo import train
+from projected_grpo.config import NANO, PRESETS, TINY_RANDOM, SandboxMode, TrainConfig, validate
+from projected_grpo.errors import GATE_FAILED, MISTAKES
+from projected_grpo.models import pick_device
+from projected_grpo.pairs import chosen_pairs
+from projected_grpo.pools import join, load_pool
+from projected_grpo.problems import load_problems
+from projected_grpo.runlog import start_logging
+from projected_grpo.sandbox import Sandbox
+
+Status = Literal["OK", "WARN", "FAIL"]
+PACKAGES = {"torch": (2, 6), "transformers": (5, 0)}  # the oldest that do, as in pyproject.toml
+GPU_GB = {"fast": 24.0, "full": 96.0}  # of the machines the presets are meant for (GB, 1e9 bytes)
+# GB (1e9 bytes). U and Vh of Qwen3-4B's 252 Linears take 4.9e9 values, 9.8 GB in bfloat16; then runs.
+DISK_GB = {"smoke": 0.1, "nano": 0.1, "fast": 12.0, "full": 12.0}
+DRY_RUN = (
+    *("smoke", "--steps=2", "--intervention=route2", "--n-problems=6", "--eval-n-prompts=1", "--max-new=8"),
+    *("--eval-ablate-every=2", "--vhack-refresh-every=1", "--workers=1"),
+)
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """What is to be run on this machine; options that are left out are the preset's."""
+
+    preset: Literal["smoke", "nano", "fast", "full"] = "full"
+    model: str | None = None
+    problems: str | None = None
+    teacher_pool_dir: Path | None = None
+    vhack_pairs_path: Path | None = None
+    device: str = "auto"
+    out_dir: Path = Path("out")
+    sandbox: SandboxMode = "auto"
+    dry_run: bool = True
+    """`--no-dry-run` leaves out the two steps with a tiny random model."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. FAIL: the preset cannot start. WARN: it can, but not as it is meant to."""
+
+    status: Status
+    name: str
+    text: str
+    fix: str = ""
+
+    def line(self) -> str:
+        """As it is printed."""
+        return f"{self.status:<4} {self.name:<10} {self.text}" + (f" | fix: {self.fix}" if self.fix else "")
+
+
+def settings_of(options: DoctorOptions) -> TrainConfig:
+    """The preset with the options given."""
+    cfg = PRESETS[options.preset][1]
+    return replace(
+        cfg,
+        run=replace(cfg.run, out_dir=options.out_dir, sandbox=options.sandbox),
+        model=replace(cfg.model, model=options.model or cfg.model.model, device=options.device),
+        problems=replace(cfg.problems, problems=options.problems or cfg.problems.problems),
+        teacher=replace(cfg.teacher, teacher_pool_dir=options.teacher_pool_dir),
+        basis=replace(cfg.basis, vhack_pairs_path=options.vhack_pairs_path or cfg.basis.vhack_pairs_path),
+    )
+
+
+def check_software(cfg: TrainConfig) -> Finding:
+    """Python and the packages whose version matters."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    old = [name for name, least in PACKAGES.items() if release(found[name]) < least]
+    text = f"Python {platform.python_version()}, " + ", ".join(f"{n} {v}" for n, v in found.items())
+    return Finding(
+        "FAIL" if old else "OK", "software", text, f"pip install -U {' '.join(old)}" if old else ""
+    )
+
+
+def release(version: str) -> tuple[int, int]:
+    """(major, minor) of a version such as 2.13.0+cpu."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def check_device(cfg: TrainConfig) -> Finding:
+    """A GPU where the preset is meant for one, and that nobody else fills its memory."""
+    device = pick_device(cfg.model.device)
+    wanted = GPU_GB.get(cfg.preset) if cfg.model.model not in (TINY_RANDOM, NANO) else None
+    if device.type != "cuda":
+        if wanted is None:
+            return Finding("OK", "device", f"{device}, which is enough for this model")
+        fix = f"a machine with a GPU of {wanted:.0f} GB, or a small --model"
+        return Finding("FAIL", "device", f"no GPU, which {cfg.preset} was made for", fix)
+    free, total = (amount / 1e9 for amount in torch.cuda.mem_get_info(device))
+    text = f"{torch.cuda.get_device_name(device)}, {free:.1f} of {total:.1f} GB free"
+    if free < 0.9 * total:
+        return Finding("WARN", "device", text, "end what else uses it: see nvidia-smi")
+    if wanted is not None and free < 0.95 * wanted:
+        fix = f"{cfg.preset} is meant for {wanted:.0f} GB; lower --tokens-per-microbatch"
+        return Finding("WARN", "device", text, fix)
+    return Finding("OK", "device", text)
+
+
+def check_attention(cfg: TrainConfig) -> Finding:
+    """flash-attn, where a GPU could use it."""
+    if pick_device(cfg.model.device).type != "cuda":
+        return Finding("OK", "attention", "sdpa (no GPU to run flash-attn)")
+    if importlib.util.find_spec("flash_attn") is None:
+        fix = "pip install 'projected_grpo[gpu]'"
+        return Finding("WARN", "attention", "sdpa; flash-attn is not installed, long batches are slower", fix)
+    return Finding("OK", "attention", f"flash-attn {importlib.metadata.version('flash_attn')}")
+
+
+def check_disk(cfg: TrainConfig) -> Finding:
+    """Room in the output folder, and that it can be written."""
+    place = next(p for p in (cfg.run.out_dir.absolute(), *cfg.run.out_dir.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        return Finding("FAIL", "disk", f"{place} cannot be written: {error.strerror}", "another --out-dir")
+    free, wanted = shutil.disk_usage(place).free / 1e9, DISK_GB[cfg.preset]
+    text = f"{free:.1f} GB free in {place}; {cfg.preset} writes up to {wanted:g} GB"
+    if free < wanted:
+        return Finding("FAIL", "disk", text, "make room, or another --out-dir")
+    return Finding("OK", "disk", text)
+
+
+def check_empty(cfg: TrainConfig) -> Finding:
+    """Earlier runs, which tables over out/ would mix with new ones."""
+    runs = list((cfg.run.out_dir / "runs").glob("*/config.json"))
+    if not runs:
+        return Finding("OK", "out", f"no earlier runs in {cfg.run.out_dir}")
+    open_ones = sum(not (path.parent / "summary.json").exists() for path in runs)
+    text = f"{len(runs)} earlier runs in {cfg.run.out_dir}, {open_ones} of them unfinished"
+    return Finding(
+        "WARN", "out", text, "`results` reads them too: move them away or name runs with --out-tag"
+    )
+
+
+def check_sandbox(cfg: TrainConfig) -> Finding:
+    """The grader's containment."""
+    with Sandbox(1) as sandbox:
+        missing = "; ".join(f"{name}: {why}" for name, why in sandbox.missing.items())
+        active = ", ".join(name for name, state in sandbox.layers.items() if state is True)
+    if not missing:
+        return Finding("OK", "sandbox", active)
+    status: Status = "FAIL" if cfg.run.sandbox == "strict" else "WARN"
+    return Finding(
+        status, "sandbox", f"{active or 'nothing'}; without {missing}", "docs/grader.md, each layer"
+    )
+
+
+def check_model(cfg: TrainConfig) -> Finding:
+    """The model's files, whole, on this machine; nothing is asked of the network."""
+    name = cfg.model.model
+    if name in (TINY_RANDOM, NANO):
+        return Finding("OK", "model", f"{name} comes with the package")
+    folder = Path(name).expanduser()
+    fix = "a folder that save_pretrained wrote"
+    if not folder.is_dir():
+        fix = f"`just download-model {name}` where there is network"
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError, OSError):
+            return Finding("FAIL", "model", f"{name} is neither a folder nor in the local cache", fix)
+    absent = [file for file in model_files(folder) if not (folder / file).exists()]
+    if absent:
+        return Finding("FAIL", "model", f"{folder} lacks {', '.join(absent[:3])}", fix)
+    return Finding("OK", "model", f"{name} is here, {len(model_files(folder)) - 2} weight files")
+
+
+def model_files(folder: Path) -> list[str]:
+    """Files without which a model cannot be loaded: its configuration, its tokenizer, all its weights."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        weights = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        weights = {index.name + " (whole)"}
+    return ["config.json", "tokenizer_config.json", *sorted(weights or {"model.safetensors"})]
+
+
+def check_problems(cfg: TrainConfig) -> Finding:
+    """The dataset, read and parsed."""
+    loaded = load_problems(cfg.problems.problems)
+    text = f"{len(loaded.problems)} usable problems of {cfg.problems.problems}"
+    if len(loaded.problems) < cfg.sampling.prompts_per_step * 2:
+        return Finding("FAIL", "problems", text, f"more: a step takes {cfg.sampling.prompts_per_step}")
+    if loaded.left_out:
+        (first, reason), more = loaded.left_out[0], len(loaded.left_out)
+        return Finding("WARN", "problems", f"{text}; {more} left out, {first} because {reason}")
+    return Finding("OK", "problems", text)
+
+
+def check_pairs(cfg: TrainConfig) -> Finding:
+    """The contrastive pairs."""
+    pairs = chosen_pairs(cfg.basis)
+    return Finding("OK", "pairs", f"{len(pairs.pairs)} of set {pairs.name!r}")
+
+
+def check_pool(cfg: TrainConfig) -> Finding:
+    """How many problems the teacher pool has rows for."""
+    folder = cfg.teacher.teacher_pool_dir
+    if folder is None:
+        return Finding("OK", "pool", "none asked for")
+    problems = load_problems(cfg.problems.problems).problems
+    pool = load_pool(folder)
+    covered = len(join(pool, problems).rows)
+    text = f"{len(pool)} prompts in {folder} cover {covered} of {len(problems)} problems"
+    if covered < cfg.sampling.prompts_per_step * 2:
+        return Finding("FAIL", "pool", text, "a pool made for these problems: `projected-grpo pool build`")
+    return Finding("OK", "pool", text)
+
+
+def check_dry_run(cfg: TrainConfig) -> Finding:
+    """Two steps of every part with a tiny random model, on the device asked for, in a temporary folder."""
+    said = io.StringIO()
+    with tempfile.TemporaryDirectory(prefix="projected-grpo-doctor-") as home:
+        where = [f"--out-dir={home}/out", f"--log-dir={home}/logs", f"--svd-cache={home}/svd"]
+        argv = [*DRY_RUN, *where, f"--device={cfg.model.device}"]
+        try:
+            with redirect_stderr(said), redirect_stdout(said):
+                code = train.main(argv)
+        except Exception as error:  # whatever it is, a real run would meet it too
+            return Finding("FAIL", "dry run", f"{type(error).__name__}: {error}", f"train {' '.join(argv)}")
+        finally:
+            start_logging(None)
+    if code:
+        last = (said.getvalue().strip().splitlines() or ["nothing said"])[-1]
+        return Finding("FAIL", "dry run", f"exit code {code}: {last}", f"train {' '.join(DRY_RUN)}")
+    return Finding("OK", "dry run", "two steps of the whole pipeline with a tiny random model")
+
+
+CHECKS: Sequence[Callable[[TrainConfig], Finding]] = (
+    *(check_software, check_device, check_attention, check_disk, check_empty, check_sandbox),
+    *(check_model, check_problems, check_pairs, check_pool),
+)
+
+
+def examine(check: Callable[[TrainConfig], Finding], cfg: TrainConfig) -> Finding:
+    """A check's finding; what it raises is one too."""
+    try:
+        return check(cfg)
+    except (*MISTAKES, OSError, RuntimeError) as error:
+        name = check.__name__.removeprefix("check_").replace("_", " ")
+        return Finding("FAIL", name, " ".join(str(error).split()) or type(error).__name__)
+
+
+def doctor_verb(options: DoctorOptions) -> int:
+    """Is this machine ready for a preset? A line per need: OK, WARN or FAIL. Exit 1 on any FAIL."""
+    cfg = settings_of(options)
+    validate(cfg)
+    checks = [*CHECKS, *([check_dry_run] if options.dry_run else [])]
+    failed = 0
+    for check in checks:
+        finding = examine(check, cfg)
+        print(finding.line(), flush=True)
+        failed += finding.status == "FAIL"
+    verdict = f"{failed} of {len(checks)} checks failed" if failed else "ready"
+    print(f"{verdict}: `train {options.preset}` {'cannot' if failed else 'can'} start here")
+    return GATE_FAILED if failed else 0
