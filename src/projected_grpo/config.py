@@ -464,7 +464,7 @@ def from_json(data: Mapping[str, Any]) -> TrainConfig:
 
 
 def _group_from_json(kind: Any, values: Mapping[str, Any]) -> Any:
-    names = {f.name: f.type for f in dataclasses.fields(kind)}
+    names: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(kind)}
     _same_names(set(values), set(names))
     revived = {name: _revive(names[name], value) for name, value in values.items()}
     for name, value in revived.items():
