@@ -450,10 +450,12 @@ def settings(cfg: TrainConfig) -> dict[str, Any]:
     return data
 
 
-def from_json(data: Mapping[str, Any]) -> TrainConfig:
+def from_json(data: object) -> TrainConfig:
     """Rebuild a config from `to_json`'s dict. Raises UserError on unknown or missing fields."""
     groups = {f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if f.name != "preset"}
     try:
+        if not isinstance(data, Mapping):
+            raise TypeError("its settings are no JSON object")
         _same_names(set(data), {*groups, "preset"})
         parts = {name: _group_from_json(kind, data[name]) for name, kind in groups.items()}
         if data["preset"] not in PRESETS:
