@@ -481,7 +481,7 @@ def settings(cfg: TrainConfig) -> dict[str, Any]:
     return data
 
 
-def from_json(data: Mapping[str, Any], *, older: bool = False) -> TrainConfig:
+def from_json(data: object, *, older: bool = False) -> TrainConfig:
     """Rebuild a config from `to_json`'s dict. Raises UserError on unknown or missing fields.
 
     `older` gives options that came after the file their defaults, which do what was done before them: enough
@@ -489,6 +489,8 @@ def from_json(data: Mapping[str, Any], *, older: bool = False) -> TrainConfig:
     """
     groups = {f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if f.name != "preset"}
     try:
+        if not isinstance(data, Mapping):
+            raise TypeError("its settings are no JSON object")
         _same_names(set(data), {*groups, "preset"}, {"preset"} if older else None)
         parts = {name: _group_from_json(kind, data.get(name, {}), older) for name, kind in groups.items()}
         if data["preset"] not in PRESETS:
@@ -499,7 +501,7 @@ def from_json(data: Mapping[str, Any], *, older: bool = False) -> TrainConfig:
 
 
 def _group_from_json(kind: Any, values: Mapping[str, Any], older: bool) -> Any:
-    names = {f.name: f.type for f in dataclasses.fields(kind)}
+    names: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(kind)}
     _same_names(set(values), set(names), set() if older else None)
     revived = {name: _revive(names[name], value) for name, value in values.items()}
     for name, value in revived.items():
