@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from projected_grpo import step as step_module
 from projected_grpo import train as train_module
 from projected_grpo.cli import main
-from projected_grpo.collect import collect, pick_problems, pick_teacher, teacher_rollout
+from projected_grpo.collect import collect, gather_evidence, pick_problems, pick_teacher, teacher_rollout
 from projected_grpo.config import CONTROLS_OF, MAX_SEQUENCE, PRESETS, OptimConfig
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import fit_prompts, prepare, read_data
@@ -26,7 +26,7 @@ from projected_grpo.step import Tripwire, find_anchors, knobs, learning_rate, tr
 from projected_grpo.steptable import complete
 from projected_grpo.train import final_evaluations, start_state
 
-ARMS = ("none", "erase", "route", "route2")
+ARMS = ("none", "inoculation", "advmod", "posthoc", "erase", "route", "route2")  # no skyline
 UNCONTROLLED = [(arm, "none") for arm in ARMS]  # what all other tests here are about
 TIMINGS = {"gen", "fb", "t_rew", "sec"}
 CPU = torch.device("cpu")
@@ -330,7 +330,8 @@ def labelled(begin):
 def test_anchors_are_teacher_labels_and_weak_detectors(labelled, options, students):
     cfg, data = labelled
     advantage = torch.tensor([1.0, -2.0, 0.0, 1.0, 0.5, -0.5])
-    got = find_anchors(changed(cfg, **options), data, advantage)
+    cfg = changed(cfg, intervention="route2", **options)
+    got = find_anchors(gather_evidence(cfg, data, 0), advantage)
     assert got.hack.tolist() == [*students, True, False]
     assert got.clean.tolist() == [False] * 4 + [False, True]
     assert got.advantage_sign.tolist() == [1, -1, 0, 1, 1, -1]

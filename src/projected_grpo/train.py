@@ -15,8 +15,10 @@ import tyro
 from loguru import logger
 from tqdm import tqdm
 
+from projected_grpo.arms import ARMS
 from projected_grpo.checkpoint import load_state, save_knobs, save_state
 from projected_grpo.collect import Collected, rollout_rows
+from projected_grpo.concept import Concept, concept_from_json, concept_to_json
 from projected_grpo.config import PRESETS, TrainConfig, display_name, from_json, to_json, validate
 from projected_grpo.errors import MISTAKES, UserError
 from projected_grpo.evaluate import Evaluation, evaluate
@@ -28,7 +30,7 @@ from projected_grpo.extract_vhack_grad import (
     random_frames,
     without_contrast,
 )
-from projected_grpo.models import decode, render_chat
+from projected_grpo.models import decode
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import MODES
 from projected_grpo.runlog import (
@@ -42,7 +44,16 @@ from projected_grpo.runlog import (
     versions,
     write_json,
 )
-from projected_grpo.step import WATCHED, TrainState, Tripwire, knobs, peak_gb, train_step
+from projected_grpo.step import (
+    WATCHED,
+    TrainState,
+    Tripwire,
+    as_deployed,
+    current_direction,
+    knobs,
+    peak_gb,
+    train_step,
+)
 from projected_grpo.steptable import StepTable, complete
 from projected_grpo.summary import finish
 
@@ -80,6 +91,7 @@ class Run:
             "tripwires": {name: [wire.best, wire.strikes] for name, wire in state.tripwires.items()},
             "mechanisms_seen": sorted(state.mechanisms_seen),
             "meta": dict(state.meta),
+            "concept": concept_to_json(state.concept),
         }
         save_state(self.folder, exp.chat.policy, state.optimizer, state.basis, state.gate, facts)
 
@@ -91,15 +103,16 @@ def run_training(cfg: TrainConfig) -> int:
         run, exp, state = resume_run(cfg, resume, stack) if resume else start_run(cfg, stack)
         finished = train(run, exp, state)
         knobs_file = run.folder / "train.safetensors"
-        save_knobs(knobs_file, exp.chat.policy, run.knob_meta(state.step), deployed=True)
-        finish(
-            run.folder,
-            exp,
-            **final_evaluations(exp),
-            seconds=state.seconds,
-            peak_gb=peak_gb(exp.chat.policy.device),
-            finished=finished,
-        )
+        with as_deployed(exp, state):
+            save_knobs(knobs_file, exp.chat.policy, run.knob_meta(state.step), deployed=True)
+            finish(
+                run.folder,
+                exp,
+                **final_evaluations(exp),
+                seconds=state.seconds,
+                peak_gb=peak_gb(exp.chat.policy.device),
+                finished=finished,
+            )
     return 0 if finished else DIVERGED
 
 
@@ -137,6 +150,7 @@ def resume_run(asked: TrainConfig, folder: Path, stack: ExitStack) -> tuple[Run,
     for name, (best, strikes) in facts["tripwires"].items():
         state.tripwires[name] = Tripwire(-math.inf if best is None else best, strikes)
     state.mechanisms_seen = set(facts["mechanisms_seen"])
+    state.concept = concept_from_json(facts["concept"])
     start_logging(cfg.run.log_dir / f"{folder.name}.log")
     for name in ("steps.jsonl", "rollouts.jsonl"):
         truncate_jsonl(folder / name, state.step)
@@ -173,7 +187,10 @@ def start_state(exp: Experiment) -> TrainState:
         knobs(exp), lr=o.lr, betas=(o.adam_beta1, o.adam_beta2), weight_decay=o.weight_decay
     )
     frames = random_frames(chat.policy, cfg.run.seed) if cfg.arm.control == "haar_matched" else {}
-    return TrainState(optimizer, basis, gate, extraction.meta, frames)
+    state = TrainState(optimizer, basis, gate, extraction.meta, frames)
+    if ARMS[cfg.arm.intervention].scored:
+        state.concept = Concept(current_direction(exp), torch.empty(0))
+    return state
 
 
 def train(run: Run, exp: Experiment, state: TrainState) -> bool:
@@ -192,7 +209,7 @@ def train(run: Run, exp: Experiment, state: TrainState) -> bool:
             if state.step == 0:
                 dump_first(exp, data)
             note_first_hacks(run, exp, state, rows)
-            record |= deploy_evaluation(run, exp, state.step)
+            record |= deploy_evaluation(run, exp, state)
             series = next((name for name in WATCHED if record[name] is not None), WATCHED[-1])
             watched, wire = record[series], state.tripwires[series]
             if wire.warns(watched):
@@ -234,19 +251,20 @@ def note_first_hacks(run: Run, exp: Experiment, state: TrainState, rows: Sequenc
 def dump_first(exp: Experiment, data: Collected) -> None:
     """The first prompt and completion of a run with special tokens, to the file log."""
     tokenizer, rollout = exp.chat.tokenizer, data.rollouts[0]
-    logger.debug("first prompt:\n{}", render_chat(tokenizer, data.problems[0].messages))
+    logger.debug("first prompt:\n{}", decode(tokenizer, rollout.prompt_ids, special_tokens=True))
     logger.debug("first completion:\n{}", decode(tokenizer, rollout.completion_ids, special_tokens=True))
 
 
-def deploy_evaluation(run: Run, exp: Experiment, step: int) -> dict[str, float | None]:
+def deploy_evaluation(run: Run, exp: Experiment, state: TrainState) -> dict[str, float | None]:
     """On its cadence: held-out rates with the quarantine deleted, and the knobs that gave them."""
-    every = exp.cfg.evaluation.eval_ablate_every
-    if every == 0 or (step + 1) % every:
+    every, done = exp.cfg.evaluation.eval_ablate_every, state.step + 1
+    if every == 0 or done % every:
         return {"hack_deploy": None, "solve_deploy": None}
-    rates = evaluate_held_out(exp, exp.data.held_out, ablate_quarantine=True).rates()
-    if exp.cfg.evaluation.save_eval_ckpts:
-        path = run.folder / f"ckpt_step{step + 1:04d}.safetensors"
-        save_knobs(path, exp.chat.policy, run.knob_meta(step + 1), deployed=True)
+    with as_deployed(exp, state):
+        rates = evaluate_held_out(exp, exp.data.held_out, ablate_quarantine=True).rates()
+        if exp.cfg.evaluation.save_eval_ckpts:
+            path = run.folder / f"ckpt_step{done:04d}.safetensors"
+            save_knobs(path, exp.chat.policy, run.knob_meta(done), deployed=True)
     return {"hack_deploy": rates.hack, "solve_deploy": rates.solve}
 
 
