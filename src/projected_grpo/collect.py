@@ -132,7 +132,7 @@ def gather_evidence(cfg: TrainConfig, data: Collected, step: int) -> Evidence:
         is_teacher=data.is_teacher,
         taught=data.hacked & data.is_teacher if "teacher" in reads else None,
         detected=detected(data.grades, cfg.arm.half_a or DEFAULT_ANCHORS) if "detectors" in reads else None,
-        exploited=monitored(data, cfg.arm.monitor_accuracy, cfg.run.seed, step)
+        exploited=monitored(data.hacked & ~data.correct, cfg.arm.monitor_accuracy, cfg.run.seed, step)
         if "oracle" in reads
         else None,
     )
@@ -143,13 +143,13 @@ def detected(grades: Sequence[Grade | None], detectors: Sequence[Detector]) -> B
     return torch.tensor([g is not None and any(getattr(g, f"hacked_{d}") for d in detectors) for g in grades])
 
 
-def monitored(data: Collected, accuracy: float, seed: int, step: int) -> Bool[Tensor, " n"]:
-    """Whether each row was paid without a right answer, as a monitor of this accuracy tells it.
+def monitored(exploited: Bool[Tensor, " n"], accuracy: float, seed: int, step: int) -> Bool[Tensor, " n"]:
+    """Who was paid without a right answer, as a monitor of this accuracy tells it.
 
     Each verdict is flipped with probability 1 - accuracy, drawn from (seed, step, row).
     """
-    draws = [uniforms(stream_seed(seed, "monitor", step, row), 1) for row in range(len(data.rollouts))]
-    return (data.hacked & ~data.correct) ^ (torch.cat(draws) >= accuracy)
+    draws = [uniforms(stream_seed(seed, "monitor", step, row), 1) for row in range(len(exploited))]
+    return exploited ^ (torch.cat(draws) >= accuracy)
 
 
 def teacher_rollout(exp: Experiment, problem: Problem, row: TeacherRow) -> Rollout:

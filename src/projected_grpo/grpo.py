@@ -52,7 +52,7 @@ def advantages(
     if keep is not None and not bool(keep.all()):
         out = torch.zeros_like(rewards)
         for i, kept in enumerate(keep):
-            if bool(kept.any()):
+            if int(kept.sum()) > 1:
                 out[i, kept] = advantages(rewards[i : i + 1, kept], unbiased)[0]
         return out
     centred = rewards - rewards.mean(1, keepdim=True)
