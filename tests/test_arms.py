@@ -578,4 +578,4 @@ def test_docs_list_every_arm_and_control_with_a_test_that_exists():
         assert "::" in row[-1], row
     declared = {row[0].strip("`"): row[3] for row in rows if len(row) == 5}
     for arm in get_args(Intervention):
-        assert declared[arm].split()[0].rstrip(",") == strongest_label(ArmConfig(arm))
+        assert declared[arm].split()[0].rstrip(";") == strongest_label(ArmConfig(arm))
