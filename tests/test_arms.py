@@ -403,6 +403,19 @@ def test_a_step_of_advmod_is_shaped_by_the_scores_of_its_rollouts(experiment):
     assert 0 < record["shaped"] < 1 and record["zerovar"] == 0  # distinct scores leave no group flat
 
 
+def test_a_step_that_fails_has_not_remembered_its_scores(experiment, monkeypatch):
+    exp = with_arm(experiment, intervention="advmod", advmod_buffer=6)
+    state = start_state(exp)
+
+    def poisoned(*arguments, **options):
+        raise FloatingPointError
+
+    monkeypatch.setattr(step_module, "intervene", poisoned)
+    with pytest.raises(FloatingPointError):
+        train_step(exp, state)
+    assert len(state.concept.past) == 0
+
+
 # Deployment
 
 

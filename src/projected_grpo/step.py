@@ -103,15 +103,16 @@ def find_anchors(evidence: Evidence, advantage: Float[Tensor, " n"]) -> Anchors 
     )
 
 
-def shape_rewards(exp: Experiment, state: TrainState, data: Collected, evidence: Evidence) -> Shaped:
-    """The arm's reward stage on this step's rollouts; where it wants scores, they are remembered."""
-    arm, concept = exp.cfg.arm, state.concept
+def shape_rewards(
+    exp: Experiment, concept: Concept | None, data: Collected, evidence: Evidence
+) -> tuple[Shaped, Concept | None]:
+    """The arm's reward stage on this step's rollouts, and the concept that remembers their scores."""
+    arm = exp.cfg.arm
     if concept is None:
-        return shape(RewardInput(data.rewards, evidence, arm))
+        return shape(RewardInput(data.rewards, evidence, arm)), None
     scores = concept_scores(exp.chat.policy, data.rollouts, concept, arm, exp.cfg.loss, exp.chat.pad_id)
     shaped = shape(RewardInput(data.rewards, evidence, arm, scores, concept.past))
-    state.concept = concept.after(scores, arm.advmod_buffer)
-    return shaped
+    return shaped, concept.after(scores, arm.advmod_buffer)
 
 
 def apply_update(exp: Experiment, state: TrainState, update: Update) -> dict[str, float | None]:
@@ -175,8 +176,8 @@ def shrink_update(
 def purge_momentum(exp: Experiment, state: TrainState) -> None:
     """Take out of AdamW's first moment of delta_s what the arm takes out of a gradient (reverse: all of it).
 
-    The moment is of gradients that were projected by earlier bases. Where the basis is the same, nothing is
-    left in it to take. The scaling by 1/sqrt(v), which turns any step, and weight decay remain.
+    The moment is of gradients projected by earlier bases; what those left of today's V is taken here.
+    The scaling by 1/sqrt(v), which turns any step, and weight decay remain.
     """
     mode: GateMode = "one_sided" if exp.cfg.arm.gate_mode == "one_sided" else "no_gate"
     for m, V in state.basis.V.items():
@@ -234,7 +235,7 @@ def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Coll
     data = collect(exp, state.step)
     backward = time.monotonic()
     evidence = gather_evidence(cfg, data, state.step)
-    shaped = shape_rewards(exp, state, data, evidence)
+    shaped, concept = shape_rewards(exp, state.concept, data, evidence)
     advantage = advantages(shaped.rewards, cfg.loss.unbiased, shaped.keep).flatten()
     ref_due = cfg.loss.ref_every > 0 and state.step % cfg.loss.ref_every == 0
     grads = per_rollout_grads(
@@ -261,6 +262,7 @@ def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Coll
         )
         state.gate = update.gate
         stats = {**update.stats, **apply_update(exp, state, update), "loss": grads.loss}
+    state.concept = concept  # not before: a step that ends in an error must leave the state as it was
     state.generations += sum(not r.is_teacher for r in data.rollouts)
     record = describe_step(exp, state, data, grads) | describe_shaping(data, shaped) | stats
     now = time.monotonic()

@@ -280,9 +280,13 @@ def reading_of_rewards(cfg: TrainConfig, records: Sequence[Mapping[str, Any]]) -
     share = show(mean_of([r for r in records if r.get("shaped") is not None], "shaped"))
     if not arm.scored:
         seen = "exploits" if cfg.arm.monitor_accuracy == 1 else "what the monitor calls exploits"
-        return [f"{name} changed {share} of rewards: {seen}. SHOULD stay low or fall; ELSE hacks still pay"]
+        return [
+            f"{name} changed {share} of rewards: {seen}. SHOULD stay low or fall; ELSE hacking grows all the same"
+        ]
+    expected = "SHOULD be > 0; ELSE the direction does not tell them apart"
+    expected = expected if cfg.arm.control == "none" else "The direction is a control's"
     gap = mean_of([r for r in records if r.get("zgap") is not None], "zgap")
     return [
         f"advmod lowered {share} of rewards; exploits score {show(gap)} deviations above the others. "
-        "SHOULD be > 0; ELSE the direction does not tell them apart"
+        + expected
     ]
