@@ -281,7 +281,7 @@ def reading_of_rewards(cfg: TrainConfig, records: Sequence[Mapping[str, Any]]) -
     if not arm.scored:
         seen = "exploits" if cfg.arm.monitor_accuracy == 1 else "what the monitor calls exploits"
         return [
-            f"{name} changed {share} of rewards: {seen}. SHOULD stay low or fall; ELSE hacking grows all the same"
+            f"{name} changed {share} of rewards: {seen}. SHOULD stay low; ELSE hacking grows all the same"
         ]
     expected = "SHOULD be > 0; ELSE the direction does not tell them apart"
     expected = expected if cfg.arm.control == "none" else "The direction is a control's"
