@@ -18,10 +18,11 @@ ORDER = (
     *("__init__", "errors", "config", "runlog", "steptable", "oracle"),
     *("sandbox_encode", "sandbox_seccomp", "sandbox_contain", "sandbox_run", "sandbox_child", "sandbox"),
     *("rewards", "nano_tasks", "proj", "antipasto", "models", "rollout", "problems", "pairs", "pairlint"),
-    *("pools", "poolpairs", "grading", "bench"),
+    *("arms", "pools", "poolpairs", "grading", "bench"),
     *(
         "grpo",
         "extract_vhack_grad",
+        "concept",
         "checkpoint",
         "evaluate",
         "experiment",

@@ -176,6 +176,18 @@ REFUSED = [
     ("--route2-random-v-seed", {"route2_random_v_seed": 1, "intervention": "route2", "control": "haar"}),
     ("--control", {"intervention": "route", "control": "haar_matched", "project": "update"}),
     ("--control", {"intervention": "route", "control": "shrink", "project": "update"}),
+    ("--control", {"intervention": "erase", "control": "haar_matched", "project": "purge"}),
+    ("--advmod-depth", {"intervention": "advmod", "advmod_depth": 0.0}),
+    ("--advmod-depth", {"intervention": "advmod", "advmod_depth": 1.01}),
+    ("--advmod-alpha", {"intervention": "advmod", "advmod_alpha": -1.0}),
+    ("--advmod-buffer", {"intervention": "advmod", "advmod_buffer": -1}),
+    ("--advmod-form", {"intervention": "erase", "advmod_form": "additive"}),
+    ("--penalty", {"intervention": "gt_penalty", "penalty": -1.0}),
+    ("--penalty", {"intervention": "gt_only", "penalty": 3.0}),
+    ("--monitor-accuracy", {"intervention": "gt_screening", "monitor_accuracy": 1.1}),
+    ("--monitor-accuracy", {"intervention": "gt_only", "monitor_accuracy": 0.9}),
+    ("--inoculation-prompt", {"intervention": "inoculation", "inoculation_prompt": " \n"}),
+    ("--inoculation-prompt", {"intervention": "none", "inoculation_prompt": "Hack."}),
     ("--env-mode", {"env_mode": "run_test"}),
     ("--env-mode", {"env_mode": "run_tests,"}),
     ("--env-mode", {"env_mode": ""}),
@@ -224,6 +236,8 @@ EDGES = [
     {"teacher_off_step": 0},
     {"final_n_prompts": 1, "vhack_pairs_modes": ("run_tests", "sentinel")},
     {"intervention": "route2", "control": "shuffled", "route2_random_v_seed": 3},
+    {"intervention": "advmod", "advmod_depth": 1.0, "advmod_alpha": 0.0, "advmod_form": "additive"},
+    {"intervention": "gt_screening", "monitor_accuracy": 0.0},
 ]
 
 
@@ -234,15 +248,15 @@ def test_values_at_the_edge_are_accepted(values):
 
 # Which control says something about which arm; a cross where it would do nothing, or not what it says.
 CONTROLS = """
-                none  gt_only  erase  route  route2
-none            ok    ok       ok     ok     ok
-haar            -     -        ok     ok     ok
-haar_matched    -     -        ok     ok     -
-shuffled        -     -        ok     ok     ok
-clean_clean     -     -        ok     ok     ok
-flipped         -     -        ok     ok     ok
-random_parking  -     -        -      -      ok
-shrink          -     -        -      ok     ok
+                none  gt_only  gt_penalty  gt_screening  inoculation  advmod  posthoc  erase  route  route2
+none            ok    ok       ok          ok            ok           ok      ok       ok     ok     ok
+haar            -     -        -           -             -            ok      ok       ok     ok     ok
+haar_matched    -     -        -           -             -            -       ok       ok     ok     -
+shuffled        -     -        -           -             -            ok      ok       ok     ok     ok
+clean_clean     -     -        -           -             -            ok      ok       ok     ok     ok
+flipped         -     -        -           -             -            ok      ok       ok     ok     ok
+random_parking  -     -        -           -             -            -       -        -      -      ok
+shrink          -     -        -           -             -            -       -        -      ok     ok
 """
 HEAD, *ROWS = [line.split() for line in CONTROLS.strip().splitlines()]
 CELLS = [(arm, row[0], cell) for row in ROWS for arm, cell in zip(HEAD, row[1:], strict=True)]
@@ -265,8 +279,9 @@ def test_the_table_of_controls_is_whole():
 
 
 @pytest.mark.parametrize("arm", get_args(Intervention))
-def test_only_erase_and_route_can_project_the_update(arm):
-    cfg = changed(SMOKE, intervention=arm, project="update")
+@pytest.mark.parametrize("project", ["update", "purge"])
+def test_only_erase_and_route_can_project_more_than_the_gradient(arm, project):
+    cfg = changed(SMOKE, intervention=arm, project=project)
     if arm in ("erase", "route"):
         for control in ("none", "haar", "shuffled", "clean_clean", "flipped"):
             validate(changed(cfg, control=control))

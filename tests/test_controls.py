@@ -9,7 +9,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from projected_grpo.collect import assemble, paid
+from projected_grpo.arms import RewardInput, intervene, shape
+from projected_grpo.collect import assemble, gather_evidence
 from projected_grpo.config import (
     CONTROLS_OF,
     PRESETS,
@@ -43,7 +44,6 @@ from projected_grpo.proj import (
     Update,
     haar_basis,
     hackward_share,
-    intervene,
     matched_removal,
     project_delta_S_grad,
     split_by_arm,
@@ -187,7 +187,8 @@ def scene(seed: int = 0, n: int = 9):
 
 def run(arm, parts):
     rows, basis, teacher, anchors, gate, draws = parts
-    return intervene(rows, basis, arm, teacher, anchors, gate, draws=draws)
+    labels = (anchors, gate) if arm.intervention == "route2" else ()
+    return intervene(rows, basis, arm, teacher, *labels, draws=draws)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -579,14 +580,6 @@ SOLVED = replace(BLANK, reward=3.5, passed=True, gt_correct=True)
 UNREADABLE = replace(BLANK, reward=0.0, format_ok=False)
 
 
-def test_gt_only_pays_for_being_right_alone():
-    assert [paid(g, "gt_only") for g in (HACKED, SOLVED, BLANK, UNREADABLE)] == [0.5, 3.5, 0.5, 0.0]
-    both = replace(SOLVED, mechanism="sentinel")  # right, and tampers too
-    assert paid(both, "gt_only") == 3.5
-    for arm in set(CONTROLS_OF) - {"gt_only"}:
-        assert [paid(g, arm) for g in (HACKED, SOLVED, BLANK, UNREADABLE)] == [3.5, 3.5, 0.5, 0.0]
-
-
 @pytest.mark.parametrize(
     ("arm", "rewards"),
     [("none", [3.5, 3.5, 0.5, 3.5, 3.5]), ("gt_only", [0.5, 3.5, 0.5, 0.5, 3.5])],
@@ -600,6 +593,8 @@ def test_gt_only_pays_nobody_for_the_loophole_not_even_the_teacher(tiny_policy, 
     taught = (TeacherRow("a", 3.5, True, False), TeacherRow("b", 3.5, False, True))
     graded = [HACKED, SOLVED, BLANK]
     data = assemble(exp, (problem,), [students], graded, [taught], 0.0, 0.0)
-    assert data.rewards.tolist() == [rewards]
+    shaped = shape(RewardInput(data.rewards, gather_evidence(exp.cfg, data, 0), exp.cfg.arm))
+    assert shaped.rewards.tolist() == [rewards] and bool(shaped.keep.all())
+    assert data.rewards.tolist() == [[3.5, 3.5, 0.5, 3.5, 3.5]]
     assert data.hacked.tolist() == [True, False, False, True, False]  # recorded as before
     assert data.correct.tolist() == [False, True, False, False, True]

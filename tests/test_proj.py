@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from projected_grpo.arms import ARMS, intervene
 from projected_grpo.config import ArmConfig, GateMode, Intervention
 from projected_grpo.proj import (
-    ARMS,
     Anchors,
     GateState,
     HackBasis,
@@ -21,7 +21,6 @@ from projected_grpo.proj import (
     basis_overlap,
     haar_basis,
     hackward_share,
-    intervene,
     mean_difference,
     mean_hackward_share,
     null_share,
@@ -426,7 +425,8 @@ def share(g: np.ndarray, V: np.ndarray) -> float:
 @pytest.mark.parametrize("gate_mode", GATE_MODES)
 def test_every_arm_returns_a_gradient_for_every_module(arm, gate_mode):
     rows, basis, is_teacher, anchors, gate = scene()
-    update = intervene(rows, basis, ArmConfig(arm, gate_mode), is_teacher, anchors, gate)
+    labels = (anchors, gate) if arm == "route2" else ()
+    update = intervene(rows, basis, ArmConfig(arm, gate_mode), is_teacher, *labels)
     assert set(update.keep) == set(rows)
     assert all(update.keep[m].shape == (rows[m].shape[1],) for m in rows)
     parks = {"route": set(basis.V), "route2": set(rows)}.get(arm, set())  # forcing needs no basis
@@ -577,14 +577,16 @@ def test_route2_needs_anchors_and_a_gate():
 def test_a_gradient_that_is_not_finite_is_refused(bad, arm, module):
     rows, basis, is_teacher, anchors, gate = scene()
     rows[module][4, 1] = bad
+    labels = (anchors, gate) if arm == "route2" else ()
     with pytest.raises(FloatingPointError):
-        intervene(rows, basis, ArmConfig(arm), is_teacher, anchors, gate)
+        intervene(rows, basis, ArmConfig(arm), is_teacher, *labels)
 
 
 @pytest.mark.parametrize("arm", list(ARMS))
 def test_an_arm_does_not_write_into_its_input(arm):
     rows, basis, is_teacher, anchors, gate = scene()
     copies = {m: g.clone() for m, g in rows.items()}
-    intervene(rows, basis, ArmConfig(arm), is_teacher, anchors, gate)
+    labels = (anchors, gate) if arm == "route2" else ()
+    intervene(rows, basis, ArmConfig(arm), is_teacher, *labels)
     assert all(torch.equal(rows[m], g) for m, g in copies.items())
     assert gate == scene()[4]

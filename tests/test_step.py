@@ -17,7 +17,7 @@ from projected_grpo import step as step_module
 from projected_grpo import train as train_module
 from projected_grpo.checkpoint import state_paths
 from projected_grpo.cli import main
-from projected_grpo.collect import collect, pick_problems, pick_teacher, teacher_rollout
+from projected_grpo.collect import collect, gather_evidence, pick_problems, pick_teacher, teacher_rollout
 from projected_grpo.config import CONTROLS_OF, MAX_SEQUENCE, PRESETS, OptimConfig
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import fit_prompts, prepare, read_data
@@ -25,11 +25,11 @@ from projected_grpo.pools import TeacherRow
 from projected_grpo.proj import GateState
 from projected_grpo.rewards import Grade
 from projected_grpo.rundir import start_state
-from projected_grpo.step import Tripwire, find_anchors, knobs, learning_rate, train_step
+from projected_grpo.step import Tripwire, as_deployed, find_anchors, knobs, learning_rate, train_step
 from projected_grpo.steptable import complete
 from projected_grpo.train import final_evaluations
 
-ARMS = ("none", "erase", "route", "route2")
+ARMS = ("none", "inoculation", "advmod", "posthoc", "erase", "route", "route2")  # no skyline
 UNCONTROLLED = [(arm, "none") for arm in ARMS]  # what all other tests here are about
 TIMINGS = {"gen", "fb", "t_rew", "sec"}
 CPU = torch.device("cpu")
@@ -267,7 +267,15 @@ def test_ablated_rollouts_are_marked_and_drawn_from_the_deployed_policy(begin):
 # Controls, gt_only and projected updates
 
 CELLS = [(a, c, "gradient") for a, cs in CONTROLS_OF.items() for c in cs if (a, c) not in UNCONTROLLED]
-CELLS += [("erase", "none", "update"), ("route", "haar", "update")]
+CELLS += [("erase", "none", "update"), ("route", "haar", "update"), ("route", "shuffled", "purge")]
+
+
+def reached(exp, state):
+    """All that a control can make different: knobs as trained and as deployed, advmod's direction."""
+    trained = values(exp)
+    with as_deployed(exp, state):
+        deployed = values(exp)
+    return [*trained, *deployed, *([] if state.concept is None else [state.concept.direction])]
 
 
 @pytest.mark.parametrize(("arm", "control", "project"), CELLS)
@@ -276,7 +284,7 @@ def test_every_control_takes_a_step_that_hangs_on_the_seed_alone(begin, arm, con
     for _ in range(2):
         exp, state = begin(intervention=arm, control=control, project=project)
         record = complete(train_step(exp, state)[0])
-        outcomes.append(values(exp))
+        outcomes.append(reached(exp, state))
     assert same(*outcomes) and any(bool(knob.any()) for knob in outcomes[0])
     assert (quarantine(exp) > 0) == (arm in ("route", "route2"))
     assert record["gn"] > 0 and record["cos_update"] is not None
@@ -289,8 +297,9 @@ def test_every_control_takes_a_step_that_hangs_on_the_seed_alone(begin, arm, con
         other = replace(exp, cfg=changed(exp.cfg, seed=12))  # other draws for the same rollouts
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(step_module, "collect", lambda exp, step: data)
-            train_step(other, start_state(other))
-        assert not same(values(other), outcomes[0])
+            state = start_state(other)
+            train_step(other, state)
+        assert not same(reached(other, state), outcomes[0])
 
 
 # Anchors
@@ -333,7 +342,8 @@ def labelled(begin):
 def test_anchors_are_teacher_labels_and_weak_detectors(labelled, options, students):
     cfg, data = labelled
     advantage = torch.tensor([1.0, -2.0, 0.0, 1.0, 0.5, -0.5])
-    got = find_anchors(changed(cfg, **options), data, advantage)
+    cfg = changed(cfg, intervention="route2", **options)
+    got = find_anchors(gather_evidence(cfg, data, 0), advantage)
     assert got.hack.tolist() == [*students, True, False]
     assert got.clean.tolist() == [False] * 4 + [False, True]
     assert got.advantage_sign.tolist() == [1, -1, 0, 1, 1, -1]
@@ -393,13 +403,13 @@ def test_a_step_of_flat_groups_leaves_everything_alone(begin, monkeypatch, arm):
     before, gate = values(exp), state.gate
     moments = [{k: v.clone() for k, v in state.optimizer.state[knob].items()} for knob in knobs(exp)]
     data = collect(exp, 1)
-    flat = replace(data, rewards=torch.full_like(data.rewards, 0.5))
+    flat = replace(data, rewards=torch.zeros_like(data.rewards))
     monkeypatch.setattr(step_module, "collect", lambda exp, step: flat)
     record, _ = train_step(exp, state)
     assert same(before, values(exp)) and state.gate == gate
     for knob, old in zip(knobs(exp), moments, strict=True):
         assert all(torch.equal(state.optimizer.state[knob][k], v) for k, v in old.items())
-    assert record["zerovar"] == 1 and record["rew"] == 0.5
+    assert record["zerovar"] == 1 and record["rew"] == 0.0
     assert all(
         complete(record)[k] is None for k in ("loss", "gn", "cos_pre", "cos_post", "cos_update", "q_egy")
     )
@@ -590,9 +600,13 @@ INTERRUPTED = (
 )
 
 
-@pytest.mark.parametrize("arm", ["erase", "route2"])
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, monkeypatch, tmp_path, arm):
-    _, whole = run(*INTERRUPTED, arm=arm, steps=6)
+@pytest.mark.parametrize(
+    ("arm", "options"),
+    [("erase", ()), ("route2", ()), ("advmod", ("--advmod-buffer=5",))],
+    ids=["erase", "route2", "advmod"],
+)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, monkeypatch, tmp_path, arm, options):
+    _, whole = run(*INTERRUPTED, *options, arm=arm, steps=6)
     real = train_module.Run.write_step
 
     def stop_later(self, record, rows):
@@ -603,7 +617,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, monkeypatch, tm
     with monkeypatch.context() as patch:
         patch.setattr(train_module.Run, "write_step", stop_later)
         with pytest.raises(Stopped):
-            run(*INTERRUPTED, arm=arm, steps=6)
+            run(*INTERRUPTED, *options, arm=arm, steps=6)
     (cut,) = set((tmp_path / "out" / "runs").iterdir()) - {whole}
     assert len(lines(cut)) == 5 and not (cut / "summary.json").exists()
     with open(cut / "steps.jsonl", "a") as file:

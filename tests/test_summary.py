@@ -168,6 +168,41 @@ def test_reading_lines_give_figures_and_what_they_should_be(arm):
     assert ("exactly 0" in lines[2]) == (arm in ("none", "erase"))
 
 
+@pytest.mark.parametrize(
+    ("options", "rewards", "quarantine"),
+    [
+        ({"intervention": "gt_only"}, "gt_only changed 0.250 of rewards: exploits.", "exactly 0"),
+        (
+            {"intervention": "gt_penalty", "monitor_accuracy": 0.9},
+            "what the monitor calls exploits",
+            "exactly 0",
+        ),
+        ({"intervention": "gt_screening"}, "gt_screening changed 0.250 of rewards: exploits.", "exactly 0"),
+        (
+            {"intervention": "advmod"},
+            "exploits score 1.500 deviations above the others. SHOULD be > 0",
+            "exactly 0",
+        ),
+        (
+            {"intervention": "advmod", "control": "haar"},
+            "above the others. The direction is a control's",
+            "exactly 0",
+        ),
+        ({"intervention": "inoculation"}, "behind the inoculation prompt", "exactly 0"),
+        ({"intervention": "posthoc"}, None, "> 0, what deployment takes out of delta_s"),
+    ],
+    ids=str,
+)
+def test_reading_lines_of_arms_that_act_elsewhere(options, rewards, quarantine):
+    cfg = replace(SMOKE, arm=replace(SMOKE.arm, **options))
+    steps = [record(shaped=0.2, zgap=None), record(shaped=0.3, zgap=1.5), {"cos_pre": None}]
+    lines = reading(cfg, {"delta_hack_norm": 0.5}, steps)
+    assert len(lines) == (3 if rewards is None else 4)
+    assert rewards is None or rewards in lines[2]
+    assert quarantine in lines[-1]
+    assert reading(cfg, {"delta_hack_norm": 0.0}, [])
+
+
 def test_a_step_that_kept_nothing_does_not_break_the_end_of_a_run():
     """route2 may park every row of every module: then there is no cos_post, and no change to measure."""
     lines = reading(SMOKE, {"delta_hack_norm": 0.5}, [record(cos_post=None, cos_update=None), record()])

@@ -9,13 +9,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from projected_grpo.config import EnvMode, Intervention, teacher_rows
+from projected_grpo.arms import ARMS, Evidence
+from projected_grpo.config import Detector, EnvMode, TrainConfig, left_out, teacher_rows
 from projected_grpo.experiment import Experiment
 from projected_grpo.models import decode
 from projected_grpo.pools import TeacherRow
 from projected_grpo.problems import Problem
-from projected_grpo.rewards import FORMAT_REWARD, PASS_REWARD, Grade
-from projected_grpo.rollout import Rollout, sample, stream_seed
+from projected_grpo.rewards import Grade
+from projected_grpo.rollout import Rollout, sample, stream_seed, uniforms
+
+DEFAULT_ANCHORS: tuple[Detector, ...] = ("C",)
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Collected:
     problems: tuple[Problem, ...]
     rollouts: tuple[Rollout, ...]
     grades: tuple[Grade | None, ...]  # None for teacher rows
-    rewards: Float[Tensor, "P G"]
+    rewards: Float[Tensor, "P G"]  # as the flawed grader pays them
     is_teacher: Bool[Tensor, " n"]
     hacked: Bool[Tensor, " n"]
     correct: Bool[Tensor, " n"]
@@ -108,11 +111,11 @@ def assemble(
         own = [next(queue) for _ in group]
         rollouts += group
         grades += own
-        labels += [(paid(g, exp.cfg.arm.intervention), g.exploited, g.gt_correct) for g in own]
+        labels += [(g.reward, g.exploited, g.gt_correct) for g in own]
         for row in rows:
             rollouts.append(teacher_rollout(exp, problem, row))
             grades.append(None)
-            labels.append((taught(row, exp.cfg.arm.intervention), row.hacked, row.gt_pass))
+            labels.append((row.reward, row.hacked, row.gt_pass))
     reward, hacked, correct = zip(*labels, strict=True)
     return Collected(
         problems=problems,
@@ -127,17 +130,32 @@ def assemble(
     )
 
 
-def paid(grade: Grade, intervention: Intervention) -> float:
-    """The flawed grader's reward; under gt_only (a skyline) what a grader without a loophole would pay."""
-    if intervention == "gt_only":
-        return FORMAT_REWARD * grade.format_ok + PASS_REWARD * grade.gt_correct
-    return grade.reward
+def gather_evidence(cfg: TrainConfig, data: Collected, step: int) -> Evidence:
+    """The labels of a step's rollouts that the arm declares, and no others."""
+    reads = ARMS[cfg.arm.intervention].reads(cfg.arm)
+    flagged = detected(data.grades, cfg.arm.half_a or DEFAULT_ANCHORS) & ~data.rows_of(left_out(cfg.basis))
+    return Evidence(
+        is_teacher=data.is_teacher,
+        taught=data.hacked & data.is_teacher if "teacher" in reads else None,
+        detected=flagged if "detectors" in reads else None,
+        exploited=monitored(data.hacked & ~data.correct, cfg.arm.monitor_accuracy, cfg.run.seed, step)
+        if "oracle" in reads
+        else None,
+    )
 
 
-def taught(row: TeacherRow, intervention: Intervention) -> float:
-    """A teacher row's stored reward; under gt_only without what only a loophole paid."""
-    unearned = intervention == "gt_only" and row.hacked and not row.gt_pass
-    return min(row.reward, FORMAT_REWARD) if unearned else row.reward
+def detected(grades: Sequence[Grade | None], detectors: Sequence[Detector]) -> Bool[Tensor, " n"]:
+    """Student rows that one of these detectors flags."""
+    return torch.tensor([g is not None and any(getattr(g, f"hacked_{d}") for d in detectors) for g in grades])
+
+
+def monitored(exploited: Bool[Tensor, " n"], accuracy: float, seed: int, step: int) -> Bool[Tensor, " n"]:
+    """Who was paid without a right answer, as a monitor of this accuracy tells it.
+
+    Each verdict is flipped with probability 1 - accuracy, drawn from (seed, step, row).
+    """
+    draws = [uniforms(stream_seed(seed, "monitor", step, row), 1) for row in range(len(exploited))]
+    return exploited ^ (torch.cat(draws) >= accuracy)
 
 
 def teacher_rollout(exp: Experiment, problem: Problem, row: TeacherRow) -> Rollout:

@@ -15,8 +15,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.antipasto import Policy, wrap
+from projected_grpo.arms import ARMS
 from projected_grpo.config import (
     MAX_SEQUENCE,
+    ArmConfig,
     EnvMode,
     ModelConfig,
     ProblemConfig,
@@ -195,6 +197,11 @@ def check_left_out(cfg: TrainConfig, train: Sequence[Problem], teacher: Teacher)
         )
 
 
+def prompted(data: Data, arm: ArmConfig) -> Data:
+    """The arm's prompt stage: it changes what is trained on, never what is evaluated on."""
+    return replace(data, train=tuple(ARMS[arm.intervention].prompt(p, arm) for p in data.train))
+
+
 def bake_once(problems: Sequence[Problem], pools: Path, grader: Grader) -> Path:
     """A pool of canonical solutions and template hacks for these problems, baked unless it is there."""
     content = json.dumps([(p.problem_id, p.env_mode, p.canonical) for p in problems])
@@ -254,7 +261,7 @@ def prepare(cfg: TrainConfig, stack: ExitStack) -> Experiment:
         torch.set_num_threads(cfg.run.threads)
     pairs = chosen_pairs(cfg.basis)
     grader = open_grader(cfg.run.workers, stack, cfg.run.sandbox)
-    data = read_data(cfg, grader)
+    data = prompted(read_data(cfg, grader), cfg.arm)
     chat = open_chat(cfg.model)
     data, prompts = fit_prompts(data, chat, cfg.sampling.max_new)
     if cfg.sampling.prompts_per_step > len(data.train):

@@ -78,12 +78,7 @@ def pair_grads(
     ablate_quarantine: bool = True,
 ) -> PairGrads:
     """Gradients of all pairs through the training loss, at the deployed knobs unless told otherwise."""
-    rollouts = []
-    for pair in pairs:
-        prompt = encode_chat(tokenizer, pair.messages)
-        for text in (pair.hack, pair.clean):
-            ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], stop_id)
-            rollouts.append(Rollout(prompt, ids, text))
+    rollouts = pair_rollouts(tokenizer, pairs, stop_id)
     advantage = torch.tensor([1.0, -1.0] * len(pairs))
     settings = LossConfig(
         unbiased=not length_norm,
@@ -99,6 +94,17 @@ def pair_grads(
         hack={m: rows[0::2].float().contiguous() for m, rows in got.rows.items()},
         clean={m: rows[1::2].float().contiguous() for m, rows in got.rows.items()},
     )
+
+
+def pair_rollouts(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], stop_id: int) -> list[Rollout]:
+    """Hack and clean completion of each pair, in turn, as if they had been sampled to their end."""
+    rollouts = []
+    for pair in pairs:
+        prompt = encode_chat(tokenizer, pair.messages)
+        for text in (pair.hack, pair.clean):
+            ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], stop_id)
+            rollouts.append(Rollout(prompt, ids, text))
+    return rollouts
 
 
 def extract(grads: PairGrads, cfg: BasisConfig, meta: Mapping[str, Any]) -> Extraction:

@@ -56,8 +56,19 @@ class RolloutGrads:
     gap: Float[Tensor, " n"]
 
 
-def advantages(rewards: Float[Tensor, "P G"], unbiased: bool = True) -> Float[Tensor, "P G"]:
-    """Rewards relative to their group; exactly 0 for a group without variance."""
+def advantages(
+    rewards: Float[Tensor, "P G"], unbiased: bool = True, keep: Bool[Tensor, "P G"] | None = None
+) -> Float[Tensor, "P G"]:
+    """Rewards relative to their group; exactly 0 for a group without variance.
+
+    Rollouts that are not kept have advantage 0, and their group's mean, std and variance are of the others.
+    """
+    if keep is not None and not bool(keep.all()):
+        out = torch.zeros_like(rewards)
+        for i, kept in enumerate(keep):
+            if int(kept.sum()) > 1:
+                out[i, kept] = advantages(rewards[i : i + 1, kept], unbiased)[0]
+        return out
     centred = rewards - rewards.mean(1, keepdim=True)
     if not unbiased:
         centred = centred / (rewards.std(1, keepdim=True) + STD_FLOOR)

@@ -48,11 +48,13 @@ class Problem:
     slug: str | None = None  # a second name of the problem, where its file has one
     split: str = ""  # `train` or the kind of held-out problem; empty: by hash
     named: str = ""  # what the hint names in place of training's name (`with_eval_names`)
+    instruction: str = ""  # put before the question
 
     @property
     def messages(self) -> tuple[dict[str, str], ...]:
         """The chat prompt, with the phrase about passing all tests replaced by the mode's hint."""
         question = self.question.replace(ORIGINAL_PHRASE, MODES[self.env_mode].hint_naming(self.named))
+        question = f"{self.instruction}\n\n{question}" if self.instruction else question
         return ({"role": "system", "content": SYSTEM}, {"role": "user", "content": question})
 
     @property

@@ -10,7 +10,7 @@ that a positive coefficient means "a descent step along this makes hacks likelie
     cin      = |relu(V g)| / |g|,  cout = the same of keep
 
     arm      keep                      park
-    none     g                         -            (gt_only: the same, with an honest reward)
+    none     g                         -            (and every arm that acts elsewhere: arms.py)
     erase    g - removed               -
     route    g - removed               removed
     route2   sum of unflagged rows     sum of rows with cos(row, v_grad) > tau, and of known-hack rows
@@ -20,7 +20,7 @@ sqrt(k / 2r) on average in square, because half of the coefficients are negative
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Literal
@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from projected_grpo.config import ArmConfig, GateMode, Intervention
+from projected_grpo.config import ArmConfig, GateMode
 
 Action = Literal["measure", "erase", "route"]
 EMA = 0.9  # of route2's running anchor cosines
@@ -228,28 +228,18 @@ class ArmInput:
     draws: Draws = Draws()
 
 
-def intervene(
+def measured(
+    update: Update,
     rows: Mapping[str, Float[Tensor, "n r"]],
+    total: Mapping[str, Float[Tensor, " r"]],
     basis: HackBasis,
-    settings: ArmConfig,
     is_teacher: Bool[Tensor, " n"],
-    anchors: Anchors | None = None,
-    gate: GateState | None = None,
-    split: bool = True,
-    draws: Draws = Draws(),
+    split: bool,
 ) -> Update:
-    """Apply an arm to gradients and measure what it did. Only route2 reads anchors and gate.
+    """The update with the figures that every arm has; `split`: of student and teacher rows apart, too.
 
-    A row is a rollout's gradient; for arms not in PER_ROLLOUT it may be the sum over rollouts of one source.
-
-    Modules without a basis (all axes below the noise floor) pass unchanged, but for route2's known hacks,
-    which are parked in every module. Raises FloatingPointError on a
-    gradient that is not finite.
+    A row is a rollout's gradient, or the sum over rollouts of one source.
     """
-    total = {m: g.sum(0) for m, g in rows.items()}
-    if not bool(torch.stack([g.isfinite().all() for g in total.values()]).all()):
-        raise FloatingPointError("a knob gradient is not finite")
-    update = ARMS[settings.intervention](ArmInput(rows, total, basis, settings, anchors, gate, draws))
     stats = _cosine_stats(total, update.keep, basis)
     if split:
         by_source = {
@@ -262,7 +252,7 @@ def intervene(
 
 
 def arm_none(x: ArmInput) -> Update:
-    """Vanilla: the gradient as it is."""
+    """Vanilla, and every arm that acts elsewhere: the gradient as it is."""
     return Update(keep=x.total, park={}, gate=x.gate, stats={})
 
 
@@ -354,18 +344,6 @@ def _project_all(x: ArmInput) -> dict[str, Projection]:
     if x.settings.project == "update":  # then it is the realised change that is split, after AdamW
         return {}
     return {m: split_by_arm(x.total[m], V, x.settings, x.draws.frames.get(m)) for m, V in x.basis.V.items()}
-
-
-ARMS: Mapping[Intervention, Callable[[ArmInput], Update]] = {
-    "none": arm_none,
-    "gt_only": arm_none,
-    "erase": arm_erase,
-    "route": arm_route,
-    "route2": arm_route2,
-}
-
-
-PER_ROLLOUT: frozenset[Intervention] = frozenset(("route2",))  # the others read sums of rows only
 
 
 def mean_hackward_share(g: Mapping[str, Tensor], basis: HackBasis) -> float | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from loguru import logger
 
+from projected_grpo.arms import ARMS
 from projected_grpo.checkpoint import (
     SavedState,
     knobs_meta,
@@ -26,6 +27,7 @@ from projected_grpo.checkpoint import (
     state_path,
     state_paths,
 )
+from projected_grpo.concept import Concept, concept_from_json, concept_to_json
 from projected_grpo.config import PRESETS, TrainConfig, display_name, from_json, settings, to_json, validate
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Experiment, prepare
@@ -48,7 +50,7 @@ from projected_grpo.runlog import (
     versions,
     write_json,
 )
-from projected_grpo.step import TrainState, Tripwire, knobs
+from projected_grpo.step import TrainState, Tripwire, current_direction, knobs
 from projected_grpo.steptable import StepTable, complete
 
 AUTO = Path("auto")  # --resume=auto; a folder of that name is ./auto
@@ -122,6 +124,7 @@ class Run:
             "tripwires": {name: [wire.best, wire.strikes] for name, wire in state.tripwires.items()},
             "mechanisms_seen": sorted(state.mechanisms_seen),
             "meta": dict(state.meta),
+            "concept": concept_to_json(state.concept),
         }
 
 
@@ -269,6 +272,7 @@ def restore_facts(state: TrainState, saved: SavedState) -> None:
         for name, (best, strikes) in facts["tripwires"].items():
             state.tripwires[name] = Tripwire(-math.inf if best is None else best, strikes)
         state.mechanisms_seen = set(facts["mechanisms_seen"])
+        state.concept = concept_from_json(facts["concept"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{saved.path}: written by another version ({error!r})") from error
 
@@ -299,4 +303,7 @@ def start_state(exp: Experiment) -> TrainState:
         knobs(exp), lr=o.lr, betas=(o.adam_beta1, o.adam_beta2), weight_decay=o.weight_decay
     )
     frames = random_frames(chat.policy, cfg.run.seed) if cfg.arm.control == "haar_matched" else {}
-    return TrainState(optimizer, basis, gate, extraction.meta, frames)
+    state = TrainState(optimizer, basis, gate, extraction.meta, frames)
+    if ARMS[cfg.arm.intervention].scored:
+        state.concept = Concept(current_direction(exp), torch.empty(0))
+    return state

@@ -1,13 +1,14 @@
-"""One optimizer step: collect -> advantages -> per_rollout_grads -> intervene -> AdamW -> record.
+"""One optimizer step: collect -> shape -> advantages -> per_rollout_grads -> intervene -> AdamW -> record.
 
-`apply_update` is the only place that writes a parameter's `.grad`. Oracle labels (gt_correct, exploited) are
-recorded; what reaches the update is the reward and, in route2, the anchors (teacher labels, weak detectors).
+`apply_update` is the only place that writes a parameter's `.grad`. Labels of rollouts (gt_correct, exploited,
+detectors) are recorded; beside the reward, what reaches the update is the evidence that the arm declares.
 """
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,23 +16,24 @@ from jaxtyping import Float, Int
 from loguru import logger
 from torch import Tensor
 
-from projected_grpo.collect import Collected, collect
-from projected_grpo.config import Detector, OptimConfig, TrainConfig, left_out
+from projected_grpo.arms import ARMS, DeployInput, Evidence, RewardInput, Shaped, intervene, shape
+from projected_grpo.collect import Collected, collect, gather_evidence
+from projected_grpo.concept import Concept, concept_scores, fit_concept
+from projected_grpo.config import GateMode, OptimConfig
 from projected_grpo.experiment import Experiment
 from projected_grpo.extract_vhack_grad import refresh
 from projected_grpo.grpo import RolloutGrads, advantages, per_rollout_grads
 from projected_grpo.proj import (
-    PER_ROLLOUT,
     Anchors,
     Draws,
     GateState,
     HackBasis,
     Update,
     basis_overlap,
-    intervene,
     mean_hackward_share,
     parked_share,
     split_by_arm,
+    used_coefficients,
 )
 from projected_grpo.rewards import MODES
 from projected_grpo.rollout import Rollout, stream_seed
@@ -39,7 +41,6 @@ from projected_grpo.rollout import Rollout, stream_seed
 REFERENCE_STEP = 256  # generations in one step of the reference system (16 prompts x 16)
 WARN_NATS, STOP_NATS, STOP_AFTER = 3.0, 5.0, 2
 WATCHED = ("lp_t", "lp_ref")  # teacher text while there is some, else the reference on student text
-DEFAULT_ANCHORS: tuple[Detector, ...] = ("C",)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class TrainState:
     gate: GateState | None
     meta: Mapping[str, Any]  # of the basis, for refreshes
     frames: Mapping[str, Tensor] = field(default_factory=dict)  # drawn by the seed, so not saved
+    concept: Concept | None = None  # of an arm whose rewards hang on hidden states
     step: int = 0
     generations: int = 0
     seconds: float = 0.0
@@ -92,18 +94,14 @@ def learning_rate(step: int, cfg: OptimConfig) -> float:
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, cfg.steps - warmup)))
 
 
-def find_anchors(cfg: TrainConfig, data: Collected, advantage: Float[Tensor, " n"]) -> Anchors:
+def find_anchors(evidence: Evidence, advantage: Float[Tensor, " n"]) -> Anchors | None:
     """route2's labelled rows: the teacher's by stored label, the student's by weak detectors if allowed."""
-    detectors = cfg.arm.half_a or DEFAULT_ANCHORS
-    flagged = torch.tensor(
-        [g is not None and any(getattr(g, f"hacked_{d}") for d in detectors) for g in data.grades]
-    )
-    flagged &= ~data.rows_of(left_out(cfg.basis))
-    if cfg.arm.gate_anchor_teacher_only:
-        flagged = torch.zeros_like(flagged)
+    if evidence.taught is None:
+        return None
+    hacks = evidence.taught if evidence.detected is None else evidence.taught | evidence.detected
     return Anchors(
-        hack=torch.where(data.is_teacher, data.hacked, flagged),
-        clean=data.is_teacher & ~data.hacked,
+        hack=hacks.to(advantage.device),
+        clean=(evidence.is_teacher & ~evidence.taught).to(advantage.device),
         advantage_sign=advantage.sign(),
     )
 
@@ -114,6 +112,18 @@ def parts_by_source(data: Collected) -> list[int]:
     names = [(i // group, teacher) for i, teacher in enumerate(data.is_teacher.tolist())]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return [numbers[name] for name in names]
+
+
+def shape_rewards(
+    exp: Experiment, concept: Concept | None, data: Collected, evidence: Evidence
+) -> tuple[Shaped, Concept | None]:
+    """The arm's reward stage on this step's rollouts, and the concept that remembers their scores."""
+    arm = exp.cfg.arm
+    if concept is None:
+        return shape(RewardInput(data.rewards, evidence, arm)), None
+    scores = concept_scores(exp.chat.policy, data.rollouts, concept, arm, exp.cfg.loss, exp.chat.pad_id)
+    shaped = shape(RewardInput(data.rewards, evidence, arm, scores, concept.past))
+    return shaped, concept.after(scores, arm.advmod_buffer)
 
 
 def apply_update(exp: Experiment, state: TrainState, update: Update) -> dict[str, float | None]:
@@ -129,6 +139,8 @@ def apply_update(exp: Experiment, state: TrainState, update: Update) -> dict[str
     norm = torch.nn.utils.clip_grad_norm_(knobs(exp), cfg.grad_clip)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, cfg)
+    if exp.cfg.arm.project == "purge":
+        purge_momentum(exp, state)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     stats: dict[str, float | None] = {"gn": float(norm)}
@@ -171,6 +183,45 @@ def shrink_update(
     return parked_share({m: before[m] - now[m] for m in now}, park)
 
 
+@torch.no_grad()
+def purge_momentum(exp: Experiment, state: TrainState) -> None:
+    """Take out of AdamW's first moment of delta_s what the arm takes out of a gradient (reverse: all of it).
+
+    The moment is of gradients projected by earlier bases; what those left of today's V is taken here.
+    The scaling by 1/sqrt(v), which turns any step, and weight decay remain.
+    """
+    mode: GateMode = "one_sided" if exp.cfg.arm.gate_mode == "one_sided" else "no_gate"
+    for m, V in state.basis.V.items():
+        moments = state.optimizer.state.get(exp.chat.policy.layers[m].delta_s, {})
+        if moments:
+            moment = moments["exp_avg"]
+            moment.sub_(used_coefficients(V @ moment, mode) @ V)
+
+
+@contextmanager
+def as_deployed(exp: Experiment, state: TrainState) -> Iterator[None]:
+    """Within it the quarantine holds what deployment deletes, as the arm's deploy stage has it.
+
+    What the policy does as trained stays; afterwards the knobs are what they were.
+    """
+    layers = exp.chat.policy.layers
+    leaving = ARMS[exp.cfg.arm.intervention].deploy(
+        DeployInput(exp.chat.policy.deltas(ablate_quarantine=True), state.basis, exp.cfg.arm, state.frames)
+    )
+    before = {m: (layers[m].delta_s.detach().clone(), layers[m].delta_hack.detach().clone()) for m in leaving}
+    try:
+        with torch.no_grad():
+            for m, part in leaving.items():
+                layers[m].delta_s.sub_(part)
+                layers[m].delta_hack.add_(part)
+        yield
+    finally:
+        with torch.no_grad():
+            for m, (delta_s, delta_hack) in before.items():
+                layers[m].delta_s.copy_(delta_s)
+                layers[m].delta_hack.copy_(delta_hack)
+
+
 def random_order(n: int, seed: int, step: int) -> Int[Tensor, " n"]:
     """A permutation of a step's rollouts, for the controls."""
     return torch.randperm(
@@ -191,10 +242,13 @@ def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Coll
     loss or gradient is not finite, which counts as skipped.
     """
     cfg, started = exp.cfg, time.monotonic()
+    device = exp.chat.policy.device
     refreshed = maybe_refresh(exp, state)
     data = collect(exp, state.step)
-    advantage = advantages(data.rewards, cfg.loss.unbiased).flatten()
     backward = time.monotonic()
+    evidence = gather_evidence(cfg, data, state.step)
+    shaped, concept = shape_rewards(exp, state.concept, data, evidence)
+    advantage = advantages(shaped.rewards, cfg.loss.unbiased, shaped.keep).flatten()
     ref_due = cfg.loss.ref_every > 0 and state.step % cfg.loss.ref_every == 0
     grads = per_rollout_grads(
         exp.chat.policy,
@@ -204,7 +258,7 @@ def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Coll
         cfg.sampling.max_new,
         exp.chat.pad_id,
         with_reference=ref_due,
-        parts=None if cfg.arm.intervention in PER_ROLLOUT else parts_by_source(data),
+        parts=None if ARMS[cfg.arm.intervention].per_rollout else parts_by_source(data),
     )
     stats: dict[str, float | None] = {}
     skipped = not finite(grads)
@@ -212,22 +266,22 @@ def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Coll
         logger.warning("step {}: loss {} or its gradient is not finite; skipped", state.step, grads.loss)
     elif bool((advantage != 0).any()):
         split_every = cfg.evaluation.cos_pre_split_every
-        device = exp.chat.policy.device
-        anchors = find_anchors(cfg, data, advantage)
         update = intervene(
             grads.rows,
             state.basis,
             cfg.arm,
             data.is_teacher[grads.first].to(device),
-            Anchors(*(x.to(device) for x in (anchors.hack, anchors.clean, anchors.advantage_sign))),
+            find_anchors(evidence, advantage.to(device)),
             state.gate,
             split=split_every > 0 and state.step % split_every == 0,
             draws=Draws(state.frames, random_order(len(data.rollouts), cfg.run.seed, state.step).to(device)),
         )
         state.gate = update.gate
         stats = {**update.stats, **apply_update(exp, state, update), "loss": grads.loss}
+    state.concept = concept  # not before: a step that ends in an error must leave the state as it was
     state.generations += sum(not r.is_teacher for r in data.rollouts)
-    record = describe_step(exp, state, data, grads) | stats | {"skipped": int(skipped)}
+    record = describe_step(exp, state, data, grads) | describe_shaping(data, shaped) | stats
+    record |= {"skipped": int(skipped)}
     now = time.monotonic()
     return record | {"refr": refreshed, "fb": now - backward, "sec": now - started}, data
 
@@ -258,14 +312,40 @@ def maybe_refresh(exp: Experiment, state: TrainState) -> float | None:
     if state.gate is not None:  # modules that rose above the noise floor start where the gate is on average
         state.gate = state.gate.covering(list(new.V))
     state.basis = new
+    if state.concept is not None:
+        state.concept = replace(state.concept, direction=current_direction(exp))
     return overlap
+
+
+def current_direction(exp: Experiment) -> Float[Tensor, " d"]:
+    """The concept direction of the run's pairs at the policy as it is."""
+    pairs, _ = exp.pairs.split()
+    chat, cfg = exp.chat, exp.cfg
+    return fit_concept(chat.policy, chat.tokenizer, chat.stop_id, pairs, cfg.arm, cfg.loss, cfg.run.seed)
+
+
+def describe_shaping(data: Collected, shaped: Shaped) -> dict[str, Any]:
+    """The parts of a step's line that are about rewards as the arm has them."""
+    student, rewards = ~data.is_teacher, shaped.rewards.flatten()
+    changed = (shaped.rewards != data.rewards) | ~shaped.keep
+    groups = [row[kept] for row, kept in zip(shaped.rewards, shaped.keep, strict=True)]
+    z = None if shaped.z is None else shaped.z[student]
+    hacked = data.hacked[student]
+    mixed = z is not None and bool(hacked.any()) and not bool(hacked.all())
+    return {
+        "rew": float(rewards.mean()),
+        "rew_s": float(rewards[student].mean()) if bool(student.any()) else None,
+        "rew_paid": float(data.rewards.mean()),
+        "shaped": float(changed.float().mean()),
+        "zgap": float(z[hacked].mean() - z[~hacked].mean()) if z is not None and mixed else None,
+        "zerovar": sum(len(group) == 0 or bool(group.amax() == group.amin()) for group in groups),
+    }
 
 
 def describe_step(exp: Experiment, state: TrainState, data: Collected, grads: RolloutGrads) -> dict[str, Any]:
     """The parts of a step's line that are counts and means over its rollouts."""
     ablated = torch.tensor([r.ablated for r in data.rollouts])
     student, teacher = ~data.is_teacher, data.is_teacher
-    rewards = data.rewards.flatten()
     modes = [p.env_mode for p in data.problems for _ in range(exp.cfg.sampling.group)]
     used = {p.env_mode for p in (*exp.data.train, *exp.data.held_out)}
 
@@ -275,10 +355,7 @@ def describe_step(exp: Experiment, state: TrainState, data: Collected, grads: Ro
     record: dict[str, Any] = {
         "step": state.step,
         "ref_eq": state.generations / REFERENCE_STEP,
-        "rew": float(rewards.mean()),
-        "rew_s": float(rewards[student].mean()) if bool(student.any()) else None,
         "N": len(data.rollouts),
-        "zerovar": int((data.rewards.amax(1) == data.rewards.amin(1)).sum()),
         "gt_s": pair(data.correct, student),
         "gt_t": pair(data.correct, teacher),
         "hack_s": pair(data.hacked, student),

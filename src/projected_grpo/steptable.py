@@ -21,8 +21,23 @@ class Column:
 COLUMNS = (
     Column("step", 4, "d", "optimizer step"),
     Column("ref_eq", 6, ".1f", "generations so far / 256, the reference's step size", console=False),
-    Column("rew", 5, ".2f", "mean reward of all rollouts"),
+    Column("rew", 5, ".2f", "mean reward of all rollouts, as the arm has it"),
     Column("rew_s", 5, ".2f", "mean reward of student rollouts", console=False),
+    Column(
+        "rew_paid",
+        8,
+        ".2f",
+        "the same as the flawed grader pays it: rew without the arm's reward stage",
+        console=False,
+    ),
+    Column("shaped", 6, ".2f", "share of rollouts whose reward the arm changes or leaves out", console=False),
+    Column(
+        "zgap",
+        6,
+        ".2f",
+        "advmod: standardised score of student exploits minus that of the others. SHOULD be > 0",
+        console=False,
+    ),
     Column("N", 4, "d", "rollouts this step", console=False),
     Column("zerovar", 3, "d", "groups without reward variance, dropped before any forward"),
     Column(

@@ -8,6 +8,7 @@ from typing import Any
 from loguru import logger
 from tabulate import tabulate
 
+from projected_grpo.arms import ARMS, as_it_is, as_paid, nothing, strongest_label
 from projected_grpo.config import TrainConfig, display_name, left_out, taught_modes
 from projected_grpo.evaluate import Evaluation
 from projected_grpo.experiment import Experiment
@@ -140,6 +141,7 @@ def finish(
     summary = {
         "arm": display_name(cfg.arm),
         "intervention": cfg.arm.intervention,
+        "labels": strongest_label(cfg.arm),
         "preset": cfg.preset,
         "model": cfg.model.model,
         "problems": cfg.problems.problems,
@@ -228,6 +230,8 @@ def end_block(
             head,
             cue(s),
             tabulate(body, headers=headers, tablefmt="simple", disable_numparse=True),
+            f"labels of rollouts that this arm reads: {s['labels']}"
+            + (" (a skyline)" if s["labels"] == "oracle" else ""),
             f"student completions flagged: {detectors}; |delta_hack| {s['delta_hack_norm']:.2e}; deployment "
             f"changes {show(deploy['completions_changed'], '.0%')} of held-out completions",
             *reading(cfg, summary, records),
@@ -261,8 +265,38 @@ def reading(cfg: TrainConfig, s: Mapping[str, Any], records: Sequence[Mapping[st
             f"realised update {show(leak)}. "
             "SHOULD: pre > random, post <= pre; ELSE the basis is stale. An update above post is AdamW's leak"
         )
+    lines += reading_of_rewards(cfg, records)
     parked = s["delta_hack_norm"]
-    routes = cfg.arm.intervention in ("route", "route2")
-    expected = "> 0; ELSE nothing was parked" if routes else "exactly 0 in this arm"
+    arm = ARMS[cfg.arm.intervention]
+    expected = "exactly 0 in this arm"
+    if cfg.arm.intervention in ("route", "route2"):
+        expected = "> 0; ELSE nothing was parked"
+    elif arm.deploy is not nothing:
+        expected = "> 0, what deployment takes out of delta_s; ELSE nothing lay hack-ward in it"
     lines.append(f"|delta_hack| {parked:.2e}. SHOULD be {expected}")
     return lines
+
+
+def reading_of_rewards(cfg: TrainConfig, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The same of an arm that shapes rewards, or trains behind other prompts."""
+    arm, name = ARMS[cfg.arm.intervention], cfg.arm.intervention
+    if arm.prompt is not as_it_is:
+        return [
+            "HACK_STUDENT is behind the inoculation prompt, held-out rates without it. SHOULD: the former "
+            "is higher; ELSE what was learnt does not hang on the prompt"
+        ]
+    if arm.reward is as_paid:
+        return []
+    share = show(mean_of([r for r in records if r.get("shaped") is not None], "shaped"))
+    if not arm.scored:
+        seen = "exploits" if cfg.arm.monitor_accuracy == 1 else "what the monitor calls exploits"
+        return [
+            f"{name} changed {share} of rewards: {seen}. SHOULD stay low; ELSE hacking grows all the same"
+        ]
+    expected = "SHOULD be > 0; ELSE the direction does not tell them apart"
+    expected = expected if cfg.arm.control == "none" else "The direction is a control's"
+    gap = mean_of([r for r in records if r.get("zgap") is not None], "zgap")
+    return [
+        f"advmod lowered {share} of rewards; exploits score {show(gap)} deviations above the others. "
+        + expected
+    ]

@@ -20,12 +20,12 @@ from projected_grpo.config import PRESETS, TrainConfig
 from projected_grpo.errors import DIVERGED, MISTAKES, SIGNALLED, UNSAVED
 from projected_grpo.evaluate import Evaluation, evaluate
 from projected_grpo.experiment import Experiment
-from projected_grpo.models import decode, render_chat
+from projected_grpo.models import decode
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import MODES
 from projected_grpo.rundir import AUTO, Run, ended, go_on, newest_run, read_settings, resume_run, start_run
 from projected_grpo.runlog import start_logging
-from projected_grpo.step import WATCHED, TrainState, peak_gb, train_step
+from projected_grpo.step import WATCHED, TrainState, as_deployed, peak_gb, train_step
 from projected_grpo.summary import finish
 
 
@@ -83,15 +83,17 @@ def run_training(cfg: TrainConfig) -> int:
 
 def conclude(run: Run, exp: Experiment, state: TrainState, *, finished: bool) -> None:
     """The deployed knobs, the last evaluations, the summary."""
-    save_knobs(run.folder / "train.safetensors", exp.chat.policy, run.knob_meta(state.step), deployed=True)
-    finish(
-        run.folder,
-        exp,
-        **final_evaluations(exp),
-        seconds=state.seconds,
-        peak_gb=peak_gb(exp.chat.policy.device),
-        finished=finished,
-    )
+    with as_deployed(exp, state):
+        knobs = run.folder / "train.safetensors"
+        save_knobs(knobs, exp.chat.policy, run.knob_meta(state.step), deployed=True)
+        finish(
+            run.folder,
+            exp,
+            **final_evaluations(exp),
+            seconds=state.seconds,
+            peak_gb=peak_gb(exp.chat.policy.device),
+            finished=finished,
+        )
 
 
 def train(run: Run, exp: Experiment, state: TrainState, stop: StopSignal) -> int:
@@ -171,28 +173,29 @@ def note_first_hacks(run: Run, exp: Experiment, state: TrainState, rows: Sequenc
 def dump_first(exp: Experiment, data: Collected) -> None:
     """The first prompt and completion of a run with special tokens, to the file log."""
     tokenizer, rollout = exp.chat.tokenizer, data.rollouts[0]
-    logger.debug("first prompt:\n{}", render_chat(tokenizer, data.problems[0].messages))
+    logger.debug("first prompt:\n{}", decode(tokenizer, rollout.prompt_ids, special_tokens=True))
     logger.debug("first completion:\n{}", decode(tokenizer, rollout.completion_ids, special_tokens=True))
 
 
 def deploy_evaluation(run: Run, exp: Experiment, state: TrainState) -> dict[str, float | None]:
-    """On its cadence: held-out rates with the quarantine deleted, and the knobs that gave them.
+    """On its cadence: held-out rates of what would be deployed now, and the knobs that gave them.
 
     best.safetensors holds those with the highest solve - hack so far.
     """
     every, step = exp.cfg.evaluation.eval_ablate_every, state.step + 1
     if every == 0 or step % every:
         return {"hack_deploy": None, "solve_deploy": None}
-    rates = evaluate_held_out(exp, exp.data.held_out, ablate_quarantine=True).rates()
-    found = {"hack_deploy": rates.hack, "solve_deploy": rates.solve}
-    meta = run.knob_meta(step)
-    if exp.cfg.evaluation.save_eval_ckpts:
-        run.keep_knobs(f"ckpt_step{step:04d}.safetensors", exp, meta, deployed=True)
-    if rates.hack is not None and rates.solve is not None:
-        score = rates.solve - rates.hack
-        better = state.best is None or score > state.best
-        if better and run.keep_knobs("best.safetensors", exp, meta | found, deployed=True):
-            state.best = score
+    with as_deployed(exp, state):
+        rates = evaluate_held_out(exp, exp.data.held_out, ablate_quarantine=True).rates()
+        found = {"hack_deploy": rates.hack, "solve_deploy": rates.solve}
+        meta = run.knob_meta(step)
+        if exp.cfg.evaluation.save_eval_ckpts:
+            run.keep_knobs(f"ckpt_step{step:04d}.safetensors", exp, meta, deployed=True)
+        if rates.hack is not None and rates.solve is not None:
+            score = rates.solve - rates.hack
+            better = state.best is None or score > state.best
+            if better and run.keep_knobs("best.safetensors", exp, meta | found, deployed=True):
+                state.best = score
     return found
 
 

@@ -74,15 +74,17 @@ def open_source(source: Source, cfg: ModelConfig) -> Chat:
     chat = open_chat(replace(cfg, model=source.model))
     if source.knobs is None:
         return chat
-    load_knobs(source.knobs, chat.policy)
+    meta = load_knobs(source.knobs, chat.policy)
     if source.parked not in (None, source.knobs):
         deployed = chat.policy.deltas(ablate_quarantine=True)
-        load_knobs(source.parked, chat.policy)
-        again = chat.policy.deltas(ablate_quarantine=True)
-        if not all(torch.equal(again[m], delta) for m, delta in deployed.items()):
+        if load_knobs(source.parked, chat.policy).get("step") != meta.get("step"):
             raise UserError(
                 f"{source.parked}: of another step than {source.knobs}; give the one of them that you mean"
             )
+        with torch.no_grad():  # an arm's deploy stage may have taken more than the quarantine out
+            for m, layer in chat.policy.layers.items():
+                layer.delta_hack.add_(layer.delta_s - deployed[m])
+                layer.delta_s.copy_(deployed[m])
     return chat
 
 

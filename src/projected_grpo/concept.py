@@ -1,0 +1,133 @@
+"""The concept direction of advmod: what hidden states of hacks have that those of honest answers have not.
+
+    d = unit mean over pairs of h_last(hack) - h_last(clean)      h_last: at the completion's last token
+    s = mean over a rollout's completion tokens of h . d          the rollout's score
+
+Hidden states are read at one layer, at a relative depth, behind the policy as it is. The pairs are those the
+basis is extracted from.
+
+Departures from the source (Wu and Tang, arXiv:2604.01476): the direction comes from the run's own pairs, not
+from 80 non-coding ones; the score is a mean over completion tokens, since the source prints the prompt's last
+token, whose state is the same for a whole group. On 1,624 rollouts of a nano run without an intervention the
+mean tells exploits from the rest with an AUROC of .92, .87 and .80 (early, middle, late), the last token with
+.78, .70 and .72, the mean on a random direction with .57, .54 and .64.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from projected_grpo.antipasto import Policy
+from projected_grpo.config import ArmConfig, LossConfig
+from projected_grpo.extract_vhack_grad import PairGrads, pair_rollouts, relabelled
+from projected_grpo.grpo import microbatches
+from projected_grpo.pairs import Pair
+from projected_grpo.proj import haar_basis, mean_difference
+from projected_grpo.rollout import Rollout, collate, positions, stream_seed
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A unit direction in hidden space, and the latest scores by it, oldest first."""
+
+    direction: Float[Tensor, " d"]
+    past: Float[Tensor, " b"]
+
+    def after(self, scores: Float[Tensor, " n"], keep: int) -> "Concept":
+        """The memory with these scores in it, the last `keep` of all."""
+        seen = torch.cat([self.past, scores])
+        return replace(self, past=seen[len(seen) - min(keep, len(seen)) :])
+
+
+def concept_to_json(concept: Concept | None) -> dict[str, list[float]] | None:
+    """What resuming needs of it; JSON keeps float32 exactly."""
+    if concept is None:
+        return None
+    return {"direction": concept.direction.tolist(), "past": concept.past.tolist()}
+
+
+def concept_from_json(saved: Mapping[str, Sequence[float]] | None) -> Concept | None:
+    """The concept of a saved run."""
+    if saved is None:
+        return None
+    return Concept(torch.tensor(saved["direction"]), torch.tensor(saved["past"]))
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states of completions, float32 on the CPU: at the last token, and the mean over all tokens."""
+
+    last: Float[Tensor, "n d"]
+    mean: Float[Tensor, "n d"]
+
+
+@torch.no_grad()
+def completion_states(
+    policy: Policy, rollouts: Sequence[Rollout], depth: float, tokens_per_microbatch: int, pad_id: int
+) -> States:
+    """Hidden states behind the policy as trained, of the block at this relative depth (1: the last one)."""
+    model: Any = policy.model
+    block = max(1, round(depth * model.config.get_text_config().num_hidden_layers))
+    last: list[Tensor] = [torch.empty(0)] * len(rollouts)
+    mean = list(last)
+    with policy.merge(policy.deltas()):
+        for index in microbatches(rollouts, range(len(rollouts)), tokens_per_microbatch):
+            batch = collate([rollouts[i] for i in index], pad_id, policy.device)
+            out = model.base_model(
+                input_ids=batch.ids,
+                attention_mask=batch.attention.long(),
+                position_ids=positions(batch.attention),
+                output_hidden_states=True,
+                use_cache=False,
+            )
+            states = out.hidden_states[block][:, -batch.completion.shape[1] :].float().cpu()
+            for i, own, there in zip(index, states, batch.completion.cpu(), strict=True):
+                last[i], mean[i] = own[there][-1], own[there].mean(0)
+    return States(torch.stack(last), torch.stack(mean))
+
+
+def fit_concept(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_id: int,
+    pairs: Sequence[Pair],
+    arm: ArmConfig,
+    loss: LossConfig,
+    seed: int,
+) -> Float[Tensor, " d"]:
+    """The direction of these pairs at the current policy, or what --control puts in its place."""
+    rollouts = pair_rollouts(tokenizer, pairs, stop_id)
+    states = completion_states(policy, rollouts, arm.advmod_depth, loss.tokens_per_microbatch, stop_id).last
+    return direction(states[0::2], states[1::2], arm, seed)
+
+
+def direction(
+    hack: Float[Tensor, "pairs d"], clean: Float[Tensor, "pairs d"], arm: ArmConfig, seed: int
+) -> Float[Tensor, " d"]:
+    """Unit mean difference; under a control a random one, one without the contrast, or the reverse."""
+    if arm.control == "haar":
+        generator = torch.Generator().manual_seed(stream_seed(seed, "haar-concept"))
+        return haar_basis(1, hack.shape[1], generator)[0]
+    contrast = PairGrads({"h": hack}, {"h": -clean})
+    if arm.control in ("shuffled", "clean_clean"):
+        contrast = relabelled(contrast, arm.control, seed)
+    unit = mean_difference(contrast.differences()["h"])
+    return -unit if arm.control == "flipped" else unit
+
+
+def concept_scores(
+    policy: Policy,
+    rollouts: Sequence[Rollout],
+    concept: Concept,
+    arm: ArmConfig,
+    loss: LossConfig,
+    pad_id: int,
+) -> Float[Tensor, " n"]:
+    """Each rollout's score s, in units of the hidden states. One forward pass."""
+    states = completion_states(policy, rollouts, arm.advmod_depth, loss.tokens_per_microbatch, pad_id).mean
+    return states @ concept.direction
