@@ -30,8 +30,8 @@ ORDER = (
         "step",
         "summary",
     ),
-    *("results", "plots", "train", "study", "study_report"),
-    *("verbs_basis", "verbs_grading", "verbs_study", "cli"),
+    *("results", "compare", "tables", "plots", "train", "study", "study_report", "hypotheses"),
+    *("verbs_basis", "verbs_grading", "verbs_study", "verbs_results", "cli"),
 )
 LONGEST = 80
 LONGEST_BY_NAME = {"train_step": 60}

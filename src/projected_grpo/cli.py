@@ -19,12 +19,11 @@ from projected_grpo.verbs_grading import (
     pool_build_verb,
     pool_regrade_verb,
 )
+from projected_grpo.verbs_results import ResultsOptions, results_verb
 from projected_grpo.verbs_study import (
     PretrainNanoOptions,
-    ResultsOptions,
     StudyOptions,
     pretrain_nano_verb,
-    results_verb,
     study_verb,
 )
 
