@@ -94,6 +94,10 @@ queue-full seeds="41 42 43":
         done
     done
 
-# Mean and SEM over seeds of every finished setting.
+# Tables over the seeds of every finished setting.
 results *runs:
     {{verb}} results {{runs}}
+
+# Pictures of finished runs, into out/pictures.
+plot *runs:
+    {{verb}} plot --out out/pictures {{runs}}

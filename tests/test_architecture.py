@@ -30,7 +30,18 @@ ORDER = (
         "step",
         "summary",
     ),
-    *("results", "compare", "tables", "plots", "train", "study", "study_report", "hypotheses"),
+    *(
+        "results",
+        "compare",
+        "tables",
+        "plots",
+        "pictures",
+        "report",
+        "train",
+        "study",
+        "study_report",
+        "hypotheses",
+    ),
     *("verbs_basis", "verbs_grading", "verbs_study", "verbs_results", "cli"),
 )
 LONGEST = 80

@@ -19,7 +19,14 @@ from projected_grpo.verbs_grading import (
     pool_build_verb,
     pool_regrade_verb,
 )
-from projected_grpo.verbs_results import ResultsOptions, results_verb
+from projected_grpo.verbs_results import (
+    PlotOptions,
+    ReportOptions,
+    ResultsOptions,
+    plot_verb,
+    report_verb,
+    results_verb,
+)
 from projected_grpo.verbs_study import (
     PretrainNanoOptions,
     StudyOptions,
@@ -50,6 +57,8 @@ VERBS: Mapping[str, tuple[type, Callable[..., int]]] = {
     "study": (StudyOptions, study_verb),
     "pretrain-nano": (PretrainNanoOptions, pretrain_nano_verb),
     "results": (ResultsOptions, results_verb),
+    "plot": (PlotOptions, plot_verb),
+    "report": (ReportOptions, report_verb),
     "bench grader": (BenchGraderOptions, bench_grader_verb),
 }
 

@@ -1,4 +1,4 @@
-"""The verbs that read finished runs: tables and verdicts."""
+"""The verbs that read finished runs: tables, verdicts, pictures, a page."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,10 @@ import tyro
 from loguru import logger
 
 from projected_grpo.compare import check_arm, headline, modes, notes, paired, rates
+from projected_grpo.errors import UserError
 from projected_grpo.hypotheses import verdicts
+from projected_grpo.pictures import Kind, draw
+from projected_grpo.report import report_page
 from projected_grpo.results import VANILLA, Groups, finished, grouped, read_runs
 from projected_grpo.runlog import write_atomically
 from projected_grpo.tables import Format, Table, render, render_tables
@@ -33,6 +36,29 @@ class ResultsOptions:
     """File to write to (default: standard output)."""
     falsify: bool = False
     """The preregistered verdicts H1, H3 and H4 instead of tables."""
+
+
+@dataclass(frozen=True)
+class PlotOptions:
+    """Runs, study records, or folders of either, and where the pictures go."""
+
+    out: Path
+    """Folder of the pictures, PNG and SVG each."""
+    runs: Runs = RUNS
+    kind: Kind = "all"
+    """dynamics: hack and solve by step; pareto: hack against solve; modes: held-out rates per mode; cosines:
+    hack-ward shares by step; parked: the quarantine's share; heldout: cosines of held-out pairs."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Runs, or folders of runs, and the file that shows them."""
+
+    runs: Runs
+    out: Path = Path("out/report.html")
+    """The page; it needs no other file and no network."""
+    max_rollouts: int = 50_000
+    """Of a run with more rollouts than this, whole steps are left out, evenly; the page says so."""
 
 
 def results_verb(options: ResultsOptions) -> int:
@@ -73,3 +99,25 @@ def falsify_text(groups: Groups, kind: Format) -> str:
         ]
         return "\n".join(f"- {line}" for line in [*lines, *told])
     return render_tables(kind, [table], told)
+
+
+def plot_verb(options: PlotOptions) -> int:
+    """Pictures of finished runs: dynamics, Pareto frontier, modes, cosines, parked share, held-out pairs."""
+    made, skipped = draw(grouped(finished(read_runs(options.runs))), options.kind, options.out)
+    for line in skipped:
+        logger.warning("{}", line)
+    if not made:
+        raise UserError(f"plot --kind {options.kind}: nothing to draw; {'; '.join(skipped)}")
+    print("\n".join(made))
+    return 0
+
+
+def report_verb(options: ReportOptions) -> int:
+    """One HTML page on some runs: summary, curves, differences of settings, rollouts to read and search."""
+    if options.max_rollouts < 1:
+        raise UserError(f"--max-rollouts must be at least 1, got {options.max_rollouts}")
+    if not options.runs:
+        raise UserError("report needs a run: projected-grpo report out/runs/RUN ...")
+    write_atomically(options.out, report_page(read_runs(options.runs), options.max_rollouts).encode())
+    print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB")
+    return 0
