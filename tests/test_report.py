@@ -145,7 +145,7 @@ def test_the_mark_is_on_the_hack_and_not_on_honest_code(mode):
 
 
 def test_the_triggers_are_regular_expressions_of_both_languages():
-    """JavaScript (without its u flag) has no named groups of Python's form, no inline flags, no \\A or \\Z."""
+    """JavaScript (without its u flag) has no inline flags, no \\A or \\Z, and other named groups."""
     for pattern in triggers().values():
         re.compile(pattern)
         assert not re.search(r"\(\?[P<a-zA-Z]|\\[AZ]|[*+?}]\+", pattern)
