@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fake_runs import made
 from hacks import CANONICAL, HACKS, WRONG
 from projected_grpo import cli
 from projected_grpo.report import FLAGS, embedded, report_data, thinned, triggers
 from projected_grpo.results import read_runs
 from projected_grpo.rewards import MODES
 from projected_grpo.runlog import append_jsonl
-from test_results import made
 
 EVIL = "</script><img src=x onerror=alert(1)><!-- \u2028 \ud800 ```python\nprint('<b>')"
 
