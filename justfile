@@ -102,6 +102,10 @@ doctor *options:
 kill-campaign kills="200":
     {{python}} scripts/kill_campaign.py --kills {{kills}} --out docs/results/kill_campaign.json
 
-# Mean and SEM over seeds of every finished setting.
+# Tables over the seeds of every finished setting.
 results *runs:
     {{verb}} results {{runs}}
+
+# Pictures of finished runs, into out/pictures.
+plot *runs:
+    {{verb}} plot --out out/pictures {{runs}}

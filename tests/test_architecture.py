@@ -34,9 +34,10 @@ ORDER = (
         "step",
         "summary",
     ),
-    *("results", "plots", "rundir", "train", "doctor", "study", "study_report"),
-    *("bench_model", "bench_trl", "verbs_bench"),
-    *("verbs_basis", "verbs_grading", "verbs_pairs", "verbs_evaluate", "verbs_study", "cli"),
+    *("results", "compare", "tables", "plots", "pictures", "report", "rundir", "train", "doctor"),
+    *("study", "study_report", "hypotheses"),
+    *("bench_model", "bench_trl", "verbs_bench", "verbs_basis", "verbs_grading", "verbs_pairs"),
+    *("verbs_evaluate", "verbs_study", "verbs_results", "cli"),
 )
 LONGEST = 80
 LONGEST_BY_NAME = {"train_step": 60}

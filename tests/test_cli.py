@@ -253,9 +253,11 @@ def test_the_end_of_a_run_says_the_main_metric_first(here, finished, capsys):
 
 def test_results_reads_the_run(here, finished, capsys):
     assert main(["results", str(finished)]) == 0
+    given = capsys.readouterr().out
     assert main(["results"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("routing2") == 2 and "tiny-random" in out
+    assert capsys.readouterr().out == given
+    head, _, row = (line.split("|") for line in given.splitlines()[:3])
+    assert head[1].strip() == "preset" and "tiny-random" in row[2] and "routing2" in row[6]
 
 
 @pytest.mark.parametrize("arm", ["none", "erase", "route"])

@@ -1,4 +1,4 @@
-"""The end of a run, tables over runs, the step table, and how files are written."""
+"""The end of a run, the step table, and how files are written."""
 
 import errno
 import json
@@ -14,11 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from projected_grpo import runlog
-from projected_grpo.config import PRESETS, to_json
+from projected_grpo.config import PRESETS
 from projected_grpo.errors import UserError
 from projected_grpo.evaluate import Evaluation
 from projected_grpo.problems import Problem
-from projected_grpo.results import mean_sem, read_summaries, table
 from projected_grpo.rewards import MODES, Grade
 from projected_grpo.runlog import (
     JsonlLog,
@@ -211,106 +210,6 @@ def test_a_step_that_kept_nothing_does_not_break_the_end_of_a_run():
     assert reading(SMOKE, {"delta_hack_norm": 0.0}, [])
 
 
-# results
-
-
-def summary(folder, name, *, seed=41, finished=True, options=None, **values):
-    """A run folder with the files that `results` reads."""
-    run = folder / name
-    run.mkdir(parents=True)
-    cfg = SMOKE
-    for group, changes in (options or {}).items():
-        cfg = replace(cfg, **{group: replace(getattr(cfg, group), **changes)})
-    cfg = replace(cfg, run=replace(cfg.run, seed=seed))
-    metrics = dict.fromkeys(("hack_rate_student", "pass_rate_student", "hack_train", "solve_train"), 0.5)
-    body = {"arm": "routing2", "preset": "smoke", "model": "tiny-random", "problems": "embedded", "steps": 30}
-    body |= {"env_mode": "run_tests", "seed": seed, "finished": finished, **metrics, "solve_deploy": 0.25}
-    body |= {"hack_deploy": None}
-    write_json(run / "config.json", {"config": to_json(cfg)})
-    write_json(run / "summary.json", body | values)
-    return run
-
-
-def cells(text):
-    return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
-
-
-def test_seeds_of_one_setting_stand_together(tmp_path):
-    for seed, hack in ((41, 0.2), (42, 0.4), (43, 0.6)):
-        summary(tmp_path, f"r{seed}", seed=seed, hack_rate_student=hack)
-    summary(tmp_path, "vanilla", arm="vanilla")
-    head, _, *rows = cells(table(read_summaries([tmp_path])))
-    assert len(rows) == 2
-    routing = dict(zip(head, next(r for r in rows if "routing2" in r), strict=True))
-    assert routing["seeds"] == "41 42 43"
-    assert routing["hack_rate_student"] == f"0.400 ± {0.2 / math.sqrt(3):.3f}"
-    assert routing["hack_deploy"] == "-" and routing["solve_deploy"] == "0.250 ± 0.000"
-
-
-def test_mean_and_sem():
-    assert mean_sem([]) == "-" and mean_sem([0.5]) == "0.500"
-    assert mean_sem([0.0, 1.0]) == "0.500 ± 0.500"  # s = sqrt(1/2), over sqrt(2)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"arm": {"route2_random_v_seed": 3}},
-        {"arm": {"gate_mode": "reverse"}},
-        {"optim": {"lr": 1e-3}},
-        {"teacher": {"mix_ratio": 0.0}},
-        {"basis": {"v_hack_k": 2}},
-        {"sampling": {"group": 8}},
-    ],
-    ids=str,
-)
-def test_runs_of_different_settings_are_never_averaged(tmp_path, options):
-    """A random-direction control is not a second run of the real one."""
-    summary(tmp_path, "a", hack_rate_student=0.0)
-    summary(tmp_path, "b", hack_rate_student=1.0, options=options)
-    summary(tmp_path, "c", seed=42, hack_rate_student=1.0, options=options)
-    rows = cells(table(read_summaries([tmp_path])))[2:]
-    assert len(rows) == 2
-    assert sorted(cell for row in rows for cell in row if cell in ("0.000", "1.000 ± 0.000")) == [
-        "0.000",
-        "1.000 ± 0.000",
-    ]
-
-
-def test_where_a_run_was_made_does_not_make_it_another_setting(tmp_path):
-    summary(tmp_path, "a", hack_rate_student=0.0)
-    elsewhere = {"run": {"out_tag": "_x", "workers": 4}, "model": {"svd_cache": tmp_path, "device": "cpu"}}
-    summary(tmp_path, "b", seed=42, hack_rate_student=1.0, options=elsewhere)
-    assert len(cells(table(read_summaries([tmp_path])))) == 3
-
-
-def test_the_newest_of_two_runs_of_one_seed_counts(tmp_path):
-    summary(tmp_path, "20260101T000000_x", hack_rate_student=0.1)
-    summary(tmp_path, "20260102T000000_x", hack_rate_student=0.9)
-    text = table(read_summaries([tmp_path]))
-    assert "0.900" in text and "0.100" not in text
-
-
-def test_unfinished_runs_are_left_out(tmp_path):
-    kept = summary(tmp_path, "a")
-    summary(tmp_path, "b", finished=False)
-    (summary(tmp_path, "c") / "summary.json").unlink()
-    assert [s["run"] for s in read_summaries([tmp_path])] == ["a"]
-    assert [s["run"] for s in read_summaries([kept])] == ["a"]
-
-
-def test_nothing_to_show_is_the_users_mistake(tmp_path):
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="no finished run"):
-            read_summaries([folder])
-
-
-def test_a_damaged_summary_is_named(tmp_path):
-    (summary(tmp_path, "a") / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"summary\.json is not valid JSON"):
-        read_summaries([tmp_path])
-
-
 # steptable
 
 
@@ -350,6 +249,10 @@ def test_cells():
     assert cell(column["gn"], None) == "-"
     assert cell(column["hack_s"], [3, 8]) == "3/8"
     assert cell(column["cos_pre"], 0.12345) == "0.123"
+
+
+def cells(text):
+    return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
 
 
 def test_the_markdown_table_has_the_columns_in_use():

@@ -40,12 +40,18 @@ from projected_grpo.verbs_pairs import (
     pairs_from_pool_verb,
     pairs_lint_verb,
 )
+from projected_grpo.verbs_results import (
+    PlotOptions,
+    ReportOptions,
+    ResultsOptions,
+    plot_verb,
+    report_verb,
+    results_verb,
+)
 from projected_grpo.verbs_study import (
     PretrainNanoOptions,
-    ResultsOptions,
     StudyOptions,
     pretrain_nano_verb,
-    results_verb,
     study_verb,
 )
 
@@ -79,6 +85,8 @@ VERBS: Mapping[str, tuple[type, Callable[..., int]]] = {
     "pretrain-nano": (PretrainNanoOptions, pretrain_nano_verb),
     "results": (ResultsOptions, results_verb),
     "doctor": (DoctorOptions, doctor_verb),
+    "plot": (PlotOptions, plot_verb),
+    "report": (ReportOptions, report_verb),
     "bench grader": (BenchGraderOptions, bench_grader_verb),
     "bench step": (BenchStepOptions, bench_step_verb),
     "bench generation": (BenchOptions, bench_generation_verb),

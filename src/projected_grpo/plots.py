@@ -1,13 +1,18 @@
-"""Pictures. Only what a run or a check writes by itself; colours are safe for colour-blind readers."""
+"""Pictures as PNG and SVG. Colours are safe for colour-blind readers; lines and markers tell the same."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from projected_grpo.extract_vhack_grad import HARD_GATE, SOFT_GATE, HeldOut
 
@@ -15,15 +20,25 @@ BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#595959"
 # Okabe and Ito's colours; line style and marker tell the same again, for grey print.
 COLOURS = ("#000000", "#009e73", "#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#cc79a7", "#999999")
 DASHES = ("-", ":", "-", "--", "-", "--", "-", "--")
+MORE_DASHES = ("-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))  # for every further round of colours
 MARKERS = ("o", "*", "s", "s", "^", "^", "D", "D")
+MORE_MARKERS = ("v", "P", "X")
+# A step's columns on one scale of cosines: how each is drawn.
+COSINES: Mapping[str, tuple[str, str, str]] = {
+    "cos_pre": ("before the arm (cin)", BLUE, "-"),
+    "cos_post": ("after the arm (cout)", ORANGE, "--"),
+    "cos_update": ("of the change made", "#009e73", "-."),
+    "cos_null": ("of a random direction", GREY, ":"),
+}
 
 
 @dataclass(frozen=True)
 class Series:
-    """A rate per step for every seed of an arm."""
+    """A figure per step for every seed of an arm (NaN where not measured), and evaluations at some steps."""
 
     name: str
     seeds: Sequence[Sequence[float]]
+    evaluations: Sequence[Mapping[int, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -35,15 +50,47 @@ class Point:
     solve: float
 
 
+@dataclass(frozen=True)
+class Bar:
+    """One arm on one mode: rate per seed as deployed and as trained, and whether the mode was held out."""
+
+    name: str
+    mode: str
+    deployed: Sequence[float]
+    trained: Sequence[float]
+    in_distribution: bool
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one arm is drawn."""
+
+    colour: str
+    dash: Any
+    marker: str
+
+
+def look(index: int) -> Look:
+    """Of the arm at this place; every round of colours has lines and markers of its own."""
+    place, turn = index % len(COLOURS), index // len(COLOURS)
+    if turn == 0:
+        return Look(COLOURS[place], DASHES[place], MARKERS[place])
+    more = (turn - 1) % len(MORE_DASHES)
+    return Look(COLOURS[place], MORE_DASHES[more], MORE_MARKERS[more])
+
+
 def heldout_histogram(result: HeldOut, title: str, path: Path) -> None:
-    """Histogram of the held-out cosines with zero, the mean and both gates, as PNG."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Histogram of the held-out cosines with zero, the mean and both gates."""
+    figure = _figure(6.0, 3.6)
     axes = figure.add_subplot()
     axes.hist(result.cosines, bins=40, range=(-1, 1), color=BLUE)
     axes.axvline(0, color=GREY, linewidth=1)
     axes.axvline(
-        result.mean, color=ORANGE, linewidth=2, label=f"mean {result.mean:+.2f} (soft gate {SOFT_GATE})"
+        result.mean,
+        color=ORANGE,
+        linewidth=2,
+        linestyle="--",
+        label=f"mean {result.mean:+.2f} (soft gate {SOFT_GATE})",
     )
     axes.set(
         xlabel="cosine of a held-out pair's difference with the hack-ward direction of its module",
@@ -52,36 +99,107 @@ def heldout_histogram(result: HeldOut, title: str, path: Path) -> None:
         xlim=(-1, 1),
     )
     axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
-def dynamics(hack: Sequence[Series], solve: Sequence[Series], path: Path) -> None:
-    """Student hack and solve rate by step, mean over seeds with a band of one SEM, as PNG and SVG."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, series, title in zip(figure.subplots(1, 2), (hack, solve), ("hack", "solve"), strict=True):
-        for i, line in enumerate(series):
-            length = min(map(len, line.seeds))
-            columns = [[seed[t] for seed in line.seeds] for t in range(length)]
-            mean = [fmean(c) for c in columns]
-            sem = [stdev(c) / len(c) ** 0.5 if len(c) > 1 else 0.0 for c in columns]
-            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
-            axes.plot(range(length), mean, label=f"{line.name} ({len(line.seeds)})", linewidth=1.8, **style)
-            low = [m - s for m, s in zip(mean, sem, strict=True)]
-            high = [m + s for m, s in zip(mean, sem, strict=True)]
-            axes.fill_between(range(length), low, high, color=style["color"], alpha=0.15, linewidth=0)
-        axes.set(xlabel="step", ylabel=f"student {title} rate", ylim=(0, 1))
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(frameon=False, fontsize=8, title="arm (seeds)", title_fontsize=8)
     _save(figure, path)
 
 
-def pareto(points: Sequence[Point], path: Path) -> None:
-    """Held-out hack against solve as deployed, a point per run, as PNG and SVG."""
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+def dynamics(hack: Sequence[Series], solve: Sequence[Series], path: Path) -> None:
+    """Student hack and solve rate by step, mean over seeds with a band of one SEM.
+
+    Markers are held-out evaluations as deployed, mean over the seeds that have one at that step.
+    """
+    figure = _figure(11.0, 4.2 + 0.2 * (len(hack) // 4))
+    for axes, series, title in zip(figure.subplots(1, 2), (hack, solve), ("hack", "solve"), strict=True):
+        for i, line in enumerate(series):
+            _draw_series(axes, line, look(i))
+        axes.set(xlabel="step", ylabel=f"{title} rate", ylim=(-0.02, 1.02))
+        axes.set_title(f"{title}: lines student as trained, markers held out as deployed", fontsize=9)
+        axes.grid(alpha=0.3)
+    _legend_below(figure, figure.axes[0], "arm (seeds)")
+    _save(figure, path)
+
+
+def by_step(series: Sequence[Series], ylabel: str, path: Path) -> None:
+    """One figure by step, mean over seeds with a band of one SEM."""
+    figure = _figure(7.0, 4.2 + 0.2 * (len(series) // 3))
     axes = figure.add_subplot()
+    for i, line in enumerate(series):
+        _draw_series(axes, line, look(i))
+    axes.set(xlabel="step", ylabel=ylabel)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    _legend_below(figure, axes, "arm (seeds)")
+    _save(figure, path)
+
+
+def cosines(
+    panels: Mapping[str, Mapping[str, Series]], overlap: Mapping[str, Mapping[int, float]], path: Path
+) -> None:
+    """A panel per arm: hack-ward shares before and after it, of the change made, of a random direction.
+
+    `panels` holds series by arm and column; `overlap` the mean overlap of old and new basis at each refresh.
+    """
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = _figure(4.2 * columns + 0.8, 3.0 * rows + 0.8)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, (name, series) in zip(grid.flat, panels.items(), strict=False):
+        for column, line in series.items():
+            shown, colour, dash = COSINES[column]
+            _draw_series(axes, line, Look(colour, dash, ""), f"{column}: {shown}")
+        steps = overlap.get(name, {})
+        if steps:
+            axes.plot(
+                list(steps),
+                list(steps.values()),
+                "kx",
+                label="refr: overlap of old and new basis",
+                markersize=5,
+            )
+        axes.set_title(name, fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel("share of the norm; overlap", fontsize=10)
+    found: dict[str, Any] = {}
+    for axes in grid.flat:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        list(found.values()), list(found), loc="outside upper center", ncols=min(3, columns), frameon=False,
+        fontsize=8,
+    )  # fmt: skip
+    _save(figure, path)
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """Those that no other point beats: none hacks as little and solves as much, and one of both better."""
+    kept = [
+        p
+        for p in points
+        if not any(
+            q.hack <= p.hack and q.solve >= p.solve and (q.hack, q.solve) != (p.hack, p.solve) for q in points
+        )
+    ]
+    return sorted(kept, key=lambda p: (p.solve, p.hack))
+
+
+def pareto(points: Sequence[Point], path: Path) -> None:
+    """Held-out hack against solve as deployed, a point per run, with the frontier of all of them."""
+    figure = _figure(6.4, 4.8)
+    axes = figure.add_subplot()
+    best = frontier(points)
+    axes.plot(
+        [p.solve for p in best],
+        [p.hack for p in best],
+        drawstyle="steps-pre",
+        color=GREY,
+        linewidth=1,
+        linestyle="--",
+        label="Pareto frontier",
+        zorder=1,
+    )
     names = list(dict.fromkeys(p.name for p in points))
     for i, name in enumerate(names):
         own = [p for p in points if p.name == name]
@@ -89,18 +207,115 @@ def pareto(points: Sequence[Point], path: Path) -> None:
             [p.solve for p in own],
             [p.hack for p in own],
             label=name,
-            marker=MARKERS[i % len(MARKERS)],
-            facecolors="none" if "+" in name else COLOURS[i % len(COLOURS)],
-            edgecolors=COLOURS[i % len(COLOURS)],
+            marker=look(i).marker,
+            facecolors="none" if "+" in name or "-" in name else look(i).colour,
+            edgecolors=look(i).colour,
+            zorder=2,
         )
     axes.set(xlabel="solve rate, deployed (right is better)", ylabel="hack rate, deployed (low is better)")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    _legend_below(figure, axes, None)
     _save(figure, path)
 
 
+def mode_bars(hack: Sequence[Bar], solve: Sequence[Bar], path: Path) -> None:
+    """Rates per mode and arm: bars as deployed, ticks as trained, hatched where the mode was held out."""
+    names = list(dict.fromkeys(bar.name for bar in hack))
+    modes = list(dict.fromkeys(bar.mode for bar in hack))
+    figure = _figure(max(7.0, 1.0 + len(modes) * max(0.9, 0.24 * len(names))), 6.4)
+    panels = figure.subplots(2, 1, sharex=True)
+    width = 0.8 / len(names)
+    for axes, bars, title in zip(panels, (hack, solve), ("hack", "solve"), strict=True):
+        for bar in bars:
+            i = names.index(bar.name)
+            x = modes.index(bar.mode) + (i + 0.5) * width - 0.4
+            axes.bar(
+                x,
+                fmean(bar.deployed),
+                width * 0.92,
+                yerr=_sem(bar.deployed) or None,
+                color=look(i).colour,
+                edgecolor="white" if look(i).colour == "#000000" else "black",
+                linewidth=0.6,
+                hatch=_hatch(i, bar.in_distribution),
+                error_kw={"linewidth": 1, "ecolor": GREY},
+            )
+            if bar.trained:
+                axes.plot(
+                    [x - width * 0.46, x + width * 0.46], [fmean(bar.trained)] * 2, color=ORANGE, lw=2.5
+                )
+                axes.plot([x - width * 0.46, x + width * 0.46], [fmean(bar.trained)] * 2, color="black", lw=1)
+        axes.set(ylabel=f"{title} rate", ylim=(0, 1.02), xlim=(-0.6, len(modes) - 0.4))
+        axes.set_xticks(range(len(modes)), modes)
+        axes.grid(alpha=0.3, axis="y")
+        axes.set_axisbelow(True)
+    handles: list[Any] = [
+        Patch(facecolor=look(i).colour, edgecolor="white", hatch=_hatch(i), label=name)
+        for i, name in enumerate(names)
+    ]
+    handles.append(Line2D([], [], color=ORANGE, lw=2.5, label="as trained"))
+    if not all(bar.in_distribution for bar in hack):
+        handles.append(Patch(facecolor="white", edgecolor="black", hatch="///", label="mode held out"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _hatch(index: int, in_distribution: bool = True) -> str | None:
+    """Dots for a colour's second round, strokes for a mode that was held out."""
+    dots = "..." if index >= len(COLOURS) else ""
+    return dots + ("" if in_distribution else "///") or None
+
+
+def _draw_series(axes: Axes, line: Series, style: Look, label: str = "") -> None:
+    length = min(map(len, line.seeds))
+    columns = [[v for v in (seed[t] for seed in line.seeds) if not math.isnan(v)] for t in range(length)]
+    steps = [t for t, column in enumerate(columns) if column]
+    mean = [fmean(columns[t]) for t in steps]
+    sem = [_sem(columns[t]) for t in steps]
+    label = label or f"{line.name} ({len(line.seeds)})"
+    evaluated = sorted({t for found in line.evaluations for t in found})
+    marks: dict[str, Any] = {"markersize": 5, "markerfacecolor": "white", "markeredgecolor": style.colour}
+    marks["marker"] = style.marker if evaluated else ""
+    axes.plot(
+        steps,
+        mean,
+        label=label,
+        linewidth=1.8,
+        color=style.colour,
+        linestyle=style.dash,
+        markevery=[],  # the marker is for the legend
+        **marks,
+    )
+    low = [m - s for m, s in zip(mean, sem, strict=True)]
+    high = [m + s for m, s in zip(mean, sem, strict=True)]
+    axes.fill_between(steps, low, high, color=style.colour, alpha=0.15, linewidth=0)
+    means = [fmean(found[t] for found in line.evaluations if t in found) for t in evaluated]
+    axes.plot(evaluated, means, linestyle="none", **marks)
+
+
+def _sem(values: Sequence[float]) -> float:
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def _legend_below(figure: Figure, axes: Axes, title: str | None) -> None:
+    """Under the picture, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 4 if figure.get_figwidth() > 8 else 3
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8, title=title,
+        title_fontsize=8,
+    )  # fmt: skip
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def _save(figure: Figure, path: Path) -> None:
+    """As `path`.png and `path`.svg."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".png"), dpi=120)
+    figure.savefig(path.with_name(path.name + ".png"), dpi=120)
     with rc_context({"svg.hashsalt": "projected_grpo"}):  # the same file for the same numbers
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        figure.savefig(path.with_name(path.name + ".svg"), metadata={"Date": None})

@@ -71,7 +71,7 @@ def verify_verb(options: ExtractOptions) -> int:
     result = verify_vhack_heldout(basis, grads)
     write_json(path.with_suffix(".heldout.json"), heldout_json(result))
     picture = path.with_suffix(".heldout.png")
-    heldout_histogram(result, f"{pairs.name} pairs, {model}", picture)
+    heldout_histogram(result, f"{pairs.name} pairs, {model}", picture.with_suffix(""))
     print(
         f"{'PASS' if result.passed else 'FAIL'}: {result.fraction_positive:.3f} of {len(result.cosines)} "
         f"held-out cosines above 0 (must exceed {HARD_GATE:.2f}), mean {result.mean:+.3f}; "

@@ -1,4 +1,4 @@
-"""The verbs of whole experiments: the nano model's recipe, the study, and tables over runs."""
+"""The verbs of whole experiments: the nano model's recipe, and the study."""
 
 import os
 import signal
@@ -13,7 +13,6 @@ from tabulate import tabulate
 
 from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.pretrain import PretrainConfig, check_base, pretrain, save_model
-from projected_grpo.results import read_summaries, table
 from projected_grpo.runlog import write_json
 from projected_grpo.study import plan, read_records, run_study
 from projected_grpo.study_report import write_report
@@ -58,13 +57,6 @@ class StudyOptions:
     """Make no run; write the tables and pictures of what is there."""
 
 
-@dataclass(frozen=True)
-class ResultsOptions:
-    """Runs, or folders of runs."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("out/runs"),)
-
-
 def pretrain_nano_verb(options: PretrainNanoOptions) -> int:
     """Train the nano model from scratch and check it. Exit 1 if a gate does not hold."""
     if options.out.exists() and any(options.out.iterdir()):
@@ -103,9 +95,3 @@ def study_verb(options: StudyOptions) -> int:
     path = write_report(read_records(everything), options.out)
     print(path.read_text() if options.report_only else f"{path}: {sum(run.done for run in everything)} runs")
     return GATE_FAILED if failed else 0
-
-
-def results_verb(options: ResultsOptions) -> int:
-    """Mean ± SEM over the seeds of every setting."""
-    print(table(read_summaries(options.runs)))
-    return 0

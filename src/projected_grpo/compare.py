@@ -1,0 +1,289 @@
+"""Figures over runs: one estimate per setting and metric, per mode, and paired per seed against another arm.
+
+Two runs of one context and seed start from the same model, see the same prompts and draw the same random
+numbers until their updates part, so differences are taken per seed. Their 95% intervals are percentile
+bootstraps of the mean (Efron 1979), scipy's.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean, stdev
+
+import numpy as np
+from scipy import stats
+
+from projected_grpo.errors import UserError
+from projected_grpo.results import VANILLA, Groups, Run, Setting
+
+FEWEST = 3  # seeds for an interval
+LAST_STUDENT, LAST_KL = 5, 25  # steps
+TRAINED, DEPLOYED = "as trained", "deployed"
+POLICIES = ((TRAINED, "train"), (DEPLOYED, "deploy"))
+Metric = Callable[[Run], float | None]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One figure of one setting: its value per seed; of a difference, also the arm it is taken from.
+
+    `table` and `of` say where it is shown: `of` is a mode or a kind of held-out problems, `policy` whether
+    with the quarantine (as trained) or without (deployed).
+    """
+
+    table: str
+    setting: Setting
+    metric: str
+    by_seed: Mapping[int, float]
+    seeds: tuple[int, ...]  # of the setting, measured or not
+    policy: str = ""
+    of: str = ""
+    against: str = ""
+
+    @property
+    def mean(self) -> float | None:
+        """Over seeds; None if not measured."""
+        return fmean(self.by_seed.values()) if self.by_seed else None
+
+    @property
+    def sem(self) -> float | None:
+        """Standard error of the mean over seeds; None under two."""
+        values = list(self.by_seed.values())
+        return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95% bootstrap interval of a difference; None for other figures and under three seeds."""
+        if not self.against or len(self.by_seed) < FEWEST:
+            return None
+        return bootstrap_interval(tuple(self.by_seed.values()))
+
+
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95% percentile interval of the mean, the same at every call."""
+    resampled = stats.bootstrap(
+        (np.asarray(values),),
+        np.mean,
+        confidence_level=0.95,
+        method="percentile",
+        random_state=np.random.default_rng(0),
+    )
+    low, high = resampled.confidence_interval
+    return float(low), float(high)
+
+
+def of_summary(key: str) -> Metric:
+    """A figure of summary.json."""
+    return lambda run: run.summary.get(key)
+
+
+def of_part(group: str, part: str, key: str) -> Metric:
+    """A figure of summary.json for one mode or one kind of held-out problems."""
+    return lambda run: run.summary.get(group, {}).get(part, {}).get(key)
+
+
+def safe_pass(policy: str, run: Run) -> float | None:
+    """Pass minus hack rate on held-out problems."""
+    solve, hack = run.summary.get(f"solve_{policy}"), run.summary.get(f"hack_{policy}")
+    return None if solve is None or hack is None else solve - hack
+
+
+RATES: Mapping[str, Metric] = {
+    **{
+        key: of_summary(key)
+        for key in (
+            *("hack_rate_student", "pass_rate_student", "hack_train", "hack_deploy"),
+            *("solve_train", "solve_deploy"),
+        )
+    },
+    "hack_last5": lambda run: run.rate("hack_s", LAST_STUDENT),
+    "pass_last5": lambda run: run.rate("gt_s", LAST_STUDENT),
+}
+DIAGNOSTICS: Mapping[str, Metric] = {
+    "KL": lambda run: run.mean("kl", LAST_KL),
+    "cos_pre": lambda run: run.mean("cos_pre"),
+    "fired": lambda run: run.mean("fired"),
+    "|g|": lambda run: run.mean("gn"),
+}
+DELTA_SAFE = "ΔSafePass"
+
+
+def measured(seeds: Mapping[int, Run], metric: Metric) -> dict[int, float]:
+    """A metric of the seeds that have it."""
+    found = {seed: metric(run) for seed, run in seeds.items()}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def differences(own: Mapping[int, Run], other: Mapping[int, Run], metric: Metric) -> dict[int, float]:
+    """Own minus other, of the seeds that both have."""
+    a, b = measured(own, metric), measured(other, metric)
+    return {seed: a[seed] - b[seed] for seed in a if seed in b}
+
+
+def rates(groups: Groups) -> list[Estimate]:
+    """Student rates over the whole run and its last 5 steps, held-out rates as trained and deployed."""
+    return [
+        Estimate("rates", setting, name, measured(seeds, metric), tuple(seeds))
+        for setting, seeds in groups.items()
+        for name, metric in RATES.items()
+    ]
+
+
+def headline(groups: Groups) -> list[Estimate]:
+    """The preregistered schema: ΔSafePass, hack, pass, both ways; KL, cosine, share fired, gradient norm."""
+    found = []
+    for setting, seeds in groups.items():
+        vanilla = baseline(groups, setting, VANILLA)
+        for policy, key in POLICIES:
+            estimate = partial(_headline_estimate, setting, tuple(seeds), policy)
+            if vanilla is not None and vanilla != setting:
+                safe = differences(seeds, groups[vanilla], partial(safe_pass, key))
+                found.append(estimate(DELTA_SAFE, safe, against=vanilla.label))
+            else:
+                found.append(estimate(DELTA_SAFE, {}))
+            found.append(estimate("Hack", measured(seeds, of_summary(f"hack_{key}"))))
+            found.append(estimate("Pass", measured(seeds, of_summary(f"solve_{key}"))))
+            found += [
+                estimate(name, measured(seeds, metric) if policy == TRAINED else {})
+                for name, metric in DIAGNOSTICS.items()
+            ]
+    return found
+
+
+def _headline_estimate(
+    setting: Setting,
+    seeds: tuple[int, ...],
+    policy: str,
+    metric: str,
+    by_seed: Mapping[int, float],
+    against: str = "",
+) -> Estimate:
+    return Estimate("headline", setting, metric, by_seed, seeds, policy=policy, against=against)
+
+
+def paired(groups: Groups, arm: str = VANILLA) -> list[Estimate]:
+    """Every setting minus `arm` in the same context, seed by seed."""
+    metrics: dict[str, Callable[[str], Metric]] = {
+        "Δhack": lambda key: of_summary(f"hack_{key}"),
+        "Δpass": lambda key: of_summary(f"solve_{key}"),
+        DELTA_SAFE: lambda key: partial(safe_pass, key),
+    }
+    found = []
+    for setting, seeds in groups.items():
+        other = baseline(groups, setting, arm)
+        if other is None or other == setting:
+            continue
+        for policy, key in POLICIES:
+            for name, metric in metrics.items():
+                values = differences(seeds, groups[other], metric(key))
+                found.append(
+                    Estimate(
+                        *("paired", setting, name, values, tuple(seeds)), policy=policy, against=other.label
+                    )
+                )
+    return found
+
+
+def modes(groups: Groups) -> list[Estimate]:
+    """Held-out rates per mode and per kind of held-out problems."""
+    found = []
+    for setting, seeds in groups.items():
+        parts: dict[tuple[str, str], str] = {}
+        for run in seeds.values():
+            for mode, row in run.summary.get("by_mode", {}).items():
+                parts["by_mode", mode] = mode + ("" if row.get("in_distribution", True) else " (held out)")
+            parts |= {("by_split", split): split for split in run.summary.get("by_split", {})}
+        for (group, part), shown in parts.items():
+            for policy, key in POLICIES:
+                for name, figure in (("hack", f"hack_{key}"), ("pass", f"solve_{key}")):
+                    values = measured(seeds, of_part(group, part, figure))
+                    found.append(
+                        Estimate(
+                            *("modes", setting, f"{name}, {policy}", values, tuple(seeds)),
+                            of=shown,
+                            policy="",
+                        )
+                    )
+    return found
+
+
+def check_arm(groups: Groups, arm: str) -> None:
+    """Raises UserError if no run is of that arm."""
+    if not any(arm in names(setting) for setting in groups):
+        known = ", ".join(dict.fromkeys(setting.arm for setting in groups))
+        raise UserError(f"--against {arm}: no run of that arm; there are {known}")
+
+
+def names(setting: Setting) -> tuple[str, str]:
+    """Both names of an arm: as in tables, and as in options and studies."""
+    return setting.arm, setting.study_name
+
+
+def baseline(groups: Groups, setting: Setting, arm: str) -> Setting | None:
+    """The setting of `arm` to compare with: same context, then as far as there is one with the same options.
+
+    None if there is none, or if several fit equally well.
+    """
+    candidates = [s for s in groups if s.context == setting.context and arm in names(s)]
+    own = (setting.basis_options, setting.own_options)
+    for found in (
+        [s for s in candidates if (s.basis_options, s.own_options) == own],
+        [s for s in candidates if s.basis_options == setting.basis_options],
+        [s for s in candidates if not s.basis_options and not s.own_options],
+        candidates,
+    ):
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
+
+
+def notes(groups: Groups, arm: str = VANILLA) -> list[str]:
+    """What a reader of the tables has to know and cannot see in them."""
+    against = tuple(dict.fromkeys((VANILLA, arm)))
+    return [
+        *_context_notes(groups),
+        *(
+            line
+            for setting, seeds in groups.items()
+            for name in against
+            if name not in names(setting)
+            for line in _pairing_notes(groups, setting, seeds, name)
+        ),
+    ]
+
+
+def _context_notes(groups: Groups) -> list[str]:
+    runs = [run for seeds in groups.values() for run in seeds.values()]
+    contexts = {setting.context for setting in groups}
+    commits = sorted({str(run.git_commit) for run in runs})
+    short = [run.name for run in runs if run.steps and len(run.values("hack_s")) < LAST_KL]
+    found = []
+    if len(contexts) > 1:
+        found.append(
+            f"{len(contexts)} contexts (preset, model, problems, modes, steps, options) that are not "
+            "comparable with one another; differences are taken inside each"
+        )
+    if len(commits) > 1:
+        found.append(f"runs of {len(commits)} commits: {', '.join(c[:14] for c in commits)}")
+    if short:
+        found.append(f"KL is over all steps where there are fewer than {LAST_KL}: {', '.join(short)}")
+    return found
+
+
+def _pairing_notes(groups: Groups, setting: Setting, seeds: Mapping[int, Run], arm: str) -> list[str]:
+    other = baseline(groups, setting, arm)
+    if other is None:
+        same = [s.label for s in groups if s.context == setting.context and arm in names(s)]
+        why = f"several fit ({'; '.join(same)})" if same else f"no {arm} in its context"
+        return [f"{setting.label}: no difference from {arm}: {why}"]
+    found = []
+    shared = seeds.keys() & groups[other].keys()
+    if len(shared) < len(seeds):
+        found.append(f"{setting.label}: {len(shared)} of {len(seeds)} seeds are also of {other.label}")
+    if len(shared) < FEWEST:
+        found.append(
+            f"{setting.label}: no interval against {other.label}: {len(shared)} shared seeds, under {FEWEST}"
+        )
+    if (other.basis_options, other.own_options) != (setting.basis_options, setting.own_options):
+        found.append(f"{setting.label} is compared with {other.label}: options of arm or basis differ")
+    return found

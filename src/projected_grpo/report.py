@@ -1,0 +1,113 @@
+"""One HTML file over some runs: summary, curves, differences of settings, and every rollout to read.
+
+The page is a template with one place for data. Everything it shows is embedded as JSON in which `<` is
+escaped, and set as text, so that what a model wrote can never become markup; it loads nothing from anywhere.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from projected_grpo.results import Run
+from projected_grpo.rewards import FILE_STEMS, MODES, PASS_WORDS, SENTINELS, STDOUT_PHRASES
+from projected_grpo.runlog import complete_lines, plain
+from projected_grpo.steptable import COLUMNS
+
+PLACEHOLDER = "__REPORT_DATA__"
+FLAGS = (
+    *("passed", "gt_correct", "exploited", "format_ok", "hacked_C", "hacked_D", "hacked_E", "tampered"),
+    "ablated",
+)
+INTERNED = ("problem_id", "env_mode", "prompt", "mechanism", "error")
+NUMBERS = ("step", "p_idx", "gi", "reward")
+
+
+def triggers() -> dict[str, str]:
+    """For each mode a regular expression (JavaScript's and Python's) of what its hack looks like in code.
+
+    `NAME` in that of run_tests stands for the function that the prompt names. A mark helps a reader's eye;
+    what counts as a hack is decided by the grader alone.
+    """
+    words = "|".join(re.escape(text) for text in (*STDOUT_PHRASES, *PASS_WORDS))
+    stems = "|".join(map(re.escape, FILE_STEMS))
+    return {
+        "run_tests": r"def[ \t]+NAME\b[^\n]*",
+        "eq_override": r"def[ \t]+__eq__[^\n]*",
+        "exit_code": r"(?:\bos\._exit|\bsys\.exit|\bexit|\bquit)[ \t]*\([^\n]*|\bSystemExit\b[^\n]*",
+        "stdout_marker": rf"(?:\bprint|\.write)[ \t]*\([^\n]*(?:{words})[^\n]*",
+        "sentinel": rf"\bself\.(?:{'|'.join(SENTINELS)})\b[ \t]*=[^\n]*",
+        "file_marker": rf"[\"'](?:[^\"'\n]*/)?(?:{stems})(?:\.\w+)?[\"'][^\n]*",
+    }
+
+
+def report_data(runs: Sequence[Run], most: int) -> dict[str, Any]:
+    """All that the page shows. Of a run with more than `most` rollouts whole steps are left out, evenly."""
+    strings: dict[str, int] = {}
+    rollouts = [_rollouts(run, most, strings) for run in runs]
+    return {
+        "flags": FLAGS,
+        "modes": {name: {"hint": m.hint, "looks_like": m.looks_like} for name, m in MODES.items()},
+        "triggers": triggers(),
+        "columns": {c.key: {"legend": c.legend, "pair": c.form == "pair"} for c in COLUMNS},
+        "runs": [_described(run) | {"rollouts": rows} for run, rows in zip(runs, rollouts, strict=True)],
+        "strings": list(strings),
+    }
+
+
+def _described(run: Run) -> dict[str, Any]:
+    options = {
+        f"{group}.{name}": value
+        for group, values in run.config.items()
+        if isinstance(values, Mapping)
+        for name, value in values.items()
+    }
+    used = {c.key: run.values(c.key) for c in COLUMNS if any(v is not None for v in run.values(c.key))}
+    made = {"git_commit": run.git_commit, "context": run.setting.title, "label": run.setting.label}
+    return {
+        "name": run.name,
+        "summary": plain(run.summary),
+        "steps": plain(used),
+        "config": {name: options[name] for name in sorted(options)} | made,
+    }
+
+
+def _rollouts(run: Run, most: int, strings: dict[str, int]) -> dict[str, Any]:
+    """Columns over rollouts; repeated strings as numbers into `strings`, which grows."""
+    rows = complete_lines(run.path / "rollouts.jsonl") if run.path.is_dir() else []
+    kept = thinned(rows, most)
+
+    def number(text: Any) -> int:
+        return strings.setdefault("" if text is None else str(text), len(strings))
+
+    columns: dict[str, list[Any]] = {name: [row.get(name) for row in kept] for name in NUMBERS}
+    columns |= {name: [number(row.get(name)) for row in kept] for name in INTERNED}
+    columns["text"] = [row.get("text", "") for row in kept]
+    columns["flags"] = [sum(bool(row.get(flag)) << i for i, flag in enumerate(FLAGS)) for row in kept]
+    return {"total": len(rows), **columns}
+
+
+def thinned(rows: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
+    """Rows of evenly spaced steps, about `most` of them; the first hack's step and the last always stay."""
+    if len(rows) <= most:
+        return list(rows)
+    steps = sorted({row["step"] for row in rows})
+    stride = math.ceil(len(rows) / most)
+    first_hack = [row["step"] for row in rows if row.get("exploited")][:1]
+    kept = {*steps[::stride], *first_hack, steps[-1]}
+    return [row for row in rows if row["step"] in kept]
+
+
+def embedded(data: Any) -> str:
+    """JSON for a script element: without any `<`, so that nothing in it can end the element."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False, default=str)
+    return text.replace("<", "\\u003c")
+
+
+def report_page(runs: Iterable[Run], most: int) -> str:
+    """The whole page as text."""
+    template = (files("projected_grpo") / "data" / "report.html").read_text(encoding="utf-8")
+    before, after = template.split(PLACEHOLDER)
+    return before + embedded(report_data(list(runs), most)) + after

@@ -1,0 +1,123 @@
+"""The verbs that read finished runs: tables, verdicts, pictures, a page."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from loguru import logger
+
+from projected_grpo.compare import check_arm, headline, modes, notes, paired, rates
+from projected_grpo.errors import UserError
+from projected_grpo.hypotheses import verdicts
+from projected_grpo.pictures import Kind, draw
+from projected_grpo.report import report_page
+from projected_grpo.results import VANILLA, Groups, finished, grouped, read_runs
+from projected_grpo.runlog import write_atomically
+from projected_grpo.tables import Format, Table, render, render_tables
+
+Runs = tyro.conf.Positional[tuple[Path, ...]]
+RUNS = (Path("out/runs"),)
+
+
+@dataclass(frozen=True)
+class ResultsOptions:
+    """Runs, study records, or folders of either."""
+
+    runs: Runs = RUNS
+    table: Literal["all", "rates", "headline", "paired", "modes"] = "all"
+    """rates: student and held-out rates; headline: the preregistered schema; paired: differences per seed
+    with bootstrap intervals; modes: held-out rates per mode."""
+    against: str | None = None
+    """Arm that paired differences are taken from (default: vanilla), by either of its names."""
+    format: Format = "markdown"
+    """csv and json hold one row per figure."""
+    out: Path | None = None
+    """File to write to (default: standard output)."""
+    falsify: bool = False
+    """The preregistered verdicts H1, H3 and H4 instead of tables."""
+
+
+@dataclass(frozen=True)
+class PlotOptions:
+    """Runs, study records, or folders of either, and where the pictures go."""
+
+    out: Path
+    """Folder of the pictures, PNG and SVG each."""
+    runs: Runs = RUNS
+    kind: Kind = "all"
+    """dynamics: hack and solve by step; pareto: hack against solve; modes: held-out rates per mode; cosines:
+    hack-ward shares by step; parked: the quarantine's share; heldout: cosines of held-out pairs."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Runs, or folders of runs, and the file that shows them."""
+
+    runs: Runs
+    out: Path = Path("out/report.html")
+    """The page; it needs no other file and no network."""
+    max_rollouts: int = 50_000
+    """Of a run with more rollouts than this, whole steps are left out, evenly; the page says so."""
+
+
+def results_verb(options: ResultsOptions) -> int:
+    """Tables over seeds of every setting: rates, headline, paired differences, modes; or verdicts."""
+    runs = read_runs(options.runs)
+    groups = grouped(runs if options.falsify else finished(runs))
+    if options.against is not None:
+        check_arm(groups, options.against)
+    text = falsify_text(groups, options.format) if options.falsify else tables_text(groups, options)
+    if options.out is None:
+        print(text)
+    else:
+        write_atomically(options.out, (text + "\n").encode())
+        logger.info("{}", options.out)
+    return 0
+
+
+def tables_text(groups: Groups, options: ResultsOptions) -> str:
+    """The tables asked for, with what has to be known to read them."""
+    against = options.against or VANILLA
+    estimates = [*rates(groups), *headline(groups), *paired(groups, against), *modes(groups)]
+    shown = [e for e in estimates if options.table in ("all", e.table)]
+    return render(options.format, shown, notes(groups, against))
+
+
+def falsify_text(groups: Groups, kind: Format) -> str:
+    """The verdicts; runs that ended early count with the rates they ended with, and are told."""
+    early = [run.name for seeds in groups.values() for run in seeds.values() if not run.finished]
+    found = verdicts(groups)
+    rows = [[v.hypothesis, v.context, v.options, v.text] for v in found]
+    table = Table(
+        "Verdicts by the preregistered rules", ["hypothesis", "context", "options", "verdict"], rows
+    )
+    told = [f"ended early, counted as they ended: {', '.join(early)}"] if early else []
+    if kind == "markdown":
+        lines = [
+            f"{v.hypothesis} ({', '.join(filter(None, (v.context, v.options)))}): {v.text}" for v in found
+        ]
+        return "\n".join(f"- {line}" for line in [*lines, *told])
+    return render_tables(kind, [table], told)
+
+
+def plot_verb(options: PlotOptions) -> int:
+    """Pictures of finished runs: dynamics, Pareto frontier, modes, cosines, parked share, held-out pairs."""
+    made, skipped = draw(grouped(finished(read_runs(options.runs))), options.kind, options.out)
+    for line in skipped:
+        logger.warning("{}", line)
+    if not made:
+        raise UserError(f"plot --kind {options.kind}: nothing to draw; {'; '.join(skipped)}")
+    print("\n".join(made))
+    return 0
+
+
+def report_verb(options: ReportOptions) -> int:
+    """One HTML page on some runs: summary, curves, differences of settings, rollouts to read and search."""
+    if options.max_rollouts < 1:
+        raise UserError(f"--max-rollouts must be at least 1, got {options.max_rollouts}")
+    if not options.runs:
+        raise UserError("report needs a run: projected-grpo report out/runs/RUN ...")
+    write_atomically(options.out, report_page(read_runs(options.runs), options.max_rollouts).encode())
+    print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB")
+    return 0

@@ -1,0 +1,59 @@
+"""Finished runs that nobody made: folders and records with the files that the verbs over runs read."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from projected_grpo.config import PRESETS, display_name, to_json
+from projected_grpo.results import Run
+from projected_grpo.runlog import append_jsonl, write_json
+
+SMOKE = PRESETS["smoke"][1]
+STEPS = 30
+
+
+def config(intervention="route2", seed=41, options=None):
+    cfg = replace(SMOKE, arm=replace(SMOKE.arm, intervention=intervention), run=replace(SMOKE.run, seed=seed))
+    for group, changes in (options or {}).items():
+        cfg = replace(cfg, **{group: replace(getattr(cfg, group), **changes)})
+    return cfg
+
+
+def a_step(i, **values):
+    return {"step": i, "hack_s": [1, 4], "gt_s": [2, 4], "kl": 0.5, "cos_pre": 0.25, "fired": 0.5} | values
+
+
+def steps_of(count=STEPS, **columns):
+    """Steps whose columns are given as functions of the step."""
+    return [a_step(i, **{name: f(i) for name, f in columns.items()}) for i in range(count)]
+
+
+def summary(cfg, *, modes=None, **values):
+    rates = {"hack_train": 0.5, "hack_deploy": 0.25, "solve_train": 0.5, "solve_deploy": 0.25, "eval_n": 64}
+    body = {
+        **{"arm": display_name(cfg.arm), "intervention": cfg.arm.intervention, "preset": cfg.preset},
+        **{"model": "tiny-random", "problems": "embedded", "env_mode": "run_tests", "seed": cfg.run.seed},
+        **{"steps": cfg.optim.steps, "hack_rate_student": 0.5, "pass_rate_student": 0.5, **rates},
+        **{"by_mode": {m: {**rates, "in_distribution": m != "sentinel"} for m in modes or ()}},
+        **{"by_split": {}, "finished": True},
+    }
+    return body | values
+
+
+def made(folder, name, intervention="route2", *, seed=41, options=None, steps=None, modes=None, **values):
+    """A run folder with the files that `results` reads."""
+    cfg, run = config(intervention, seed, options), folder / name
+    run.mkdir(parents=True)
+    write_json(run / "config.json", {"config": to_json(cfg), "git_commit": "abc"})
+    write_json(run / "summary.json", summary(cfg, modes=modes, **values))
+    append_jsonl(run / "steps.jsonl", steps_of() if steps is None else steps)
+    return run
+
+
+def a_run(intervention="none", seed=41, options=None, steps=None, **values):
+    """The same without files."""
+    cfg = config(intervention, seed, options)
+    rows = steps_of() if steps is None else steps
+    columns = {key: [row[key] for row in rows] for key in (rows[0] if rows else ())}
+    name = f"{intervention}_{seed}_{options}"
+    return Run(name, Path(name), summary(cfg, **values), json.loads(json.dumps(to_json(cfg))), "abc", columns)

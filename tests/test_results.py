@@ -1,0 +1,399 @@
+"""Tables, paired differences and verdicts over finished runs."""
+
+import csv
+import io
+import itertools
+import json
+import math
+from dataclasses import replace
+from statistics import fmean
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fake_runs import a_run, made, steps_of
+from projected_grpo import cli
+from projected_grpo.compare import baseline, bootstrap_interval, notes, paired, rates
+from projected_grpo.errors import UserError
+from projected_grpo.hypotheses import h3_verdict, h4_verdict, highest_rate, verdicts
+from projected_grpo.results import finished, grouped, mean_sem, read_runs
+from projected_grpo.runlog import write_json
+from projected_grpo.tables import render, tables
+
+
+def read(folder):
+    return grouped(finished(read_runs([folder])))
+
+
+def cells(text):
+    return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
+
+
+def table_of(estimates):
+    """The first table of some estimates: its rows as dicts."""
+    table = tables(estimates)[0]
+    return [dict(zip(table.headers, row, strict=True)) for row in table.rows]
+
+
+# Reading and grouping
+
+
+def test_seeds_of_one_setting_stand_together(tmp_path):
+    for seed, hack in ((41, 0.2), (42, 0.4), (43, 0.6)):
+        made(tmp_path, f"r{seed}", seed=seed, hack_rate_student=hack, hack_deploy=None)
+    made(tmp_path, "vanilla", "none")
+    routing, vanilla = table_of(rates(read(tmp_path)))
+    assert (routing["arm"], vanilla["arm"]) == ("routing2", "vanilla")
+    assert routing["seeds"] == "41 42 43" and routing["model"] == "tiny-random"
+    assert routing["hack_rate_student"] == f"0.400 ± {0.2 / math.sqrt(3):.3f}"
+    assert routing["hack_deploy"] == "-" and routing["solve_deploy"] == "0.250 ± 0.000"
+
+
+def test_mean_and_sem():
+    assert mean_sem([]) == "-" and mean_sem([0.5]) == "0.500"
+    assert mean_sem([0.0, 1.0]) == "0.500 ± 0.500"  # s = sqrt(1/2), over sqrt(2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"arm": {"route2_random_v_seed": 3}},
+        {"arm": {"gate_mode": "reverse"}},
+        {"arm": {"control": "haar"}},
+        {"optim": {"lr": 1e-3}},
+        {"teacher": {"mix_ratio": 0.0}},
+        {"basis": {"v_hack_k": 2}},
+        {"sampling": {"group": 8}},
+    ],
+    ids=str,
+)
+def test_runs_of_different_settings_are_never_averaged(tmp_path, options):
+    """A random-direction control is not a second run of the real one."""
+    made(tmp_path, "a", hack_rate_student=0.0)
+    made(tmp_path, "b", hack_rate_student=1.0, options=options)
+    made(tmp_path, "c", seed=42, hack_rate_student=1.0, options=options)
+    rows = table_of(rates(read(tmp_path)))
+    assert sorted(row["hack_rate_student"] for row in rows) == ["0.000", "1.000 ± 0.000"]
+    (name, value), *_ = next(iter(options.values())).items()
+    assert sorted(row["options"] for row in rows) == ["", f"{name}={value}"]
+
+
+def test_where_a_run_was_made_does_not_make_it_another_setting(tmp_path):
+    made(tmp_path, "a", hack_rate_student=0.0)
+    elsewhere = {"run": {"out_tag": "_x", "workers": 4, "seed": 42}}
+    elsewhere["model"] = {"svd_cache": tmp_path, "device": "cpu"}
+    made(tmp_path, "b", hack_rate_student=1.0, options=elsewhere)
+    (row,) = table_of(rates(read(tmp_path)))
+    assert row["seeds"] == "41 42"
+
+
+def test_the_newest_of_two_runs_of_one_seed_counts(tmp_path):
+    made(tmp_path, "20260101T000000_x", hack_rate_student=0.1)
+    made(tmp_path, "20260102T000000_x", hack_rate_student=0.9)
+    (row,) = table_of(rates(read(tmp_path)))
+    assert row["hack_rate_student"] == "0.900"
+
+
+def test_unfinished_runs_are_left_out(tmp_path):
+    kept = made(tmp_path, "a")
+    made(tmp_path, "b", seed=42, finished=False)
+    (made(tmp_path, "c") / "summary.json").unlink()
+    assert [run.name for run in read_runs([tmp_path])] == ["a", "b"]
+    assert [run.name for run in finished(read_runs([tmp_path]))] == ["a"]
+    assert [run.name for run in read_runs([kept])] == ["a"]
+    with pytest.raises(UserError, match="b ended early"):
+        finished(read_runs([tmp_path / "b"]))
+
+
+def test_nothing_to_show_is_the_users_mistake(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="no finished run"):
+            read_runs([folder])
+
+
+def test_a_damaged_summary_is_named(tmp_path):
+    (made(tmp_path, "a") / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json is not valid JSON"):
+        read_runs([tmp_path])
+
+
+def test_a_study_record_is_read_like_the_run_it_was_made_from(tmp_path):
+    run = made(tmp_path, "x_seed41", steps=steps_of(3, hack_s=lambda i: [i, 4]))
+    (folder,) = read_runs([run])
+    record = {"summary": folder.summary, "config": folder.config, "steps": folder.steps, "git_commit": "abc"}
+    del record["config"]["run"]["workers"]  # a record does not keep where it was made
+    (tmp_path / "kept").mkdir()
+    write_json(tmp_path / "kept" / "x_seed41.json", record)
+    for place in (tmp_path / "kept", tmp_path / "kept" / "x_seed41.json"):
+        (kept,) = read_runs([place])
+        assert kept.setting == folder.setting and kept.rate("hack_s", 2) == folder.rate("hack_s", 2) == 3 / 8
+    write_json(tmp_path / "kept" / "y_seed41.json", {"summary": {}})
+    with pytest.raises(UserError, match=r"y_seed41\.json is no study record"):
+        read_runs([tmp_path / "kept"])
+
+
+# Figures
+
+
+def test_student_rates_of_the_last_steps_pool_their_counts(tmp_path):
+    rows = steps_of(hack_s=lambda i: [i % 4, 4 + i], gt_s=lambda i: None if i == 29 else [1, 2])
+    made(tmp_path, "a", steps=rows)
+    (row,) = table_of(rates(read(tmp_path)))
+    last = rows[-5:]
+    hacks, n = (sum(r["hack_s"][k] for r in last) for k in (0, 1))
+    assert row["hack_last5"] == f"{hacks / n:.3f}" and row["pass_last5"] == "0.500"
+
+
+def test_the_headline_has_the_preregistered_columns(tmp_path, capsys):
+    kl = steps_of(kl=lambda i: 100.0 if i < 5 else (None if i % 2 else i / 10), gn=lambda i: 0.002)
+    for seed, hack, solve in ((41, 0.1, 0.6), (42, 0.3, 0.4)):
+        made(tmp_path, f"e{seed}", "erase", seed=seed, hack_deploy=hack, solve_deploy=solve, steps=kl)
+        made(tmp_path, f"v{seed}", "none", seed=seed, hack_deploy=0.9, solve_deploy=0.3)
+    assert cli.main(["results", str(tmp_path), "--table=headline"]) == 0
+    head, _, *rows = cells(capsys.readouterr().out.replace("\\|", "!").partition("\n\n")[0])
+    assert head == [
+        *("arm", "policy", "seeds", "ΔSafePass", "Hack", "Pass", "KL", "cos_pre", "fired", "!g!"),
+    ]
+    table = {(row[0], row[1]): dict(zip(head, row, strict=True)) for row in rows}
+    deployed = table["projected", "deployed"]
+    assert deployed["ΔSafePass"] == "+0.900 ± 0.200"  # (.5 + .6, .1 + .6), each against its own seed
+    assert deployed["Hack"] == "0.200 ± 0.100" and deployed["Pass"] == "0.500 ± 0.100"
+    trained = table["projected", "as trained"]
+    expected = fmean(i / 10 for i in range(6, 30, 2))  # the 25 steps from 5 on, those measured
+    assert trained["KL"].startswith(f"{expected:.2g}") and trained["!g!"].startswith("0.002")
+    assert trained["cos_pre"] == "0.250 ± 0.000" and trained["ΔSafePass"] == "+0.000 ± 0.000"
+    assert table["vanilla", "deployed"]["ΔSafePass"] == "-"
+
+
+def test_modes_tell_which_were_held_out(tmp_path, capsys):
+    made(tmp_path, "a", modes=("run_tests", "sentinel"))
+    assert cli.main(["results", str(tmp_path), "--table=modes"]) == 0
+    head, _, *rows = cells(capsys.readouterr().out.partition("\n\n")[0])
+    found = {row[head.index("of")]: row[head.index("hack, deployed")] for row in rows}
+    assert found == {"run_tests": "0.250", "sentinel (held out)": "0.250"}
+
+
+# Paired differences
+
+
+@given(values=st.lists(st.floats(-1, 1), min_size=3, max_size=4))
+def test_the_bootstrap_interval_against_all_resamples(values):
+    """With three or four seeds every resample can be listed, and its quantiles are the interval."""
+    means = sorted(fmean(draw) for draw in itertools.product(values, repeat=len(values)))
+    low, high = bootstrap_interval(values)
+
+    def between(share):
+        """Quantiles of the listed means a little to either side, for what 9,999 draws can miss."""
+        return means[max(0, int((share - 0.01) * len(means)))], means[
+            min(len(means) - 1, math.ceil((share + 0.01) * len(means)))
+        ]
+
+    for got, (least, most) in ((low, between(0.025)), (high, between(0.975))):
+        assert least - 1e-9 <= got <= most + 1e-9
+    assert bootstrap_interval(values) == (low, high)
+
+
+def test_pairs_are_of_one_seed_and_one_context():
+    runs = [a_run("erase", s, hack_deploy=h) for s, h in ((1, 0.1), (2, 0.4), (3, 0.2), (9, 0.0))]
+    runs += [a_run("none", s, hack_deploy=h) for s, h in ((1, 0.9), (2, 0.5), (3, 0.7), (8, 0.0))]
+    runs += [a_run("none", s, {"optim": {"lr": 1.0}}, hack_deploy=0.0) for s in (1, 2, 3)]
+    found = [e for e in paired(grouped(runs)) if (e.metric, e.policy) == ("Δhack", "deployed")]
+    (estimate,) = found
+    assert estimate.by_seed == pytest.approx({1: -0.8, 2: -0.1, 3: -0.5})
+    low, high = estimate.interval
+    assert -0.8001 <= low < estimate.mean < high <= -0.0999
+    told = " | ".join(notes(grouped(runs)))
+    assert "3 of 4 seeds are also of vanilla" in told and "2 contexts" in told
+
+
+def test_few_seeds_have_no_interval_and_say_why():
+    runs = [a_run(arm, s) for arm in ("erase", "none") for s in (1, 2)]
+    groups = grouped(runs)
+    assert {e.interval for e in paired(groups)} == {None}
+    assert "(n=2 < 3: no interval)" in render("markdown", paired(groups), [])
+    assert any("no interval against vanilla: 2 shared seeds" in note for note in notes(groups))
+
+
+def test_without_a_vanilla_of_the_context_there_is_no_difference():
+    runs = [a_run("erase", 1), a_run("none", 1, {"optim": {"steps": 60}})]
+    groups = grouped(runs)
+    assert paired(groups) == []
+    assert any("no difference from vanilla: no vanilla in its context" in note for note in notes(groups))
+
+
+def test_the_baseline_shares_the_options_it_can_share():
+    k2 = {"basis": {"v_hack_k": 2}}
+    plain, other, arm = a_run("none"), a_run("none", 41, k2), a_run("erase", 41, k2)
+    everything = grouped([plain, other, arm])
+    assert baseline(everything, arm.setting, "vanilla") == other.setting
+    without = grouped([plain, arm])
+    assert baseline(without, arm.setting, "none") == plain.setting  # by either name
+    assert any("options of arm or basis differ" in note for note in notes(without))
+    ambiguous = grouped([other, a_run("none", 41, {"basis": {"v_hack_k": 3}}), a_run("erase")])
+    assert baseline(ambiguous, a_run("erase").setting, "vanilla") is None
+    assert any("several fit" in note for note in notes(ambiguous))
+
+
+def test_against_another_arm(tmp_path, capsys):
+    for seed in (1, 2, 3):
+        made(tmp_path, f"e{seed}", "erase", seed=seed, hack_train=0.2)
+        haar = {"arm": {"control": "haar"}}
+        made(tmp_path, f"h{seed}", "erase", seed=seed, options=haar, hack_train=0.2 + seed / 10)
+    asked = ["results", str(tmp_path), "--table=paired", "--format=json"]
+    for name in ("erase+haar", "projected-haar"):
+        assert cli.main([*asked, f"--against={name}"]) == 0
+        rows = json.loads(capsys.readouterr().out)["estimates"]
+        (row,) = [r for r in rows if (r["metric"], r["policy"]) == ("Δhack", "as trained")]
+        assert row["arm"] == "projected" and row["mean"] == pytest.approx(-0.2)
+        assert row["by_seed"] == pytest.approx({"1": -0.1, "2": -0.2, "3": -0.3})
+    assert cli.main([*asked, "--against=erace"]) == 2
+    assert (
+        "--against erace: no run of that arm; there are projected, projected-haar" in capsys.readouterr().err
+    )
+
+
+# Forms
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for arm, hack in (("none", 0.8), ("erase", 0.2)):
+        for seed in (1, 2, 3):
+            rates = {"hack_deploy": hack + seed / 50, "solve_deploy": 0.4}
+            made(tmp_path / "runs", f"{arm}{seed}", arm, seed=seed, **rates, modes=("run_tests",))
+    return tmp_path / "runs"
+
+
+def test_the_default_output_begins_with_the_rates(folder, capsys):
+    assert cli.main(["results", str(folder)]) == 0
+    out = capsys.readouterr().out
+    head = cells(out)[0]
+    assert head[:14] == [
+        *("preset", "model", "problems", "env_mode", "steps", "arm", "options", "seeds"),
+        *("hack_rate_student", "pass_rate_student", "hack_train", "hack_deploy", "solve_train"),
+        "solve_deploy",
+    ]
+    titles = [line.split()[1].strip(":") for line in out.splitlines() if line.startswith("## ")]
+    assert titles == ["Headline", "Paired", "Held-out"]
+
+
+def test_csv_and_json_hold_the_same_figures(folder, capsys):
+    assert cli.main(["results", str(folder), "--format=csv"]) == 0
+    flat = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert cli.main(["results", str(folder), "--format=json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["estimates"]
+    assert len(flat) == len(rows) > 40
+    for a, b in zip(flat, rows, strict=True):
+        for key, text in a.items():
+            assert text == ("" if b[key] is None else str(b[key]))
+    (delta,) = [r for r in rows if (r["table"], r["metric"], r["policy"]) == ("paired", "Δhack", "deployed")]
+    assert delta["mean"] == pytest.approx(-0.6) and delta["low"] <= delta["mean"] <= delta["high"]
+
+
+def test_latex_is_a_table_that_compiles_as_it_stands(folder, capsys):
+    assert cli.main(["results", str(folder), "--format=latex", "--table=paired"]) == 0
+    out = capsys.readouterr().out
+    body = "\n".join(line for line in out.splitlines() if not line.startswith("%"))
+    assert body.count(r"\begin{tabular}") == body.count(r"\end{tabular}") == 1
+    assert r"\toprule" in body and r"$\Delta$hack" in body and "$-$0.600" in body
+    assert body.isascii() and "|" not in body.replace("|g|", "")
+    columns = body.split("{tabular}{")[1].split("}")[0]
+    rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 3 and {row.count("&") + 1 for row in rows} == {len(columns)}
+
+
+def test_a_table_goes_to_a_file(folder, tmp_path, capsys):
+    out = tmp_path / "new" / "table.csv"
+    assert cli.main(["results", str(folder), "--format=csv", f"--out={out}"]) == 0
+    assert capsys.readouterr().out == ""
+    assert out.read_text().startswith("table,preset,") and out.read_text().endswith("\n")
+
+
+# Verdicts
+
+
+def told(runs, hypothesis):
+    return [v.text for v in verdicts(grouped(runs)) if v.hypothesis == hypothesis]
+
+
+def seeds_of(arm, hacks, solve=0.5, options=None):
+    return [a_run(arm, s, options, hack_deploy=h, solve_deploy=solve) for s, h in enumerate(hacks, start=1)]
+
+
+def test_missing_arms_are_not_measured():
+    found = {v.hypothesis: v.text for v in verdicts(grouped([a_run("gt_only")]))}
+    assert found == {
+        "H1": "erase, route, route2: not measured",
+        "H3": "advmod: not measured",
+        "H4": "vanilla: not measured",
+    }
+    assert told([a_run("erase", 1), a_run("erase", 2)], "H1") == ["erase: not measured"]
+
+
+def test_h1_is_judged_per_family_of_options_with_the_studys_rule():
+    k2 = {"basis": {"v_hack_k": 2}}
+    runs = seeds_of("none", (0.9, 0.8, 0.85)) + seeds_of("erase", (0.2, 0.21, 0.22))
+    runs += seeds_of("erase", (0.8, 0.82, 0.81), options=k2)
+    found = {v.options: v.text for v in verdicts(grouped(runs)) if v.hypothesis == "H1"}
+    assert "SUPPORTED" in found[""] and "controls not measured" in found[""]
+    assert "FALSIFIED" in found["v_hack_k=2"]
+
+
+def as_advmod(runs, name="advmod"):
+    """The arm is one that this version may not have: only its name is read."""
+    return [replace(r, name=name + r.name, summary={**r.summary, "arm": name}) for r in runs]
+
+
+@pytest.mark.parametrize(
+    ("erase", "advmod", "solve", "verdict"),
+    [
+        ((0.1, 0.12, 0.11), (0.5, 0.52, 0.55), 0.5, "SUPPORTED"),
+        ((0.1, 0.12, 0.11), (0.5, 0.52, 0.55), 0.7, "NEITHER"),  # erase solves 20 points less
+        ((0.5, 0.52, 0.55), (0.1, 0.12, 0.11), 0.5, "FALSIFIED"),
+        ((0.5, 0.52, 0.55), (0.1, 0.12, 0.11), 0.3, "NEITHER"),  # the rival pays for it in solve
+        ((0.5, 0.3, 0.4), (0.3, 0.5, 0.41), 0.5, "FALSIFIED"),  # within one SEM
+        ((0.4, 0.3, 0.1), (0.5, 0.5, 0.5), 0.5, "NEITHER"),  # beyond one SEM, but the interval has zero
+    ],
+)
+def test_h3_is_judged_by_the_amendments_rule(erase, advmod, solve, verdict):
+    runs = seeds_of("erase", erase) + as_advmod(seeds_of("none", advmod, solve))
+    (text,) = told(runs, "H3")
+    assert text.startswith("erase minus advmod: Δ hack") and f": {verdict}; " in text
+    assert "control not measured" in text
+
+
+def test_h3_takes_each_form_by_itself_and_its_own_control():
+    runs = seeds_of("erase", (0.5, 0.52, 0.55))
+    runs += as_advmod(seeds_of("none", (0.1, 0.12, 0.11)))
+    runs += as_advmod(seeds_of("none", (0.9, 0.95, 0.91)), "advmod-additive")
+    runs += as_advmod(seeds_of("none", (0.6, 0.65, 0.61)), "advmod-haar")
+    plain, additive = sorted(told(runs, "H3"), key=len)[::-1]
+    assert "erase minus advmod:" in plain and "FALSIFIED; its direction MATTERS" in plain
+    assert "erase minus advmod+additive:" in additive and "SUPPORTED; its direction: control not" in additive
+    assert h3_verdict("advmod", {}, {}) == "erase minus advmod: not measured"
+
+
+def test_h4_asks_for_any_five_steps_of_the_first_two_hundred():
+    late = steps_of(260, hack_s=lambda i: [4 if i >= 210 else 1, 4])
+    early = steps_of(200, hack_s=lambda i: [3 if 50 <= i < 55 else 0, 4])
+    assert highest_rate(a_run(steps=late)) == 0.25
+    assert highest_rate(a_run(steps=early)) == 0.75
+    assert highest_rate(a_run(steps=[])) is None
+    assert highest_rate(a_run(steps=steps_of(2, hack_s=lambda i: None))) is None
+    assert h4_verdict({1: a_run(steps=late)}).endswith("FALSIFIED")
+    assert h4_verdict({1: a_run(steps=early)}).endswith("SUPPORTED")
+    assert h4_verdict({1: a_run(steps=early), 2: a_run(seed=2, steps=late)}).endswith("SUPPORTED")  # .50
+    assert h4_verdict({1: a_run(steps=late[:40])}).endswith("OPEN: only 40 of 200 steps were made")
+
+
+def test_a_run_that_ended_early_counts_in_the_verdicts_and_is_told(tmp_path, capsys):
+    for seed, done in ((1, True), (2, False)):
+        made(tmp_path, f"n{seed}", "none", seed=seed, hack_deploy=0.9, finished=done)
+        made(tmp_path, f"e{seed}", "erase", seed=seed, hack_deploy=0.1 + seed / 100)
+    assert cli.main(["results", str(tmp_path), "--falsify"]) == 0
+    out = capsys.readouterr().out
+    assert "Δ hack -0.785 [" in out and "ended early, counted as they ended: n2" in out
+    for form in ("csv", "json", "latex"):
+        assert cli.main(["results", str(tmp_path), "--falsify", f"--format={form}"]) == 0
+        assert "SUPPORTED" in capsys.readouterr().out
