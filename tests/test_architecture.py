@@ -30,8 +30,9 @@ ORDER = (
         "step",
         "summary",
     ),
-    *("results", "plots", "train", "study", "study_report"),
-    *("verbs_basis", "verbs_grading", "verbs_study", "cli"),
+    *("results", "plots", "train", "runner", "study", "study_report"),
+    *("sweep", "sweep_jobs", "sweep_local", "sweep_pueue", "sweep_slurm", "sweep_ray", "probe"),
+    *("verbs_basis", "verbs_grading", "verbs_study", "verbs_sweep", "verbs_probe", "cli"),
 )
 LONGEST = 80
 LONGEST_BY_NAME = {"train_step": 60}

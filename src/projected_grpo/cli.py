@@ -19,6 +19,7 @@ from projected_grpo.verbs_grading import (
     pool_build_verb,
     pool_regrade_verb,
 )
+from projected_grpo.verbs_probe import GateOptions, ProbeOptions, gate_verb, probe_verb
 from projected_grpo.verbs_study import (
     PretrainNanoOptions,
     ResultsOptions,
@@ -26,6 +27,14 @@ from projected_grpo.verbs_study import (
     pretrain_nano_verb,
     results_verb,
     study_verb,
+)
+from projected_grpo.verbs_sweep import (
+    SweepOptions,
+    SweepRunOptions,
+    SweepStatusOptions,
+    sweep_run_verb,
+    sweep_status_verb,
+    sweep_verb,
 )
 
 
@@ -48,6 +57,11 @@ VERBS: Mapping[str, tuple[type, Callable[..., int]]] = {
     "pool build": (PoolBuildOptions, pool_build_verb),
     "pool regrade": (PoolRegradeOptions, pool_regrade_verb),
     "grade": (GradeOptions, grade_verb),
+    "probe gate": (GateOptions, gate_verb),
+    "probe": (ProbeOptions, probe_verb),
+    "sweep status": (SweepStatusOptions, sweep_status_verb),
+    "sweep run": (SweepRunOptions, sweep_run_verb),
+    "sweep": (SweepOptions, sweep_verb),
     "study": (StudyOptions, study_verb),
     "pretrain-nano": (PretrainNanoOptions, pretrain_nano_verb),
     "results": (ResultsOptions, results_verb),

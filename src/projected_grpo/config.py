@@ -433,6 +433,14 @@ def to_json(cfg: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
 
 
+def settings(cfg: TrainConfig) -> dict[str, Any]:
+    """What decides a run's outcome: its config without where and by how many processes it is run."""
+    data = to_json(cfg)
+    data["run"] = {"seed": cfg.run.seed}
+    del data["model"]["svd_cache"]
+    return data
+
+
 def from_json(data: Mapping[str, Any]) -> TrainConfig:
     """Rebuild a config from `to_json`'s dict. Raises UserError on unknown or missing fields."""
     groups = {f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if f.name != "preset"}
