@@ -84,8 +84,6 @@ class Spec:
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     engine: str = "local"
-    gates: bool = False
-    """pueue: extract and verify first, vanilla behind them, the other arms of a seed behind its gate."""
     engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # options of each engine
 
 
@@ -289,7 +287,7 @@ def read_spec(path: Path) -> Spec:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{path}: not valid TOML ({error})") from error
-    tables = ("name", "preset", "home", "options", "arms", "grid", "limits", "engine", "gates", *ENGINES[1:])
+    tables = ("name", "preset", "home", "options", "arms", "grid", "limits", "engine", *ENGINES[1:])
     take(data, tables, str(path))
     if data.get("preset") not in PRESETS:
         raise UserError(f"{path}: preset must be one of {', '.join(PRESETS)}")
@@ -309,7 +307,6 @@ def read_spec(path: Path) -> Spec:
         axes_of(data.get("grid", {}), f"{path} [grid]"),
         read_limits(data.get("limits", {}), str(path)),
         one_of(data.get("engine", "local"), ENGINES, f"{path}: engine"),
-        bool(data.get("gates", False)),
         {engine: data[engine] for engine in ENGINES if engine in data},
     )
 

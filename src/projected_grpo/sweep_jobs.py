@@ -122,7 +122,6 @@ class Batch:
     jobs: tuple[Job, ...]
     limits: Limits
     options: Mapping[str, Any]  # of this engine, from the spec
-    gates: bool = False
 
     @property
     def home(self) -> Path:

@@ -119,12 +119,12 @@ def gated_tasks(batch: Batch) -> list[Task]:
 
 def tasks_of(batch: Batch) -> list[Task]:
     """The queue's tasks, each behind those it waits for."""
-    return gated_tasks(batch) if batch.gates else [train_task(job) for job in batch.jobs]
+    return gated_tasks(batch) if batch.options.get("gates") else [train_task(job) for job in batch.jobs]
 
 
 def group_of(options: Mapping[str, Any]) -> str:
     """The queue's group, from the spec's [pueue] table."""
-    take(options, ("group",), "[pueue]")
+    take(options, ("group", "gates"), "[pueue]")
     return str(options.get("group", ""))
 
 

@@ -53,7 +53,7 @@ class SweepOptions:
     """How often a run that failed is tried again, going on from what it saved."""
     max_failures: int | None = None
     """After so many runs have failed for good, no other is started; 0 is no limit."""
-    gates: bool | None = None
+    gates: bool = False
     """pueue: extract, verify, vanilla, then the other arms of a seed, with the probe's gates between."""
     dry_run: bool = False
     """Print what would run, and run nothing."""
@@ -98,13 +98,13 @@ def with_options(spec: Spec, options: SweepOptions) -> Spec:
     for name, value in vars(limits).items():
         if value is not None and value < 0:
             raise UserError(f"--{name.replace('_', '-')} must be >= 0, got {value}")
-    gates = spec.gates if options.gates is None else options.gates
     engine = options.engine or spec.engine
-    if gates and engine != "pueue":
-        raise UserError(
-            f"gates between runs need --engine pueue, not {engine}; `probe` goes through them by itself"
-        )
-    return replace(spec, limits=limits, gates=gates, engine=engine)
+    if options.gates and engine != "pueue":
+        raise UserError(f"--gates needs --engine pueue, not {engine}; `probe` goes through them by itself")
+    engines = {**spec.engines}
+    if options.gates:
+        engines["pueue"] = {**engines.get("pueue", {}), "gates": True}
+    return replace(spec, limits=limits, engine=engine, engines=engines)
 
 
 def engine_module(engine: str) -> ModuleType:
@@ -134,7 +134,7 @@ def sweep_verb(options: SweepOptions) -> int:
     if not todo:
         print(status_table(found))
         return 0
-    batch = Batch(tuple(runs), todo, spec.limits, spec.engines.get(spec.engine, {}), spec.gates)
+    batch = Batch(tuple(runs), todo, spec.limits, spec.engines.get(spec.engine, {}))
     if options.dry_run:
         print("\n".join([f"# {len(todo)} of {len(jobs)} runs to make", *engine.plan(batch)]))
         return 0
