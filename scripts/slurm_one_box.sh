@@ -4,7 +4,8 @@
 # Needs slurm-wlm and munge (Debian: apt-get install slurm-wlm), root, and the extra `slurm`.
 # Usage: scripts/slurm_one_box.sh [PYTHON]     All it writes is in a temporary folder; its daemons end with it.
 set -euo pipefail
-python=${1:-python3}
+python=$(command -v "${1:-python3}")
+python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") # a link of a venv must stay one
 folder=$(mktemp -d)
 host=$(hostname -s)
 daemons=()
@@ -93,7 +94,7 @@ squeue
 array=$(squeue -h -o %F | head -1)
 wait_for saved "$preempted"
 echo "preempting $preempted"
-scancel --signal=USR2 "${array}_0" # what Slurm sends before it takes a job's node away
+scancel --signal=USR2 "${array}_0" || true # what Slurm sends before it takes a job's node away
 wait_for saved "$killed"
 echo "killing the process of $killed"
 kill -KILL "$(sed -n 's/.*"pid": \([0-9]*\).*/\1/p' "$jobs/$killed.jsonl" | head -1)"
@@ -107,4 +108,5 @@ for id in "$preempted" "$killed"; do
     echo "attempts at $id:" && sed -n 's/.*"command": "\([^"]*\)".*/  train \1/p' "$jobs/$id.jsonl"
     grep -q -- --resume "$jobs/$id.jsonl"
 done
+grep -h "Requeued" out/sweeps/four/slurm/*.out
 echo "PASS: four runs finished through Slurm $(sinfo --version); $folder has the logs"

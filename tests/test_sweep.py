@@ -35,7 +35,7 @@ from projected_grpo.sweep import (
     read_spec,
     seed_range,
 )
-from projected_grpo.sweep_jobs import failures_since, jobs_of, make, read_job, states, write_job
+from projected_grpo.sweep_jobs import failures_since, in_process, jobs_of, make, read_job, states, write_job
 from projected_grpo.train import parse
 
 SMALL = "steps = {steps}\nn-problems = 6\neval-n-prompts = 2\nmax-new = 8\nworkers = 1\nsave-every = 1\n"
@@ -174,11 +174,16 @@ def test_an_id_hangs_on_what_decides_the_outcome_and_on_nothing_else(monkeypatch
         ('preset = "nano"\nname = "../x"', "fit a folder name"),
         ("preset = ", "not valid TOML"),
         ('preset = "nano"\n[limits]\njobs = -1', "--jobs must be >= 0"),
+        ('preset = "nano"\n[limits]\njobs = "two"', "must be a whole number"),
+        ('preset = "nano"\noptions = 3', "options must be a table"),
+        ('preset = "nano"\narms = 3', "[[arms]] entries"),
+        ('preset = "nano"\n[[arms]]\nname="a"\noptions="b"', "a: options must be a table"),
+        ('preset = "nano"\n[pueue]\ncolour = 1\n[grid]\nseed = [1]', "unknown key 'colour'"),
     ],
 )  # fmt: skip
 def test_a_spec_that_is_wrong_is_told_in_one_line(here, capsys, text, message):
     (here / "s.toml").write_text(text)
-    assert main(["sweep", "s.toml", "--dry-run"]) == 2
+    assert main(["sweep", "s.toml", "--dry-run", *(["--engine=pueue"] if "pueue" in text else [])]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last
 
@@ -208,6 +213,14 @@ def test_the_quick_form_is_the_file_in_short(here, capsys):
     assert main(["sweep", "x.toml", "--preset=nano"]) == 2
     assert main([*command, "--gates"]) == 2  # only pueue has them
     assert main([*command, "--name=a/b"]) == 2
+
+
+def test_the_full_sweep_that_is_shipped_is_three_arms_with_their_questions():
+    spec = read_spec(Path(__file__).parents[1] / "docs" / "sweeps" / "full.toml")
+    runs = expand(spec)
+    found = {(r.cfg.preset, r.cfg.arm.intervention, r.cfg.run.seed) for r in runs}
+    assert found == {("full", a, s) for a in ("none", "erase", "route2") for s in (41, 42, 43)}
+    assert all(arm.why and arm.resolve for arm in spec.arms) and spec.limits.gpus == 1
 
 
 def test_extract_gets_what_makes_the_basis_of_the_run():
@@ -368,6 +381,19 @@ def test_a_run_that_is_told_to_stop_is_interrupted_and_not_failed(here):
     assert states([one])[0].state == "interrupted" and failures_since(here / "t", 0.0) == 0
 
 
+def test_a_queues_signal_handler_ends_the_process_and_a_bad_command_line_does_not(here, monkeypatch):
+    def leave(argv):
+        sys.exit(255)
+
+    one = job(here)
+    monkeypatch.setattr("projected_grpo.train.main", leave)
+    with pytest.raises(SystemExit):
+        make(one, in_process)
+    assert states([one])[0].state == "interrupted"
+    monkeypatch.undo()
+    assert in_process(["smoke", "--stepps=1"], here / "out", 0) == 2
+
+
 def test_two_processes_do_not_make_one_run(here):
     one = job(here)
     launch, calls = script(one, 0)
@@ -396,14 +422,15 @@ def test_a_local_sweep_runs_is_killed_and_goes_on(here, capsys):
     jobs = here / "out/sweeps/four/jobs"
     with ExitStack() as stack:
         sweep = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        stack.callback(sweep.kill)
+        stack.callback(sweep.wait)
+        stack.callback(sweep.terminate)
         wait(lambda: len(list(here.glob("out/sweeps/four/runs/*/state/*.safetensors"))) == 2)
         assert main(["sweep", "status", str(path), "--seeds=1"]) == 0
         assert "2 runs: 2 running" in capsys.readouterr().out
         assert main(["sweep", str(path), "--seeds=1", "--dry-run"]) == 0  # nothing for a second sweep to do
         assert "2 running" in capsys.readouterr().out
         sweep.send_signal(signal.SIGTERM)
-        assert sweep.wait(60) != 0
+        assert sweep.wait(600) != 0
     wait(lambda: not any(map(is_locked, jobs.glob("*.lock"))))
     assert main(["sweep", "status", str(path), "--seeds=1"]) == 0
     assert "2 runs: 2 interrupted" in capsys.readouterr().out
@@ -416,7 +443,7 @@ def test_a_local_sweep_runs_is_killed_and_goes_on(here, capsys):
     assert capsys.readouterr().out.count("| smoke") == 2
 
 
-def wait(holds, seconds=240):
+def wait(holds, seconds=600):
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "waited in vain"

@@ -270,13 +270,25 @@ def read_arm(table: object, what: str) -> SweepArm:
         raise UserError(f"{what}: every [[arms]] needs a name of letters, digits and _ . + = -")
     take(table, [f.name for f in fields(SweepArm)], f"{what} {table['name']}")
     grid = axes_of(table.get("grid", {}), f"{what} {table['name']} grid")
-    return SweepArm(**{**table, "grid": grid})
+    options = table_of(table, "options", f"{what} {table['name']}")
+    return SweepArm(**{**table, "grid": grid, "options": options})
 
 
 def read_limits(table: Mapping[str, Any], what: str) -> Limits:
     """The [limits] table."""
     take(table, [f.name.replace("_", "-") for f in fields(Limits)], f"{what} [limits]")
+    for key, value in table.items():
+        if type(value) is not int:
+            raise UserError(f"{what} [limits]: {key} must be a whole number, got {value!r}")
     return Limits(**{key.replace("-", "_"): value for key, value in table.items()})
+
+
+def table_of(data: Mapping[str, Any], key: str, what: str) -> dict[str, Any]:
+    """A table of the file, empty if it is not there. Raises UserError if the key holds something else."""
+    value = data.get(key, {})
+    if not isinstance(value, dict):
+        raise UserError(f"{what}: {key} must be a table, got {value!r}")
+    return value
 
 
 def read_spec(path: Path) -> Spec:
@@ -291,7 +303,10 @@ def read_spec(path: Path) -> Spec:
     take(data, tables, str(path))
     if data.get("preset") not in PRESETS:
         raise UserError(f"{path}: preset must be one of {', '.join(PRESETS)}")
-    arms = [read_arm(arm, f"{path}: arm") for arm in data.get("arms", [])] or [SweepArm("")]
+    listed = data.get("arms", [])
+    if not isinstance(listed, list):
+        raise UserError(f"{path}: arms must be given as [[arms]] entries")
+    arms = [read_arm(arm, f"{path}: arm") for arm in listed] or [SweepArm("")]
     names = [arm.name for arm in arms]
     if len(set(names)) != len(names):
         raise UserError(f"{path}: two arms are called {max(names, key=names.count)!r}")
@@ -303,11 +318,11 @@ def read_spec(path: Path) -> Spec:
         data["preset"],
         Path(data.get("home", SWEEPS / name)),
         tuple(arms),
-        data.get("options", {}),
+        table_of(data, "options", str(path)),
         axes_of(data.get("grid", {}), f"{path} [grid]"),
-        read_limits(data.get("limits", {}), str(path)),
+        read_limits(table_of(data, "limits", str(path)), str(path)),
         one_of(data.get("engine", "local"), ENGINES, f"{path}: engine"),
-        {engine: data[engine] for engine in ENGINES if engine in data},
+        {engine: table_of(data, engine, str(path)) for engine in ENGINES},
     )
 
 

@@ -208,7 +208,11 @@ def in_process(argv: Sequence[str], output: Path, held: int) -> int | None:
     try:
         code = train.main(argv)
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else BAD_USAGE
+        if (
+            error.code != BAD_USAGE
+        ):  # not of the command line: a queue's signal handler wants this process gone
+            raise
+        code = BAD_USAGE
     except Exception:
         logger.exception("train {} failed", shlex.join(argv))
         code = 1
