@@ -9,7 +9,11 @@ python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") # a link of a v
 folder=$(mktemp -d)
 host=$(hostname -s)
 daemons=()
-cleanup() { kill "${daemons[@]}" 2>/dev/null || true; }
+cleanup() { # the jobs too: they would outlive the daemons
+    squeue -h -o %A 2>/dev/null | sort -u | xargs -r scancel 2>/dev/null || true
+    for _ in $(seq 30); do [ -z "$(squeue -h 2>/dev/null)" ] && break; sleep 1; done
+    kill "${daemons[@]}" 2>/dev/null || true
+}
 trap cleanup EXIT
 cd "$folder"
 mkdir state spool

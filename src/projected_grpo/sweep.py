@@ -246,7 +246,7 @@ def axes_of(table: object, what: str) -> dict[str, tuple[Any, ...]]:
     """A grid's axes; a list of lists is an axis whose values are lists."""
     if not isinstance(table, dict):
         raise UserError(f"{what}: must be a table of options, each with a list of values")
-    axes = {}
+    axes: dict[str, tuple[Any, ...]] = {}
     for name, values in table.items():
         if name in ("seed", "seeds"):
             axes["seed"] = seed_range(values)
