@@ -66,33 +66,21 @@ fast *options:
 full *options:
     {{train}} full {{options}}
 
-# One seed, gated: extract, verify (stops here unless held-out pairs lie hack-ward), vanilla, projected.
-probe-full-seed seed="41":
-    {{verb}} extract --model {{model}}
-    {{verb}} verify --model {{model}}
-    {{train}} full --intervention=none --seed={{seed}} --out-tag=_probe
-    {{train}} full --intervention=erase --seed={{seed}} --out-tag=_probe
+# One seed, gated: extract, verify, vanilla, projected; stops with its reason at the first gate that fails.
+probe-full-seed seed="41" *options:
+    {{verb}} probe --preset full --model {{model}} --seed {{seed}} {{options}}
 
-# Queue full runs with pueue: three arms for each seed.
-queue-full seeds="41 42 43":
-    #!/usr/bin/env bash
-    set -euo pipefail
-    if ! command -v pueue >/dev/null; then
-        echo "pueue is not installed: install it (https://github.com/Nukesor/pueue) and start pueued," \
-            "or run 'just full --intervention=... --seed=...' yourself" >&2
-        exit 2
-    fi
-    declare -A why=(
-        [none]="H4: does vanilla hack above .30 within 200 steps | resolve: if not, stop the sweep"
-        [erase]="H1: is hack >= 30 points under vanilla at pass within 10 | resolve: paired per-seed difference"
-        [route2]="does deletion at deployment lower hack at equal solve | resolve: deployed against vanilla"
-    )
-    for seed in {{seeds}}; do
-        for arm in none erase route2; do
-            pueue add --label "full $arm seed $seed | why: ${why[$arm]}" -- \
-                {{train}} full --intervention=$arm --seed=$seed
-        done
-    done
+# Queue the full sweep with pueue: three arms for each seed, with the probe's gates between them.
+queue-full seeds="41 42 43" *options:
+    {{verb}} sweep docs/sweeps/full.toml --engine pueue --gates --seeds "{{seeds}}" {{options}}
+
+# Every run of a sweep that is not finished; docs/sweeps.md has the file and the engines.
+sweep spec *options:
+    {{verb}} sweep {{spec}} {{options}}
+
+# A real Slurm on this machine alone, and a sweep of four tiny runs through it. Root, slurm-wlm and munge.
+slurm-one-box:
+    scripts/slurm_one_box.sh {{python}}
 
 # Is this machine ready for a preset? A line per need, with its fix.
 doctor *options:

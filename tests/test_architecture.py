@@ -35,9 +35,10 @@ ORDER = (
         "summary",
     ),
     *("results", "compare", "tables", "plots", "pictures", "report", "rundir", "train", "doctor"),
-    *("study", "study_report", "hypotheses"),
+    *("runner", "study", "study_report", "hypotheses"),
+    *("sweep", "sweep_jobs", "sweep_local", "sweep_pueue", "sweep_slurm", "sweep_ray", "probe"),
     *("bench_model", "bench_trl", "verbs_bench", "verbs_basis", "verbs_grading", "verbs_pairs"),
-    *("verbs_evaluate", "verbs_study", "verbs_results", "cli"),
+    *("verbs_evaluate", "verbs_study", "verbs_results", "verbs_sweep", "verbs_probe", "cli"),
 )
 LONGEST = 80
 LONGEST_BY_NAME = {"train_step": 60}

@@ -40,6 +40,7 @@ from projected_grpo.verbs_pairs import (
     pairs_from_pool_verb,
     pairs_lint_verb,
 )
+from projected_grpo.verbs_probe import GateOptions, ProbeOptions, gate_verb, probe_verb
 from projected_grpo.verbs_results import (
     PlotOptions,
     ReportOptions,
@@ -53,6 +54,14 @@ from projected_grpo.verbs_study import (
     StudyOptions,
     pretrain_nano_verb,
     study_verb,
+)
+from projected_grpo.verbs_sweep import (
+    SweepOptions,
+    SweepRunOptions,
+    SweepStatusOptions,
+    sweep_run_verb,
+    sweep_status_verb,
+    sweep_verb,
 )
 
 
@@ -81,6 +90,11 @@ VERBS: Mapping[str, tuple[type, Callable[..., int]]] = {
     "grade": (GradeOptions, grade_verb),
     "evaluate": (EvaluateOptions, evaluate_verb),
     "export": (ExportOptions, export_verb),
+    "probe gate": (GateOptions, gate_verb),
+    "probe": (ProbeOptions, probe_verb),
+    "sweep status": (SweepStatusOptions, sweep_status_verb),
+    "sweep run": (SweepRunOptions, sweep_run_verb),
+    "sweep": (SweepOptions, sweep_verb),
     "study": (StudyOptions, study_verb),
     "pretrain-nano": (PretrainNanoOptions, pretrain_nano_verb),
     "results": (ResultsOptions, results_verb),

@@ -5,27 +5,24 @@ counts as done when its file holds the settings and the data (model, problems, p
 so a study that was killed goes on. A file of other settings is never overwritten.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
-from tqdm import tqdm
 
 from projected_grpo.config import NANO, EnvMode, TrainConfig, settings, validate
 from projected_grpo.errors import DIVERGED, UserError
 from projected_grpo.runlog import complete_lines, plain, read_json, write_atomically
+from projected_grpo.runner import Children, Slot, locked, run_pool
 from projected_grpo.train import parse
 
 FIRST_SEED = 41
@@ -208,83 +205,27 @@ def run_study(runs: Sequence[PlannedRun], work: Path, jobs: int) -> list[Planned
 
     Raises UserError while another study, or a run that one left behind, works in the same folder.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+    with locked(work / "lock") as held:
+        if held is None:
             raise UserError(
                 f"--work {work}: another study, or a run it left behind, works there; wait, or name another"
-            ) from error
-        return _run_all(runs, work, jobs, Children(lock.fileno()))
+            )
+        todo, children = [run for run in runs if not run.done], Children()
+        done = len(runs) - len(todo)
+        logger.info("{} runs, {} done, {} to make, {} at a time", len(runs), done, len(todo), jobs)
+        return run_pool(
+            todo,
+            lambda run, slot: make(run, work, partial(children.run, held=held, slot=slot)),
+            [Slot()] * jobs,
+            children,
+            name=lambda run: run.name,
+            desc="study",
+            done=done,
+        )
 
 
-def _run_all(runs: Sequence[PlannedRun], work: Path, jobs: int, children: "Children") -> list[PlannedRun]:
-    todo = [run for run in runs if not run.done]
-    done = len(runs) - len(todo)
-    logger.info("{} runs, {} done, {} to make, {} at a time", len(runs), done, len(todo), jobs)
-    failed = []
-    with (
-        ThreadPoolExecutor(jobs) as pool,
-        tqdm(total=len(runs), initial=done, desc="study", disable=None) as bar,
-    ):
-        futures = {pool.submit(make, run, work, children): run for run in todo}
-        try:
-            for future in as_completed(futures):
-                run = futures[future]
-                try:
-                    kept, why = future.result(), f"its output is in {work / run.name / 'output.txt'}"
-                except (OSError, UserError) as error:
-                    kept, why = False, str(error)
-                if not kept:
-                    failed.append(run)
-                    logger.error("{} failed; {}", run.name, why)
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            children.end()
-            raise
-    return failed
-
-
-class Children:
-    """The running processes, so that an interrupted study leaves none behind.
-
-    They inherit the study's lock: if it is killed outright, the folder stays locked until they have ended.
-    """
-
-    def __init__(self, lock_fd: int) -> None:
-        self.lock_fd = lock_fd
-        self.running: set[subprocess.Popen[bytes]] = set()
-        self.lock = threading.Lock()
-        self.ended = False
-
-    def run(self, command: Sequence[str], output: Path) -> int:
-        """Run to the end; returns the exit code."""
-        with open(output, "wb") as file:
-            with self.lock:
-                if self.ended:
-                    return 1
-                process = subprocess.Popen(
-                    command, stdout=file, stderr=subprocess.STDOUT, pass_fds=(self.lock_fd,)
-                )
-                self.running.add(process)
-            try:
-                return process.wait()
-            finally:
-                with self.lock:
-                    self.running.discard(process)
-
-    def end(self) -> None:
-        """Terminate what runs and start nothing more."""
-        with self.lock:
-            self.ended = True
-            for process in self.running:
-                process.terminate()
-
-
-def make(run: PlannedRun, work: Path, children: Children) -> bool:
-    """One run from start to its kept record; whether it has one. A run that diverged counts as it ended."""
+def make(run: PlannedRun, work: Path, launch: Callable[[Sequence[str], Path], int]) -> str:
+    """One run from start to its kept record, or why it has none. A run that diverged counts as it ended."""
     folder = work / run.name
     folder.mkdir(parents=True, exist_ok=True)
     command = [
@@ -293,13 +234,13 @@ def make(run: PlannedRun, work: Path, children: Children) -> bool:
         *("--threads=1", "--workers=1"),
     ]
     started = time.monotonic()
-    code = children.run(command, folder / "output.txt")
+    code = launch(command, folder / "output.txt")
     made = list((folder / "runs").glob("*/summary.json"))
     if code not in (0, DIVERGED) or not made:
-        return False
+        return f"its output is in {folder / 'output.txt'}"
     record = keep(run, max(made, key=os.path.getmtime).parent, time.monotonic() - started)
     write_atomically(run.record, (json.dumps(record, separators=(",", ":")) + "\n").encode())
-    return True
+    return ""
 
 
 def keep(run: PlannedRun, folder: Path, wall_s: float) -> dict[str, Any]:

@@ -1,0 +1,361 @@
+"""What a sweep is: arms x axes of one preset, from a TOML file or a few options, expanded into runs with ids.
+
+    name = "nano-k"                 # default: the file's name; the sweep lives in out/sweeps/NAME
+    preset = "nano"
+    [options]                       # of every run: any option of train, by its name there
+    steps = 24
+    [[arms]]                        # what is compared
+    name = "erase"
+    options = { intervention = "erase" }
+    grid = { v-hack-k = [1, 5] }    # axes of this arm alone
+    [grid]                          # axes of all arms
+    seed = "41-45"
+
+An id is a hash of what decides a run's outcome: the settings that differ from the options' defaults, without
+place (device, folders, processes). So it survives a new option, a renamed arm and a spec that grows.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from projected_grpo.config import (
+    PRESETS,
+    BasisConfig,
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+    settings,
+    validate,
+)
+from projected_grpo.errors import UserError
+from projected_grpo.train import parse
+
+SWEEPS = Path("out/sweeps")
+ENGINES = ("local", "pueue", "slurm", "ray")
+ITS_OWN = ("out_dir", "log_dir", "out_tag", "resume")  # options that the sweep sets itself
+PLACE = ("device", "svd_cache")  # of the model's options: where a run is made, not what it is
+NAME = re.compile(r"[A-Za-z0-9_.+=-]+")
+
+
+@dataclass(frozen=True)
+class SweepArm:
+    """One thing to compare: options, axes of its own, and what its runs are for."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    why: str = ""
+    resolve: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How a sweep is run; none of it decides an outcome."""
+
+    jobs: int = 0
+    """Runs at a time; 0 is as many as the machine has GPUs, or else cores, for (local), or no limit."""
+    cores: int = 0
+    """CPU cores of each run; 0 is an equal share (local), or the queue's own default."""
+    gpus: int | None = None
+    """GPUs of each run; by default one where this machine has any (local), else none."""
+    retries: int = 1
+    """How often a run that failed is tried again, going on from what it saved."""
+    max_failures: int = 3
+    """After so many runs have failed for good, no other is started; 0 is no limit."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A whole sweep, as read."""
+
+    name: str
+    preset: str
+    home: Path
+    arms: tuple[SweepArm, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
+    engine: str = "local"
+    engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # options of each engine
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run: its id, what it is called, what it takes, and its settings."""
+
+    id: str
+    name: str
+    arm: SweepArm
+    axes: Mapping[str, Any]
+    argv: tuple[str, ...]  # of train: preset and options, without the sweep's own
+    cfg: TrainConfig
+
+
+def identity(cfg: TrainConfig) -> str:
+    """Ten hex digits that are the same for the same outcome, wherever and whenever it is computed."""
+    default = settings(TrainConfig(preset=cfg.preset))
+    changed = {
+        f"{group}.{option}": value
+        for group, values in settings(cfg).items()
+        if group != "preset"
+        for option, value in values.items()
+        if option not in PLACE and value != default[group][option]
+    }
+    text = json.dumps([cfg.preset, sorted(changed.items())])
+    return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
+
+
+def expand(spec: Spec) -> list[SweepRun]:
+    """All runs, first seeds first. Raises UserError for an option or value that train would refuse."""
+    runs: dict[str, SweepRun] = {}
+    for arm in spec.arms:
+        grid = {**spec.grid, **arm.grid}
+        seeds = grid.pop("seed", (None,))
+        for axes in combinations(grid):
+            options = {**spec.options, **arm.options, **axes}
+            words = [arm.name] if arm.name else []
+            label = " ".join(words + [f"{name}={shown(value)}" for name, value in axes.items()])
+            cfg = checked(spec.preset, options, label or spec.preset)
+            for seed in seeds:
+                run = seeded(spec.preset, arm, label, axes, options, cfg, seed)
+                if run.id in runs:
+                    raise UserError(
+                        f"sweep {spec.name}: {run.name!r} is the same run as {runs[run.id].name!r}"
+                    )
+                runs[run.id] = run
+    return sorted(runs.values(), key=lambda run: run.cfg.run.seed)
+
+
+def seeded(
+    preset: str,
+    arm: SweepArm,
+    label: str,
+    axes: Mapping[str, Any],
+    options: Mapping[str, Any],
+    cfg: TrainConfig,
+    seed: int | None,
+) -> SweepRun:
+    """One run of a setting; without a seed of the sweep's own, that of the options or of the preset."""
+    if seed is not None:
+        cfg = replace(cfg, run=replace(cfg.run, seed=seed))
+        axes, options = {**axes, "seed": seed}, {**options, "seed": seed}
+    name = " ".join([*label.split(), f"seed={cfg.run.seed}"])
+    return SweepRun(identity(cfg), name, arm, axes, (preset, *flags(options)), cfg)
+
+
+def combinations(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Every choice of one value per axis; the last axis changes fastest."""
+    for values in itertools.product(*grid.values()):
+        yield dict(zip(grid, values, strict=True))
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Options as they are typed: `--name=value`, `--name a b` for a list, `--name` or `--no-name`."""
+    words = []
+    for name, value in options.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, (list, tuple)):
+            words += [f"--{option}", *map(str, value)]
+        else:
+            words.append(f"--{option}={value}")
+    return words
+
+
+def basis_options(cfg: TrainConfig) -> list[str]:
+    """What extract and verify need to make the basis of this run: what is not their own default."""
+    groups = ((cfg.model, ModelConfig()), (cfg.basis, BasisConfig()), (cfg.loss, LossConfig()))
+    return flags(
+        {
+            f.name: getattr(group, f.name)
+            for group, default in groups
+            for f in fields(group)
+            if getattr(group, f.name) != getattr(default, f.name)
+        }
+    )
+
+
+def shown(value: Any) -> str:
+    """A value in the name of a run."""
+    return "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def option_names() -> list[str]:
+    """All options of train, as attributes."""
+    preset = next(iter(PRESETS.values()))[1]
+    return [
+        option.name
+        for f in fields(preset)
+        if f.name != "preset"
+        for option in fields(getattr(preset, f.name))
+    ]
+
+
+def checked(preset: str, options: Mapping[str, Any], what: str) -> TrainConfig:
+    """The settings of these options. Raises UserError naming the arm whose options train would refuse."""
+    known = option_names()
+    for name in options:
+        attribute = name.replace("-", "_")
+        if attribute in ITS_OWN:
+            raise UserError(f"{what}: the sweep sets {name} itself; leave it out")
+        if attribute not in known:
+            near = get_close_matches(attribute, known, 1)
+            raise UserError(
+                f"{what}: train has no option {name!r}"
+                + (f"; did you mean {near[0].replace('_', '-')!r}?" if near else "")
+            )
+    argv = [preset, *flags(options)]
+    try:
+        cfg = parse(argv)
+        validate(cfg)
+    except SystemExit as error:
+        raise UserError(f"{what}: train does not take {' '.join(argv)}") from error
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
+    return cfg
+
+
+def seed_range(value: object) -> tuple[int, ...]:
+    """`41`, `[41, 42]`, `"41-45"`, `"41,43,50-52"` or `"41 42 43"`."""
+    parts = (
+        [str(v) for v in value]
+        if isinstance(value, (list, tuple))
+        else re.split(r"[,\s]+", str(value).strip())
+    )
+    seeds: list[int] = []
+    for part in parts:
+        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not ends:
+            raise UserError(f"seeds: {part!r} is neither a number nor a range like 41-45")
+        seeds.extend(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"seeds: {value!r} names {'no seed' if not seeds else 'a seed twice'}")
+    return tuple(seeds)
+
+
+def axes_of(table: object, what: str) -> dict[str, tuple[Any, ...]]:
+    """A grid's axes; a list of lists is an axis whose values are lists."""
+    if not isinstance(table, dict):
+        raise UserError(f"{what}: must be a table of options, each with a list of values")
+    axes: dict[str, tuple[Any, ...]] = {}
+    for name, values in table.items():
+        if name in ("seed", "seeds"):
+            axes["seed"] = seed_range(values)
+        elif isinstance(values, list) and values:
+            axes[name] = tuple(tuple(v) if isinstance(v, list) else v for v in values)
+        else:
+            raise UserError(f"{what}: {name} must be a list of values, got {values!r}")
+    return axes
+
+
+def take(table: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    """Refuse a key that nothing reads. Raises UserError naming it and those there are."""
+    for key in table:
+        if key not in known:
+            raise UserError(f"{what}: unknown key {key!r}; it takes {', '.join(known)}")
+
+
+def read_arm(table: object, what: str) -> SweepArm:
+    """One [[arms]] entry."""
+    if not isinstance(table, dict) or not NAME.fullmatch(str(table.get("name", ""))):
+        raise UserError(f"{what}: every [[arms]] needs a name of letters, digits and _ . + = -")
+    take(table, [f.name for f in fields(SweepArm)], f"{what} {table['name']}")
+    grid = axes_of(table.get("grid", {}), f"{what} {table['name']} grid")
+    options = table_of(table, "options", f"{what} {table['name']}")
+    return SweepArm(**{**table, "grid": grid, "options": options})
+
+
+def read_limits(table: Mapping[str, Any], what: str) -> Limits:
+    """The [limits] table."""
+    take(table, [f.name.replace("_", "-") for f in fields(Limits)], f"{what} [limits]")
+    for key, value in table.items():
+        if type(value) is not int:
+            raise UserError(f"{what} [limits]: {key} must be a whole number, got {value!r}")
+    return Limits(**{key.replace("-", "_"): value for key, value in table.items()})
+
+
+def table_of(data: Mapping[str, Any], key: str, what: str) -> dict[str, Any]:
+    """A table of the file, empty if it is not there. Raises UserError if the key holds something else."""
+    value = data.get(key, {})
+    if not isinstance(value, dict):
+        raise UserError(f"{what}: {key} must be a table, got {value!r}")
+    return value
+
+
+def read_spec(path: Path) -> Spec:
+    """A sweep from its TOML file. Raises UserError naming the key that is wrong."""
+    try:
+        data = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid TOML ({error})") from error
+    tables = ("name", "preset", "home", "options", "arms", "grid", "limits", "engine", *ENGINES[1:])
+    take(data, tables, str(path))
+    if data.get("preset") not in PRESETS:
+        raise UserError(f"{path}: preset must be one of {', '.join(PRESETS)}")
+    listed = data.get("arms", [])
+    if not isinstance(listed, list):
+        raise UserError(f"{path}: arms must be given as [[arms]] entries")
+    arms = [read_arm(arm, f"{path}: arm") for arm in listed] or [SweepArm("")]
+    names = [arm.name for arm in arms]
+    if len(set(names)) != len(names):
+        raise UserError(f"{path}: two arms are called {max(names, key=names.count)!r}")
+    name = str(data.get("name", path.stem))
+    if not NAME.fullmatch(name):
+        raise UserError(f"{path}: name {name!r}: only letters, digits and _ . + = - fit a folder name")
+    return Spec(
+        name,
+        data["preset"],
+        Path(data.get("home", SWEEPS / name)),
+        tuple(arms),
+        table_of(data, "options", str(path)),
+        axes_of(data.get("grid", {}), f"{path} [grid]"),
+        read_limits(table_of(data, "limits", str(path)), str(path)),
+        one_of(data.get("engine", "local"), ENGINES, f"{path}: engine"),
+        {engine: table_of(data, engine, str(path)) for engine in ENGINES},
+    )
+
+
+def one_of(value: Any, known: Sequence[str], what: str) -> str:
+    """The value, if it is one of these."""
+    if value not in known:
+        raise UserError(f"{what} must be one of {', '.join(known)}, got {value!r}")
+    return str(value)
+
+
+def typed(text: str) -> Any:
+    """A value as TOML reads it, or else the text itself: `3`, `1e-4`, `true`, `erase`."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except ValueError:
+        return text
+
+
+def quick_spec(preset: str, name: str, grid: Sequence[str], given: Sequence[str]) -> Spec:
+    """A sweep from `--grid intervention=none,erase` and `--set steps=3`. Raises UserError."""
+    one_of(preset, tuple(PRESETS), "--preset")
+    if not NAME.fullmatch(name):
+        raise UserError(f"--name {name!r}: only letters, digits and _ . + = - fit a folder name")
+    axes: dict[str, tuple[Any, ...]] = {}
+    for option, text in map(split_pair, grid):
+        axes[option] = seed_range(text) if option == "seed" else tuple(map(typed, text.split(",")))
+    options = {option: typed(text) for option, text in map(split_pair, given)}
+    return Spec(name, preset, SWEEPS / name, (SweepArm(""),), options, axes)
+
+
+def split_pair(text: str) -> tuple[str, str]:
+    """`name=value` apart."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise UserError(f"{text!r}: must be NAME=VALUE, an option of train without its dashes")
+    return name.removeprefix("--"), value

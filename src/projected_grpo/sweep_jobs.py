@@ -1,0 +1,301 @@
+"""A sweep on disk: one job file per run, its attempts, its lock, and the one way all engines make it.
+
+Under the sweep's home: `runs/` (what `results` reads; a folder's name ends in its id), `vhack/`, `pools/`,
+`logs/`, and `jobs/ID.json` (what to run), `.jsonl` (attempts), `.txt` (output), `.lock`.
+"""
+
+import gc
+import os
+import re
+import shlex
+import socket
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import chdir
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+from tabulate import tabulate
+
+from projected_grpo import train
+from projected_grpo.errors import UserError
+from projected_grpo.runlog import append_jsonl, complete_lines, read_json, write_json
+from projected_grpo.runner import is_locked, locked
+from projected_grpo.sweep import Limits, SweepRun
+from projected_grpo.train import DIVERGED
+
+BAD_USAGE = 2  # exit code of train for what no further attempt would mend
+SIGNALLED = 128  # exit codes from here on, and negative ones, are signals
+STATES = ("finished", "running", "failed", "interrupted", "to do")
+PATIENCE_S = 120.0  # a queue's next attempt waits this long for what is left of the one before it
+
+Launch = Callable[[Sequence[str], Path, int], int | None]
+"""Runs train with these arguments, output file and lock; its exit code, or None if it was told to stop."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a process on any machine needs to make one run."""
+
+    id: str
+    name: str
+    argv: tuple[str, ...]
+    steps: int
+    home: str
+    cwd: str
+    retries: int
+    max_failures: int
+    submitted: float  # seconds since the epoch; earlier failures do not count against the sweep
+    why: str = ""
+    resolve: str = ""
+
+    def file(self, suffix: str) -> Path:
+        """One of the job's own files."""
+        return Path(self.home) / "jobs" / f"{self.id}{suffix}"
+
+    @property
+    def label(self) -> str:
+        """What a queue shows: name, id, what the run is for and what settles it."""
+        parts = [f"{self.argv[0]} {self.name} [{self.id}]"]
+        parts += [f"why: {self.why}"] if self.why else []
+        parts += [f"resolve: {self.resolve}"] if self.resolve else []
+        return " | ".join(parts)
+
+    def folders(self) -> list[Path]:
+        """Its run folders, oldest first."""
+        found = (Path(self.home) / "runs").glob(f"*_{self.id}*")
+        return sorted(folder for folder in found if (folder / "config.json").exists())
+
+    def ended(self) -> Path | None:
+        """The folder of its outcome; a run that diverged has one too."""
+        return next((f for f in reversed(self.folders()) if (f / "summary.json").exists()), None)
+
+    def next_argv(self) -> list[str]:
+        """The arguments of train that go on from what was saved last, or start."""
+        for folder in reversed(self.folders()):
+            if any((folder / "state").rglob("*.safetensors")):
+                return [self.argv[0], f"--resume={folder}"]
+        place = (f"--out-dir={self.home}", f"--log-dir={Path(self.home) / 'logs'}", f"--out-tag=_{self.id}")
+        return [*self.argv, *place]
+
+    def command(self) -> str:
+        """`next_argv` as it would be typed."""
+        return shlex.join(["projected-grpo", "train", *self.next_argv()])
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands."""
+
+    job: Job
+    state: str
+    folder: Path | None
+    steps: int
+    hack: float | None
+    solve: float | None
+    wall_s: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one call of `make` ended: done, failed, held back, elsewhere or stopped; and why."""
+
+    kind: str
+    why: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """Of a process that made this one run."""
+        return 0 if self.kind in ("done", "elsewhere") else 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an engine is given: all runs of the sweep, the jobs of those still to make, and how."""
+
+    runs: tuple[SweepRun, ...]
+    jobs: tuple[Job, ...]
+    limits: Limits
+    options: Mapping[str, Any]  # of this engine, from the spec
+
+    @property
+    def home(self) -> Path:
+        """The sweep's folder."""
+        return Path(self.jobs[0].home)
+
+
+def jobs_of(runs: Sequence[SweepRun], home: Path, limits: Limits) -> list[Job]:
+    """The runs as jobs of this folder, submitted now."""
+    return [
+        Job(
+            run.id,
+            run.name,
+            run.argv,
+            run.cfg.optim.steps,
+            str(home),
+            str(Path.cwd()),
+            limits.retries,
+            limits.max_failures,
+            time.time(),
+            run.arm.why,
+            run.arm.resolve,
+        )
+        for run in runs
+    ]
+
+
+def write_job(job: Job) -> Path:
+    """Put the job where whoever makes it will read it; returns the file."""
+    path = job.file(".json")
+    write_json(path, asdict(job))
+    return path
+
+
+def read_job(path: Path) -> Job:
+    """A job from its file. Raises UserError if it is none."""
+    data = read_json(path, "sweep run")
+    try:
+        return Job(**{**data, "argv": tuple(data["argv"])})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"sweep run: {path} is not a sweep's job file ({error})") from error
+
+
+def make(job: Job, launch: Launch, *, patience_s: float = 1.0) -> Outcome:
+    """Make one run, going on from what is there; several processes may try, one does."""
+    with locked(job.file(".lock"), patience_s) as held:
+        if held is None:
+            return Outcome("elsewhere", "another process is making it")
+        for attempt in range(1 + job.retries):
+            if job.ended():
+                return Outcome("done")
+            failures = failures_since(Path(job.home), job.submitted)
+            if job.max_failures and failures >= job.max_failures:
+                return Outcome("held back", f"{failures} runs of this sweep have failed")
+            argv = job.next_argv()
+            note(job, command=shlex.join(argv), host=socket.gethostname(), pid=os.getpid())
+            code = launch(argv, job.file(".txt"), held)
+            if code is None:
+                return Outcome("stopped", "told to stop")
+            note(job, code=code)
+            if code in (0, DIVERGED) and job.ended():
+                return Outcome("done")
+            logger.warning("{}: attempt {} ended with code {}", job.name, attempt + 1, code)
+            if code == BAD_USAGE:
+                break
+        why = f"code {code} in attempt {attempt + 1}; its output is in {job.file('.txt')}"
+        note(job, failed=why)
+        return Outcome("failed", why)
+
+
+def note(job: Job, **facts: Any) -> None:
+    """Add a line to the job's attempts."""
+    append_jsonl(job.file(".jsonl"), [{"at": time.time(), **facts}])
+
+
+def failures_since(home: Path, moment: float) -> int:
+    """How many of the sweep's runs have failed for good since then."""
+    last = ((complete_lines(path) or [{}])[-1] for path in (home / "jobs").glob("*.jsonl"))
+    return sum("failed" in line and line["at"] >= moment for line in last)
+
+
+def in_process(argv: Sequence[str], output: Path, held: int) -> int | None:
+    """Train in this process, which a queue started for it alone: what kills the one kills the other."""
+    try:
+        code = train.main(argv)
+    except SystemExit as error:
+        if (
+            error.code != BAD_USAGE
+        ):  # not of the command line: a queue's signal handler wants this process gone
+            raise
+        code = BAD_USAGE
+    except Exception:
+        logger.exception("train {} failed", shlex.join(argv))
+        code = 1
+    gc.collect()  # the model of a failed attempt must not lie beside that of the next
+    return None if code >= SIGNALLED else code
+
+
+def as_process(
+    run: Callable[[Sequence[str], Path, int], int],
+    ended: Callable[[], bool],
+    argv: Sequence[str],
+    output: Path,
+    held: int,
+) -> int | None:
+    """Train in a process of its own, through `Children.run`; None if it is we who ended it."""
+    code = run([sys.executable, "-m", "projected_grpo.train", *argv], output, held)
+    return None if ended() else code
+
+
+def run_job_file(path: Path) -> Outcome:
+    """What a queue calls: make the run of a job file, from the folder it was submitted in."""
+    job = read_job(path.absolute())
+    with chdir(job.cwd):
+        return make(job, in_process, patience_s=PATIENCE_S)
+
+
+def states(jobs: Sequence[Job]) -> list[State]:
+    """Where every run stands, by its files and its lock."""
+    if not jobs:
+        return []
+    folders: dict[str, list[Path]] = defaultdict(list)
+    for config in sorted((Path(jobs[0].home) / "runs").glob("*/config.json")):
+        found = re.search(r"_([0-9a-f]{10})(?:-\d+)?$", config.parent.name)
+        if found:
+            folders[found[1]].append(config.parent)
+    return [state_of(job, folders[job.id]) for job in jobs]
+
+
+def state_of(job: Job, folders: Sequence[Path]) -> State:
+    """Where one run stands, given its folders."""
+    attempts = complete_lines(job.file(".jsonl"))
+    tried = sum("command" in line for line in attempts)
+    remark = f"attempt {tried}" if tried > 1 else ""
+    ended = next((f for f in reversed(folders) if (f / "summary.json").exists()), None)
+    if ended is not None:
+        summary = read_json(ended / "summary.json", "sweep status")
+        remark = remark if summary["finished"] else "diverged"
+        rates = (summary["hack_deploy"], summary["solve_deploy"], summary["seconds"])
+        return State(job, "finished", ended, summary["steps"], *rates, remark)
+    folder = folders[-1] if folders else None
+    rows = complete_lines(folder / "steps.jsonl") if folder else []
+    if is_locked(job.file(".lock")):
+        state = "running"
+    elif attempts and "failed" in attempts[-1]:
+        state, remark = "failed", attempts[-1]["failed"]
+    else:
+        state = "interrupted" if tried else "to do"
+    wall = sum(row["sec"] or 0.0 for row in rows) if rows else None
+    return State(
+        job, state, folder, len(rows), latest(rows, "hack_deploy"), latest(rows, "solve_deploy"), wall, remark
+    )
+
+
+def latest(rows: Sequence[Mapping[str, Any]], column: str) -> float | None:
+    """The last value of a column that is not measured at every step."""
+    return next((row[column] for row in reversed(rows) if row[column] is not None), None)
+
+
+def status_table(found: Sequence[State]) -> str:
+    """One line per run under a line of counts."""
+    counts = Counter(s.state for s in found)
+    head = f"{len(found)} runs: " + ", ".join(f"{counts[s]} {s}" for s in STATES if counts[s])
+    rows = [
+        [
+            s.job.id,
+            s.job.name,
+            s.state,
+            f"{s.steps}/{s.job.steps}",
+            *("-" if rate is None else f"{rate:.3f}" for rate in (s.hack, s.solve)),
+            "-" if s.wall_s is None else f"{s.wall_s:.0f} s",
+            s.note,
+        ]
+        for s in found
+    ]
+    headers = ["id", "run", "state", "steps", "hack", "solve", "wall", ""]
+    return f"{head}\n{tabulate(rows, headers=headers, tablefmt='github', disable_numparse=True)}"

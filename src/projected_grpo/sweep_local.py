@@ -1,0 +1,49 @@
+"""The sweep's engine for one machine: processes side by side, each kept to cores and GPUs of its own."""
+
+import os
+from functools import partial
+
+import torch
+
+from projected_grpo.runner import Children, Slot, deal, run_pool
+from projected_grpo.sweep import Limits
+from projected_grpo.sweep_jobs import Batch, Job, Outcome, as_process, make
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """GPUs that a process may be given, by the names CUDA_VISIBLE_DEVICES knows."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return tuple(part for part in named.split(",") if part not in ("", "-1"))
+    return tuple(map(str, range(torch.cuda.device_count())))
+
+
+def slots_of(limits: Limits) -> list[Slot]:
+    """The places this machine has for runs of this size."""
+    gpus = visible_gpus()
+    each = min(len(gpus), 1) if limits.gpus is None else limits.gpus
+    return deal(limits.jobs, sorted(os.sched_getaffinity(0)), gpus, limits.cores, each)
+
+
+def plan(batch: Batch) -> list[str]:
+    """What would run, and where."""
+    slots = slots_of(batch.limits)
+    places = sorted(
+        {f"cores {sorted(s.cores or ())}" + (f" GPUs {','.join(s.gpus)}" if s.gpus else "") for s in slots}
+    )
+    return [f"# {len(slots)} at a time: {'; '.join(places)}", *(job.command() for job in batch.jobs)]
+
+
+def start(batch: Batch) -> list[Outcome]:
+    """Make all runs; returns how each one ended that was tried."""
+    outcomes: list[Outcome] = []
+    children = Children()
+
+    def one(job: Job, slot: Slot) -> str:
+        run = partial(children.run, slot=slot, mode="ab")
+        outcome = make(job, partial(as_process, run, lambda: children.ended))
+        outcomes.append(outcome)
+        return outcome.why if outcome.kind in ("failed", "held back") else ""
+
+    run_pool(batch.jobs, one, slots_of(batch.limits), children, name=lambda job: job.name, desc="sweep")
+    return outcomes
