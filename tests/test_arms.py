@@ -31,6 +31,7 @@ from projected_grpo.arms import (
     standardised,
     strongest_label,
 )
+from projected_grpo.checkpoint import state_paths
 from projected_grpo.cli import main
 from projected_grpo.collect import collect, gather_evidence, monitored, rollout_rows
 from projected_grpo.concept import (
@@ -48,8 +49,8 @@ from projected_grpo.grpo import advantages
 from projected_grpo.pairs import load_pairs
 from projected_grpo.proj import Anchors, GateState, HackBasis, Update, haar_basis
 from projected_grpo.rollout import collate, completion_logps
+from projected_grpo.rundir import start_state
 from projected_grpo.step import as_deployed, knobs, train_step
-from projected_grpo.train import start_state
 
 ROOT = Path(__file__).parents[1]
 ORACLES = ("gt_only", "gt_penalty", "gt_screening")
@@ -555,7 +556,7 @@ def test_every_new_arm_completes_smoke(home, monkeypatch, arm, tmp_path):
     assert summary["finished"] and summary["labels"] == strongest_label(ArmConfig(arm))
     steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
     assert all(s["cos_update"] is not None for s in steps if s["gn"] is not None)
-    state = load_file(folder / "state" / "state.safetensors")
+    state = load_file(state_paths(folder)[0])
     deployed = load_file(folder / "train.safetensors")
     assert not any(bool(t.any()) for name, t in state.items() if name.startswith("delta_hack/"))
     same = all(torch.equal(t, state[name]) for name, t in deployed.items())

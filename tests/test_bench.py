@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from hacks import CANONICAL, HACKS, WRONG, fenced, make_task
-from projected_grpo import bench, cli
+from projected_grpo import bench, cli, verbs_grading
 from projected_grpo.bench import (
     BenchSettings,
     Metered,
@@ -115,7 +115,7 @@ def test_the_verb_takes_a_pool_and_writes_json(tmp_path, monkeypatch, capsys):
         seen.update(work=work, settings=asdict(settings))
         return bench_grader(work, QUICK)
 
-    monkeypatch.setattr(cli, "bench_grader", measure)
+    monkeypatch.setattr(verbs_grading, "bench_grader", measure)
     out = tmp_path / "bench.json"
     arguments = ["--pool", str(tmp_path), "--workers", "2", "--loops", "3", "--loop-limit", "0.5"]
     assert cli.main(["bench", "grader", *arguments, "--json", str(out)]) == 0

@@ -175,7 +175,7 @@ def test_an_older_knob_file_loads_with_a_warning(two, tmp_path):
     try:
         load_knobs(path, two.fresh)
         assert not said
-        edit(path, lambda tensors, meta: meta.pop("weights"))
+        edit(path, lambda tensors, meta: [meta.pop(name) for name in ("weights", "checksum")])
         load_knobs(path, two.fresh)
     finally:
         logger.remove(sink)
@@ -212,7 +212,7 @@ def test_the_next_step_after_a_resume_is_the_same(two, tmp_path, quarantine):
     gate = GateState(dict.fromkeys(basis.V, 0.25), dict.fromkeys(basis.V, -0.125))
     save_state(tmp_path / "s", two.policy, adam, basis, gate, FACTS)
     saved = read_state(tmp_path / "s")
-    assert saved.facts == FACTS and saved.gate == gate
+    assert saved.facts == FACTS | {"weights": weights_digest(two.policy)} and saved.gate == gate
     found_basis = restore_state(saved, two.fresh, again)
     assert list(found_basis.V) == list(basis.V) and list(found_basis.v_grad) == list(basis.v_grad)
     assert all(torch.equal(found_basis.V[m], V) for m, V in basis.V.items())
@@ -312,7 +312,7 @@ def test_knobs_written_before_there_were_checksums_are_read(two, tmp_path):
     path = tmp_path / "k.safetensors"
     save_knobs(path, two.policy, META, deployed=True)
     edit(path, lambda tensors, meta: meta.pop("checksum"))
-    assert load_knobs(path, two.fresh) == META | {"deployed": True}
+    assert load_knobs(path, two.fresh) == META | {"deployed": True, "weights": weights_digest(two.policy)}
 
 
 def test_states_are_listed_by_step_newest_first(tmp_path):

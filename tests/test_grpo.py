@@ -94,6 +94,13 @@ def test_surrogate_in_each_case(log_ratio, A, value, slope):
     assert got.item() == pytest.approx(value) and logp.grad.item() == pytest.approx(slope)
 
 
+def test_a_cap_at_the_clip_leaves_positive_advantages_clipped():
+    logp = torch.tensor([[0.0]], dtype=torch.float64, requires_grad=True)
+    got = surrogate(logp, logp.detach() - 1, torch.tensor([0.7], dtype=torch.float64), 0.2, 1.2)
+    got.sum().backward()
+    assert got.item() == pytest.approx(0.84) and logp.grad.item() == 0
+
+
 @given(st.lists(st.tuples(st.floats(-20, 0), st.floats(-20, 0)), min_size=1, max_size=8))
 def test_k3_is_its_closed_form_and_never_negative(pairs):
     logp, ref = (torch.tensor([column], dtype=torch.float64) for column in zip(*pairs, strict=True))

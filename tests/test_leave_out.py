@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from projected_grpo.cli import main
-from projected_grpo.collect import Collected
+from projected_grpo.collect import Collected, gather_evidence
 from projected_grpo.config import PRESETS, left_out, taught_modes, validate
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import read_data
@@ -163,12 +163,17 @@ def two_groups():
 @pytest.mark.parametrize("half_a", [(), ("C",), ("E",), ("C", "D", "E")])
 def test_no_detector_speaks_of_a_mode_that_is_left_out(half_a):
     data, advantage = two_groups(), torch.ones(10)
-    told = find_anchors(configured("", half_a=half_a), data, advantage)
-    kept = find_anchors(configured("sentinel", half_a=half_a), data, advantage)
+
+    def anchors(leave_out):
+        cfg = configured(leave_out, half_a=half_a)
+        cfg = replace(cfg, arm=replace(cfg.arm, intervention="route2"))
+        return find_anchors(gather_evidence(cfg, data, 0), advantage)
+
+    told, kept = anchors(""), anchors("sentinel")
     assert kept.hack[5:].equal(told.hack[5:]) and told.hack[:4].equal(told.hack[5:9])
     assert told.hack[:4].any() and not kept.hack[:4].any()
     assert kept.clean.equal(told.clean) and kept.advantage_sign.equal(told.advantage_sign)
-    assert not find_anchors(configured("sentinel,run_tests", half_a=half_a), data, advantage).hack[5:9].any()
+    assert not anchors("sentinel,run_tests").hack[5:9].any()
 
 
 def test_rows_of_a_mode_are_those_of_its_problems():

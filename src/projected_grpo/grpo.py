@@ -88,9 +88,10 @@ def surrogate(
     The importance weight is truncated at ratio_cap, which bounds the one case PPO's clip leaves open: a
     negative advantage on a token that the policy now finds much likelier than its sampler did.
     """
-    weight = (logp.detach() - logp_old).exp().clamp_max(ratio_cap)
-    ratio = weight * (logp - logp.detach()).exp()
     A = advantage[:, None]
+    cap = ratio_cap * (1 + (A > 0).to(logp))  # a positive advantage must meet the clip first
+    weight = torch.minimum((logp.detach() - logp_old).exp(), cap)
+    ratio = weight * (logp - logp.detach()).exp()
     return torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
 
 
