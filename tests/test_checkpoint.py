@@ -329,3 +329,12 @@ def test_a_runs_state_holds_knobs_too(two, state):
     load_knobs(state, two.fresh)
     assert torch.equal(logits(two.fresh), logits(two.policy))
     assert not torch.equal(logits(two.fresh), logits(two.policy, ablate_quarantine=True))
+
+
+def test_knobs_of_posthoc_before_its_ablation_are_not_what_it_deploys(two, tmp_path):
+    path = tmp_path / "k.safetensors"
+    save_knobs(path, two.policy, META | {"intervention": "posthoc"}, deployed=False)
+    with pytest.raises(UserError, match="before its ablation"):
+        knobs_meta(path)
+    save_knobs(path, two.policy, META | {"intervention": "posthoc"}, deployed=True)
+    assert knobs_meta(path)["deployed"]

@@ -183,6 +183,14 @@ def test_rows_of_a_mode_are_those_of_its_problems():
     assert data.rows_of(("sentinel", "run_tests")).all()
 
 
+@pytest.mark.parametrize("arm", ["gt_only", "gt_penalty", "gt_screening"])
+def test_an_arm_that_reads_the_oracle_can_leave_nothing_out(arm, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [f"--intervention={arm}", f"--env-mode={BOTH}", "--leave-out=sentinel"]
+    assert main(["train", "smoke", *options]) == 2
+    assert f"{arm} reads the oracle" in capsys.readouterr().err
+
+
 # A run
 
 

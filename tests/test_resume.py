@@ -339,6 +339,53 @@ def test_a_changed_line_is_found(here, whole, monkeypatch, capsys):
     assert "rollouts.jsonl no longer holds" in capsys.readouterr().err
 
 
+def test_a_run_whose_pairs_changed_is_refused(here, whole, home, monkeypatch, capsys):
+    folder = cut_short(monkeypatch, "otherpairs", 3)
+    kept = (home / "pairs.json").read_text()
+    changed = json.loads(kept)
+    changed["pairs"][0]["hack"] += "\n# changed"
+    try:
+        (home / "pairs.json").write_text(json.dumps(changed))
+        assert go_on(folder) == 2
+    finally:
+        (home / "pairs.json").write_text(kept)
+        made = {path: path.stat().st_mtime_ns for path in (home / "out" / "vhack").iterdir()}
+        if len(made) > 1:
+            max(made, key=made.__getitem__).unlink()  # the basis of the changed pairs
+    assert "the pairs of" in capsys.readouterr().err
+    assert go_on(folder) == 0
+
+
+def test_a_run_whose_problems_changed_is_refused(here, whole, monkeypatch, capsys):
+    folder = cut_short(monkeypatch, "otherdata", 3)
+    real = experiment.read_data
+
+    def read_data(cfg, grader):
+        data = real(cfg, grader)
+        return replace(data, train=(replace(data.train[0], canonical="pass"), *data.train[1:]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "read_data", read_data)
+        assert go_on(folder) == 2
+    assert "the problems or the pool of" in capsys.readouterr().err
+
+
+def test_results_of_an_early_end_do_not_outlive_the_run_that_goes_on(here, whole, monkeypatch):
+    folder = cut_short(monkeypatch, "outlived", 5)
+    shutil.copy(whole / "summary.json", folder)  # as a divergence leaves it
+    (folder / "summary.json").write_text(json.dumps({"finished": False}))
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_module, "one_step", stop)
+        go_on(folder)
+    assert not (folder / "summary.json").exists()
+    assert go_on(folder) == 0
+    same_bytes(folder, whole)
+
+
 def test_a_damaged_basis_is_extracted_again_where_nobody_named_it(here, whole, capsys):
     (basis,) = Path("out/vhack").glob("*.safetensors")
     intact = basis.read_bytes()

@@ -602,7 +602,7 @@ INTERRUPTED = (
 
 @pytest.mark.parametrize(
     ("arm", "options"),
-    [("erase", ()), ("route2", ()), ("advmod", ("--advmod-buffer=5",))],
+    [("erase", ("--project=purge",)), ("route2", ()), ("advmod", ("--advmod-buffer=5",))],
     ids=["erase", "route2", "advmod"],
 )
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, monkeypatch, tmp_path, arm, options):

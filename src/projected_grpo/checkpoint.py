@@ -49,8 +49,16 @@ def load_knobs(path: Path, policy: Policy) -> dict[str, Any]:
 
 
 def knobs_meta(path: Path) -> dict[str, Any]:
-    """What a knob file or a run's state says of itself. Raises UserError if it is neither."""
-    return _read(path, KNOBS_SCHEMA, STATE_SCHEMA)[1]
+    """What a knob file or a run's state says of itself.
+
+    Raises UserError if it is neither, or does not hold what its arm deploys.
+    """
+    meta = _read(path, KNOBS_SCHEMA, STATE_SCHEMA)[1]
+    if meta.get("intervention") == "posthoc" and not meta.get("deployed"):
+        raise UserError(
+            f"{path}: knobs of posthoc before its ablation; give the run's folder or its train.safetensors"
+        )
+    return meta
 
 
 def _fill(path: Path, policy: Policy, tensors: Mapping[str, Tensor], *, quarantine: bool) -> None:
@@ -136,13 +144,13 @@ def restore_state(saved: SavedState, policy: Policy, optimizer: torch.optim.Opti
     _fill(saved.path, policy, tensors, quarantine=True)
     for name, knob in _knobs(policy, quarantine=True).items():
         state = {
-            key: tensors[f"adamw/{key}/{name}"].to(knob.device if key != "step" else "cpu")
+            key: tensors[f"adamw/{key}/{name}"].to(knob.device if key != "step" else "cpu", copy=True)
             for key in ("step", "exp_avg", "exp_avg_sq")
             if f"adamw/{key}/{name}" in tensors
         }
         if state:
             optimizer.state[knob] = state
-    return HackBasis(  # copied: BLAS rounds otherwise in a file's unaligned memory
+    return HackBasis(  # copied, as AdamW's: BLAS rounds otherwise in a file's unaligned memory
         V={m: tensors[f"V/{m}"].to(policy.device, copy=True) for m in modules},
         v_grad={m: tensors[f"v_grad/{m}"].to(policy.device, copy=True) for m in modules},
     )

@@ -522,7 +522,7 @@ OPTIONS_OF: Mapping[str, tuple[Intervention, ...]] = {
 
 
 def _validate_arm_options(arm: ArmConfig) -> None:
-    """An option of one arm is refused in the others, where it would silently do nothing."""
+    """Options that name one arm's stage are refused in the others, where they would silently do nothing."""
     defaults = ArmConfig()
     for name, arms in OPTIONS_OF.items():
         if arm.intervention not in arms and getattr(arm, name) != getattr(defaults, name):

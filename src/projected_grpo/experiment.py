@@ -183,6 +183,10 @@ def give_modes(
 def check_left_out(cfg: TrainConfig, train: Sequence[Problem], teacher: Teacher) -> None:
     """Refuse a --leave-out that leaves out nothing, or a pool that may teach what is left out."""
     hidden = left_out(cfg.basis)
+    if hidden and "oracle" in ARMS[cfg.arm.intervention].reads(cfg.arm):
+        raise UserError(
+            f"--leave-out {','.join(hidden)}: {cfg.arm.intervention} reads the oracle, which knows every mode"
+        )
     for mode in hidden:
         if train and all(p.env_mode != mode for p in train):
             raise UserError(
@@ -230,7 +234,7 @@ def fit_prompts(data: Data, chat: Chat, max_new: int) -> tuple[Data, dict[str, t
     skipped = len(prompts) - len(fitting)
     if skipped:
         logger.warning("{} prompts skipped: longer than {} - max_new tokens", skipped, MAX_SEQUENCE)
-    if not train or not held_out:
+    if not train or not held_out or not final:
         raise UserError(
             f"every prompt plus --max-new {max_new} is longer than {MAX_SEQUENCE}; lower --max-new"
         )

@@ -276,7 +276,7 @@ def load_extraction(path: Path, expected: Mapping[str, Any], device: torch.devic
         raise UserError(f"{path}: not a basis file ({error}); delete it to extract again") from error
     if not isinstance(meta, dict) or text.get("checksum", "") not in ("", content_hash(tensors, meta)):
         raise UserError(f"{path}: damaged: its checksum differs from its content; delete it to extract again")
-    for field, value in expected.items():
+    for field, value in {"knobs": None, **expected}.items():
         if meta.get(field) != value:
             raise UserError(
                 f"{path}: made for another run: {field} is {_short(meta.get(field))}, this run has "
@@ -322,7 +322,10 @@ def obtain(
     used, _ = pairs.split()
     logger.info("extracting the hack basis from {} pairs of {!r} -> {}", len(used), pairs.name, path)
     grads = pair_grads(policy, tokenizer, used, loss, stop_id, length_norm=cfg.v_hack_length_norm)
-    extraction = extract(grads, cfg, meta)
+    try:
+        extraction = extract(grads, cfg, meta)
+    except FloatingPointError as error:
+        raise UserError(f"no basis: {error}; try --dtype float32, or knobs that have not diverged") from error
     save_extraction(path, extraction)
     return load_extraction(path, meta, policy.device), path  # the same bits as a run that finds the file
 

@@ -106,7 +106,7 @@ def microbatches(
 ) -> Iterator[list[int]]:
     """Split indices into batches of at most `budget` padded tokens (one rollout at least), longest first.
 
-    With `parts` a batch holds the prompt of each part once, and rollouts of a part stay together.
+    With `parts` a batch holds the prompt of each part once, and rollouts of a part follow each other.
     """
     parts = range(len(rollouts)) if parts is None else parts
     lengths = {i: len(rollouts[i].prompt_ids) + len(rollouts[i].completion_ids) for i in which}
@@ -143,11 +143,11 @@ def per_rollout_grads(
 ) -> RolloutGrads:
     """Gradient of the loss for every rollout, from one forward and one backward per microbatch.
 
-    With `parts`, a number from 0 up for each rollout, there is a row per part instead, the sum over its
-    rollouts; their prompt, which must be the same, is then run once where the model allows it. Rollouts with
-    advantage 0 are not run and add nothing. The gradient is taken at `deltas` (default: the policy as
-    trained); no parameter's `.grad` is touched. A microbatch that does not fit into memory is run in halves,
-    which changes nothing but rounding; UserError if a single rollout does not fit.
+    With `parts`, a number for each rollout from 0 up without gaps, there is a row per part instead, the sum
+    over its rollouts; their prompt, which must be the same, is then run once where the model allows it.
+    Rollouts with advantage 0 are not run and add nothing. The gradient is taken at `deltas` (default: the
+    policy as trained); no parameter's `.grad` is touched. A microbatch that does not fit into memory is run
+    in halves, which changes nothing but rounding; UserError if a single rollout does not fit.
     """
     deltas = policy.deltas() if deltas is None else deltas
     n = len(rollouts)

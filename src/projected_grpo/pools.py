@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
+from loguru import logger
 from tabulate import tabulate
 
 from projected_grpo.config import Detector, EnvMode
@@ -149,6 +150,14 @@ def join(pool: Iterable[PoolPrompt], problems: Sequence[Problem]) -> Teacher:
         else:
             found = _same_statement(prompt, by_method.get(prompt.method, []))
         if found is None:
+            continue
+        if (
+            prompt.env_mode is not None
+            and partition.get(found.problem_id, prompt.env_mode) != prompt.env_mode
+        ):
+            logger.warning(
+                "pool: {} stands in two modes; its rows of {} are left out", found.problem_id, prompt.env_mode
+            )
             continue
         rows[found.problem_id] = rows.get(found.problem_id, ()) + prompt.rows
         if prompt.env_mode is not None:

@@ -8,6 +8,7 @@ before it, and rows may share a batch, leave it early or be resumed; the others 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -128,7 +129,9 @@ def completion_logps(model: nn.Module, batch: Batch) -> Float[Tensor, "b T"]:
 
 def can_share(model: nn.Module) -> bool:
     """Whether a prompt's cache holds all that its continuations read: full attention in every layer."""
-    return set(getattr(model.config, "layer_types", None) or ("full_attention",)) == {"full_attention"}
+    config: Any = model.config
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ("full_attention",)
+    return set(kinds) == {"full_attention"}
 
 
 def shared_logps(policy: Policy, batch: SharedBatch) -> Float[Tensor, "b T"]:

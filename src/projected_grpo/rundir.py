@@ -30,7 +30,7 @@ from projected_grpo.checkpoint import (
 from projected_grpo.concept import Concept, concept_from_json, concept_to_json
 from projected_grpo.config import PRESETS, TrainConfig, display_name, from_json, settings, to_json, validate
 from projected_grpo.errors import UserError
-from projected_grpo.experiment import Experiment, prepare
+from projected_grpo.experiment import Data, Experiment, prepare
 from projected_grpo.extract_vhack_grad import (
     in_use,
     initial_gate,
@@ -102,7 +102,8 @@ class Run:
             for log in self.logs.values():
                 log.flush(sync=True)  # a state must not outlive the lines that it stands behind
             path = state_path(self.folder, state.step)
-            save_state(path, exp.chat.policy, state.optimizer, state.basis, state.gate, self.facts(state))
+            facts = self.facts(state) | {"data": data_digest(exp.data)}
+            save_state(path, exp.chat.policy, state.optimizer, state.basis, state.gate, facts)
             for old in state_paths(self.folder)[self.cfg.run.keep_states :]:
                 old.unlink()
         except OSError as error:
@@ -131,6 +132,17 @@ class Run:
 def settings_hash(cfg: TrainConfig) -> str:
     """Tells the states of one run from those of runs with other settings."""
     return hashlib.blake2b(json.dumps(settings(cfg), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def data_digest(data: Data) -> str:
+    """Hash of what is trained and evaluated on, with the teacher's rows: a run goes on with the same."""
+    digest = hashlib.blake2b(digest_size=8)
+    for problem in (*data.train, *data.held_out, *data.final):
+        digest.update(f"{problem.problem_id}\0{problem.env_mode}\0{problem.messages}\0".encode())
+        digest.update(f"{problem.canonical}\0{len(problem.calls)}\0".encode())
+    for name, rows in sorted(data.teacher.rows.items()):
+        digest.update(f"{name}\0{rows}\0".encode())
+    return digest.hexdigest()
 
 
 def provenance() -> dict[str, Any]:
@@ -224,10 +236,22 @@ def go_on(cfg: TrainConfig, folder: Path, stack: ExitStack) -> tuple[Run, Experi
     if cfg.optim.init_knobs is not None and cfg.optim.init_knobs.exists():
         start_from(cfg.optim.init_knobs, exp)  # the basis of a run that began there is described by them
     state = start_state(exp)
+    for field in ("weights", "pairs"):
+        if saved.facts.get("meta", {}).get(field) != state.meta.get(field):
+            raise UserError(
+                f"--resume: the {field} of {folder} have changed since; it cannot go on with others"
+            )
+    if saved.facts.get("data") != data_digest(exp.data):
+        raise UserError(
+            f"--resume: the problems or the pool of {folder} have changed since; it needs its own"
+        )
     state.basis, state.gate = restore_state(saved, exp.chat.policy, state.optimizer), saved.gate
     restore_facts(state, saved)
     start_logging(cfg.run.log_dir / f"{folder.name}.log")
     remove_leftovers(folder)
+    if state.step < cfg.optim.steps:  # what an early end left is not this run's any more
+        for name in ("summary.json", "deploy.json", "train.safetensors"):
+            (folder / name).unlink(missing_ok=True)
     for later in state_paths(folder):
         if later == saved.path:
             break

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -313,7 +313,10 @@ def maybe_refresh(exp: Experiment, state: TrainState) -> float | None:
         state.gate = state.gate.covering(list(new.V))
     state.basis = new
     if state.concept is not None:
-        state.concept = replace(state.concept, direction=current_direction(exp))
+        direction = current_direction(exp)
+        same = torch.equal(direction, state.concept.direction)
+        past = state.concept.past if same else torch.empty(0)  # scores by another direction
+        state.concept = Concept(direction, past)
     return overlap
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from projected_grpo.checkpoint import save_knobs
 from projected_grpo.collect import Collected, rollout_rows
 from projected_grpo.config import PRESETS, TrainConfig
-from projected_grpo.errors import DIVERGED, MISTAKES, SIGNALLED, UNSAVED
+from projected_grpo.errors import DIVERGED, MISTAKES, SIGNALLED, UNSAVED, UserError
 from projected_grpo.evaluate import Evaluation, evaluate
 from projected_grpo.experiment import Experiment
 from projected_grpo.models import decode
@@ -106,6 +106,9 @@ def train(run: Run, exp: Experiment, state: TrainState, stop: StopSignal) -> int
         while state.step < cfg.optim.steps:
             try:
                 diverged = one_step(run, exp, state)
+            except UserError:  # a rollout too large for memory, say: what was trained is kept
+                run.save(exp, state)
+                raise
             except FloatingPointError as error:  # before any knob was touched
                 logger.error("step {}: {}; ended with the state before it", state.step, error)
                 run.save(exp, state)

@@ -110,6 +110,8 @@ def evaluate_verb(options: EvaluateOptions) -> int:
     source = find_source(options.source, options.model.model)
     problems = chosen_problems(options, source)
     sampling = sampling_of(options, source)
+    if options.out.is_dir():
+        raise UserError(f"--out {options.out}: is a folder; name a file")
     if options.completions is not None and options.completions.exists():
         raise UserError(f"--completions {options.completions}: already there; name another file")
     with ExitStack() as stack:
