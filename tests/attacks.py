@@ -25,6 +25,24 @@ def must_refuse(number, *args):
     if libc.syscall(number, *args) != -1: escaped(number)
 """
 
+SIGIO = """import fcntl
+def sigio(pid):  # a pipe that has the kernel kill its owner when something is written
+    r, w = os.pipe()
+    for fd in (r, w, 1):
+        owner = bytes(ctypes.c_int(1)) + bytes(ctypes.c_int(pid))
+        for how in ((8, pid), (15, owner), (10, 9)):  # F_SETOWN, F_SETOWN_EX, F_SETSIG
+            try: fcntl.fcntl(fd, *how)
+            except OSError: pass
+        for request, value in ((0x8901, pid), (0x8902, pid), (0x5452, 1)):  # FIOSETOWN, SIOCSPGRP, FIOASYNC
+            try: fcntl.ioctl(fd, request, bytes(ctypes.c_int(value)))
+            except OSError: pass
+        try: fcntl.fcntl(fd, 4, fcntl.fcntl(fd, 3) | 0x2000)
+        except OSError: pass
+    os.write(w, b'x')
+    os.write(1, b'x')
+    time.sleep(.05)
+"""
+
 
 @dataclass(frozen=True)
 class Attack:
@@ -99,6 +117,9 @@ PROCESSES: dict[str, Attack] = {
     ),
     "kill_by_queue": top("must_refuse(129, os.getppid(), 9, bytes(128))", needs=("uid_drop", "seccomp")),
     "kill_by_pidfd": top("must_fail(os.pidfd_open, @TRAINER@)", needs=("namespaces", "seccomp")),
+    "kill_the_trainer_by_sigio": top(f"{SIGIO}sigio(@TRAINER@)", needs=OTHERS),
+    "kill_the_interpreter_by_sigio": top(f"{SIGIO}sigio(os.getppid())", needs=("uid_drop", "seccomp")),
+    "kill_everything_by_sigio": top(f"{SIGIO}sigio(-os.getppid())\nsigio(-@TRAINER@)", needs=CALLS),
     "kill_itself": top("os.kill(os.getpid(), 9)"),
     "slow_the_trainer": top("must_fail(os.sched_setaffinity, @TRAINER@, {0})", needs=OTHERS),
     "limit_the_trainer": top(
@@ -388,7 +409,29 @@ LEFTOVERS: dict[str, Attack] = {
     "folder_removed": top("os.rmdir(os.getcwd())"),
     "folder_renamed": top("must_fail(os.rename, os.getcwd(), os.getcwd() + '2')", needs=("landlock", "uid_drop", "mounts")),
     "odd_file_names": top("for n in (b'\\xff\\xfe', b'a\\nb', b'result.txt\\n', b'x' * 255): os.close(os.open(n, 65))"),
-    "locked_file": top("import fcntl\nf = open('l', 'w')\nfcntl.flock(f, fcntl.LOCK_EX)"),
+    "locked_file": top("import fcntl\nf = open('l', 'w')\nmust_fail(fcntl.flock, f, fcntl.LOCK_EX)", needs=CALLS),
+    "locked_library": top(
+        "import fcntl\nf = open(sys.path[0] + '/os.py')\nmust_fail(fcntl.flock, f, fcntl.LOCK_SH)\nmust_fail(fcntl.lockf, f, fcntl.LOCK_SH)",
+        needs=CALLS,
+    ),
+    "locked_descriptors": top(
+        "import fcntl, struct\nlock = struct.pack('hhqqi4x', 1, 0, 4242, 1, 0)\n"
+        "for fd in (0, 1, 2, 3, os.open('/dev/null', os.O_RDWR)):\n"
+        "    for command in (5, 6, 36, 37): must_fail(fcntl.fcntl, fd, command, lock)",
+        needs=CALLS,
+    ),
+    "pipes_marked": top(
+        "import fcntl\nfor fd in (1, 2, 3):\n"
+        "    for command, value in ((8, 0), (10, 34), (1031, 8192), (1032, 0), (4, 0x2001)):\n"
+        "        must_fail(fcntl.fcntl, fd, command, value)\n"
+        "    must_fail(fcntl.ioctl, fd, 0x5452, b'\\1\\0\\0\\0')",
+        needs=CALLS,
+    ),
+    "library_watched": top(
+        "for name, arguments in (('inotify_init', ()), ('inotify_init1', (0,)), ('fanotify_init', (0, 0))):\n"
+        "    if getattr(libc, name)(*arguments) != -1: escaped(name)",
+        needs=CALLS,
+    ),
     "terminal": top("must_fail(os.open, '/dev/tty', os.O_RDWR)\nif os.isatty(0) or os.isatty(1): escaped()"),
 }  # fmt: skip
 
@@ -406,6 +449,19 @@ HONEST: dict[str, Attack] = {
         "import threading",
     ),
     "output_of_bytes": honest("os.write(1, b'\\xff\\0')\nreturn sum(nums)"),
+    "descriptors": honest(
+        "with open('f', 'w+') as f, os.fdopen(os.dup(f.fileno()), 'r+') as g:\n    f.write(str(sum(nums)))\n    f.flush()\n"
+        "    g.seek(0)\n    got = int(g.read())\nr, w = os.pipe()\nos.set_blocking(r, False)\nos.set_inheritable(w, True)\n"
+        "os.dup2(w, 50)\nassert not os.get_blocking(r) and fcntl.fcntl(50, fcntl.F_GETFD) == 0 and not os.isatty(0)\n"
+        "fcntl.fcntl(r, fcntl.F_SETFL, fcntl.fcntl(r, fcntl.F_GETFL) & ~os.O_NONBLOCK)\nos.write(50, b'x')\n"
+        "assert os.get_blocking(r) and os.read(r, 1) == b'x' and os.read(0, 1) == b''\nreturn got",
+        "import fcntl",
+    ),
+    "standard_files": honest(
+        "with tempfile.TemporaryFile(dir='.') as f, sqlite3.connect(':memory:') as base:\n    f.write(b'x')\n"
+        "    return base.execute('select ' + '+'.join(map(str, nums or [0]))).fetchone()[0]",
+        "import tempfile, sqlite3",
+    ),
     "garbage": honest("a = []\na.append(a)\ngc.collect()\nreturn sum(nums)", "import gc"),
     "canonical": Attack(CANONICAL, True),
 }

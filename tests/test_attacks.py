@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ from projected_grpo.sandbox import Limits, Outcome, Program, Sandbox
 from projected_grpo.sandbox_seccomp import (
     ALLOW,
     ARCHITECTURES,
+    FCNTL,
     FIRST_ARGUMENT_AT,
+    IOCTL,
     ITSELF_ONLY,
     JUMP_EQUAL,
     LOAD,
@@ -163,6 +166,53 @@ def test_a_program_finds_nothing_of_the_one_before(sandbox):
     assert sandbox.run(Program(LOOK, "total")).stdout == "[] False False {} []\n"
 
 
+WHERE = """
+import fcntl, os, struct, sys
+places = [0, 1, 2, os.open('/dev/null', os.O_RDWR), os.open(sys.path[0] + '/os.py', os.O_RDONLY)]
+"""
+LOCK = """
+import time
+for fd in places:
+    for kind in (1, 0):  # F_WRLCK; F_RDLCK where the descriptor is for reading only
+        for command in (37, 6):  # F_OFD_SETLK, F_SETLK
+            try: fcntl.fcntl(fd, command, struct.pack('hhqqi4x', kind, 0, 4242, 6, 0)); print('locked', fd)
+            except OSError: pass
+    try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); print('locked', fd)
+    except OSError: pass
+print('done', flush=True)
+"""
+LOOK_FOR_LOCKS = """
+for fd in places:
+    for command in (36, 5):  # F_OFD_GETLK, F_GETLK
+        try: got = struct.unpack('hhqqi4x', fcntl.fcntl(fd, command, struct.pack('hhqqi4x', 1, 0, 0, 0, 0)))
+        except OSError: continue
+        if got[0] != 2: print('found', fd, got)
+    try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: print('found', fd)
+    except OSError: pass
+"""
+
+
+def test_no_lock_is_a_message_to_a_later_program_or_to_another_worker(root):
+    """Record locks on /dev/null, which all see, would tell a range of 63 bits each."""
+    with Sandbox(2, SHORT) as box:
+        if box.layers["seccomp"] is not True:
+            pytest.skip("without seccomp locks are not refused")
+        look = Program(WHERE + LOOK_FOR_LOCKS, "total")
+        assert box.run(Program(WHERE + LOCK, "total")).stdout == "done\n"
+        assert [future.result(60).stdout for future in [box.submit(look) for _ in range(6)]] == [""] * 6
+        alive = box.submit(Program(WHERE + LOCK + "time.sleep(.8)", "total"))
+        time.sleep(0.2)
+        assert [box.run(look).stdout for _ in range(6)] == [""] * 6 and not alive.done()
+        assert alive.result(60).stdout == "done\n"
+
+
+def test_no_flag_of_the_null_device_reaches_a_later_program(sandbox):
+    mark = Program("import fcntl\nfcntl.fcntl(0, 4, fcntl.fcntl(0, 3) | 0xC00)", "total")
+    look = Program("import fcntl\nprint(fcntl.fcntl(0, 3) & 0xC00)", "total")
+    assert [sandbox.run(program).stdout for program in (look, mark, look)] == ["0\n", "", "0\n"]
+
+
 TINY = (
     CANONICAL,
     WRONG,
@@ -208,7 +258,7 @@ def test_the_numbers_of_the_filter_are_the_kernels():
         numbers |= {word[1].removeprefix("__NR3264_"): int(word[2]) for word in words if word[2].isdigit()}
         column = ARCHITECTURES[machine][0]
         table = {name: row[column] for name, row in {**REFUSED, **ITSELF_ONLY, **NEW_PROCESS}.items()}
-        table["prctl"] = PRCTL[column]
+        table |= {"prctl": PRCTL[column], "fcntl": FCNTL[column], "ioctl": IOCTL[column]}
         known = {name: number for name, number in table.items() if number is not None and name in numbers}
         assert known == {name: numbers[name] for name in known}
         assert len(known) > len(table) - 12
@@ -278,9 +328,10 @@ def as_user(user: int | None, command: list[str]) -> subprocess.CompletedProcess
         (None, ("seccomp",)),
         (NOBODY, ()),
         (NOBODY, ("namespaces",)),
+        (NOBODY, ("namespaces", "landlock")),
         (NOBODY, ("namespaces", "landlock", "seccomp")),
     ],
-    ids=["root_no_seccomp", "user", "user_no_namespaces", "user_nothing"],
+    ids=["root_no_seccomp", "user", "user_no_namespaces", "user_seccomp_alone", "user_nothing"],
 )
 def test_again_with_less(user, missing):
     """The attacks on containment as another user and without layers; what only those stop is skipped."""

@@ -90,6 +90,26 @@ ADVERSARIES = {
         "import fcntl\nfcntl.fcntl(1, fcntl.F_SETOWN, os.getppid())\nfcntl.fcntl(1, 10, 9)  # F_SETSIG\n"
         "fcntl.fcntl(1, fcntl.F_SETFL, fcntl.fcntl(1, fcntl.F_GETFL) | os.O_ASYNC)\nprint('x')"
     ),
+    "signals_its_parent_by_ioctl": checked(
+        "import fcntl, struct\nfor request in (0x8901, 0x8902, 0x5452):  # FIOSETOWN, SIOCSPGRP, FIOASYNC\n"
+        "    fcntl.ioctl(1, request, struct.pack('i', os.getppid()))\nprint('x')"
+    ),
+    "pipe_resized": checked("import fcntl\nassert fcntl.fcntl(1, 1032) == 65536\nfcntl.fcntl(1, 1031, 8192)"),
+    "pipe_resized_unseen": checked(
+        "import fcntl\nseen = fcntl.fcntl(2, 1032) == 8192\nfcntl.fcntl(2, 1031, 8192)\nassert seen"
+    ),
+    "pipe_signal_chosen": checked(
+        "import fcntl\nseen = fcntl.fcntl(1, 11)\nfcntl.fcntl(1, 10, 34)\nassert seen"
+    ),
+    "pipe_mode": checked("seen = os.fstat(1).st_mode & 1\nos.fchmod(1, 0o601)\nassert seen"),
+    "null_appends": checked(
+        "import fcntl\nseen = fcntl.fcntl(0, 3) & 1024\nfcntl.fcntl(0, 4, 1024)\nassert seen"
+    ),
+    "null_locked": checked(
+        "import fcntl, struct\nlook = os.open('/dev/null', 2)\n"
+        "lock = struct.pack('hhqqi4x', 1, 0, 42, 1, 0)\n"
+        "seen = fcntl.fcntl(look, 36, lock) != lock  # F_OFD_GETLK\nfcntl.fcntl(0, 37, lock)\nassert seen"
+    ),
     "forks": checked("os.fork()"),
     "forks_and_passes": checked("try: os.fork()\nexcept OSError: pass"),
     "thread": checked("import threading, time\nthreading.Thread(target=time.sleep, args=(9,)).start()"),

@@ -260,8 +260,8 @@ def save_extraction(path: Path, extraction: Extraction) -> None:
         tensors |= {f"hack/{m}": extraction.grads.hack[m], f"clean/{m}": extraction.grads.clean[m]}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     meta = dict(extraction.meta)
-    text = {"projected_grpo": json.dumps(meta), "checksum": content_hash(tensors, meta)}
-    write_atomically(path, save(tensors, metadata=text))
+    text = json.dumps(meta | {"checksum": content_hash(tensors, meta)})
+    write_atomically(path, save(tensors, metadata={"projected_grpo": text}))
 
 
 def load_extraction(path: Path, expected: Mapping[str, Any], device: torch.device) -> Extraction:
@@ -274,7 +274,8 @@ def load_extraction(path: Path, expected: Mapping[str, Any], device: torch.devic
             tensors = {name: file.get_tensor(name).clone() for name in names}  # aligned, unlike the file
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a basis file ({error}); delete it to extract again") from error
-    if not isinstance(meta, dict) or text.get("checksum", "") not in ("", content_hash(tensors, meta)):
+    checksum = meta.pop("checksum", None) if isinstance(meta, dict) else ""
+    if checksum not in (None, content_hash(tensors, meta)):  # files had none at first
         raise UserError(f"{path}: damaged: its checksum differs from its content; delete it to extract again")
     for field, value in {"knobs": None, **expected}.items():
         if meta.get(field) != value:

@@ -395,12 +395,13 @@ def child(
         keep_only(RESULT_FD + (2 if ruleset is not None else 1), (JOBS_FD, *channel))
         os.chdir(scratch.path)
         scratch.containment.enter(ruleset)
-        flags = open_flags()
+        state = shared_state()
         while job.more and os.fork():
-            job = after_a_fork(*channel, flags)
+            job = after_a_fork(*channel, state)
         if job.more:
             os.setsid()  # as it is in a process that runs its only program
         data = marshal.loads(read_exactly(JOBS_FD, job.length))  # from the trusted side
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)  # its own: flags and locks would stay with a shared one
         os.closerange(RESULT_FD + 1, 1 << 16)
         scratch.containment.enter_program()
         os.write(RESULT_FD, STARTED)
@@ -419,15 +420,16 @@ def child(
     os._exit(0)
 
 
-def open_flags() -> list[int]:
-    """All that the programs of this process share beside the folder: how its descriptors are open."""
-    return [libc.fcntl(fd, F_GETFL, 0) for fd in range(RESULT_FD + 1)]
+def shared_state() -> list[tuple[int, int, int, int]]:
+    """Of the pipes, which the programs of this process share beside the folder: flags, mode and owner."""
+    infos = [(libc.fcntl(fd, F_GETFL, 0), os.fstat(fd)) for fd in range(1, RESULT_FD + 1)]
+    return [(flags, info.st_mode, info.st_uid, info.st_gid) for flags, info in infos]
 
 
-def after_a_fork(heard: int, order: int, flags: list[int]) -> Job:
+def after_a_fork(heard: int, order: int, state: list[tuple[int, int, int, int]]) -> Job:
     """Wait for the end of the program that this process forked, say how it ended, and be told the next."""
     _, status, used = os.wait4(-1, 0)
-    os.write(heard, ENDED.pack(open_flags() == flags, status, used.ru_utime + used.ru_stime))
+    os.write(heard, ENDED.pack(shared_state() == state, status, used.ru_utime + used.ru_stime))
     more, length = ORDER.unpack(read_exactly(order, ORDER.size))
     return Job(length, more)
 

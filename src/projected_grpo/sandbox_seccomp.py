@@ -12,10 +12,10 @@ import os
 import struct
 
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
-# BPF_LD|W|ABS, BPF_JMP|JA, BPF_JMP|JEQ|K, BPF_JMP|JGE|K, BPF_RET|K
-LOAD, JUMP, JUMP_EQUAL, JUMP_AT_LEAST, RETURN = 0x20, 0x05, 0x15, 0x35, 0x06
-# Offsets in struct seccomp_data. Of the argument the low half: process ids and options are 32 bits wide.
-NUMBER_AT, ARCHITECTURE_AT, FIRST_ARGUMENT_AT = 0, 4, 16
+# BPF_LD|W|ABS, BPF_JMP|JA, BPF_JMP|JEQ|K, BPF_JMP|JGE|K, BPF_JMP|JSET|K, BPF_RET|K
+LOAD, JUMP, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_IF_ANY, RETURN = 0x20, 0x05, 0x15, 0x35, 0x45, 0x06
+# Offsets in struct seccomp_data. Of an argument the low half: ids, options, flags are 32 bits wide.
+NUMBER_AT, ARCHITECTURE_AT, FIRST_ARGUMENT_AT, SECOND_ARGUMENT_AT, THIRD_ARGUMENT_AT = 0, 4, 16, 24, 32
 ALLOW, REFUSE = 0x7FFF0000, 0x00050000  # SECCOMP_RET_ALLOW; SECCOMP_RET_ERRNO, plus the errno
 X32 = 0x40000000  # x86-64's second numbering, which would be a way around the list
 
@@ -50,6 +50,9 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     # memory that no limit counts, or that outlives the program and so could carry a message to the next one
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "semget": (64, 190),
     "msgget": (68, 186), "mq_open": (240, 180),
+    # locks and watches: on a library's file or a device every program of every worker sees them (see FCNTL)
+    "flock": (73, 32), "inotify_init": (253, None), "inotify_init1": (294, 26),
+    "inotify_add_watch": (254, 27),
     # by user or by number, so that it could slow the process that the next program is forked from
     "setpriority": (141, 140), "ioprio_set": (251, 30),
 }  # fmt: skip
@@ -65,6 +68,10 @@ NEW_PROCESS: dict[str, tuple[int | None, int | None]] = {
     "execveat": (322, 281),
 }  # fmt: skip
 PRCTL = (157, 167)
+# The rest of fcntl locks, sends signals to whom it names, or sets what stays with a pipe. F_DUPFD, F_GETFD,
+# F_SETFD, F_GETFL, F_DUPFD_CLOEXEC; F_SETFL without O_ASYNC.
+FCNTL, FCNTL_ALLOWED, F_SETFL, O_ASYNC = (72, 25), (0, 1, 2, 3, 1030), 4, 0x2000
+IOCTL, IOCTL_REFUSED = (16, 29), (0x5452, 0x8901, 0x8902)  # FIOASYNC, FIOSETOWN, SIOCSPGRP
 PID_PLACE = 0x7FFFFFFF  # no process id is this large
 KEPT_OPTIONS = (1, 4)  # PR_SET_PDEATHSIG, PR_SET_DUMPABLE: set by `contain`, not to be taken back
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH_*
@@ -84,6 +91,20 @@ def refuse(table: dict[str, tuple[int | None, int | None]], column: int, error: 
     return [*code, op(JUMP, 1), op(RETURN, REFUSE | error)]
 
 
+def descriptor_rules(column: int) -> list[bytes]:
+    """What fcntl and ioctl may do; both decide by their second argument."""
+    no, yes = op(RETURN, REFUSE | errno.EPERM), op(RETURN, ALLOW)
+    count = len(FCNTL_ALLOWED)
+    fcntl = [op(JUMP_EQUAL, command, count + 3 - i, 0) for i, command in enumerate(FCNTL_ALLOWED)]
+    fcntl += [op(JUMP_EQUAL, F_SETFL, 0, 2), op(LOAD, THIRD_ARGUMENT_AT), op(JUMP_IF_ANY, O_ASYNC, 0, 1)]
+    count = len(IOCTL_REFUSED)
+    ioctl = [op(JUMP_EQUAL, request, count - i, 0) for i, request in enumerate(IOCTL_REFUSED)]
+    code = []
+    for number, body in ((FCNTL, [*fcntl, no, yes]), (IOCTL, [*ioctl, yes, no])):
+        code += [op(JUMP_EQUAL, number[column], 0, len(body) + 1), op(LOAD, SECOND_ARGUMENT_AT), *body]
+    return code
+
+
 def lasting_rules(machine: str) -> bytes:
     """What holds for every program of a contained process, and for the process itself, which forks them."""
     column, architecture = ARCHITECTURES[machine]
@@ -91,7 +112,8 @@ def lasting_rules(machine: str) -> bytes:
     code = [op(LOAD, ARCHITECTURE_AT), op(JUMP_EQUAL, architecture, 1, 0), no, op(LOAD, NUMBER_AT)]
     if machine == "x86_64":
         code += [op(JUMP_AT_LEAST, X32, 0, 1), no]
-    return b"".join([*code, *refuse(REFUSED, column, errno.EPERM), op(RETURN, ALLOW)])
+    code += [*refuse(REFUSED, column, errno.EPERM), *descriptor_rules(column)]
+    return b"".join([*code, op(RETURN, ALLOW)])
 
 
 def program_rules(machine: str, pid: int, new_processes: bool) -> bytes:
