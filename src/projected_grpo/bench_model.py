@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +22,7 @@ from projected_grpo.bench import machine
 from projected_grpo.config import EMBEDDED, FAST, Intervention, ModelConfig, TrainConfig, validate
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Chat, Data, Experiment
-from projected_grpo.extract_vhack_grad import pair_grads
+from projected_grpo.extract_vhack_grad import pair_grads, pair_rollouts
 from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.models import load_model, stop_ids
 from projected_grpo.pairs import load_pairs
@@ -54,14 +54,16 @@ WARM_UP = 1
 class Work:
     """One step's size. n = prompts_per_step * group rollouts of max_new tokens each."""
 
-    model: ModelConfig
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(model="random-21m", svd_cache=None))
     prompts_per_step: int = 4
     group: int = 4
     prompt_tokens: int = 200
     max_new: int = 64
+    """Completion tokens; no completion stops early."""
     steps: int = 5
     intervention: Intervention = "erase"
     tokens_per_microbatch: int = 16384
+    """Padded tokens per forward-backward pass."""
     seed: int = 41
 
 
@@ -120,15 +122,18 @@ def bench_prompts(work: Work, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [str(tokenizer.decode(piece)) for piece in pieces]
 
 
+def bench_prompt_ids(work: Work, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+    """The same texts as both trainers' tokenizers see them."""
+    texts = bench_prompts(work, tokenizer)
+    return [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+
+
 def bench_experiment(work: Work, chat: Chat, out: Path) -> Experiment:
     """The loop's own experiment on these prompts, with random rewards."""
-    texts = bench_prompts(work, chat.tokenizer)
+    ids = bench_prompt_ids(work, chat.tokenizer)
     problems = load_problems(EMBEDDED).problems
-    train, held_out = problems[: len(texts)], problems[len(texts) : len(texts) + 1]
-    prompts = {
-        problem.problem_id: tuple(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
-        for problem, text in zip(train, texts, strict=True)
-    }
+    train, held_out = problems[: len(ids)], problems[len(ids) : len(ids) + 1]
+    prompts = dict(zip((p.problem_id for p in train), ids, strict=True))
     cfg = bench_config(work, out)
     data = Data(train, held_out, held_out, NO_TEACHER)
     return Experiment(cfg, chat, data, prompts, load_pairs(None), RandomGrader(work.seed))
@@ -227,10 +232,7 @@ def bench_generation(work: Work) -> dict[str, Any]:
     policy = chat.policy
     for layer in policy.layers.values():
         layer.delta_s.data.normal_(std=1e-3)
-    prompts = [
-        tuple(chat.tokenizer(t, add_special_tokens=False)["input_ids"])
-        for t in bench_prompts(work, chat.tokenizer)
-    ]
+    prompts = bench_prompt_ids(work, chat.tokenizer)
     seeds = [[stream_seed(work.seed, i, j) for j in range(work.group)] for i in range(len(prompts))]
     sampling = bench_config(work, Path()).sampling
     heads = collate(
@@ -268,16 +270,13 @@ def random_rollouts(work: Work, chat: Chat) -> list[Rollout]:
     """Rollouts of full length with random completions, group by group."""
     config: Any = chat.policy.model.config
     generator = torch.Generator().manual_seed(work.seed)
-    prompts = [
-        chat.tokenizer(t, add_special_tokens=False)["input_ids"] for t in bench_prompts(work, chat.tokenizer)
-    ]
     return [
         Rollout(
-            tuple(p),
+            p,
             tuple(torch.randint(config.vocab_size, (work.max_new,), generator=generator).tolist()),
             "",
         )
-        for p in prompts
+        for p in bench_prompt_ids(work, chat.tokenizer)
         for _ in range(work.group)
     ]
 
@@ -341,28 +340,14 @@ def bench_extraction(work: Work) -> dict[str, Any]:
     chat = open_bench_chat(work)
     pairs = load_pairs(None).split()[0]
     loss = bench_config(work, Path()).loss
-    rollouts = [
-        Rollout(
-            tuple(chat.tokenizer(pair.messages[-1]["content"], add_special_tokens=False)["input_ids"]),
-            tuple(chat.tokenizer(text, add_special_tokens=False)["input_ids"]),
-            "",
-        )
-        for pair in pairs
-        for text in (pair.hack, pair.clean)
-    ]
+    rollouts = pair_rollouts(chat.tokenizer, pairs, chat.stop_id)
     functions: dict[str, Callable[[], object]] = {
         "ours": lambda: pair_grads(chat.policy, chat.tokenizer, pairs, loss, chat.stop_id),
         "floor": lambda: frozen_pass(
             chat.policy.model, rollouts, chat.pad_id, chat.policy.device, work.tokens_per_microbatch
         ),
     }
-    seconds = alternated(functions, chat.policy.device, work.steps)
-    return {
-        "ours_s": seconds["ours"],
-        "floor_s": seconds["floor"],
-        "over_floor": seconds["ours"] / seconds["floor"],
-        "pairs": len(pairs),
-    } | describe(work, chat)
+    return over_floor(functions, work, chat) | {"pairs": len(pairs)} | describe(work, chat)
 
 
 def bench_svd(work: Work) -> dict[str, Any]:
@@ -371,15 +356,19 @@ def bench_svd(work: Work) -> dict[str, Any]:
     weights = [layer.weight.data.float() for layer in chat.policy.layers.values()]
     functions: dict[str, Callable[[], object]] = {
         "ours": lambda: [compute_svd(W) for W in weights],
-        "matmul": lambda: [W @ W.T for W in weights],
+        "floor": lambda: [W @ W.T for W in weights],
     }
+    return over_floor(functions, work, chat) | {"modules": len(weights)} | describe(work, chat)
+
+
+def over_floor(functions: Mapping[str, Callable[[], object]], work: Work, chat: Chat) -> dict[str, Any]:
+    """Median seconds of `ours` and `floor` in turns, and their ratio."""
     seconds = alternated(functions, chat.policy.device, work.steps)
     return {
         "ours_s": seconds["ours"],
-        "floor_s": seconds["matmul"],
-        "over_floor": seconds["ours"] / seconds["matmul"],
-        "modules": len(weights),
-    } | describe(work, chat)
+        "floor_s": seconds["floor"],
+        "over_floor": seconds["ours"] / seconds["floor"],
+    }
 
 
 def describe(work: Work, chat: Chat) -> dict[str, Any]:

@@ -133,11 +133,13 @@ def assemble(
 def gather_evidence(cfg: TrainConfig, data: Collected, step: int) -> Evidence:
     """The labels of a step's rollouts that the arm declares, and no others."""
     reads = ARMS[cfg.arm.intervention].reads(cfg.arm)
-    flagged = detected(data.grades, cfg.arm.half_a or DEFAULT_ANCHORS) & ~data.rows_of(left_out(cfg.basis))
+    detectors = cfg.arm.half_a or DEFAULT_ANCHORS
     return Evidence(
         is_teacher=data.is_teacher,
         taught=data.hacked & data.is_teacher if "teacher" in reads else None,
-        detected=flagged if "detectors" in reads else None,
+        detected=detected(data.grades, detectors) & ~data.rows_of(left_out(cfg.basis))
+        if "detectors" in reads
+        else None,
         exploited=monitored(data.hacked & ~data.correct, cfg.arm.monitor_accuracy, cfg.run.seed, step)
         if "oracle" in reads
         else None,

@@ -18,7 +18,6 @@ from projected_grpo.bench_model import (
     bench_step,
     bench_svd,
 )
-from projected_grpo.config import Intervention, ModelConfig
 from projected_grpo.errors import UserError
 from projected_grpo.runlog import write_json
 
@@ -27,16 +26,7 @@ from projected_grpo.runlog import write_json
 class BenchOptions:
     """The size of a step. Figures are medians over the steps, the first of which is not counted."""
 
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(model="random-21m", svd_cache=None))
-    prompts_per_step: int = 4
-    group: int = 4
-    prompt_tokens: int = 200
-    max_new: int = 64
-    """Completion tokens; no completion stops early."""
-    steps: int = 5
-    intervention: Intervention = "erase"
-    tokens_per_microbatch: int = 16384
-    """Padded tokens per forward-backward pass."""
+    work: Work = field(default_factory=Work)
     threads: int = 0
     """CPU threads of torch; 0 is torch's own choice."""
     json: Path | None = None
@@ -53,25 +43,15 @@ class BenchStepOptions(BenchOptions):
 
 def measure(options: BenchOptions, function: Callable[[Work], dict[str, Any]]) -> int:
     """Run one benchmark, print its figures and write them."""
+    work = options.work
     for name in ("prompts_per_step", "group", "prompt_tokens", "max_new", "steps", "tokens_per_microbatch"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    if options.group < 2:
-        raise UserError(f"--group must be at least 2, got {options.group}: a group of one has no advantage")
+        if getattr(work, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(work, name)}")
+    if work.group < 2:
+        raise UserError(f"--group must be at least 2, got {work.group}: a group of one has no advantage")
     if options.threads:
         torch.set_num_threads(options.threads)
-    figures = function(
-        Work(
-            options.model,
-            options.prompts_per_step,
-            options.group,
-            options.prompt_tokens,
-            options.max_new,
-            options.steps,
-            options.intervention,
-            options.tokens_per_microbatch,
-        )
-    )
+    figures = function(work)
     rows = [[name, f"{value:.4g}" if isinstance(value, float) else value] for name, value in figures.items()]
     print(tabulate(rows, disable_numparse=True))
     if options.json is not None:
