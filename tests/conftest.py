@@ -3,7 +3,7 @@
 import copy
 import os
 
-os.environ["PROJECTED_GRPO_CHECK_SHAPES"] = "1"
+os.environ.setdefault("PROJECTED_GRPO_CHECK_SHAPES", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -63,6 +63,12 @@ FAMILIES: dict[str, tuple[str, str, dict[str, object]]] = {
 def tiny() -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The package's tiny-random model and tokenizer; copy the model before changing it."""
     return load_model(ModelConfig(model=TINY_RANDOM, device="cpu"))
+
+
+@pytest.fixture
+def unchecked_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that a test starts do not check shapes, which triples their imports: it is done in here."""
+    monkeypatch.setenv("PROJECTED_GRPO_CHECK_SHAPES", "0")
 
 
 @pytest.fixture(scope="session")

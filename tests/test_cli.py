@@ -392,7 +392,7 @@ def test_grade_answers_line_by_line_with_every_field(here, asked, tmp_path, caps
 # Help and usage
 
 
-def test_help_of_the_training_verb_by_its_module_name():
+def test_help_of_the_training_verb_by_its_module_name(unchecked_children):
     command = [sys.executable, "-m", "projected_grpo.train", "smoke", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and done.stderr == ""

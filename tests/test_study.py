@@ -35,6 +35,7 @@ from projected_grpo.study_report import (
     write_report,
 )
 
+pytestmark = pytest.mark.usefixtures("unchecked_children")
 MODES = ("run_tests", "sentinel", "stdout_marker", "file_marker")
 T_975 = {1: 12.706205, 2: 4.302653, 4: 2.776445, 9: 2.262157}  # two-sided 95% points of Student's t, by df
 
@@ -273,9 +274,9 @@ def test_a_report_is_the_same_bytes_from_the_same_records(tmp_path):
         assert (tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes()
 
 
-def study_command(folder: Path, *more: str) -> list[str]:
+def study_command(folder: Path, *more: str, steps: int = 1) -> list[str]:
     return [
-        *("study", "nano", "--steps", "1", "--final-n-prompts", "8", "--max-seeds", "1"),
+        *("study", "nano", f"--steps={steps}", "--final-n-prompts", "8", "--max-seeds", "1"),
         *(f"--out={folder / 'kept'}", f"--work={folder / 'work'}", *more),
     ]
 
@@ -300,7 +301,7 @@ def test_a_killed_study_leaves_no_process_and_no_record(tmp_path, how):
         sys.executable,
         "-m",
         "projected_grpo.cli",
-        *study_command(tmp_path, "--arms", "none", "--jobs=1"),
+        *study_command(tmp_path, "--arms", "none", "--jobs=1", steps=1000),  # not done before it is killed
     ]
     study = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     output = tmp_path / "work" / "none_seed41" / "output.txt"

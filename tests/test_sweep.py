@@ -65,7 +65,7 @@ def spec_file(folder, steps=3, more=""):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch, unchecked_children):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -417,14 +417,14 @@ def test_a_job_file_holds_all_that_another_machine_needs(here):
 
 
 def test_a_local_sweep_runs_is_killed_and_goes_on(here, capsys):
-    path = spec_file(here, steps=40)
+    path = spec_file(here, steps=20)
     command = [sys.executable, "-m", "projected_grpo.cli", "sweep", str(path), "--jobs=2", "--seeds=1"]
-    jobs = here / "out/sweeps/four/jobs"
+    jobs, saved = here / "out/sweeps/four/jobs", "out/sweeps/four/runs/*/state/*.safetensors"
     with ExitStack() as stack:
         sweep = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         stack.callback(sweep.wait)
         stack.callback(sweep.terminate)
-        wait(lambda: len(list(here.glob("out/sweeps/four/runs/*/state/*.safetensors"))) == 2)
+        wait(lambda: list(here.glob(saved)))
         assert main(["sweep", "status", str(path), "--seeds=1"]) == 0
         assert "2 runs: 2 running" in capsys.readouterr().out
         assert main(["sweep", str(path), "--seeds=1", "--dry-run"]) == 0  # nothing for a second sweep to do
@@ -432,13 +432,15 @@ def test_a_local_sweep_runs_is_killed_and_goes_on(here, capsys):
         sweep.send_signal(signal.SIGTERM)
         assert sweep.wait(600) != 0
     wait(lambda: not any(map(is_locked, jobs.glob("*.lock"))))
+    begun = {state.parents[1].name[-10:] for state in here.glob(saved)}  # the other may not have come so far
     assert main(["sweep", "status", str(path), "--seeds=1"]) == 0
     assert "2 runs: 2 interrupted" in capsys.readouterr().out
     assert main(["sweep", str(path), "--jobs=2", "--seeds=1"]) == 0
     assert "2 runs: 2 finished" in capsys.readouterr().out
+    assert begun
     for attempts in jobs.glob("*.jsonl"):
         commands = [row["command"] for row in map(json.loads, attempts.open()) if "command" in row]
-        assert len(commands) == 2 and "--resume=" in commands[1]
+        assert len(commands) == 2 and ("--resume=" in commands[1]) == (attempts.stem in begun)
     assert main(["results", "out/sweeps/four/runs"]) == 0
     assert capsys.readouterr().out.count("| smoke") == 2
 

@@ -175,8 +175,8 @@ def run_pool(
         ThreadPoolExecutor(len(slots)) as pool,
         tqdm(total=done + len(todo), initial=done, desc=desc, disable=None) as bar,
     ):
-        futures = {pool.submit(in_a_slot, item): item for item in todo}
-        try:
+        try:  # from the first start on: an interruption must find what runs by then
+            futures = {pool.submit(in_a_slot, item): item for item in todo}
             for future in as_completed(futures):
                 item = futures[future]
                 try:
