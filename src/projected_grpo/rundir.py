@@ -32,6 +32,7 @@ from projected_grpo.config import PRESETS, TrainConfig, display_name, from_json,
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Data, Experiment, prepare
 from projected_grpo.extract_vhack_grad import (
+    block_starts,
     in_use,
     initial_gate,
     obtain,
@@ -174,6 +175,7 @@ def start_run(asked: TrainConfig, stack: ExitStack) -> tuple[Run, Experiment, Tr
 def start_from(path: Path, exp: Experiment) -> None:
     """Begin at another run's delta_s with an empty quarantine. Raises UserError for another model's."""
     load_knobs(path, exp.chat.policy)
+    exp.chat.policy.give_blocks({})
     with torch.no_grad():
         for layer in exp.chat.policy.layers.values():
             layer.delta_hack.zero_()
@@ -322,6 +324,7 @@ def start_state(exp: Experiment) -> TrainState:
     gate = None
     if cfg.arm.intervention == "route2":
         gate = initial_gate(basis, without_contrast(extraction, cfg.basis, cfg.arm, cfg.run.seed).grads)
+    chat.policy.give_blocks(block_starts(chat.policy, basis, cfg.arm, cfg.run.seed))
     o = cfg.optim
     optimizer = torch.optim.AdamW(
         knobs(exp), lr=o.lr, betas=(o.adam_beta1, o.adam_beta2), weight_decay=o.weight_decay

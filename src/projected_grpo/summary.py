@@ -9,7 +9,7 @@ from loguru import logger
 from tabulate import tabulate
 
 from projected_grpo.arms import ARMS, as_it_is, as_paid, nothing, strongest_label
-from projected_grpo.config import TrainConfig, display_name, left_out, taught_modes
+from projected_grpo.config import TrainConfig, display_name, has_block, left_out, taught_modes
 from projected_grpo.evaluate import Evaluation
 from projected_grpo.experiment import Experiment
 from projected_grpo.rewards import MODES
@@ -269,11 +269,12 @@ def reading(cfg: TrainConfig, s: Mapping[str, Any], records: Sequence[Mapping[st
     parked = s["delta_hack_norm"]
     arm = ARMS[cfg.arm.intervention]
     expected = "exactly 0 in this arm"
-    if cfg.arm.intervention in ("route", "route2"):
+    if cfg.arm.intervention in ("route", "route2", "absorb"):
         expected = "> 0; ELSE nothing was parked"
     elif arm.deploy is not nothing:
         expected = "> 0, what deployment takes out of delta_s; ELSE nothing lay hack-ward in it"
-    lines.append(f"|delta_hack| {parked:.2e}. SHOULD be {expected}")
+    what = "|H| of the quarantine's blocks" if has_block(cfg.arm) else "|delta_hack|"
+    lines.append(f"{what} {parked:.2e}. SHOULD be {expected}")
     return lines
 
 
