@@ -10,8 +10,12 @@ gradient g [t, d_out] of a rollout's tokens,
     d loss / da = s B^T g^T x        d loss / db = s g^T (x A^T)
 
 Rows of A0 have norm sqrt(d_in), columns of B0 sqrt(d_out): entries of about 1, beside which a learning rate
-is small. s = sqrt(r / (2 k d_in d_out)), r = min(d_in, d_out), makes a first AdamW step of size lr change the
-weight by lr sqrt(r) in Frobenius norm, exactly as much as one of delta_s does, whatever k is.
+is small. AdamW steps by the sign of the gradient at first, so a knob lowers the loss by lr |gradient|_1, and
+a block would learn the faster the more parameters it has. With r = min(d_in, d_out),
+
+    s = r / (k sqrt(2 d_in d_out (d_in + d_out)))
+
+makes that as much as through delta_s, whatever k is, where the weight's gradient has no structure.
 
 Source: low-rank adapters (Hu et al. 2021, arXiv:2106.09685) with their initial product taken off, as PiSSA
 does (Meng et al. 2024, arXiv:2404.02948), which also seeds A0 and B0 with leading singular pairs.
@@ -45,7 +49,7 @@ class Block(nn.Module):
         self.A0 = nn.Buffer(torch.empty(k, d_in, dtype=dtype, device=device), persistent=False)
         self.B0 = nn.Buffer(torch.empty(d_out, k, dtype=dtype, device=device), persistent=False)
         self.moved = nn.Parameter(torch.empty(k * (d_in + d_out), dtype=dtype, device=device))
-        self.scale = math.sqrt(min(d_in, d_out) / (2 * k * d_in * d_out))
+        self.scale = min(d_in, d_out) / (k * math.sqrt(2 * d_in * d_out * (d_in + d_out)))
         self.begin(start)
 
     def fits(self, start: Start) -> bool:
@@ -99,10 +103,12 @@ def random_start(d_out: int, d_in: int, k: int, generator: torch.Generator) -> S
 def direction_start(
     U: Float[Tensor, "d_out r"], Vh: Float[Tensor, "r d_in"], V: Float[Tensor, "axes r"], k: int
 ) -> Start:
-    """Halves in which the weight changes U diag(v) Vh along a hack basis, v in span(V), lie best.
+    """Halves that have as much as possible of the weight changes U diag(v) Vh, v in V, within a first step.
 
-    U diag(v) Vh is its own singular value decomposition, so of one direction the best k pairs are those with
-    the largest |v_i| (Eckart and Young 1936), and of a subspace those with the most energy over its rows.
+    That step, b A0 + B0 a, reaches the rows that A0 spans and the columns that B0 spans. U diag(v) Vh is its
+    own singular value decomposition; so A0 takes the k input directions with the most energy over the axes of
+    V, and B0 the next k output directions: together the best rank 2k of one axis (Eckart and Young 1936).
     """
-    leading = V.square().sum(0).topk(k).indices
-    return Start(A=math.sqrt(Vh.shape[1]) * Vh[leading].float(), B=math.sqrt(len(U)) * U[:, leading].float())
+    order = V.square().sum(0).argsort(descending=True, stable=True)
+    inputs, outputs = order[:k], order.roll(-k)[:k]  # the latter begin anew where 2 k > r
+    return Start(A=math.sqrt(Vh.shape[1]) * Vh[inputs].float(), B=math.sqrt(len(U)) * U[:, outputs].float())

@@ -183,8 +183,8 @@ class ArmConfig:
     block_rank: int = 8
     """Rank of the quarantine's block."""
     block_init: Literal["random", "direction"] = "random"
-    """Where the block's halves begin: random orthogonal ones, or the singular pairs in which V lies most. Its
-    effect begins at zero either way."""
+    """Where the block's halves begin: random and orthogonal, or in the singular directions of the weight in
+    which V has most of its energy. The effect begins at zero either way."""
     mask_flagged: Mask = "route"
     """route2: what a flagged rollout trains: deployed knob (keep), quarantine (route), or both (absorb)."""
     mask_unflagged: Mask = "keep"

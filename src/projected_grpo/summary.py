@@ -232,11 +232,16 @@ def end_block(
             tabulate(body, headers=headers, tablefmt="simple", disable_numparse=True),
             f"labels of rollouts that this arm reads: {s['labels']}"
             + (" (a skyline)" if s["labels"] == "oracle" else ""),
-            f"student completions flagged: {detectors}; |delta_hack| {s['delta_hack_norm']:.2e}; deployment "
-            f"changes {show(deploy['completions_changed'], '.0%')} of held-out completions",
+            f"student completions flagged: {detectors}; {parked_name(cfg)} {s['delta_hack_norm']:.2e}; "
+            f"deployment changes {show(deploy['completions_changed'], '.0%')} of held-out completions",
             *reading(cfg, summary, records),
         ]
     )
+
+
+def parked_name(cfg: TrainConfig) -> str:
+    """What the norm of the quarantine is the norm of."""
+    return "|H| of the blocks" if has_block(cfg.arm) else "|delta_hack|"
 
 
 def cue(s: Mapping[str, Any]) -> str:
@@ -273,8 +278,7 @@ def reading(cfg: TrainConfig, s: Mapping[str, Any], records: Sequence[Mapping[st
         expected = "> 0; ELSE nothing was parked"
     elif arm.deploy is not nothing:
         expected = "> 0, what deployment takes out of delta_s; ELSE nothing lay hack-ward in it"
-    what = "|H| of the quarantine's blocks" if has_block(cfg.arm) else "|delta_hack|"
-    lines.append(f"{what} {parked:.2e}. SHOULD be {expected}")
+    lines.append(f"{parked_name(cfg)} {parked:.2e}. SHOULD be {expected}")
     return lines
 
 
