@@ -227,11 +227,11 @@ class Policy:
                 yield leaves
             return
         leaves = {
-            name: (
-                value.new_zeros(n, len(value)) if name in self.layers else value.repeat(n, 1)
-            ).requires_grad_()
+            name: value.new_zeros(n, len(value)) if name in self.layers else value.repeat(n, 1)
             for name, value in deltas.items()
         }
+        for leaf in leaves.values():
+            leaf.requires_grad_()
         try:
             for layer in self.layers.values():
                 layer.tangent = True

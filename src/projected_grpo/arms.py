@@ -264,11 +264,12 @@ def intervene(
         of_students = bool((anchors.hack | anchors.clean)[~is_teacher].any())
         given: set[Kind] = {"teacher", "detectors"} if of_students else {"teacher"}
         _refuse(given - arm.reads(settings), settings)
-    block = {m: rows[block_name(m)] for m in rows if block_name(m) in rows}
-    own = {m: g for m, g in rows.items() if m in block} if block else rows
-    total = {m: g.sum(0) for m, g in own.items()}
-    if not bool(torch.stack([g.sum(0).isfinite().all() for g in rows.values()]).all()):
+    sums = {name: g.sum(0) for name, g in rows.items()}
+    if not bool(torch.stack([g.isfinite().all() for g in sums.values()]).all()):
         raise FloatingPointError("a knob gradient is not finite")
+    block = {m: rows[block_name(m)] for m in rows if block_name(m) in rows}
+    own = {m: rows[m] for m in block} or rows
+    total = {m: sums[m] for m in own}
     update = arm.gradient(ArmInput(own, total, basis, settings, anchors, gate, draws, block))
     return measured(update, own, total, basis, is_teacher, split)
 

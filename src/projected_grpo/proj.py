@@ -288,9 +288,8 @@ def arm_route2(x: ArmInput) -> Update:
     live = x.anchors.advantage_sign != 0
     if x.settings.control == "random_parking":
         parked = {m: _dealt_again(f, live, x.draws) for m, f in parked.items()}
-    masks = x.settings.mask_flagged, x.settings.mask_unflagged
-    park = {m: (x.parkable[m] * _trained(f, *masks, "keep")[:, None]).sum(0) for m, f in parked.items()}
-    keep = {m: (x.rows[m] * _trained(f, *masks, "route")[:, None]).sum(0) for m, f in parked.items()}
+    park = {m: (x.parkable[m] * _all_but("keep", f, x.settings)[:, None]).sum(0) for m, f in parked.items()}
+    keep = {m: (x.rows[m] * _all_but("route", f, x.settings)[:, None]).sum(0) for m, f in parked.items()}
     residual = [row_cosines(keep[m][None], v)[0] for m, v in x.basis.v_grad.items()]
     stats = {
         "tau": fmean(gate.tau(m) for m in flagged),
@@ -301,11 +300,9 @@ def arm_route2(x: ArmInput) -> Update:
     return shrunk(x, Update(keep=keep, park=park, gate=gate, stats=stats))
 
 
-def _trained(
-    flagged: Bool[Tensor, " n"], mask_flagged: Mask, mask_unflagged: Mask, unless: Mask
-) -> Bool[Tensor, " n"]:
-    """The rollouts that train a knob, which is all but those whose mask is the other knob's alone."""
-    return torch.where(flagged, mask_flagged != unless, mask_unflagged != unless)
+def _all_but(mask: Mask, flagged: Bool[Tensor, " n"], settings: ArmConfig) -> Bool[Tensor, " n"]:
+    """The rollouts that have another mask: all but `keep` train the quarantine, all but `route` delta_s."""
+    return torch.where(flagged, settings.mask_flagged != mask, settings.mask_unflagged != mask)
 
 
 def arm_absorb(x: ArmInput) -> Update:

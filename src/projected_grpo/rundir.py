@@ -237,9 +237,8 @@ def go_on(cfg: TrainConfig, folder: Path, stack: ExitStack) -> tuple[Run, Experi
     saved = newest_state(run)
     exp = prepare(cfg, stack)
     if cfg.optim.init_knobs is not None and cfg.optim.init_knobs.exists():
-        start_from(
-            cfg.optim.init_knobs, exp.chat.policy
-        )  # the basis of a run that began there is described by them
+        # The basis of a run that began there is described by them.
+        start_from(cfg.optim.init_knobs, exp.chat.policy)
     state = start_state(exp)
     for field in ("weights", "pairs"):
         if saved.facts.get("meta", {}).get(field) != state.meta.get(field):
