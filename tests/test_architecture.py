@@ -17,7 +17,18 @@ SOURCE = ROOT / "src" / "projected_grpo"
 ORDER = (
     *("__init__", "errors", "config", "runlog", "steptable", "oracle"),
     *("sandbox_encode", "sandbox_seccomp", "sandbox_contain", "sandbox_run", "sandbox_child", "sandbox"),
-    *("rewards", "nano_tasks", "proj", "antipasto", "models", "rollout", "problems", "pairs", "pairlint"),
+    *(
+        "rewards",
+        "nano_tasks",
+        "proj",
+        "block",
+        "antipasto",
+        "models",
+        "rollout",
+        "problems",
+        "pairs",
+        "pairlint",
+    ),
     *("arms", "pools", "poolpairs", "grading", "bench"),
     *(
         "grpo",

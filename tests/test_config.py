@@ -248,15 +248,15 @@ def test_values_at_the_edge_are_accepted(values):
 
 # Which control says something about which arm; a cross where it would do nothing, or not what it says.
 CONTROLS = """
-                none  gt_only  gt_penalty  gt_screening  inoculation  advmod  posthoc  erase  route  route2
-none            ok    ok       ok          ok            ok           ok      ok       ok     ok     ok
-haar            -     -        -           -             -            ok      ok       ok     ok     ok
-haar_matched    -     -        -           -             -            -       ok       ok     ok     -
-shuffled        -     -        -           -             -            ok      ok       ok     ok     ok
-clean_clean     -     -        -           -             -            ok      ok       ok     ok     ok
-flipped         -     -        -           -             -            ok      ok       ok     ok     ok
-random_parking  -     -        -           -             -            -       -        -      -      ok
-shrink          -     -        -           -             -            -       -        -      ok     ok
+               none gt_only gt_penalty gt_screening inoculation advmod posthoc erase route route2 absorb
+none           ok   ok      ok         ok           ok          ok     ok      ok    ok    ok     ok
+haar           -    -       -          -            -           ok     ok      ok    ok    ok     -
+haar_matched   -    -       -          -            -           -      ok      ok    ok    -      -
+shuffled       -    -       -          -            -           ok     ok      ok    ok    ok     -
+clean_clean    -    -       -          -            -           ok     ok      ok    ok    ok     -
+flipped        -    -       -          -            -           ok     ok      ok    ok    ok     -
+random_parking -    -       -          -            -           -      -       -     -     ok     -
+shrink         -    -       -          -            -           -      -       -     ok    ok     -
 """
 HEAD, *ROWS = [line.split() for line in CONTROLS.strip().splitlines()]
 CELLS = [(arm, row[0], cell) for row in ROWS for arm, cell in zip(HEAD, row[1:], strict=True)]

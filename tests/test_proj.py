@@ -429,7 +429,9 @@ def test_every_arm_returns_a_gradient_for_every_module(arm, gate_mode):
     update = intervene(rows, basis, ArmConfig(arm, gate_mode), is_teacher, *labels)
     assert set(update.keep) == set(rows)
     assert all(update.keep[m].shape == (rows[m].shape[1],) for m in rows)
-    parks = {"route": set(basis.V), "route2": set(rows)}.get(arm, set())  # forcing needs no basis
+    parks = {"route": set(basis.V), "route2": set(rows), "absorb": set(rows)}.get(
+        arm, set()
+    )  # forcing needs no basis
     assert set(update.park) == parks
     assert all(g.shape == update.keep[m].shape for m, g in update.park.items())
     kept = ~anchors.hack if arm == "route2" else slice(None)  # no basis: unchanged, but for known hacks

@@ -29,7 +29,7 @@ from projected_grpo.step import Tripwire, as_deployed, find_anchors, knobs, lear
 from projected_grpo.steptable import complete
 from projected_grpo.train import final_evaluations
 
-ARMS = ("none", "inoculation", "advmod", "posthoc", "erase", "route", "route2")  # no skyline
+ARMS = ("none", "inoculation", "advmod", "posthoc", "erase", "route", "route2", "absorb")  # no skyline
 UNCONTROLLED = [(arm, "none") for arm in ARMS]  # what all other tests here are about
 TIMINGS = {"gen", "fb", "t_rew", "sec"}
 CPU = torch.device("cpu")
@@ -95,7 +95,7 @@ def same(one, two):
 
 def quarantine(exp):
     return math.sqrt(
-        sum(float(layer.delta_hack.detach().square().sum()) for layer in exp.chat.policy.layers.values())
+        sum(float(layer.quarantine.detach().square().sum()) for layer in exp.chat.policy.layers.values())
     )
 
 
@@ -280,19 +280,21 @@ def reached(exp, state):
 
 @pytest.mark.parametrize(("arm", "control", "project"), CELLS)
 def test_every_control_takes_a_step_that_hangs_on_the_seed_alone(begin, arm, control, project):
+    options = {"intervention": arm, "control": control, "project": project}
+    options |= {"block_init": "direction"} if arm == "absorb" else {}
     outcomes = []
     for _ in range(2):
-        exp, state = begin(intervention=arm, control=control, project=project)
+        exp, state = begin(**options)
         record = complete(train_step(exp, state)[0])
         outcomes.append(reached(exp, state))
     assert same(*outcomes) and any(bool(knob.any()) for knob in outcomes[0])
-    assert (quarantine(exp) > 0) == (arm in ("route", "route2"))
+    assert (quarantine(exp) > 0) == (arm in ("route", "route2", "absorb"))
     assert record["gn"] > 0 and record["cos_update"] is not None
     assert (set(state.frames) == set(exp.chat.policy.layers)) == (control == "haar_matched")
     if project == "update":
         assert record["cos_update"] < 1e-5 and record["cos_pre"] == record["cos_post"]
     if control in ("haar", "haar_matched", "shuffled", "random_parking"):
-        exp, state = begin(intervention=arm, control=control, project=project)
+        exp, state = begin(**options)
         data = collect(exp, 0)
         other = replace(exp, cfg=changed(exp.cfg, seed=12))  # other draws for the same rollouts
         with pytest.MonkeyPatch.context() as patch:
@@ -427,7 +429,7 @@ def test_what_each_arm_moves(begin, arm):
     for bound in (deltas, deployed):
         with torch.no_grad(), exp.chat.policy.bind(bound):
             logits.append(exp.chat.policy.model(input_ids=ids).logits)
-    if arm in ("route", "route2"):
+    if arm in ("route", "route2", "absorb"):
         assert quarantine(exp) > 0 and not torch.equal(*logits)
         assert all(0 < r["q_egy"] <= 1 for r in records)
     else:
@@ -602,8 +604,13 @@ INTERRUPTED = (
 
 @pytest.mark.parametrize(
     ("arm", "options"),
-    [("erase", ("--project=purge",)), ("route2", ()), ("advmod", ("--advmod-buffer=5",))],
-    ids=["erase", "route2", "advmod"],
+    [
+        ("erase", ("--project=purge",)),
+        ("route2", ()),
+        ("advmod", ("--advmod-buffer=5",)),
+        ("route2", ("--quarantine=block", "--block-init=direction")),
+    ],
+    ids=["erase", "route2", "advmod", "block"],
 )
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, monkeypatch, tmp_path, arm, options):
     _, whole = run(*INTERRUPTED, *options, arm=arm, steps=6)

@@ -1,10 +1,11 @@
 """AntiPaSTO adapter: one trainable diagonal per Linear, in the singular-value basis of its own weight.
 
     W = U diag(S) Vh     full rank r = min(d_in, d_out), frozen
-    y = W x + b + U ((delta_s + delta_hack) * (Vh x))
+    y = W x + b + U ((delta_s + delta_hack) * (Vh x))  [+ H x]
 
 delta_s is what is deployed, delta_hack the quarantine that deployment deletes; both start at zero, where the
-layer is exactly the base layer. Binding no delta at all gives the reference policy without a second model.
+layer is exactly the base layer. The quarantine may instead be a block of its own, a low-rank H (block.py);
+delta_hack then stays zero. Binding nothing at all gives the reference policy without a second model.
 
 Per-rollout gradients: bind delta as one row per rollout, `rows [n, r]`; rollout i then depends on row i only,
 so after one backward the gradient of `rows` holds every rollout's own gradient, and its sum is the gradient
@@ -12,6 +13,8 @@ of delta. It holds at delta = 0 too. Where merging is exact enough (float32), th
 around merged weights W' = W + U diag(delta) Vh: the forward pass then costs what the base layer costs, and
 
     d loss / d row = sum over tokens of (Vh x) * (U^T g)      g [t, d_out]: the gradient at the output
+
+A block's displacement is bound beside the delta, under `block_name(module)`, and has rows in the same way.
 
 Source: AntiPaSTO's singular-value parametrisation with a diagonal only (compare SVFT, Lingam et al. 2024);
 one copy of the parameter per example for per-example gradients.
@@ -33,6 +36,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from projected_grpo.block import Block, Start
 from projected_grpo.errors import UserError
 from projected_grpo.runlog import write_atomically
 
@@ -43,7 +47,12 @@ TARGETS = frozenset(
 )
 CACHE_SCHEMA = "projected_grpo.svd/1"
 SAMPLED = 4096  # values of each weight that tell one model from another
-Deltas = Mapping[str, Float[Tensor, "*n r"]]
+Deltas = Mapping[str, Float[Tensor, "*n r"]]  # by module; a block's displacement by `block_name(module)`
+
+
+def block_name(module: str) -> str:
+    """What a module's block is called beside its delta."""
+    return f"{module}.block"
 
 
 @dataclass(frozen=True)
@@ -56,23 +65,25 @@ class SVD:
 
 
 class _TangentLinear(torch.autograd.Function):
-    """y = W x + b, with the derivative by a row of delta per rollout though the rows, zero, are not added."""
+    """y = W x + b, with the derivative by a row of each knob per rollout though W holds them already."""
 
     @staticmethod
-    def forward(ctx, x, rows, weight, bias, U, Vh):  # type: ignore[no-untyped-def]  # torch's own signature
-        ctx.save_for_backward(x, weight, U, Vh)
-        return F.linear(x, weight, bias)
+    def forward(ctx, x, rows, moved, weight, layer):  # type: ignore[no-untyped-def]  # torch's own signature
+        ctx.save_for_backward(x, weight, layer.U, layer.Vh, None if moved is None else moved[0])
+        ctx.block = layer.block
+        return F.linear(x, weight, layer.base.bias)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, weight, U, Vh = ctx.saved_tensors
+        x, weight, U, Vh, moved = ctx.saved_tensors
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         grad_rows = (F.linear(x, Vh) * (grad @ U)).sum(1)
-        return grad_x, grad_rows, None, None, None, None
+        grad_moved = None if moved is None else ctx.block.row_gradients(x, grad, moved)
+        return grad_x, grad_rows, grad_moved, None, None
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen Linear with its SVD basis and two knobs. The delta in use is bound from outside."""
+    """A frozen Linear, its SVD basis, two knobs and maybe a block. Values in use are bound from outside."""
 
     def __init__(self, base: nn.Linear, svd: SVD) -> None:
         super().__init__()
@@ -83,12 +94,23 @@ class AdaptedLinear(nn.Module):
         self.Vh = nn.Buffer(svd.Vh.to(device, dtype).contiguous(), persistent=False)
         self.delta_s = nn.Parameter(torch.zeros(len(svd.S), dtype=knob, device=device))
         self.delta_hack = nn.Parameter(torch.zeros(len(svd.S), dtype=knob, device=device))
+        self.block: Block | None = None
         self.bound: Tensor | None = None
-        self.tangent = False  # bound rows are zero, around merged weights
+        self.bound_block: Tensor | None = None
+        self.tangent = False  # what is bound is merged into the weight already
 
-    def bind(self, delta: Float[Tensor, "*n {len(self.delta_s)}"] | None) -> None:
-        """Use this delta from now on: [r], one row per rollout, or none."""
-        self.bound = delta
+    def bind(
+        self,
+        delta: Float[Tensor, "*n {len(self.delta_s)}"] | None,
+        moved: Float[Tensor, "*n p"] | None = None,
+    ) -> None:
+        """Use this delta and displacement of the block from now on: one, a row per rollout, or none."""
+        self.bound, self.bound_block = delta, moved
+
+    @property
+    def quarantine(self) -> nn.Parameter:
+        """The knob that takes what is parked: the block where there is one, else delta_hack."""
+        return self.delta_hack if self.block is None else self.block.moved
 
     @property
     def weight(self) -> Tensor:
@@ -102,11 +124,14 @@ class AdaptedLinear(nn.Module):
         if rows and (x.ndim != 3 or len(x) != len(self.bound)):
             raise ValueError(f"rows for {len(self.bound)} rollouts met an input of shape {tuple(x.shape)}")
         if self.tangent:
-            return _TangentLinear.apply(x, self.bound, self.base.weight.data, self.base.bias, self.U, self.Vh)
+            return _TangentLinear.apply(x, self.bound, self.bound_block, self.base.weight.data, self)
         delta = self.bound.to(x.dtype)
         if rows:
             delta = delta[:, None, :]
-        return self.base(x) + F.linear(F.linear(x, self.Vh) * delta, self.U)
+        y = self.base(x) + F.linear(F.linear(x, self.Vh) * delta, self.U)
+        if self.block is None or self.bound_block is None:
+            return y
+        return y + self.block.effect(x, self.bound_block)
 
 
 @dataclass(frozen=True)
@@ -126,37 +151,74 @@ class Policy:
         """r of each module."""
         return {m: len(layer.delta_s) for m, layer in self.layers.items()}
 
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """The block of each module that has one."""
+        return {m: layer.block for m, layer in self.layers.items() if layer.block is not None}
+
+    def give_blocks(self, starts: Mapping[str, Start]) -> None:
+        """Blocks for these modules and no others, their weight change zero.
+
+        A block that fits its new start stays the same parameter, which an optimizer may hold.
+        """
+        for m, layer in self.layers.items():
+            start = starts.get(m)
+            if start is None:
+                layer.block = None
+            elif layer.block is None or not layer.block.fits(start):
+                layer.block = Block(start, layer.delta_s.dtype, self.device)
+            else:
+                layer.block.begin(start)
+
     def deltas(self, *, ablate_quarantine: bool = False) -> dict[str, Float[Tensor, " r"]]:
-        """Detached delta per module: delta_s + delta_hack as trained, delta_s alone as deployed."""
-        return {
+        """Detached values per module: delta_s as deployed; delta_s + delta_hack, and blocks, as trained."""
+        deltas = {
             m: (layer.delta_s if ablate_quarantine else layer.delta_s + layer.delta_hack).detach().clone()
             for m, layer in self.layers.items()
         }
+        if not ablate_quarantine:
+            deltas |= {block_name(m): block.moved.detach().clone() for m, block in self.blocks.items()}
+        return deltas
+
+    @property
+    def parked(self) -> bool:
+        """Whether anything is in the quarantine."""
+        return any(
+            bool(x.any()) for layer in self.layers.values() for x in (layer.delta_hack, layer.quarantine)
+        )
 
     @property
     def parked_norm(self) -> float:
-        """|delta_hack| over all modules."""
+        """Frobenius norm over all modules of the weight change in the quarantine: |delta_hack|, or |H|."""
         norms = [layer.delta_hack.detach().norm() for layer in self.layers.values()]
+        norms += [block.weight(block.moved.detach()).norm() for block in self.blocks.values()]
         return float(torch.stack(norms).norm())
 
     @contextmanager
     def bind(self, deltas: Mapping[str, Tensor | None] | None) -> Iterator[None]:
-        """Run forward and backward passes with these deltas ([r], or [n, r] rows); None is the reference."""
-        outer = {m: layer.bound for m, layer in self.layers.items()}
+        """Run forward and backward passes with these deltas ([r], or [n, r] rows); None is the reference.
+
+        A block whose displacement is not among them is not used.
+        """
+        outer = {m: (layer.bound, layer.bound_block) for m, layer in self.layers.items()}
         try:
             for m, layer in self.layers.items():
-                layer.bind(None if deltas is None else deltas[m])
+                if deltas is None:
+                    layer.bind(None)
+                else:
+                    layer.bind(deltas[m], deltas.get(block_name(m)))
             yield
         finally:
             for m, layer in self.layers.items():
-                layer.bound = outer[m]
+                layer.bound, layer.bound_block = outer[m]
 
     @contextmanager
     def rows(self, deltas: Deltas, n: int) -> Iterator[dict[str, Float[Tensor, "n r"]]]:
         """Run with these deltas [r] and yield leaves [n, r] whose gradients are those of single rollouts.
 
-        The leaves hold the deltas, or zero around merged weights. In half precision merging would round
-        small deltas away, so there the layers add them unmerged.
+        The leaves hold the deltas, or zero around merged weights (a block's hold its displacement there too,
+        since its gradient hangs on it). In half precision merging would round small deltas away, so there the
+        layers add them unmerged.
         """
         merged = all(layer.weight.dtype in (torch.float32, torch.float64) for layer in self.layers.values())
         if not merged:
@@ -164,7 +226,12 @@ class Policy:
             with self.bind(leaves):
                 yield leaves
             return
-        leaves = {m: delta.new_zeros(n, len(delta)).requires_grad_() for m, delta in deltas.items()}
+        leaves = {
+            name: value.new_zeros(n, len(value)) if name in self.layers else value.repeat(n, 1)
+            for name, value in deltas.items()
+        }
+        for leaf in leaves.values():
+            leaf.requires_grad_()
         try:
             for layer in self.layers.values():
                 layer.tangent = True
@@ -178,20 +245,21 @@ class Policy:
     def repeat(self, index: Int[Tensor, " n"]) -> Iterator[None]:
         """Run rollout i with row index[i] of the bound rows; what is bound without rows stays."""
         bound = {m: layer.bound for m, layer in self.layers.items()}
+        bound |= {block_name(m): self.layers[m].bound_block for m in self.blocks}
         rows = {m: delta for m, delta in bound.items() if delta is not None and delta.ndim == 2}
         with self.bind({**bound, **{m: delta[index] for m, delta in rows.items()}}):
             yield
 
     @contextmanager
     def merge(self, deltas: Deltas) -> Iterator[None]:
-        """Run with W + U diag(delta) Vh in place of W, so that decoding costs what the base model costs.
+        """Run with W + U diag(delta) Vh + H in place of W, so that decoding costs what the base model costs.
 
         The originals are put back untouched (not by subtracting); forward passes only.
         """
         originals = {m: layer.base.weight.data for m, layer in self.layers.items()}
         try:
             for m, layer in self.layers.items():
-                layer.base.weight.data = merged_weight(layer, deltas[m])
+                layer.base.weight.data = merged_weight(layer, deltas[m], deltas.get(block_name(m)))
             yield
         finally:
             for m, layer in self.layers.items():
@@ -199,26 +267,33 @@ class Policy:
 
 
 def merged_weight(
-    layer: AdaptedLinear, delta: Float[Tensor, "{len(layer.delta_s)}"]
+    layer: AdaptedLinear,
+    delta: Float[Tensor, "{len(layer.delta_s)}"],
+    moved: Float[Tensor, " p"] | None = None,
 ) -> Float[Tensor, "d_out d_in"]:
-    """W + U diag(delta) Vh, in the weight's dtype; W itself where delta is zero."""
-    if not bool(delta.any()):
-        return layer.base.weight.data
-    return layer.base.weight.data + (layer.U * delta.to(layer.U.dtype)) @ layer.Vh
+    """W + U diag(delta) Vh + H, in the weight's dtype; W itself where both changes are zero."""
+    W = layer.base.weight.data
+    if bool(delta.any()):
+        W = W + (layer.U * delta.to(layer.U.dtype)) @ layer.Vh
+    if layer.block is not None and moved is not None and bool(moved.any()):
+        W = W + layer.block.weight(moved).to(W.dtype)
+    return W
 
 
 def unwrap(policy: Policy, *, ablate_quarantine: bool) -> nn.Module:
-    """The model with plain Linears again, the deltas merged into their weights; the policy is used up.
+    """The model with plain Linears again, the knobs merged into their weights; the policy is used up.
 
     Merged in float32 and then cast to the weight's dtype.
     """
-    for name, delta in policy.deltas(ablate_quarantine=ablate_quarantine).items():
-        layer = policy.layers[name]
-        W = layer.base.weight.data
+    deltas = policy.deltas(ablate_quarantine=ablate_quarantine)
+    for name, layer in policy.layers.items():
+        delta, moved, W = deltas[name], deltas.get(block_name(name)), layer.base.weight.data
+        merged = W.to(torch.promote_types(W.dtype, delta.dtype))
         if bool(delta.any()):
-            wide = torch.promote_types(W.dtype, delta.dtype)
-            merged = W.to(wide) + (layer.U.to(wide) * delta.to(wide)) @ layer.Vh.to(wide)
-            layer.base.weight.data = merged.to(W.dtype)
+            merged = merged + (layer.U.to(merged.dtype) * delta.to(merged.dtype)) @ layer.Vh.to(merged.dtype)
+        if layer.block is not None and moved is not None:
+            merged = merged + layer.block.weight(moved)
+        layer.base.weight.data = merged.to(W.dtype)
         parent, _, leaf = name.rpartition(".")
         setattr(policy.model.get_submodule(parent), leaf, layer.base)
     return policy.model

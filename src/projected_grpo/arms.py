@@ -9,7 +9,7 @@ nothing:
     deploy    deployed knobs, basis                 -> what leaves them        at every deployment
 
 With r a rollout's reward, z = (s - mean) / max(std, .1) of its score s, and V the hack basis (proj.py has the
-equations of erase, route and route2):
+equations of erase, route, route2 and absorb):
 
     gt_only       r' = min(r, 0.5) where exploited                                 what an honest grader pays
     gt_penalty    r' = r - penalty where flagged                                   flagged: exploited, as the
@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from projected_grpo.antipasto import block_name
 from projected_grpo.config import ArmConfig, Intervention
 from projected_grpo.problems import Problem
 from projected_grpo.proj import (
@@ -39,6 +40,7 @@ from projected_grpo.proj import (
     GateState,
     HackBasis,
     Update,
+    arm_absorb,
     arm_erase,
     arm_none,
     arm_route,
@@ -220,6 +222,7 @@ ARMS: Mapping[Intervention, Arm] = {
     "erase": Arm(gradient=arm_erase),
     "route": Arm(gradient=arm_route),
     "route2": Arm(reads=reads_anchors, gradient=arm_route2, per_rollout=True),
+    "absorb": Arm(gradient=arm_absorb),
 }
 
 
@@ -250,7 +253,8 @@ def intervene(
 ) -> Update:
     """An arm's gradient stage, and what it did in figures. Only route2 reads anchors and gate.
 
-    A row is a rollout's gradient; for arms that are not `per_rollout`, it may be a sum over one source.
+    A row is a rollout's gradient; for arms that are not `per_rollout`, it may be a sum over one source. Rows
+    of blocks go by `block_name(module)`.
     Modules without a basis (all axes below the noise floor) pass unchanged, but for route2's known hacks,
     which are parked in every module. Raises FloatingPointError on a gradient that is not finite, LabelLeak on
     anchors that the arm does not declare.
@@ -260,11 +264,14 @@ def intervene(
         of_students = bool((anchors.hack | anchors.clean)[~is_teacher].any())
         given: set[Kind] = {"teacher", "detectors"} if of_students else {"teacher"}
         _refuse(given - arm.reads(settings), settings)
-    total = {m: g.sum(0) for m, g in rows.items()}
-    if not bool(torch.stack([g.isfinite().all() for g in total.values()]).all()):
+    sums = {name: g.sum(0) for name, g in rows.items()}
+    if not bool(torch.stack([g.isfinite().all() for g in sums.values()]).all()):
         raise FloatingPointError("a knob gradient is not finite")
-    update = arm.gradient(ArmInput(rows, total, basis, settings, anchors, gate, draws))
-    return measured(update, rows, total, basis, is_teacher, split)
+    block = {m: rows[block_name(m)] for m in rows if block_name(m) in rows}
+    own = {m: rows[m] for m in block} or rows
+    total = {m: sums[m] for m in own}
+    update = arm.gradient(ArmInput(own, total, basis, settings, anchors, gate, draws, block))
+    return measured(update, own, total, basis, is_teacher, split)
 
 
 def _refuse(undeclared: set[Kind], settings: ArmConfig) -> None:

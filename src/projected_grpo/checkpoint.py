@@ -14,26 +14,29 @@ from safetensors.torch import save
 from torch import Tensor
 
 from projected_grpo.antipasto import Policy, content_hash, weights_digest
+from projected_grpo.block import Start
 from projected_grpo.errors import UserError
 from projected_grpo.proj import GateState, HackBasis
 from projected_grpo.runlog import plain, write_atomically
 
 KNOBS_SCHEMA = "projected_grpo.knobs/1"
 STATE_SCHEMA = "projected_grpo.state/2"
+BLOCK = ("block/", "block_A0/", "block_B0/")  # what a block's displacement and its two starts are saved as
 STATE_NAME = re.compile(r"state_step(\d+)\.safetensors")
 
 
 def save_knobs(path: Path, policy: Policy, meta: Mapping[str, Any], *, deployed: bool) -> None:
     """Write delta_s, and the quarantine too unless `deployed` (deployment is its deletion)."""
     made_for = {"schema": KNOBS_SCHEMA, "deployed": deployed, "weights": weights_digest(policy)}
-    _write(path, _knobs(policy, quarantine=not deployed), {**meta, **made_for})
+    starts = {} if deployed else _starts(policy)
+    _write(path, {**_knobs(policy, quarantine=not deployed), **starts}, {**meta, **made_for})
 
 
 def load_knobs(path: Path, policy: Policy) -> dict[str, Any]:
     """Put the knobs of a knob file, or of a run's state, into a policy; returns the metadata.
 
-    A deployed file zeroes the quarantine. Raises UserError for a damaged file or knobs of other modules,
-    ranks or weights.
+    A file's blocks take the place of the policy's; a deployed file empties the quarantine. Raises UserError
+    for a damaged file or knobs of other modules, ranks or weights.
     """
     tensors, meta = _read(path, KNOBS_SCHEMA, STATE_SCHEMA)
     made_for = meta.get("weights")
@@ -62,18 +65,39 @@ def knobs_meta(path: Path) -> dict[str, Any]:
 
 
 def _fill(path: Path, policy: Policy, tensors: Mapping[str, Tensor], *, quarantine: bool) -> None:
-    wanted = _knobs(policy, quarantine=quarantine)
-    extra = sorted(n for n in tensors if n.startswith(("delta_s/", "delta_hack/")) and n not in wanted)
+    starts = _read_starts(path, policy, tensors) if quarantine else {}
+    kinds = ("delta_s/", "delta_hack/", *BLOCK)
+    knobs = _knobs(policy, quarantine=quarantine)
+    wanted = {name: tuple(k.shape) for name, k in knobs.items() if not name.startswith("block/")}
+    wanted |= {f"block/{m}": (start.A.numel() + start.B.numel(),) for m, start in starts.items()}
+    known = {*wanted, *(f"{half}{m}" for m in starts for half in BLOCK[1:])}
+    extra = sorted(n for n in tensors if n.startswith(kinds) and n not in known)
     if extra:
         raise UserError(f"{path}: made for another model: this one has no {extra[0]}")
-    for name, knob in wanted.items():
-        if name not in tensors or tensors[name].shape != knob.shape:
+    for name, shape in wanted.items():
+        if name not in tensors or tensors[name].shape != shape:
             raise UserError(f"{path}: made for another model: {name} is missing or has another shape")
+    policy.give_blocks(starts)
     with torch.no_grad():
         for layer in policy.layers.values():
             layer.delta_hack.zero_()
-        for name, knob in wanted.items():
+        for name, knob in _knobs(policy, quarantine=quarantine).items():
             knob.copy_(tensors[name])
+
+
+def _read_starts(path: Path, policy: Policy, tensors: Mapping[str, Tensor]) -> dict[str, Start]:
+    """Where the blocks of a file begin. Raises UserError if one does not fit its module."""
+    starts = {}
+    for m, layer in policy.layers.items():
+        A, B = (tensors.get(f"{half}{m}") for half in BLOCK[1:])
+        if A is None or B is None:
+            continue  # a half alone is one too many, which `_fill` refuses
+        d_out, d_in = len(layer.U), layer.Vh.shape[1]
+        k = A.numel() // d_in
+        if A.shape != (k, d_in) or B.shape != (d_out, k):
+            raise UserError(f"{path}: made for another model: the block of {m} has another shape")
+        starts[m] = Start(A, B)
+    return starts
 
 
 @dataclass(frozen=True)
@@ -111,7 +135,7 @@ def save_state(
 ) -> None:
     """Write all that resuming needs as one file: knobs, AdamW, basis, gate, and `facts` as JSON."""
     knobs = _knobs(policy, quarantine=True)
-    tensors: dict[str, Tensor] = {**knobs}
+    tensors: dict[str, Tensor] = {**knobs, **_starts(policy)}
     for name, knob in knobs.items():
         for key, value in optimizer.state.get(knob, {}).items():
             tensors[f"adamw/{key}/{name}"] = value
@@ -160,7 +184,16 @@ def _knobs(policy: Policy, *, quarantine: bool) -> dict[str, torch.nn.Parameter]
     knobs = {f"delta_s/{m}": layer.delta_s for m, layer in policy.layers.items()}
     if quarantine:
         knobs |= {f"delta_hack/{m}": layer.delta_hack for m, layer in policy.layers.items()}
+        knobs |= {f"block/{m}": block.moved for m, block in policy.blocks.items()}
     return knobs
+
+
+def _starts(policy: Policy) -> dict[str, Tensor]:
+    """What a block's displacement means nothing without."""
+    starts: dict[str, Tensor] = {}
+    for m, block in policy.blocks.items():
+        starts |= {f"block_A0/{m}": block.A0, f"block_B0/{m}": block.B0}
+    return starts
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

@@ -28,7 +28,9 @@ Intervention = Literal[
     "erase",
     "route",
     "route2",
+    "absorb",
 ]
+Mask = Literal["keep", "absorb", "route"]
 GateMode = Literal["one_sided", "no_gate", "reverse"]
 Control = Literal[
     "none", "haar", "haar_matched", "shuffled", "clean_clean", "flipped", "random_parking", "shrink"
@@ -49,6 +51,7 @@ DISPLAY_NAME: Mapping[str, str] = {
     "erase": "projected",
     "route": "routing",
     "route2": "routing2",
+    "absorb": "absorb",
 }
 TINY_RANDOM = "tiny-random"
 EMBEDDED = "embedded"
@@ -174,6 +177,18 @@ class ArmConfig:
     """Detectors the basis was built from. Splits student hacks into HACK_A (one of these fires) and HACK_B
     (another one fires and none of these); route2 takes its student anchors from them (default: C). E fires on
     honest self-tests too; D runs the canonical solution, so route2 with D is a skyline."""
+    quarantine: Literal["auto", "diagonal", "block"] = "auto"
+    """route2, absorb: what the quarantine is. diagonal: delta_hack, in the basis of the deployed knob; block:
+    a low-rank change of the weight in parameters of its own. auto is diagonal, and block under absorb."""
+    block_rank: int = 8
+    """Rank of the quarantine's block."""
+    block_init: Literal["random", "direction"] = "random"
+    """Where the block's halves begin: random and orthogonal, or in the singular directions of the weight in
+    which V has most of its energy. The effect begins at zero either way."""
+    mask_flagged: Mask = "route"
+    """route2: what a flagged rollout trains: deployed knob (keep), quarantine (route), or both (absorb)."""
+    mask_unflagged: Mask = "keep"
+    """route2: what any other rollout trains. absorb is gradient routing with data that nobody labelled."""
     advmod_form: Literal["multiplicative", "additive"] = "multiplicative"
     """advmod: r (1 - alpha sigmoid(z)) or r - alpha z, both only where z > 0; z is a rollout's standardised
     projection on the direction from clean to hack in hidden space."""
@@ -360,7 +375,15 @@ def display_name(arm: ArmConfig) -> str:
     parts += [arm.control] if arm.control != "none" else []
     parts += [arm.project] if arm.project != "gradient" else []
     parts += ["additive"] if arm.intervention == "advmod" and arm.advmod_form == "additive" else []
+    own = dataclasses.replace(arm, quarantine="auto")
+    parts += [arm.quarantine] if has_block(arm) != has_block(own) else []
+    parts += [arm.block_init] if arm.block_init != "random" else []
     return "-".join(parts)
+
+
+def has_block(arm: ArmConfig) -> bool:
+    """Whether the quarantine is a block of its own."""
+    return arm.quarantine == "block" or (arm.quarantine == "auto" and arm.intervention == "absorb")
 
 
 def env_modes(value: str, option: str = "--env-mode") -> tuple[EnvMode, ...]:
@@ -419,6 +442,7 @@ def validate(cfg: TrainConfig) -> None:
         "--eval-n-prompts": cfg.evaluation.eval_n_prompts,
         "--tokens-per-microbatch": cfg.loss.tokens_per_microbatch,
         "--keep-states": cfg.run.keep_states,
+        "--block-rank": cfg.arm.block_rank,
         "--max-skipped": cfg.run.max_skipped,
     }
     for option, count in at_least_one.items():
@@ -491,6 +515,7 @@ CONTROLS_OF: Mapping[str, tuple[Control, ...]] = {
     "erase": ("none", "haar", "haar_matched", "shuffled", "clean_clean", "flipped"),
     "route": ("none", "haar", "haar_matched", "shuffled", "clean_clean", "flipped", "shrink"),
     "route2": ("none", "haar", "shuffled", "clean_clean", "flipped", "random_parking", "shrink"),
+    "absorb": ("none", "haar", "shuffled", "clean_clean"),
 }
 
 
@@ -508,9 +533,19 @@ def _validate_control(arm: ArmConfig) -> None:
         raise UserError(f"--control {arm.control} matches the gradient's energy; it needs --project gradient")
     if arm.control == "haar" and arm.route2_random_v_seed is not None:
         raise UserError("--control haar and --route2-random-v-seed are the same control; give one")
+    if arm.intervention == "absorb" and arm.control != "none" and arm.block_init != "direction":
+        raise UserError(
+            f"--control {arm.control} does nothing for --intervention=absorb, which uses no direction but "
+            "where --block-init=direction"
+        )
+    if arm.control == "shrink" and has_block(arm):
+        raise UserError("--control shrink parks a share of the deployed diagonal; leave --quarantine out")
 
 
 OPTIONS_OF: Mapping[str, tuple[Intervention, ...]] = {
+    "quarantine": ("route2", "absorb"),
+    "mask_flagged": ("route2",),
+    "mask_unflagged": ("route2",),
     "advmod_form": ("advmod",),
     "advmod_alpha": ("advmod",),
     "advmod_depth": ("advmod",),
@@ -527,6 +562,14 @@ def _validate_arm_options(arm: ArmConfig) -> None:
     for name, arms in OPTIONS_OF.items():
         if arm.intervention not in arms and getattr(arm, name) != getattr(defaults, name):
             raise UserError(f"--{name.replace('_', '-')} needs --intervention={' or '.join(arms)}")
+    for name in ("block_rank", "block_init"):
+        if not has_block(arm) and getattr(arm, name) != getattr(defaults, name):
+            raise UserError(f"--{name.replace('_', '-')} needs --quarantine=block or --intervention=absorb")
+    if arm.mask_flagged == arm.mask_unflagged:
+        raise UserError(
+            f"--mask-flagged and --mask-unflagged are both {arm.mask_flagged}, so the gate decides nothing; "
+            "--intervention=absorb has none"
+        )
     if not 0 < arm.advmod_depth <= 1:
         raise UserError(f"--advmod-depth must be in (0, 1], got {arm.advmod_depth}")
     if not 0 <= arm.monitor_accuracy <= 1:

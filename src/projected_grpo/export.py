@@ -10,7 +10,7 @@ from typing import Any
 
 from projected_grpo.antipasto import unwrap
 from projected_grpo.checkpoint import knobs_meta, save_knobs
-from projected_grpo.config import display_name, to_json
+from projected_grpo.config import display_name, has_block, to_json
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Chat
 from projected_grpo.runlog import git_commit, read_json
@@ -31,6 +31,7 @@ class Facts:
     meta: Mapping[str, Any]  # of the knob file
     parked: float | None  # |delta_hack|; None: not known
     as_trained: bool
+    blocks: bool  # whether the quarantine is blocks of its own
 
 
 def check_out(out: Path) -> None:
@@ -49,7 +50,8 @@ def read_facts(source: Source, chat: Chat, *, as_trained: bool) -> Facts:
     summary = read_json(run / "summary.json", "export") if run and (run / "summary.json").exists() else {}
     config = read_json(run / "config.json", "export") if run else {}
     parked = chat.policy.parked_norm if source.parked else summary.get("delta_hack_norm")
-    return Facts(source, summary, config, meta, parked, as_trained)
+    blocks = has_block(source.cfg.arm) if source.cfg else bool(chat.policy.blocks)
+    return Facts(source, summary, config, meta, parked, as_trained, blocks)
 
 
 def export(facts: Facts, chat: Chat, out: Path) -> None:
@@ -106,20 +108,21 @@ def model_card(facts: Facts) -> str:
 
 def trained_text(facts: Facts) -> str:
     """The card's paragraph on the two knobs."""
+    twin, sum_, norm = "quarantine twin delta_hack", "U diag(delta_s + delta_hack) Vh", "|delta_hack|"
+    if facts.blocks:
+        twin, sum_, norm = "low-rank quarantine H of its own", "U diag(delta_s) Vh + H", "|H|"
     trained = (
         "Every Linear W = U diag(S) Vh of the base model was given a trainable diagonal delta_s and a "
-        "quarantine twin delta_hack; nothing else was trained. "
+        f"{twin}; nothing else was trained. "
     )
     if facts.as_trained:
         merged = (
-            f"These weights are W + U diag(delta_s + delta_hack) Vh: what was parked (|delta_hack| "
-            f"{facts.parked:.3e}) is still in them."
+            f"These weights are W + {sum_}: what was parked ({norm} {facts.parked:.3e}) is still in them."
         )
     else:
         size = "not recorded" if facts.parked is None else f"{facts.parked:.3e}"
         merged = (
-            f"These weights are W + U diag(delta_s) Vh: what was parked (|delta_hack| {size}) "
-            "has been deleted."
+            f"These weights are W + U diag(delta_s) Vh: what was parked ({norm} {size}) has been deleted."
         )
     return f"{trained}{merged} `{KNOBS_FILE}` has the knobs alone."
 

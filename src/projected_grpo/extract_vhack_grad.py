@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.antipasto import Policy, content_hash, tensor_hash
-from projected_grpo.config import ArmConfig, BasisConfig, Control, LossConfig
+from projected_grpo.block import Start, direction_start, random_start
+from projected_grpo.config import ArmConfig, BasisConfig, Control, LossConfig, has_block
 from projected_grpo.errors import UserError
 from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.models import encode_chat
@@ -192,6 +193,25 @@ def random_frames(policy: Policy, seed: int) -> dict[str, Float[Tensor, "r r"]]:
         m: haar_basis(r, r, torch.Generator().manual_seed(stream_seed(seed, "frame", m))).to(policy.device)
         for m, r in policy.ranks.items()
     }
+
+
+def block_starts(policy: Policy, basis: HackBasis, arm: ArmConfig, seed: int) -> dict[str, Start]:
+    """Where each module's block begins, by --block-init; none for an arm without blocks.
+
+    Modules that have no axes in the basis begin at random. Raises UserError for a rank above a module's.
+    """
+    if not has_block(arm):
+        return {}
+    starts = {}
+    for m, layer in policy.layers.items():
+        if arm.block_rank > policy.ranks[m]:
+            raise UserError(f"--block-rank {arm.block_rank}: {m} has only rank {policy.ranks[m]}")
+        if arm.block_init == "direction" and m in basis.V:
+            starts[m] = direction_start(layer.U, layer.Vh, basis.V[m], arm.block_rank)
+        else:
+            generator = torch.Generator().manual_seed(stream_seed(seed, "block", m))
+            starts[m] = random_start(len(layer.U), layer.Vh.shape[1], arm.block_rank, generator)
+    return starts
 
 
 def flipped(basis: HackBasis) -> HackBasis:

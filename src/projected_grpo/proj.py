@@ -14,8 +14,10 @@ that a positive coefficient means "a descent step along this makes hacks likelie
     erase    g - removed               -
     route    g - removed               removed
     route2   sum of unflagged rows     sum of rows with cos(row, v_grad) > tau, and of known-hack rows
+    absorb   sum of all rows           sum of all rows
 
-keep becomes the gradient of delta_s, park the gradient of delta_hack. For a direction drawn at random cin is
+keep becomes the gradient of delta_s, park that of the quarantine: of delta_hack, whose rows are those of
+delta_s, or of a block (block.py), which has rows of its own. For a direction drawn at random cin is
 sqrt(k / 2r) on average in square, because half of the coefficients are negative and relu drops them.
 """
 
@@ -29,7 +31,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from projected_grpo.config import ArmConfig, GateMode
+from projected_grpo.config import ArmConfig, GateMode, Mask
 
 Action = Literal["measure", "erase", "route"]
 EMA = 0.9  # of route2's running anchor cosines
@@ -95,10 +97,10 @@ class Draws:
 
 @dataclass(frozen=True)
 class Update:
-    """What an arm decided: gradients for delta_s and delta_hack, the next gate state, figures for the log."""
+    """What an arm decided: gradients of delta_s and quarantine, the next gate state, figures for the log."""
 
     keep: Mapping[str, Float[Tensor, " r"]]
-    park: Mapping[str, Float[Tensor, " r"]]
+    park: Mapping[str, Float[Tensor, " q"]]
     gate: GateState | None
     stats: Mapping[str, float | None]
     shrink: Mapping[str, Float[Tensor, ""]] = field(
@@ -226,6 +228,12 @@ class ArmInput:
     anchors: Anchors | None = None
     gate: GateState | None = None
     draws: Draws = Draws()
+    block: Mapping[str, Float[Tensor, "n p"]] = field(default_factory=dict)
+
+    @property
+    def parkable(self) -> Mapping[str, Float[Tensor, "n q"]]:
+        """Rows of the quarantine: of its blocks, or of delta_hack, which are those of delta_s."""
+        return self.block or self.rows
 
 
 def measured(
@@ -280,8 +288,8 @@ def arm_route2(x: ArmInput) -> Update:
     live = x.anchors.advantage_sign != 0
     if x.settings.control == "random_parking":
         parked = {m: _dealt_again(f, live, x.draws) for m, f in parked.items()}
-    park = {m: (x.rows[m] * f[:, None]).sum(0) for m, f in parked.items()}
-    keep = {m: (x.rows[m] * ~f[:, None]).sum(0) for m, f in parked.items()}
+    park = {m: (x.parkable[m] * _all_but("keep", f, x.settings)[:, None]).sum(0) for m, f in parked.items()}
+    keep = {m: (x.rows[m] * _all_but("route", f, x.settings)[:, None]).sum(0) for m, f in parked.items()}
     residual = [row_cosines(keep[m][None], v)[0] for m, v in x.basis.v_grad.items()]
     stats = {
         "tau": fmean(gate.tau(m) for m in flagged),
@@ -290,6 +298,16 @@ def arm_route2(x: ArmInput) -> Update:
         "fired": float(torch.stack([f[live].float().mean() for f in flagged.values()]).mean()),
     }
     return shrunk(x, Update(keep=keep, park=park, gate=gate, stats=stats))
+
+
+def _all_but(mask: Mask, flagged: Bool[Tensor, " n"], settings: ArmConfig) -> Bool[Tensor, " n"]:
+    """The rollouts that have another mask: all but `keep` train the quarantine, all but `route` delta_s."""
+    return torch.where(flagged, settings.mask_flagged != mask, settings.mask_unflagged != mask)
+
+
+def arm_absorb(x: ArmInput) -> Update:
+    """No gate: everything trains both knobs, so that the quarantine takes what it takes fastest."""
+    return Update(x.total, {m: rows.sum(0) for m, rows in x.parkable.items()}, x.gate, {})
 
 
 def shrunk(x: ArmInput, update: Update) -> Update:

@@ -18,7 +18,13 @@ SHOWN = ("model", "problems", "env_mode", "steps", "intervention")  # in columns
 PLACE = ("device", "svd_cache")  # where a run is made, not what it is
 # What vanilla's training can depend on; the other groups are the arm's own and its basis'.
 SHARED_GROUPS = ("model", "problems", "sampling", "loss", "optim", "teacher", "evaluation")
-IN_THE_NAME = ("control", "project", "advmod_form")  # options that `config.display_name` tells
+IN_THE_NAME = (
+    "control",
+    "project",
+    "advmod_form",
+    "quarantine",
+    "block_init",
+)  # options that `config.display_name` tells
 RECORD_KEYS = {"summary", "steps", "config"}
 VANILLA = DISPLAY_NAME["none"]
 

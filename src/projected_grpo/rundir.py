@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from loguru import logger
 
+from projected_grpo.antipasto import Policy
 from projected_grpo.arms import ARMS
 from projected_grpo.checkpoint import (
     SavedState,
@@ -32,6 +33,7 @@ from projected_grpo.config import PRESETS, TrainConfig, display_name, from_json,
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Data, Experiment, prepare
 from projected_grpo.extract_vhack_grad import (
+    block_starts,
     in_use,
     initial_gate,
     obtain,
@@ -159,7 +161,7 @@ def start_run(asked: TrainConfig, stack: ExitStack) -> tuple[Run, Experiment, Tr
         knobs_meta(cfg.optim.init_knobs)  # a bad path is told before a model is loaded
     exp = prepare(cfg, stack)
     if cfg.optim.init_knobs is not None:
-        start_from(cfg.optim.init_knobs, exp)
+        start_from(cfg.optim.init_knobs, exp.chat.policy)
     state = start_state(exp)
     name = run_id(cfg.preset, display_name(cfg.arm), cfg.run.seed, cfg.run.out_tag)
     run = Run(cfg, make_run_dir(cfg.run.out_dir / "runs", name))
@@ -171,11 +173,12 @@ def start_run(asked: TrainConfig, stack: ExitStack) -> tuple[Run, Experiment, Tr
     return run, exp, state
 
 
-def start_from(path: Path, exp: Experiment) -> None:
+def start_from(path: Path, policy: Policy) -> None:
     """Begin at another run's delta_s with an empty quarantine. Raises UserError for another model's."""
-    load_knobs(path, exp.chat.policy)
+    load_knobs(path, policy)
+    policy.give_blocks({})
     with torch.no_grad():
-        for layer in exp.chat.policy.layers.values():
+        for layer in policy.layers.values():
             layer.delta_hack.zero_()
     logger.info("starting from the deployed knobs of {}", path)
 
@@ -234,7 +237,8 @@ def go_on(cfg: TrainConfig, folder: Path, stack: ExitStack) -> tuple[Run, Experi
     saved = newest_state(run)
     exp = prepare(cfg, stack)
     if cfg.optim.init_knobs is not None and cfg.optim.init_knobs.exists():
-        start_from(cfg.optim.init_knobs, exp)  # the basis of a run that began there is described by them
+        # The basis of a run that began there is described by them.
+        start_from(cfg.optim.init_knobs, exp.chat.policy)
     state = start_state(exp)
     for field in ("weights", "pairs"):
         if saved.facts.get("meta", {}).get(field) != state.meta.get(field):
@@ -322,6 +326,7 @@ def start_state(exp: Experiment) -> TrainState:
     gate = None
     if cfg.arm.intervention == "route2":
         gate = initial_gate(basis, without_contrast(extraction, cfg.basis, cfg.arm, cfg.run.seed).grads)
+    chat.policy.give_blocks(block_starts(chat.policy, basis, cfg.arm, cfg.run.seed))
     o = cfg.optim
     optimizer = torch.optim.AdamW(
         knobs(exp), lr=o.lr, betas=(o.adam_beta1, o.adam_beta2), weight_decay=o.weight_decay

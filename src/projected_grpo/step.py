@@ -135,7 +135,7 @@ def apply_update(exp: Experiment, state: TrainState, update: Update) -> dict[str
     before = policy.deltas(ablate_quarantine=True)
     for m, layer in policy.layers.items():
         layer.delta_s.grad = update.keep[m].to(layer.delta_s)
-        layer.delta_hack.grad = update.park[m].to(layer.delta_hack) if m in update.park else None
+        layer.quarantine.grad = update.park[m].to(layer.quarantine) if m in update.park else None
     norm = torch.nn.utils.clip_grad_norm_(knobs(exp), cfg.grad_clip)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, cfg)
@@ -232,7 +232,7 @@ def random_order(n: int, seed: int, step: int) -> Int[Tensor, " n"]:
 def knobs(exp: Experiment) -> list[torch.nn.Parameter]:
     """All trainable parameters in a fixed order."""
     layers = exp.chat.policy.layers.values()
-    return [layer.delta_s for layer in layers] + [layer.delta_hack for layer in layers]
+    return [layer.delta_s for layer in layers] + [layer.quarantine for layer in layers]
 
 
 def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Collected]:

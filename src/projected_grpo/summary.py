@@ -9,7 +9,7 @@ from loguru import logger
 from tabulate import tabulate
 
 from projected_grpo.arms import ARMS, as_it_is, as_paid, nothing, strongest_label
-from projected_grpo.config import TrainConfig, display_name, left_out, taught_modes
+from projected_grpo.config import TrainConfig, display_name, has_block, left_out, taught_modes
 from projected_grpo.evaluate import Evaluation
 from projected_grpo.experiment import Experiment
 from projected_grpo.rewards import MODES
@@ -232,11 +232,16 @@ def end_block(
             tabulate(body, headers=headers, tablefmt="simple", disable_numparse=True),
             f"labels of rollouts that this arm reads: {s['labels']}"
             + (" (a skyline)" if s["labels"] == "oracle" else ""),
-            f"student completions flagged: {detectors}; |delta_hack| {s['delta_hack_norm']:.2e}; deployment "
-            f"changes {show(deploy['completions_changed'], '.0%')} of held-out completions",
+            f"student completions flagged: {detectors}; {parked_name(cfg)} {s['delta_hack_norm']:.2e}; "
+            f"deployment changes {show(deploy['completions_changed'], '.0%')} of held-out completions",
             *reading(cfg, summary, records),
         ]
     )
+
+
+def parked_name(cfg: TrainConfig) -> str:
+    """What the norm of the quarantine is the norm of."""
+    return "|H| of the blocks" if has_block(cfg.arm) else "|delta_hack|"
 
 
 def cue(s: Mapping[str, Any]) -> str:
@@ -269,11 +274,11 @@ def reading(cfg: TrainConfig, s: Mapping[str, Any], records: Sequence[Mapping[st
     parked = s["delta_hack_norm"]
     arm = ARMS[cfg.arm.intervention]
     expected = "exactly 0 in this arm"
-    if cfg.arm.intervention in ("route", "route2"):
+    if cfg.arm.intervention in ("route", "route2", "absorb"):
         expected = "> 0; ELSE nothing was parked"
     elif arm.deploy is not nothing:
         expected = "> 0, what deployment takes out of delta_s; ELSE nothing lay hack-ward in it"
-    lines.append(f"|delta_hack| {parked:.2e}. SHOULD be {expected}")
+    lines.append(f"{parked_name(cfg)} {parked:.2e}. SHOULD be {expected}")
     return lines
 
 

@@ -205,7 +205,7 @@ def deploy_evaluation(run: Run, exp: Experiment, state: TrainState) -> dict[str,
 def final_evaluations(exp: Experiment) -> dict[str, Evaluation]:
     """As trained and as deployed; one and the same where nothing was parked."""
     deployed = evaluate_held_out(exp, exp.data.final, ablate_quarantine=True)
-    parked = any(bool(layer.delta_hack.any()) for layer in exp.chat.policy.layers.values())
+    parked = exp.chat.policy.parked
     as_trained = evaluate_held_out(exp, exp.data.final, ablate_quarantine=False) if parked else deployed
     return {"as_trained": as_trained, "deployed": deployed}
 
