@@ -1,7 +1,7 @@
 """The report in a real Chromium: what a reader can do with the page, and what a model's text cannot.
 
-The browser is the system's (`apt-get install chromium-headless-shell`, or the path in PROJECTED_GRPO_BROWSER);
-without one these tests are skipped.
+The browser is the system's (`apt-get install chromium-headless-shell`, or the one that PROJECTED_GRPO_BROWSER
+names); without one these tests are skipped.
 """
 
 import json
@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Error, expect, sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 from fake_runs import a_step, made
 from hacks import CANONICAL, HACKS, WRONG, fenced
@@ -270,10 +270,11 @@ def test_every_link_leads_somewhere_and_a_rollout_has_an_address(page, opened, p
 
 
 def test_the_keyboard_reaches_everything_and_shows_where_it_is(page):
-    """Tab through the page: each stop is visible, has an outline, and what can be used is among the stops."""
+    """Each stop of the tab key is in view and outlined, and all that can be used is among the stops."""
     tell = """() => { const e = document.activeElement, s = getComputedStyle(e), b = e.getBoundingClientRect();
-      return {what: e.name || e.id || e.textContent.slice(0, 20), outline: s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 2,
-              visible: b.width > 0 && b.bottom > 0 && b.top < innerHeight, body: e === document.body}; }"""
+      return {what: e.name || e.id || e.textContent.slice(0, 20), body: e === document.body,
+              outline: s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 2,
+              visible: b.width > 0 && b.bottom > 0 && b.top < innerHeight}; }"""
     stops = []
     for _ in range(60):
         page.keyboard.press("Tab")
@@ -324,7 +325,8 @@ def test_it_reads_well_at_both_widths_in_both_schemes(opened, page_file, viewpor
         assert 0 <= box["x"] and box["x"] + box["width"] <= viewport["width"], part
         assert box["width"] >= 300
     smallest = page.locator("main *").evaluate_all(
-        "all => Math.min(...all.filter((e) => e.textContent.trim()).map((e) => parseFloat(getComputedStyle(e).fontSize)))"
+        """all => Math.min(...all.filter((e) => e.textContent.trim())
+                           .map((e) => parseFloat(getComputedStyle(e).fontSize)))"""
     )
     assert smallest >= 12
     found = Axe().run(page)
