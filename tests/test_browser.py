@@ -270,8 +270,9 @@ def test_every_link_leads_somewhere_and_a_rollout_has_an_address(page, opened, p
 
 
 def test_the_keyboard_reaches_everything_and_shows_where_it_is(page):
-    """Each stop of the tab key is in view and outlined, and all that can be used is among the stops."""
-    tell = """() => { const e = document.activeElement, s = getComputedStyle(e), b = e.getBoundingClientRect();
+    """Every stop of the tab key is in view and outlined, and what can be used is among them."""
+    tell = """() => {
+      const e = document.activeElement, s = getComputedStyle(e), b = e.getBoundingClientRect();
       return {what: e.name || e.id || e.textContent.slice(0, 20), body: e === document.body,
               outline: s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 2,
               visible: b.width > 0 && b.bottom > 0 && b.top < innerHeight}; }"""
