@@ -13,7 +13,7 @@ from fake_runs import config, summary
 from projected_grpo import cli
 from projected_grpo.config import to_json
 from projected_grpo.pictures import at_steps, mean_at_steps, rates, series, vanilla_first
-from projected_grpo.plots import COLOURS, Point, frontier, look
+from projected_grpo.plots import COLOURS, Point, frontier, look, looks
 from projected_grpo.results import VANILLA, Run, grouped
 from projected_grpo.runlog import append_jsonl, write_json
 
@@ -65,6 +65,21 @@ def test_the_frontier_is_what_nothing_beats(points):
 def test_thirty_arms_have_thirty_looks():
     looks = {(str(look(i).colour), str(look(i).dash)) for i in range(4 * len(COLOURS))}
     assert len(looks) == 4 * len(COLOURS)
+
+
+def test_each_way_of_drawing_tells_eight_arms_apart_without_the_others():
+    """So also in grey, where colours are alike."""
+    for part in ("colour", "dash", "marker", "hatch"):
+        assert len({str(getattr(look(i), part)) for i in range(len(COLOURS))}) == len(COLOURS), part
+    hatches = {look(i).hatch for i in range(4 * len(COLOURS))}
+    assert len(hatches) == 4 * len(COLOURS)
+
+
+def test_an_arm_looks_the_same_where_others_are_missing():
+    arms = ("vanilla", "projected", "routing2")
+    assert looks(["routing2"], arms) == {"routing2": look(2)}
+    assert looks(["routing2", "vanilla", "routing2"]) == {"routing2": look(0), "vanilla": look(1)}
+    assert looks(["other", "projected"], arms) == {"other": look(3), "projected": look(1)}
 
 
 def a_run(**columns):

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fake_runs import made
+from fake_runs import a_run, made
 from hacks import CANONICAL, HACKS, WRONG
 from projected_grpo import cli
-from projected_grpo.report import FLAGS, embedded, report_data, thinned, triggers
+from projected_grpo.report import FLAGS, embedded, labels, report_data, thinned, triggers
 from projected_grpo.results import read_runs
 from projected_grpo.rewards import MODES
 from projected_grpo.runlog import append_jsonl
@@ -161,6 +161,19 @@ def test_a_long_run_keeps_whole_steps_its_first_hack_and_its_last(tmp_path):
     append_jsonl(folder / "rollouts.jsonl", rows)
     (shown,) = report_data(read_runs([folder]), 100)["runs"]
     assert shown["rollouts"]["total"] == 400 and len(shown["rollouts"]["step"]) == len(kept)
+
+
+def test_runs_are_named_by_arm_and_seed_while_that_tells_them_apart_and_vanilla_comes_first():
+    runs = [
+        a_run("erase"),
+        a_run("erase", 42),
+        a_run("none"),
+        a_run("none", options={"run": {"out_tag": "x"}}),
+    ]
+    assert labels(runs) == ["projected 41", "projected 42", runs[2].name, runs[3].name]
+    assert [run["label"] for run in report_data(runs[:3], 1)["runs"]] == [
+        *("vanilla 41", "projected 41", "projected 42"),
+    ]
 
 
 def test_refusals(run, tmp_path, capsys):

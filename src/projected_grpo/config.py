@@ -295,6 +295,9 @@ class RunConfig:
     threads that wait for each other are several times slower."""
     sandbox: SandboxMode = "auto"
     """strict refuses to start unless every layer of containment is in force; auto warns what is missing."""
+    live: Literal["none", "tensorboard"] = "none"
+    """tensorboard: every step also goes into the run's tb/ folder, for `tensorboard --logdir out/runs` to
+    show while it runs (pip install 'projected_grpo[live]')."""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,11 @@ def vanilla_first(groups: Groups) -> Groups:
     return dict(sorted(groups.items(), key=lambda item: item[0].arm != VANILLA))
 
 
+def arms(groups: Groups) -> list[str]:
+    """All arms by their labels: an arm looks the same in a picture from which others are missing."""
+    return [setting.label for setting in groups]
+
+
 def draw_dynamics(groups: Groups, path: Path) -> str | None:
     """Student hack and solve rate by step, deployed evaluations as markers; a reason if it cannot be."""
     lines = {
@@ -71,7 +76,7 @@ def draw_dynamics(groups: Groups, path: Path) -> str | None:
     }
     if not lines["hack"] or not lines["solve"]:
         return "no run has the columns hack_s and gt_s"
-    dynamics(lines["hack"], lines["solve"], path)
+    dynamics(lines["hack"], lines["solve"], path, arms(groups))
     return None
 
 
@@ -85,7 +90,7 @@ def draw_pareto(groups: Groups, path: Path) -> str | None:
     ]
     if not points:
         return "no run has hack_deploy and solve_deploy"
-    pareto(points, path)
+    pareto(points, path, arms(groups))
     return None
 
 
@@ -106,7 +111,7 @@ def draw_modes(groups: Groups, path: Path) -> str | None:
                     found.append(Bar(setting.label, mode, deployed, trained, within))
     if not bars["hack"]:
         return "no run has held-out rates by mode"
-    mode_bars(bars["hack"], bars["solve"], path)
+    mode_bars(bars["hack"], bars["solve"], path, arms(groups))
     return None
 
 
@@ -135,7 +140,7 @@ def draw_parked(groups: Groups, path: Path) -> str | None:
     ]
     if not lines:
         return "no run parked anything (q_egy)"
-    by_step(lines, "parked share of the gradient norm (q_egy)", path)
+    by_step(lines, "parked share of the gradient norm (q_egy)", path, arms(groups))
     return None
 
 

@@ -1,7 +1,7 @@
 """Pictures as PNG and SVG. Colours are safe for colour-blind readers; lines and markers tell the same."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,12 +17,16 @@ from matplotlib.patches import Patch
 from projected_grpo.extract_vhack_grad import HARD_GATE, SOFT_GATE, HeldOut
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#595959"
-# Okabe and Ito's colours; line style and marker tell the same again, for grey print.
+# Okabe and Ito's colours; line style, marker and hatch tell the same again, each alone, for grey print.
 COLOURS = ("#000000", "#009e73", "#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#cc79a7", "#999999")
-DASHES = ("-", ":", "-", "--", "-", "--", "-", "--")
-MORE_DASHES = ("-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))  # for every further round of colours
-MARKERS = ("o", "*", "s", "s", "^", "^", "D", "D")
-MORE_MARKERS = ("v", "P", "X")
+DASHES: tuple[Any, ...] = (
+    *("-", (0, (1, 1.2)), (0, (6, 1.5)), (0, (2.5, 1.5)), "-.", (0, (3, 1, 1, 1, 1, 1))),
+    *((0, (9, 2, 2, 2)), (0, (4, 3))),
+)
+MORE_DASHES = ((0, (1, 3)), (0, (7, 4)), (0, (12, 1.5, 1, 1.5)))  # for every further round of colours
+MARKERS = ("o", "*", "s", "P", "^", "v", "D", "X")
+MORE_MARKERS = ("<", ">", "h")
+HATCHES = ("", "///", "...", "\\\\\\", "xx", "--", "++", "oo")
 # A step's columns on one scale of cosines: how each is drawn.
 COSINES: Mapping[str, tuple[str, str, str]] = {
     "cos_pre": ("before the arm (cin)", BLUE, "-"),
@@ -68,15 +72,22 @@ class Look:
     colour: str
     dash: Any
     marker: str
+    hatch: str = ""
 
 
 def look(index: int) -> Look:
     """Of the arm at this place; every round of colours has lines and markers of its own."""
     place, turn = index % len(COLOURS), index // len(COLOURS)
     if turn == 0:
-        return Look(COLOURS[place], DASHES[place], MARKERS[place])
+        return Look(COLOURS[place], DASHES[place], MARKERS[place], HATCHES[place])
     more = (turn - 1) % len(MORE_DASHES)
-    return Look(COLOURS[place], MORE_DASHES[more], MORE_MARKERS[more])
+    return Look(COLOURS[place], MORE_DASHES[more], MORE_MARKERS[more], HATCHES[place] + "*" * (more + 1))
+
+
+def looks(names: Iterable[str], arms: Iterable[str] = ()) -> dict[str, Look]:
+    """Of these arms by their place in `arms`, which pictures of the same runs share; others come behind."""
+    order = list(dict.fromkeys([*arms, *(names := list(names))]))
+    return {name: look(order.index(name)) for name in dict.fromkeys(names)}
 
 
 def heldout_histogram(result: HeldOut, title: str, path: Path) -> None:
@@ -102,28 +113,31 @@ def heldout_histogram(result: HeldOut, title: str, path: Path) -> None:
     _save(figure, path)
 
 
-def dynamics(hack: Sequence[Series], solve: Sequence[Series], path: Path) -> None:
+def dynamics(hack: Sequence[Series], solve: Sequence[Series], path: Path, arms: Iterable[str] = ()) -> None:
     """Student hack and solve rate by step, mean over seeds with a band of one SEM.
 
-    Markers are held-out evaluations as deployed, mean over the seeds that have one at that step.
+    Open markers are held-out evaluations as deployed, mean over the seeds that have one at that step; a full
+    one ends each line. `arms` are all that other pictures of these runs may show.
     """
+    drawn = looks((line.name for line in hack), arms)
     figure = _figure(11.0, 4.2 + 0.2 * (len(hack) // 4))
     for axes, series, title in zip(figure.subplots(1, 2), (hack, solve), ("hack", "solve"), strict=True):
-        for i, line in enumerate(series):
-            _draw_series(axes, line, look(i))
+        for line in series:
+            _draw_series(axes, line, drawn[line.name])
         axes.set(xlabel="step", ylabel=f"{title} rate", ylim=(-0.02, 1.02))
-        axes.set_title(f"{title}: lines student as trained, markers held out as deployed", fontsize=9)
+        axes.set_title(f"{title}: lines student as trained, open markers held out as deployed", fontsize=9)
         axes.grid(alpha=0.3)
     _legend_below(figure, figure.axes[0], "arm (seeds)")
     _save(figure, path)
 
 
-def by_step(series: Sequence[Series], ylabel: str, path: Path) -> None:
-    """One figure by step, mean over seeds with a band of one SEM."""
+def by_step(series: Sequence[Series], ylabel: str, path: Path, arms: Iterable[str] = ()) -> None:
+    """One figure by step, mean over seeds with a band of one SEM; `arms` as in `dynamics`."""
+    drawn = looks((line.name for line in series), arms)
     figure = _figure(7.0, 4.2 + 0.2 * (len(series) // 3))
     axes = figure.add_subplot()
-    for i, line in enumerate(series):
-        _draw_series(axes, line, look(i))
+    for line in series:
+        _draw_series(axes, line, drawn[line.name])
     axes.set(xlabel="step", ylabel=ylabel)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -166,9 +180,10 @@ def cosines(
     for axes in grid.flat:
         handles, labels = axes.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
+    order = sorted(found, key=lambda text: [*COSINES, "refr"].index(text.partition(":")[0]))
     figure.legend(
-        list(found.values()), list(found), loc="outside upper center", ncols=min(3, columns), frameon=False,
-        fontsize=8,
+        [found[text] for text in order], order, loc="outside upper center", ncols=min(3, columns), fontsize=8,
+        frameon=False,
     )  # fmt: skip
     _save(figure, path)
 
@@ -185,8 +200,8 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     return sorted(kept, key=lambda p: (p.solve, p.hack))
 
 
-def pareto(points: Sequence[Point], path: Path) -> None:
-    """Held-out hack against solve as deployed, a point per run, with the frontier of all of them."""
+def pareto(points: Sequence[Point], path: Path, arms: Iterable[str] = ()) -> None:
+    """Held-out hack against solve as deployed, a point per run, and the frontier; `arms` as in dynamics."""
     figure = _figure(6.4, 4.8)
     axes = figure.add_subplot()
     best = frontier(points)
@@ -200,16 +215,15 @@ def pareto(points: Sequence[Point], path: Path) -> None:
         label="Pareto frontier",
         zorder=1,
     )
-    names = list(dict.fromkeys(p.name for p in points))
-    for i, name in enumerate(names):
+    for name, drawn in looks((p.name for p in points), arms).items():
         own = [p for p in points if p.name == name]
         axes.scatter(
             [p.solve for p in own],
             [p.hack for p in own],
             label=name,
-            marker=look(i).marker,
-            facecolors="none" if "+" in name or "-" in name else look(i).colour,
-            edgecolors=look(i).colour,
+            marker=drawn.marker,
+            facecolors="none" if "+" in name or "-" in name else drawn.colour,
+            edgecolors=drawn.colour,
             zorder=2,
         )
     axes.set(xlabel="solve rate, deployed (right is better)", ylabel="hack rate, deployed (low is better)")
@@ -218,52 +232,55 @@ def pareto(points: Sequence[Point], path: Path) -> None:
     _save(figure, path)
 
 
-def mode_bars(hack: Sequence[Bar], solve: Sequence[Bar], path: Path) -> None:
-    """Rates per mode and arm: bars as deployed, ticks as trained, hatched where the mode was held out."""
-    names = list(dict.fromkeys(bar.name for bar in hack))
+def mode_bars(hack: Sequence[Bar], solve: Sequence[Bar], path: Path, arms: Iterable[str] = ()) -> None:
+    """Rates per mode and arm: bars as deployed, ticks as trained, open bars where the mode was held out.
+
+    Each arm has its hatch; `arms` as in `dynamics`.
+    """
+    drawn = looks((bar.name for bar in hack), arms)
+    names = list(drawn)
     modes = list(dict.fromkeys(bar.mode for bar in hack))
     figure = _figure(max(7.0, 1.0 + len(modes) * max(0.9, 0.24 * len(names))), 6.4)
     panels = figure.subplots(2, 1, sharex=True)
     width = 0.8 / len(names)
     for axes, bars, title in zip(panels, (hack, solve), ("hack", "solve"), strict=True):
         for bar in bars:
-            i = names.index(bar.name)
-            x = modes.index(bar.mode) + (i + 0.5) * width - 0.4
+            x = modes.index(bar.mode) + (names.index(bar.name) + 0.5) * width - 0.4
             axes.bar(
                 x,
                 fmean(bar.deployed),
                 width * 0.92,
                 yerr=_sem(bar.deployed) or None,
-                color=look(i).colour,
-                edgecolor="white" if look(i).colour == "#000000" else "black",
-                linewidth=0.6,
-                hatch=_hatch(i, bar.in_distribution),
+                **_fill(drawn[bar.name], open_bar=not bar.in_distribution),
                 error_kw={"linewidth": 1, "ecolor": GREY},
             )
             if bar.trained:
-                axes.plot(
-                    [x - width * 0.46, x + width * 0.46], [fmean(bar.trained)] * 2, color=ORANGE, lw=2.5
-                )
-                axes.plot([x - width * 0.46, x + width * 0.46], [fmean(bar.trained)] * 2, color="black", lw=1)
+                ends = [x - width * 0.46, x + width * 0.46]
+                for colour, thick in (
+                    ("white", 4.0),
+                    ("black", 2.0),
+                ):  # seen on black bars and on white paper
+                    axes.plot(ends, [fmean(bar.trained)] * 2, color=colour, lw=thick, solid_capstyle="butt")
         axes.set(ylabel=f"{title} rate", ylim=(0, 1.02), xlim=(-0.6, len(modes) - 0.4))
         axes.set_xticks(range(len(modes)), modes)
         axes.grid(alpha=0.3, axis="y")
         axes.set_axisbelow(True)
-    handles: list[Any] = [
-        Patch(facecolor=look(i).colour, edgecolor="white", hatch=_hatch(i), label=name)
-        for i, name in enumerate(names)
-    ]
-    handles.append(Line2D([], [], color=ORANGE, lw=2.5, label="as trained"))
+    handles: list[Any] = [Patch(**_fill(drawn[name]), label=name) for name in names]
+    handles.append(Line2D([], [], color="black", lw=2.0, label="as trained"))
     if not all(bar.in_distribution for bar in hack):
-        handles.append(Patch(facecolor="white", edgecolor="black", hatch="///", label="mode held out"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        handles.append(Patch(facecolor="white", edgecolor="black", label="open: mode held out"))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8,
+        handlelength=3.0, handleheight=1.6,
+    )  # fmt: skip
     _save(figure, path)
 
 
-def _hatch(index: int, in_distribution: bool = True) -> str | None:
-    """Dots for a colour's second round, strokes for a mode that was held out."""
-    dots = "..." if index >= len(COLOURS) else ""
-    return dots + ("" if in_distribution else "///") or None
+def _fill(style: Look, open_bar: bool = False) -> dict[str, Any]:
+    """A bar in the arm's colour with its hatch upon it; an open one has colour in edge and hatch alone."""
+    if open_bar:
+        return {"facecolor": "white", "edgecolor": style.colour, "linewidth": 1.2, "hatch": style.hatch}
+    return {"facecolor": style.colour, "edgecolor": "white", "linewidth": 0.6, "hatch": style.hatch}
 
 
 def _draw_series(axes: Axes, line: Series, style: Look, label: str = "") -> None:
@@ -274,8 +291,6 @@ def _draw_series(axes: Axes, line: Series, style: Look, label: str = "") -> None
     sem = [_sem(columns[t]) for t in steps]
     label = label or f"{line.name} ({len(line.seeds)})"
     evaluated = sorted({t for found in line.evaluations for t in found})
-    marks: dict[str, Any] = {"markersize": 5, "markerfacecolor": "white", "markeredgecolor": style.colour}
-    marks["marker"] = style.marker if evaluated else ""
     axes.plot(
         steps,
         mean,
@@ -283,14 +298,18 @@ def _draw_series(axes: Axes, line: Series, style: Look, label: str = "") -> None
         linewidth=1.8,
         color=style.colour,
         linestyle=style.dash,
-        markevery=[],  # the marker is for the legend
-        **marks,
+        marker=style.marker,
+        markersize=6,
+        markevery=[len(steps) - 1] if steps else [],  # where the line ends, and in the legend
     )
     low = [m - s for m, s in zip(mean, sem, strict=True)]
     high = [m + s for m, s in zip(mean, sem, strict=True)]
     axes.fill_between(steps, low, high, color=style.colour, alpha=0.15, linewidth=0)
     means = [fmean(found[t] for found in line.evaluations if t in found) for t in evaluated]
-    axes.plot(evaluated, means, linestyle="none", **marks)
+    axes.plot(
+        evaluated, means, linestyle="none", marker=style.marker, markersize=5, markerfacecolor="white",
+        markeredgecolor=style.colour,
+    )  # fmt: skip
 
 
 def _sem(values: Sequence[float]) -> float:
@@ -303,7 +322,7 @@ def _legend_below(figure: Figure, axes: Axes, title: str | None) -> None:
     columns = 4 if figure.get_figwidth() > 8 else 3
     figure.legend(
         handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8, title=title,
-        title_fontsize=8,
+        title_fontsize=8, handlelength=4.5,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from projected_grpo.results import Run
+from projected_grpo.results import VANILLA, Run
 from projected_grpo.rewards import FILE_STEMS, MODES, PASS_WORDS, SENTINELS, STDOUT_PHRASES
 from projected_grpo.runlog import complete_lines, plain
 from projected_grpo.steptable import COLUMNS
@@ -44,17 +44,28 @@ def triggers() -> dict[str, str]:
 
 
 def report_data(runs: Sequence[Run], most: int) -> dict[str, Any]:
-    """All that the page shows. Of a run with more than `most` rollouts whole steps are left out, evenly."""
+    """All that the page shows, vanilla first, which gives it the same look in every report.
+
+    Of a run with more than `most` rollouts whole steps are left out, evenly.
+    """
+    runs = sorted(runs, key=lambda run: run.setting.arm != VANILLA)
     strings: dict[str, int] = {}
     rollouts = [_rollouts(run, most, strings) for run in runs]
+    described = zip(map(_described, runs), labels(runs), rollouts, strict=True)
     return {
         "flags": FLAGS,
         "modes": {name: {"hint": m.hint, "looks_like": m.looks_like} for name, m in MODES.items()},
         "triggers": triggers(),
         "columns": {c.key: {"legend": c.legend, "pair": c.form == "pair"} for c in COLUMNS},
-        "runs": [_described(run) | {"rollouts": rows} for run, rows in zip(runs, rollouts, strict=True)],
+        "runs": [about | {"label": label, "rollouts": rows} for about, label, rows in described],
         "strings": list(strings),
     }
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """Arm and seed of each run, its folder's name where another run has the same."""
+    short = [f"{run.setting.label} {run.seed}" for run in runs]
+    return [run.name if short.count(text) > 1 else text for run, text in zip(runs, short, strict=True)]
 
 
 def _described(run: Run) -> dict[str, Any]:

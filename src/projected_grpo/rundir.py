@@ -1,6 +1,7 @@
 """A run and its folder: begun, locked, written to, saved, found again and gone on with."""
 
 import hashlib
+import importlib
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ from projected_grpo.extract_vhack_grad import (
 )
 from projected_grpo.runlog import (
     JsonlLog,
+    complete_lines,
     git_commit,
     lock_folder,
     make_run_dir,
@@ -66,6 +69,7 @@ class Run:
         self.table = StepTable()
         self.logs = {name: JsonlLog(folder / f"{name}.jsonl") for name in ("rollouts", "steps")}
         self.unsaved = False  # the last save failed
+        self.live: Any = None  # the view that --live asks for
 
     def knob_meta(self, step: int) -> dict[str, Any]:
         """What a knob file says of itself."""
@@ -80,10 +84,18 @@ class Run:
                 self.logs[name].append(lines)
             except OSError as error:
                 logger.error("{} not written ({}); kept for the next save", self.logs[name].path, error)
+        if self.live is not None:
+            self.live.add(record)
         if self.table.rows == 0:
             logger.info("columns:\n{}", self.table.legend())
         for line in self.table.lines(record):
             logger.info(line)
+
+    def show_live(self, view: ModuleType | None, stack: ExitStack) -> None:
+        """Begin the view that --live asks for, with the steps made so far; `stack` closes it."""
+        if view is not None:
+            self.live = view.LiveView(self.folder / "tb", complete_lines(self.logs["steps"].path))
+            stack.callback(self.live.close)
 
     def keep_knobs(self, name: str, exp: Experiment, meta: Mapping[str, Any], *, deployed: bool) -> bool:
         """Write a knob file; False, said in one line, if the storage does not take it."""
@@ -147,6 +159,20 @@ def data_digest(data: Data) -> str:
     return digest.hexdigest()
 
 
+def live_module(cfg: TrainConfig) -> ModuleType | None:
+    """The module of the view that --live asks for. Raises UserError naming a missing extra."""
+    if cfg.run.live == "none":
+        return None
+    try:
+        return importlib.import_module(f"projected_grpo.live_{cfg.run.live}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("projected_grpo"):
+            raise
+        raise UserError(
+            f"--live {cfg.run.live} needs {error.name}: pip install 'projected_grpo[live]'"
+        ) from error
+
+
 def provenance() -> dict[str, Any]:
     """What made a run, or went on with it. No environment variable is part of it."""
     return {"command": shlex.join(sys.argv), "git_commit": git_commit(), "versions": versions()}
@@ -156,6 +182,7 @@ def start_run(asked: TrainConfig, stack: ExitStack) -> tuple[Run, Experiment, Tr
     """A new run; its folder is made last, so that refused input leaves none."""
     cfg = replace(asked, run=replace(asked.run, resume=None))
     validate(cfg)
+    view = live_module(cfg)
     start_logging(None)
     if cfg.optim.init_knobs is not None:
         knobs_meta(cfg.optim.init_knobs)  # a bad path is told before a model is loaded
@@ -170,6 +197,7 @@ def start_run(asked: TrainConfig, stack: ExitStack) -> tuple[Run, Experiment, Tr
     write_json(
         run.folder / "config.json", {"run_id": run.folder.name, **provenance(), "config": to_json(cfg)}
     )
+    run.show_live(view, stack)
     return run, exp, state
 
 
@@ -231,6 +259,7 @@ def ended(folder: Path) -> bool | None:
 def go_on(cfg: TrainConfig, folder: Path, stack: ExitStack) -> tuple[Run, Experiment, TrainState]:
     """Take the folder, its newest good state, and cut the logs back to there."""
     validate(cfg)
+    view = live_module(cfg)
     start_logging(None)
     lock_folder(folder, stack, "--resume")
     run = Run(cfg, folder)
@@ -265,6 +294,7 @@ def go_on(cfg: TrainConfig, folder: Path, stack: ExitStack) -> tuple[Run, Experi
     made = read_json(folder / "config.json", "--resume")
     again = {"step": state.step, **provenance()}
     write_json(folder / "config.json", made | {"resumed": [*made.get("resumed", []), again]})
+    run.show_live(view, stack)
     logger.info("resuming {} at step {}", folder, state.step)
     return run, exp, state
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from projected_grpo.errors import UserError
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but not tab and newline
 PACKAGES = ("projected_grpo", "torch", "transformers", "tokenizers", "safetensors", "numpy", "tyro")
 
 
@@ -224,9 +226,19 @@ def make_run_dir(runs: Path, name: str) -> Path:
             attempt += 1
 
 
+def printable(text: str) -> str:
+    """Control characters as their escapes: a model's text can neither colour nor move a terminal's cursor."""
+    return CONTROL.sub(lambda found: repr(found.group())[1:-1], text)
+
+
+def _make_printable(record: Any) -> None:
+    record["message"] = printable(record["message"])
+
+
 def start_logging(log_file: Path | None) -> None:
     """INFO to the terminal through tqdm (bars survive), everything to the file; colour on terminals only."""
     logger.remove()
+    logger.configure(patcher=_make_printable)
     logger.add(
         lambda line: tqdm.write(line, end="", file=sys.stderr),
         level="INFO",

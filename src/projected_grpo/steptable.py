@@ -42,16 +42,16 @@ COLUMNS = (
     Column("zerovar", 3, "d", "groups without reward variance, dropped before any forward"),
     Column(
         "gt_s",
-        5,
+        7,
         "pair",
         "student rollouts that are truly correct, of n. SHOULD not fall; ELSE over-projected",
     ),
     Column("gt_t", 5, "pair", "teacher rollouts that are truly correct, of n", console=False),
     Column(
         "hack_s",
-        6,
+        7,
         "pair",
-        "student rollouts (ablated ones too) that exploit the grader, of n. Vanilla SHOULD rise",
+        "student rollouts (ablated too) that exploit the grader, of n. Vanilla SHOULD rise",
     ),
     Column("hack_t", 6, "pair", "teacher rollouts that their pool labels as hacks, of n", console=False),
     Column("hk_rt", 5, "pair", "student exploits on run_tests problems", console=False),
@@ -120,7 +120,7 @@ COLUMNS = (
     Column(
         "refr", 5, ".2f", "subspace overlap of old and new basis at a refresh. SHOULD be > .2", console=False
     ),
-    Column("hack_deploy", 11, ".3f", "held-out hack rate with the quarantine deleted"),
+    Column("hack_deploy", 8, ".3f", "held-out hack rate with the quarantine deleted"),
     Column("solve_deploy", 12, ".3f", "held-out solve rate with the quarantine deleted", console=False),
     Column(
         "hack_abl", 8, "pair", "exploits among rollouts sampled with the quarantine ablated", console=False

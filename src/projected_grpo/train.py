@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from projected_grpo.checkpoint import save_knobs
 from projected_grpo.collect import Collected, rollout_rows
-from projected_grpo.config import PRESETS, TrainConfig
+from projected_grpo.config import PRESETS, TrainConfig, display_name
 from projected_grpo.errors import DIVERGED, MISTAKES, SIGNALLED, UNSAVED, UserError
 from projected_grpo.evaluate import Evaluation, evaluate
 from projected_grpo.experiment import Experiment
@@ -102,8 +102,10 @@ def train(run: Run, exp: Experiment, state: TrainState, stop: StopSignal) -> int
     A save that failed is tried again after every further step.
     """
     cfg = exp.cfg
-    with tqdm(total=cfg.optim.steps, initial=state.step, desc=run.folder.name, disable=None) as bar:
-        while state.step < cfg.optim.steps:
+    what = f"{display_name(cfg.arm)} seed {cfg.run.seed}"  # short: a bar that is too long loses its ETA
+    steps = cfg.optim.steps
+    with tqdm(total=steps, initial=state.step, desc=what, disable=None, dynamic_ncols=True) as bar:
+        while state.step < steps:
             try:
                 diverged = one_step(run, exp, state)
             except UserError:  # a rollout too large for memory, say: what was trained is kept
@@ -115,7 +117,7 @@ def train(run: Run, exp: Experiment, state: TrainState, stop: StopSignal) -> int
                 return UNSAVED if run.unsaved else DIVERGED
             bar.update()
             due = cfg.run.save_every > 0 and state.step % cfg.run.save_every == 0
-            last = state.step == cfg.optim.steps
+            last = state.step == steps
             ending = last or diverged or stop.received is not None
             if due or ending or run.unsaved:
                 run.save(exp, state)
