@@ -47,7 +47,7 @@ class Ranks:
         """This process's share of its machine's CPU cores, at least one."""
         return max(1, len(os.sched_getaffinity(0)) // self.local_size)
 
-    def share(self, costs: Sequence[float]) -> range:
+    def share(self, costs: Sequence[int]) -> range:
         """Consecutive items that are this process's work: an equal part of the cost, to within one item.
 
         Without any cost, all are the first one's.

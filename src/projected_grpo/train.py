@@ -164,7 +164,9 @@ def agreed(exp: Experiment, stop: StopSignal) -> int | None:
     received, digests = zip(*exp.ranks.gather((stop.received, knobs_digest(exp))), strict=True)
     for rank, digest in enumerate(digests):
         if digest != digests[0]:
-            raise RankLost(f"process {rank} no longer holds the knobs of process 0: is their hardware alike?")
+            raise RankLost(
+                f"process {rank} no longer holds the knobs of process 0 (their hardware must be alike)"
+            )
     return next((number for number in received if number is not None), None)
 
 
