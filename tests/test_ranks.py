@@ -193,21 +193,23 @@ def alone(home):
 def same_up_to_rounding(one, several):
     """The same rollouts, grades, counts and held-out rates; figures and knobs alike.
 
-    Tolerances: 1e-5 of a figure, or 1e-7 where it is itself a rounding error (gap); 1e-4 of the knobs' norm.
+    Tolerances: 1e-5 of a figure or 1e-7, whichever is more (1e-6 nats of `gap`, which is rounding itself on a
+    CPU), and 1e-5 of the knobs' norm.
     """
     rows = [[json.loads(line) for line in (f / "steps.jsonl").open()] for f in (one, several)]
     for a, b in zip(*rows, strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - TIMINGS:
             figure = isinstance(a[name], float)
-            expected = pytest.approx(a[name], rel=1e-5, abs=1e-7) if figure else a[name]
+            least = 1e-6 if name == "gap" else 1e-7
+            expected = pytest.approx(a[name], rel=1e-5, abs=least) if figure else a[name]
             assert b[name] == expected, (a["step"], name)
     for name in ("rollouts.jsonl", "deploy.json"):
         assert (one / name).read_bytes() == (several / name).read_bytes()
     knobs = [load_file(f / "train.safetensors") for f in (one, several)]
     assert knobs[0].keys() == knobs[1].keys()
     a, b = (torch.cat([found[name] for name in sorted(found)]) for found in knobs)
-    assert a.norm() > 0 and (a - b).norm() < 1e-4 * a.norm()
+    assert a.norm() > 0 and (a - b).norm() < 1e-5 * a.norm()
     figures = [json.loads((f / "summary.json").read_text()) for f in (one, several)]
     assert figures[1]["finished"] and figures[1]["hack_rate"] == figures[0]["hack_rate"]
     assert not list(several.rglob(".*.tmp"))
@@ -297,6 +299,7 @@ def test_torchrun_itself(alone):
     """The command of docs/sweeps.md, in two fresh processes."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run += ["-m", "projected_grpo.train", *command("torchrun", "--intervention=none")[1:]]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=HANGS, check=False)
+    unchecked = {**os.environ, "PROJECTED_GRPO_CHECK_SHAPES": ""}  # half of the time to import
+    done = subprocess.run(run, capture_output=True, text=True, timeout=HANGS, env=unchecked, check=False)
     assert done.returncode == 0, done.stderr
     same_up_to_rounding(alone["none"], folder_of("torchrun"))

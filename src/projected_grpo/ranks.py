@@ -9,6 +9,7 @@ error in the others at once, where NCCL leaves it to a watchdog to kill them.
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0].strip()[:120]
         raise RankLost(f"another process of this run is gone; its own output says why ({reason})") from error
 
 
@@ -117,5 +118,10 @@ def join_ranks(device: str) -> Ranks:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         with _peers():
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            store, rank, size = next(dist.rendezvous("env://"))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            own = dist.PrefixStore(
+                f"attempt {attempt}", store
+            )  # which else has the addresses of the last one
+            dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=PATIENCE)
     return ranks
