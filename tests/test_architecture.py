@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "projected_grpo"
 # A module imports only what stands before it.
 ORDER = (
-    *("__init__", "errors", "config", "runlog", "steptable", "live_tensorboard", "oracle"),
+    *("__init__", "errors", "config", "runlog", "ranks", "steptable", "live_tensorboard", "oracle"),
     *("sandbox_encode", "sandbox_seccomp", "sandbox_contain", "sandbox_run", "sandbox_child", "sandbox"),
     *(
         "rewards",

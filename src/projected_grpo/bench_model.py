@@ -28,6 +28,7 @@ from projected_grpo.models import load_model, stop_ids
 from projected_grpo.pairs import load_pairs
 from projected_grpo.pools import NO_TEACHER
 from projected_grpo.problems import load_problems
+from projected_grpo.ranks import ALONE, Ranks
 from projected_grpo.rewards import Grade, Grader, Task
 from projected_grpo.rollout import Rollout, collate, positions, sample, stream_seed
 from projected_grpo.rundir import start_state
@@ -128,7 +129,7 @@ def bench_prompt_ids(work: Work, tokenizer: PreTrainedTokenizerBase) -> list[tup
     return [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
-def bench_experiment(work: Work, chat: Chat, out: Path) -> Experiment:
+def bench_experiment(work: Work, chat: Chat, out: Path, ranks: Ranks = ALONE) -> Experiment:
     """The loop's own experiment on these prompts, with random rewards."""
     ids = bench_prompt_ids(work, chat.tokenizer)
     problems = load_problems(EMBEDDED).problems
@@ -136,7 +137,7 @@ def bench_experiment(work: Work, chat: Chat, out: Path) -> Experiment:
     prompts = dict(zip((p.problem_id for p in train), ids, strict=True))
     cfg = bench_config(work, out)
     data = Data(train, held_out, held_out, NO_TEACHER)
-    return Experiment(cfg, chat, data, prompts, load_pairs(None), RandomGrader(work.seed))
+    return Experiment(cfg, chat, data, prompts, load_pairs(None), RandomGrader(work.seed), ranks)
 
 
 def bench_config(work: Work, out: Path) -> TrainConfig:
@@ -163,17 +164,18 @@ def bench_config(work: Work, out: Path) -> TrainConfig:
 
 
 @contextmanager
-def open_stepper(work: Work, chat: Chat) -> Iterator[Callable[[], dict[str, Any]]]:
-    """A function that makes one training step and returns its line of steps.jsonl."""
+def open_stepper(work: Work, chat: Chat, ranks: Ranks = ALONE) -> Iterator[Callable[[], dict[str, Any]]]:
+    """A function that makes one training step and returns its line of steps.jsonl, with its CPU seconds."""
     with tempfile.TemporaryDirectory() as out:
-        exp = bench_experiment(work, chat, Path(out))
+        exp = bench_experiment(work, chat, Path(out), ranks)
         state: TrainState = start_state(exp)
 
         def step() -> dict[str, Any]:
+            started = time.process_time()
             record, _ = train_step(exp, state)
             synchronise(chat.policy.device)
             state.step += 1
-            return record
+            return record | {"cpu": time.process_time() - started}
 
         yield step
 
@@ -202,14 +204,15 @@ def alternated(
 Rival = Callable[[Work, Sequence[str], Callable[[], object]], list[float]]
 
 
-def bench_step(work: Work, rival: Rival | None = None) -> dict[str, Any]:
+def bench_step(work: Work, rival: Rival | None = None, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Seconds of a whole step, ours and the rival's in turns: generate, score, loss, update.
 
     `parts` are ours: generation, and what follows grading. Medians; the first step of each is not counted.
+    CPU seconds are those of all processes together; `send_s` is what adding up two rows of all knobs takes.
     """
     chat = open_bench_chat(work)
     ours: list[dict[str, Any]] = []
-    with open_stepper(work, chat) as step:
+    with open_stepper(work, chat, ranks) as step:
         if rival is None:
             for _ in range(work.steps + WARM_UP):
                 ours.append(step())
@@ -220,7 +223,11 @@ def bench_step(work: Work, rival: Rival | None = None) -> dict[str, Any]:
     ours = ours[WARM_UP:]
     parts = {name: median(record[key] for record in ours) for name, key in (("gen_s", "gen"), ("fb_s", "fb"))}
     seconds = median(record["sec"] for record in ours)
-    figures: dict[str, Any] = {"ours_s": seconds, **parts}
+    cpu = sum(ranks.gather(median(record["cpu"] for record in ours)))
+    rows = torch.zeros(2, sum(chat.policy.ranks.values()))
+    sent = alternated({"send": lambda: ranks.total(rows)}, torch.device("cpu"), work.steps)
+    figures: dict[str, Any] = {"ours_s": seconds, **parts, "cpu_s": cpu, "send_s": sent["send"]}
+    figures |= {"processes": ranks.size}
     if theirs is not None:
         figures |= {"trl_s": theirs, "ratio": theirs / seconds}
     return figures | {"peak_gb": ours[-1]["peak_gb"]} | describe(work, chat)

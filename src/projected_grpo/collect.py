@@ -15,6 +15,7 @@ from projected_grpo.experiment import Experiment
 from projected_grpo.models import decode
 from projected_grpo.pools import TeacherRow
 from projected_grpo.problems import Problem
+from projected_grpo.ranks import Ranks
 from projected_grpo.rewards import Grade
 from projected_grpo.rollout import Rollout, sample, stream_seed, uniforms
 
@@ -62,8 +63,18 @@ def pick_teacher(exp: Experiment, problem: Problem, step: int) -> tuple[TeacherR
     return tuple(rows[ranked[i % len(rows)]] for i in range(teacher_rows(exp.cfg)))
 
 
+def own_rows(ranks: Ranks, groups: Sequence[Sequence[int]]) -> list[list[int]]:
+    """This process's share of the rows of all groups, group by group."""
+    flat = [(p, row) for p, group in enumerate(groups) for row in group]
+    own = ranks.share([1] * len(flat))
+    return [[row for q, row in flat[own.start : own.stop] if q == p] for p in range(len(groups))]
+
+
 def collect(exp: Experiment, step: int) -> Collected:
-    """Generate and grade the student's rollouts, add the teacher's as stored."""
+    """Generate and grade the student's rollouts, add the teacher's as stored.
+
+    Each process does its share of the rows and gathers the others'; seconds are those of the slowest.
+    """
     started = time.monotonic()
     s, seed = exp.cfg.sampling, exp.cfg.run.seed
     problems = pick_problems(exp, step)
@@ -76,12 +87,18 @@ def collect(exp: Experiment, step: int) -> Collected:
     ]
     groups: list[list[Rollout]] = [[] for _ in problems]
     for ablate in (False, True):
-        share = [
+        asked = [
             group[len(group) - a :] if ablate else group[: len(group) - a]
             for group, a in zip(seeds, ablated, strict=True)
         ]
         drawn = sample(
-            exp.chat.policy, prompts, share, s, exp.chat.stop, exp.chat.pad_id, ablate_quarantine=ablate
+            exp.chat.policy,
+            prompts,
+            own_rows(exp.ranks, asked),
+            s,
+            exp.chat.stop,
+            exp.chat.pad_id,
+            ablate_quarantine=ablate,
         )
         for i, completions in enumerate(drawn):
             for ids, logps in completions:
@@ -90,7 +107,26 @@ def collect(exp: Experiment, step: int) -> Collected:
     generated = time.monotonic()
     flat = exp.grader.grade_all([(p.task, r.text) for p, g in zip(problems, groups, strict=True) for r in g])
     graded = time.monotonic()
-    return assemble(exp, problems, groups, flat, teacher, generated - started, graded - generated)
+    everyone = exp.ranks.gather((groups, flat, generated - started, graded - generated))
+    groups, flat, gen_s, grade_s = merge(everyone)
+    return assemble(exp, problems, groups, flat, teacher, gen_s, grade_s)
+
+
+Part = tuple[list[list[Rollout]], list[Grade], float, float]  # groups, their grades, seconds of both
+
+
+def merge(parts: Sequence[Part]) -> Part:
+    """The processes' rows as one process would have them: in a group, those as trained come first."""
+    groups: list[list[tuple[Rollout, Grade]]] = [[] for _ in parts[0][0]]
+    for own, grades, _, _ in parts:
+        queue = iter(grades)
+        for group, drawn in zip(groups, own, strict=True):
+            group += [(rollout, next(queue)) for rollout in drawn]
+    for group in groups:
+        group.sort(key=lambda row: row[0].ablated)  # stable: shares are consecutive rows
+    rollouts = [[rollout for rollout, _ in group] for group in groups]
+    flat = [grade for group in groups for _, grade in group]
+    return rollouts, flat, max(part[2] for part in parts), max(part[3] for part in parts)
 
 
 def assemble(

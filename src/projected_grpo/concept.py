@@ -129,5 +129,7 @@ def concept_scores(
     pad_id: int,
 ) -> Float[Tensor, " n"]:
     """Each rollout's score s, in units of the hidden states. One forward pass."""
+    if not rollouts:
+        return torch.empty(0)
     states = completion_states(policy, rollouts, arm.advmod_depth, loss.tokens_per_microbatch, pad_id).mean
     return states @ concept.direction

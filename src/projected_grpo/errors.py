@@ -1,4 +1,8 @@
-"""The one error that is the user's to fix, and what exit codes mean (2 is such an error)."""
+"""The two errors that end a run with one line, and what exit codes mean (2 is such an error)."""
+
+
+class RankLost(Exception):
+    """The processes of one run cannot go on together: one of them is gone, or they no longer agree."""
 
 
 class UserError(Exception):
@@ -11,4 +15,5 @@ MISTAKES = (UserError, PermissionError, NotADirectoryError, IsADirectoryError, F
 GATE_FAILED = 1  # exit code of a verb whose check did not hold
 DIVERGED = 3  # of a run that the tripwire or gradients that are not finite ended
 UNSAVED = 4  # of a run whose last save or results the storage did not take
+LOST = 5  # of a process whose run lost another of its processes; what was saved last stays
 SIGNALLED = 128  # plus the signal's number: stopped after a step and saved (SIGINT 130, SIGTERM 143)

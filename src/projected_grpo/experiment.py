@@ -34,6 +34,7 @@ from projected_grpo.models import encode_chat, load_model, stop_ids
 from projected_grpo.pairs import PairSet, chosen_pairs
 from projected_grpo.pools import NO_TEACHER, Teacher, TeacherRow, bake, join, load_pool
 from projected_grpo.problems import Problem, assign_modes, is_eval, load_problems, take
+from projected_grpo.ranks import ALONE, Ranks
 from projected_grpo.rewards import MODES, Grader
 from projected_grpo.sandbox import Sandbox
 
@@ -79,6 +80,7 @@ class Experiment:
     prompts: dict[str, tuple[int, ...]]  # token ids by problem id
     pairs: PairSet
     grader: Grader
+    ranks: Ranks = ALONE
 
 
 def open_chat(cfg: ModelConfig) -> Chat:
@@ -259,12 +261,12 @@ def fit_teacher(
     return fitting, sum(len(rows[name]) - len(group) for name, group in fitting.items())
 
 
-def prepare(cfg: TrainConfig, stack: ExitStack) -> Experiment:
+def prepare(cfg: TrainConfig, stack: ExitStack, ranks: Ranks = ALONE) -> Experiment:
     """Read everything, cheapest checks first, so that a bad input is told before a model is loaded."""
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
     pairs = chosen_pairs(cfg.basis)
-    grader = open_grader(cfg.run.workers, stack, cfg.run.sandbox)
+    grader = open_grader(cfg.run.workers or ranks.cores, stack, cfg.run.sandbox)
     data = prompted(read_data(cfg, grader), cfg.arm)
     chat = open_chat(cfg.model)
     data, prompts = fit_prompts(data, chat, cfg.sampling.max_new)
@@ -279,7 +281,7 @@ def prepare(cfg: TrainConfig, stack: ExitStack) -> Experiment:
         len({p.problem_id for p in (*data.held_out, *data.final)}),
         len(data.teacher.rows),
     )
-    return Experiment(cfg, chat, data, prompts, pairs, grader)
+    return Experiment(cfg, chat, data, prompts, pairs, grader, ranks)
 
 
 def mode_counts(problems: Sequence[Problem]) -> str:

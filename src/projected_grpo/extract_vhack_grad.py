@@ -27,7 +27,7 @@ from projected_grpo.antipasto import Policy, content_hash, tensor_hash
 from projected_grpo.block import Start, direction_start, random_start
 from projected_grpo.config import ArmConfig, BasisConfig, Control, LossConfig, has_block
 from projected_grpo.errors import UserError
-from projected_grpo.grpo import per_rollout_grads
+from projected_grpo.grpo import over_ranks, own_share, per_rollout_grads
 from projected_grpo.models import encode_chat
 from projected_grpo.pairs import Pair, PairSet
 from projected_grpo.proj import (
@@ -39,6 +39,7 @@ from projected_grpo.proj import (
     row_cosines,
     svd_basis,
 )
+from projected_grpo.ranks import ALONE, Ranks
 from projected_grpo.rollout import Rollout, stream_seed
 from projected_grpo.runlog import write_atomically
 
@@ -77,8 +78,12 @@ def pair_grads(
     *,
     length_norm: bool = False,
     ablate_quarantine: bool = True,
+    ranks: Ranks = ALONE,
 ) -> PairGrads:
-    """Gradients of all pairs through the training loss, at the deployed knobs unless told otherwise."""
+    """Gradients of all pairs through the training loss, at the deployed knobs unless told otherwise.
+
+    With `ranks`, which all must call, each process runs its share of them.
+    """
     rollouts = pair_rollouts(tokenizer, pairs, stop_id)
     advantage = torch.tensor([1.0, -1.0] * len(pairs))
     settings = LossConfig(
@@ -90,7 +95,9 @@ def pair_grads(
     )
     longest = max(len(r.completion_ids) for r in rollouts)
     deltas = policy.deltas(ablate_quarantine=ablate_quarantine)
-    got = per_rollout_grads(policy, rollouts, advantage, settings, longest, stop_id, deltas=deltas)
+    own = own_share(ranks, rollouts, advantage)
+    got = per_rollout_grads(policy, rollouts, own, settings, longest, stop_id, deltas=deltas)
+    got = over_ranks(ranks, got)
     return PairGrads(
         hack={m: rows[0::2].float().contiguous() for m, rows in got.rows.items()},
         clean={m: rows[1::2].float().contiguous() for m, rows in got.rows.items()},
@@ -361,9 +368,13 @@ def refresh(
     arm: ArmConfig,
     meta: Mapping[str, Any],
     seed: int,
+    ranks: Ranks = ALONE,
 ) -> HackBasis:
     """Extract again at the current deployed knobs (quarantine ablated); random directions stay the same."""
-    grads = pair_grads(policy, tokenizer, pairs.split()[0], loss, stop_id, length_norm=cfg.v_hack_length_norm)
+    used, _ = pairs.split()
+    grads = pair_grads(
+        policy, tokenizer, used, loss, stop_id, length_norm=cfg.v_hack_length_norm, ranks=ranks
+    )
     return in_use(extract(grads, cfg, meta), cfg, arm, seed)
 
 

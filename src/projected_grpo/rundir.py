@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from loguru import logger
 
-from projected_grpo.antipasto import Policy
+from projected_grpo.antipasto import Policy, content_hash, weights_digest
 from projected_grpo.arms import ARMS
 from projected_grpo.checkpoint import (
     SavedState,
@@ -42,11 +42,13 @@ from projected_grpo.extract_vhack_grad import (
     random_frames,
     without_contrast,
 )
+from projected_grpo.ranks import Ranks
 from projected_grpo.runlog import (
     JsonlLog,
     complete_lines,
     git_commit,
     lock_folder,
+    log_errors,
     make_run_dir,
     read_json,
     remove_leftovers,
@@ -62,10 +64,10 @@ AUTO = Path("auto")  # --resume=auto; a folder of that name is ./auto
 
 
 class Run:
-    """One run's folder: what the loop writes, and where."""
+    """One run's folder: what the loop writes, and where. Of a run's processes, only one `writes`."""
 
-    def __init__(self, cfg: TrainConfig, folder: Path) -> None:
-        self.cfg, self.folder = cfg, folder
+    def __init__(self, cfg: TrainConfig, folder: Path, *, writes: bool = True) -> None:
+        self.cfg, self.folder, self.writes = cfg, folder, writes
         self.table = StepTable()
         self.logs = {name: JsonlLog(folder / f"{name}.jsonl") for name in ("rollouts", "steps")}
         self.unsaved = False  # the last save failed
@@ -79,6 +81,8 @@ class Run:
 
     def write_step(self, record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
         """Append to rollouts.jsonl and steps.jsonl, and show the row."""
+        if not self.writes:
+            return
         for name, lines in (("rollouts", rows), ("steps", [complete(record)])):
             try:
                 self.logs[name].append(lines)
@@ -99,6 +103,8 @@ class Run:
 
     def keep_knobs(self, name: str, exp: Experiment, meta: Mapping[str, Any], *, deployed: bool) -> bool:
         """Write a knob file; False, said in one line, if the storage does not take it."""
+        if not self.writes:
+            return True
         try:
             save_knobs(self.folder / name, exp.chat.policy, meta, deployed=deployed)
         except OSError as error:
@@ -112,6 +118,8 @@ class Run:
         Where the storage does not take it, that is said in one line and remembered in `unsaved`; the last
         good state stays.
         """
+        if not self.writes:
+            return
         try:
             for log in self.logs.values():
                 log.flush(sync=True)  # a state must not outlive the lines that it stands behind
@@ -173,12 +181,78 @@ def live_module(cfg: TrainConfig) -> ModuleType | None:
         ) from error
 
 
-def provenance() -> dict[str, Any]:
+def provenance(ranks: Ranks) -> dict[str, Any]:
     """What made a run, or went on with it. No environment variable is part of it."""
-    return {"command": shlex.join(sys.argv), "git_commit": git_commit(), "versions": versions()}
+    command, commit = shlex.join(sys.argv), git_commit()
+    return {"command": command, "processes": ranks.size, "git_commit": commit, "versions": versions()}
 
 
-def start_run(asked: TrainConfig, stack: ExitStack) -> tuple[Run, Experiment, TrainState]:
+Opened = tuple[Run, Experiment, TrainState]
+
+
+def open_run(asked: TrainConfig, folder: Path | None, ranks: Ranks, stack: ExitStack) -> Opened:
+    """A new run, or the one in `folder` as it was saved.
+
+    The first process opens it alone and fills the caches, then the others follow. Raises UserError, also
+    where they do not read the same files.
+    """
+    if ranks.first:
+        opened = resume_run(asked, folder, ranks, stack) if folder else start_run(asked, ranks, stack)
+        run, exp, state = opened
+        saved = state_path(run.folder, state.step)
+        ranks.from_first((run.cfg, run.folder, saved if saved.exists() else None))
+    else:
+        log_errors(f"process {ranks.rank}")
+        opened = follow_run(ranks, stack)
+    if ranks.size > 1:
+        check_alike(opened[1], opened[2])
+    return opened
+
+
+def check_alike(exp: Experiment, state: TrainState) -> None:
+    """Raises UserError unless all processes of the run begin with the same."""
+    digests = exp.ranks.gather(start_digest(exp, state))
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise UserError(
+                f"process {rank} does not begin as process 0 does: all need the same model, problems, pairs, "
+                "--out-dir and --svd-cache"
+            )
+
+
+def start_digest(exp: Experiment, state: TrainState) -> str:
+    """Hash of what a run begins with: weights, data, basis, knobs."""
+    tensors = {f"V/{m}": V for m, V in state.basis.V.items()}
+    tensors |= {f"knobs/{i}": knob.detach() for i, knob in enumerate(knobs(exp))}
+    meta = [weights_digest(exp.chat.policy), data_digest(exp.data), exp.pairs.digest, state.step]
+    return content_hash(tensors, meta)
+
+
+def follow_run(ranks: Ranks, stack: ExitStack) -> Opened:
+    """The run that the first process has just opened, from the files that this one wrote."""
+    named: tuple[TrainConfig, Path, Path | None] = ranks.from_first()
+    cfg, folder, path = named
+    exp, state = set_up(cfg, ranks, stack)
+    if path is not None:
+        restore(exp, state, read_state(path))
+    return Run(cfg, folder, writes=False), exp, state
+
+
+def set_up(cfg: TrainConfig, ranks: Ranks, stack: ExitStack) -> tuple[Experiment, TrainState]:
+    """Everything as it is before the first step."""
+    exp = prepare(cfg, stack, ranks)
+    if cfg.optim.init_knobs is not None and cfg.optim.init_knobs.exists():
+        start_from(cfg.optim.init_knobs, exp.chat.policy)  # which the basis is extracted at
+    return exp, start_state(exp)
+
+
+def restore(exp: Experiment, state: TrainState, saved: SavedState) -> None:
+    """Put a saved state in place of a fresh one."""
+    state.basis, state.gate = restore_state(saved, exp.chat.policy, state.optimizer), saved.gate
+    restore_facts(state, saved)
+
+
+def start_run(asked: TrainConfig, ranks: Ranks, stack: ExitStack) -> Opened:
     """A new run; its folder is made last, so that refused input leaves none."""
     cfg = replace(asked, run=replace(asked.run, resume=None))
     validate(cfg)
@@ -186,16 +260,13 @@ def start_run(asked: TrainConfig, stack: ExitStack) -> tuple[Run, Experiment, Tr
     start_logging(None)
     if cfg.optim.init_knobs is not None:
         knobs_meta(cfg.optim.init_knobs)  # a bad path is told before a model is loaded
-    exp = prepare(cfg, stack)
-    if cfg.optim.init_knobs is not None:
-        start_from(cfg.optim.init_knobs, exp.chat.policy)
-    state = start_state(exp)
+    exp, state = set_up(cfg, ranks, stack)
     name = run_id(cfg.preset, display_name(cfg.arm), cfg.run.seed, cfg.run.out_tag)
     run = Run(cfg, make_run_dir(cfg.run.out_dir / "runs", name))
     lock_folder(run.folder, stack, "--out-dir")
     start_logging(cfg.run.log_dir / f"{run.folder.name}.log")
     write_json(
-        run.folder / "config.json", {"run_id": run.folder.name, **provenance(), "config": to_json(cfg)}
+        run.folder / "config.json", {"run_id": run.folder.name, **provenance(ranks), "config": to_json(cfg)}
     )
     run.show_live(view, stack)
     return run, exp, state
@@ -211,16 +282,18 @@ def start_from(path: Path, policy: Policy) -> None:
     logger.info("starting from the deployed knobs of {}", path)
 
 
-def resume_run(asked: TrainConfig, folder: Path, stack: ExitStack) -> tuple[Run, Experiment, TrainState]:
+def resume_run(asked: TrainConfig, folder: Path, ranks: Ranks, stack: ExitStack) -> Opened:
     """A run as it was last saved, under its own settings; the command line may say nothing else."""
     cfg = read_settings(folder)
+    if asked.run.resume == AUTO:  # which has compared them
+        return go_on(cfg, folder, ranks, stack)
     if replace(asked, run=replace(asked.run, resume=None)) != PRESETS[asked.preset][1]:
         raise UserError("--resume goes on under the run's own settings; leave all other options out")
     if cfg.preset != asked.preset:
         raise UserError(
             f"--resume: {folder} is a {cfg.preset} run, so `train {cfg.preset} --resume {folder}`"
         )
-    return go_on(cfg, folder, stack)
+    return go_on(cfg, folder, ranks, stack)
 
 
 def read_settings(folder: Path) -> TrainConfig:
@@ -256,7 +329,7 @@ def ended(folder: Path) -> bool | None:
     return bool(read_json(path, "--resume").get("finished")) if path.exists() else None
 
 
-def go_on(cfg: TrainConfig, folder: Path, stack: ExitStack) -> tuple[Run, Experiment, TrainState]:
+def go_on(cfg: TrainConfig, folder: Path, ranks: Ranks, stack: ExitStack) -> Opened:
     """Take the folder, its newest good state, and cut the logs back to there."""
     validate(cfg)
     view = live_module(cfg)
@@ -264,11 +337,7 @@ def go_on(cfg: TrainConfig, folder: Path, stack: ExitStack) -> tuple[Run, Experi
     lock_folder(folder, stack, "--resume")
     run = Run(cfg, folder)
     saved = newest_state(run)
-    exp = prepare(cfg, stack)
-    if cfg.optim.init_knobs is not None and cfg.optim.init_knobs.exists():
-        # The basis of a run that began there is described by them.
-        start_from(cfg.optim.init_knobs, exp.chat.policy)
-    state = start_state(exp)
+    exp, state = set_up(cfg, ranks, stack)
     for field in ("weights", "pairs"):
         if saved.facts.get("meta", {}).get(field) != state.meta.get(field):
             raise UserError(
@@ -278,8 +347,7 @@ def go_on(cfg: TrainConfig, folder: Path, stack: ExitStack) -> tuple[Run, Experi
         raise UserError(
             f"--resume: the problems or the pool of {folder} have changed since; it needs its own"
         )
-    state.basis, state.gate = restore_state(saved, exp.chat.policy, state.optimizer), saved.gate
-    restore_facts(state, saved)
+    restore(exp, state, saved)
     start_logging(cfg.run.log_dir / f"{folder.name}.log")
     remove_leftovers(folder)
     if state.step < cfg.optim.steps:  # what an early end left is not this run's any more
@@ -292,7 +360,7 @@ def go_on(cfg: TrainConfig, folder: Path, stack: ExitStack) -> tuple[Run, Experi
     for name, log in run.logs.items():
         log.cut_back(saved.facts["logs"][name])
     made = read_json(folder / "config.json", "--resume")
-    again = {"step": state.step, **provenance()}
+    again = {"step": state.step, **provenance(ranks)}
     write_json(folder / "config.json", made | {"resumed": [*made.get("resumed", []), again]})
     run.show_live(view, stack)
     logger.info("resuming {} at step {}", folder, state.step)

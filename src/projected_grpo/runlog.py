@@ -235,6 +235,12 @@ def _make_printable(record: Any) -> None:
     record["message"] = printable(record["message"])
 
 
+def log_errors(who: str) -> None:
+    """Errors alone, to the terminal and behind this name: for a process of a run whose first one logs."""
+    logger.remove()
+    logger.add(sys.stderr, level="ERROR", format=who + ": {message}", colorize=False)
+
+
 def start_logging(log_file: Path | None) -> None:
     """INFO to the terminal through tqdm (bars survive), everything to the file; colour on terminals only."""
     logger.remove()

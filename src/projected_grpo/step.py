@@ -16,13 +16,21 @@ from jaxtyping import Float, Int
 from loguru import logger
 from torch import Tensor
 
+from projected_grpo.antipasto import tensor_hash
 from projected_grpo.arms import ARMS, DeployInput, Evidence, RewardInput, Shaped, intervene, shape
 from projected_grpo.collect import Collected, collect, gather_evidence
 from projected_grpo.concept import Concept, concept_scores, fit_concept
 from projected_grpo.config import GateMode, OptimConfig
 from projected_grpo.experiment import Experiment
 from projected_grpo.extract_vhack_grad import refresh
-from projected_grpo.grpo import RolloutGrads, advantages, per_rollout_grads
+from projected_grpo.grpo import (
+    RolloutGrads,
+    advantages,
+    by_source,
+    over_ranks,
+    own_share,
+    per_rollout_grads,
+)
 from projected_grpo.proj import (
     Anchors,
     Draws,
@@ -121,7 +129,10 @@ def shape_rewards(
     arm = exp.cfg.arm
     if concept is None:
         return shape(RewardInput(data.rewards, evidence, arm)), None
-    scores = concept_scores(exp.chat.policy, data.rollouts, concept, arm, exp.cfg.loss, exp.chat.pad_id)
+    own = exp.ranks.share([len(r.prompt_ids) + len(r.completion_ids) for r in data.rollouts])
+    rollouts = data.rollouts[own.start : own.stop]
+    found = concept_scores(exp.chat.policy, rollouts, concept, arm, exp.cfg.loss, exp.chat.pad_id)
+    scores = torch.cat(exp.ranks.gather(found))
     shaped = shape(RewardInput(data.rewards, evidence, arm, scores, concept.past))
     return shaped, concept.after(scores, arm.advmod_buffer)
 
@@ -229,10 +240,34 @@ def random_order(n: int, seed: int, step: int) -> Int[Tensor, " n"]:
     )
 
 
+def knobs_digest(exp: Experiment) -> str:
+    """Hash of all trainable parameters."""
+    return tensor_hash(torch.cat([knob.detach().cpu() for knob in knobs(exp)]))
+
+
 def knobs(exp: Experiment) -> list[torch.nn.Parameter]:
     """All trainable parameters in a fixed order."""
     layers = exp.chat.policy.layers.values()
     return [layer.delta_s for layer in layers] + [layer.quarantine for layer in layers]
+
+
+def loss_grads(exp: Experiment, step: int, data: Collected, advantage: Float[Tensor, " n"]) -> RolloutGrads:
+    """Gradients of the step's loss, a row per rollout or per source; each process runs its share."""
+    cfg = exp.cfg
+    per_rollout = ARMS[cfg.arm.intervention].per_rollout
+    grads = per_rollout_grads(
+        exp.chat.policy,
+        data.rollouts,
+        own_share(exp.ranks, data.rollouts, advantage),
+        cfg.loss,
+        cfg.sampling.max_new,
+        exp.chat.pad_id,
+        with_reference=cfg.loss.ref_every > 0 and step % cfg.loss.ref_every == 0,
+        parts=None if per_rollout else parts_by_source(data),
+    )
+    if exp.ranks.size > 1 and not per_rollout:
+        grads = by_source(grads, data.is_teacher)
+    return over_ranks(exp.ranks, grads)
 
 
 def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Collected]:
@@ -249,17 +284,7 @@ def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Coll
     evidence = gather_evidence(cfg, data, state.step)
     shaped, concept = shape_rewards(exp, state.concept, data, evidence)
     advantage = advantages(shaped.rewards, cfg.loss.unbiased, shaped.keep).flatten()
-    ref_due = cfg.loss.ref_every > 0 and state.step % cfg.loss.ref_every == 0
-    grads = per_rollout_grads(
-        exp.chat.policy,
-        data.rollouts,
-        advantage,
-        cfg.loss,
-        cfg.sampling.max_new,
-        exp.chat.pad_id,
-        with_reference=ref_due,
-        parts=None if ARMS[cfg.arm.intervention].per_rollout else parts_by_source(data),
-    )
+    grads = loss_grads(exp, state.step, data, advantage)
     stats: dict[str, float | None] = {}
     skipped = not finite(grads)
     if skipped:
@@ -307,6 +332,7 @@ def maybe_refresh(exp: Experiment, state: TrainState) -> float | None:
         exp.cfg.arm,
         state.meta,
         exp.cfg.run.seed,
+        exp.ranks,
     )
     overlap = basis_overlap(state.basis, new)
     if state.gate is not None:  # modules that rose above the noise floor start where the gate is on average

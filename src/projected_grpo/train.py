@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,15 +18,16 @@ from tqdm import tqdm
 from projected_grpo.checkpoint import save_knobs
 from projected_grpo.collect import Collected, rollout_rows
 from projected_grpo.config import PRESETS, TrainConfig, display_name
-from projected_grpo.errors import DIVERGED, MISTAKES, SIGNALLED, UNSAVED, UserError
+from projected_grpo.errors import DIVERGED, LOST, MISTAKES, SIGNALLED, UNSAVED, RankLost, UserError
 from projected_grpo.evaluate import Evaluation, evaluate
 from projected_grpo.experiment import Experiment
 from projected_grpo.models import decode
 from projected_grpo.problems import Problem
+from projected_grpo.ranks import Ranks, join_ranks
 from projected_grpo.rewards import MODES
-from projected_grpo.rundir import AUTO, Run, ended, go_on, newest_run, read_settings, resume_run, start_run
+from projected_grpo.rundir import AUTO, Run, ended, newest_run, open_run
 from projected_grpo.runlog import start_logging
-from projected_grpo.step import WATCHED, TrainState, as_deployed, peak_gb, train_step
+from projected_grpo.step import WATCHED, TrainState, as_deployed, knobs_digest, peak_gb, train_step
 from projected_grpo.summary import finish
 
 
@@ -55,45 +57,66 @@ class StopSignal:
 
 def run_training(cfg: TrainConfig) -> int:
     """Train, evaluate as trained and as deployed, write every artefact; returns the exit code."""
+    ranks = join_ranks(cfg.model.device)
     with ExitStack() as stack:
         folder = cfg.run.resume
         if folder == AUTO:
-            start_logging(None)
-            folder = newest_run(cfg)
-            finished = None if folder is None else ended(folder)
+            folder, finished = to_go_on_with(cfg, ranks)
             if finished is not None:
-                logger.info("{} has {}", folder, "finished" if finished else "ended before its last step")
                 return 0 if finished else DIVERGED
-            opened = go_on(read_settings(folder), folder, stack) if folder else start_run(cfg, stack)
-        else:
-            opened = resume_run(cfg, folder, stack) if folder else start_run(cfg, stack)
-        run, exp, state = opened
-        with StopSignal() as stop:
-            code = train(run, exp, state, stop)
-        if code not in (0, DIVERGED):
-            logger.info("go on with: train {} --resume {}", run.cfg.preset, run.folder)
-            return code
+        run, exp, state = open_run(cfg, folder, ranks, stack)
         try:
-            conclude(run, exp, state, finished=code == 0)
-        except OSError as error:
-            logger.error("results not written ({}); --resume writes them again", error)
-            return UNSAVED
+            return to_the_end(run, exp, state)
+        except RankLost as error:
+            again = f"train {run.cfg.preset} --resume {run.folder}"
+            logger.error("ended in step {}, unsaved: {}; go on with: {}", state.step, error, again)
+            return LOST
+
+
+def to_the_end(run: Run, exp: Experiment, state: TrainState) -> int:
+    """Train, and write the results if that was not cut short; returns the exit code."""
+    with StopSignal() as stop:
+        code = train(run, exp, state, stop)
+    if code not in (0, DIVERGED):
+        logger.info("go on with: train {} --resume {}", run.cfg.preset, run.folder)
+        return code
+    try:
+        conclude(run, exp, state, finished=code == 0)
+    except OSError as error:
+        logger.error("results not written ({}); --resume writes them again", error)
+        return UNSAVED
     return code
+
+
+def to_go_on_with(cfg: TrainConfig, ranks: Ranks) -> tuple[Path | None, bool | None]:
+    """For --resume=auto: the run to go on with, if there is one, and whether it finished, if it has ended."""
+    folder = finished = None
+    if ranks.first:
+        start_logging(None)
+        folder = newest_run(cfg)
+        finished = None if folder is None else ended(folder)
+        if finished is not None:
+            logger.info("{} has {}", folder, "finished" if finished else "ended before its last step")
+    return ranks.from_first((folder, finished))
 
 
 def conclude(run: Run, exp: Experiment, state: TrainState, *, finished: bool) -> None:
     """The deployed knobs, the last evaluations, the summary."""
     with as_deployed(exp, state):
-        knobs = run.folder / "train.safetensors"
-        save_knobs(knobs, exp.chat.policy, run.knob_meta(state.step), deployed=True)
-        finish(
-            run.folder,
-            exp,
-            **final_evaluations(exp),
-            seconds=state.seconds,
-            peak_gb=peak_gb(exp.chat.policy.device),
-            finished=finished,
-        )
+        if run.writes:
+            knobs = run.folder / "train.safetensors"
+            save_knobs(knobs, exp.chat.policy, run.knob_meta(state.step), deployed=True)
+        evaluations = final_evaluations(exp)
+        if run.writes:
+            finish(
+                run.folder,
+                exp,
+                **evaluations,
+                seconds=state.seconds,
+                peak_gb=peak_gb(exp.chat.policy.device),
+                finished=finished,
+            )
+    exp.ranks.gather(None)  # torchrun ends all when one has left with an error: none leaves before the writer
 
 
 def train(run: Run, exp: Experiment, state: TrainState, stop: StopSignal) -> int:
@@ -104,7 +127,8 @@ def train(run: Run, exp: Experiment, state: TrainState, stop: StopSignal) -> int
     cfg = exp.cfg
     what = f"{display_name(cfg.arm)} seed {cfg.run.seed}"  # short: a bar that is too long loses its ETA
     steps = cfg.optim.steps
-    with tqdm(total=steps, initial=state.step, desc=what, disable=None, dynamic_ncols=True) as bar:
+    hidden = None if run.writes else True  # None: where there is no terminal
+    with tqdm(total=steps, initial=state.step, desc=what, disable=hidden, dynamic_ncols=True) as bar:
         while state.step < steps:
             try:
                 diverged = one_step(run, exp, state)
@@ -116,19 +140,36 @@ def train(run: Run, exp: Experiment, state: TrainState, stop: StopSignal) -> int
                 run.save(exp, state)
                 return UNSAVED if run.unsaved else DIVERGED
             bar.update()
+            signalled = agreed(exp, stop)
             due = cfg.run.save_every > 0 and state.step % cfg.run.save_every == 0
             last = state.step == steps
-            ending = last or diverged or stop.received is not None
+            ending = last or diverged or signalled is not None
             if due or ending or run.unsaved:
                 run.save(exp, state)
-            if ending and run.unsaved:
+            if ending and any(exp.ranks.gather(run.unsaved)):
                 return UNSAVED
             if diverged:
                 return DIVERGED
-            if ending and stop.received is not None:
-                logger.info("stopped by {} after step {}", signal.Signals(stop.received).name, state.step - 1)
-                return SIGNALLED + stop.received
+            if ending and signalled is not None:
+                logger.info("stopped by {} after step {}", signal.Signals(signalled).name, state.step - 1)
+                return SIGNALLED + signalled
     return 0
+
+
+def agreed(exp: Experiment, stop: StopSignal) -> int | None:
+    """The signal that reached any process of the run, the same answer in all.
+
+    Raises RankLost if they do not hold the same knobs any more.
+    """
+    if exp.ranks.size == 1:
+        return stop.received
+    received, digests = zip(*exp.ranks.gather((stop.received, knobs_digest(exp))), strict=True)
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise RankLost(
+                f"process {rank} no longer holds the knobs of process 0 (their hardware must be alike)"
+            )
+    return next((number for number in received if number is not None), None)
 
 
 def one_step(run: Run, exp: Experiment, state: TrainState) -> bool:
@@ -213,11 +254,12 @@ def final_evaluations(exp: Experiment) -> dict[str, Evaluation]:
 
 
 def evaluate_held_out(exp: Experiment, problems: Sequence[Problem], *, ablate_quarantine: bool) -> Evaluation:
-    """These held-out problems, `group` samples each, as trained or as deployed."""
-    return evaluate(
+    """These held-out problems, `group` samples each, as trained or as deployed; a share in each process."""
+    own = exp.ranks.share([1] * len(problems))
+    part = evaluate(
         exp.chat.policy,
         exp.chat.tokenizer,
-        problems,
+        problems[own.start : own.stop],
         exp.cfg.sampling.group,
         exp.cfg.sampling,
         exp.grader,
@@ -225,6 +267,12 @@ def evaluate_held_out(exp: Experiment, problems: Sequence[Problem], *, ablate_qu
         exp.chat.pad_id,
         exp.cfg.run.seed,
         ablate_quarantine=ablate_quarantine,
+    )
+    parts = exp.ranks.gather((part.texts, part.grades))
+    return Evaluation(
+        tuple(problems),
+        tuple(group for texts, _ in parts for group in texts),
+        tuple(group for _, grades in parts for group in grades),
     )
 
 
@@ -246,6 +294,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RankLost as error:
+        print(f"error: {error}", file=sys.stderr)
+        return LOST
 
 
 if __name__ == "__main__":

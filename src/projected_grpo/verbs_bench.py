@@ -19,6 +19,7 @@ from projected_grpo.bench_model import (
     bench_svd,
 )
 from projected_grpo.errors import UserError
+from projected_grpo.ranks import join_ranks
 from projected_grpo.runlog import write_json
 
 
@@ -41,7 +42,7 @@ class BenchStepOptions(BenchOptions):
     """Measure TRL's GRPOTrainer in turns with ours (needs the `bench` extra)."""
 
 
-def measure(options: BenchOptions, function: Callable[[Work], dict[str, Any]]) -> int:
+def measure(options: BenchOptions, function: Callable[[Work], dict[str, Any]], *, writes: bool = True) -> int:
     """Run one benchmark, print its figures and write them."""
     work = options.work
     for name in ("prompts_per_step", "group", "prompt_tokens", "max_new", "steps", "tokens_per_microbatch"):
@@ -52,6 +53,8 @@ def measure(options: BenchOptions, function: Callable[[Work], dict[str, Any]]) -
     if options.threads:
         torch.set_num_threads(options.threads)
     figures = function(work)
+    if not writes:
+        return 0
     rows = [[name, f"{value:.4g}" if isinstance(value, float) else value] for name, value in figures.items()]
     print(tabulate(rows, disable_numparse=True))
     if options.json is not None:
@@ -72,9 +75,9 @@ def rival(name: str) -> Rival | None:
 
 
 def bench_step_verb(options: BenchStepOptions) -> int:
-    """Seconds of a whole training step, and TRL's on the same work."""
-    other = rival(options.vs)
-    return measure(options, lambda work: bench_step(work, other))
+    """Seconds of a whole training step, and TRL's on the same work; in several processes under torchrun."""
+    other, ranks = rival(options.vs), join_ranks(options.work.model.device)
+    return measure(options, lambda work: bench_step(work, other, ranks), writes=ranks.first)
 
 
 def bench_generation_verb(options: BenchOptions) -> int:

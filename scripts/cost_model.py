@@ -1,0 +1,216 @@
+"""What a training step costs: a model of its parts, fitted to `bench step`, and what it predicts for GPUs.
+
+    python scripts/cost_model.py --fit BENCH.json...    # measured beside modelled, on the files' machine
+    python scripts/cost_model.py                        # predictions, from the assumptions in Machine
+
+    generation   T (layers o + weights/B + b kv/B + 2 N b/F)   T tokens one after another, b rows
+    evaluation   the same for its rows, every fifth step
+    merging      2 sum(d_out r d_in) / F                       once a step, alike in every process
+    grading      b / (cores * responses/s)
+    loss         tokens (6 N + 4 |U, Vh|) / F                  frozen weights, there and back; reference
+    sending      bytes / bandwidth                             two rows of all knobs, every rollout
+
+b rows and their tokens are one process's. N: weights; U, Vh: their singular bases; F: FLOP/s; B: bytes/s;
+o: seconds that a layer takes when it has nothing to do. `bench step` has no reference and no evaluation; on
+a CPU it takes the merged path, whose loss has 4 N + 2 |U, Vh|, and weights/B is left out.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import nnls
+from tabulate import tabulate
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A transformer's sizes."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """d_out, d_in of a layer's adapted weights."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = [(q, self.hidden), (kv, self.hidden), (kv, self.hidden), (self.hidden, q)]
+        return [*attention, (self.inner, self.hidden), (self.inner, self.hidden), (self.hidden, self.inner)]
+
+    @property
+    def weights(self) -> int:
+        """Adapted weights."""
+        return self.layers * sum(o * i for o, i in self.linears)
+
+    @property
+    def head(self) -> int:
+        """Weights of the output layer."""
+        return self.hidden * self.vocab
+
+    @property
+    def bases(self) -> int:
+        """Values of U and Vh."""
+        return self.layers * sum(min(o, i) * (o + i) for o, i in self.linears)
+
+    @property
+    def knobs(self) -> int:
+        """Length of delta_s over all modules."""
+        return self.layers * sum(min(o, i) for o, i in self.linears)
+
+    @property
+    def merge_flops(self) -> int:
+        """Of W + U diag(delta) Vh over all modules."""
+        return self.layers * sum(2 * o * i * min(o, i) for o, i in self.linears)
+
+    @property
+    def kv_values(self) -> int:
+        """Keys and values of one token."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+
+BENCH = {  # as in bench_model.SIZES
+    "random-0.3m": Shape(64, 224, 3, 4, 2, 16, 2048),
+    "random-21m": Shape(512, 1536, 6, 8, 4, 64, 4096),
+}
+MODELS = {
+    "4 B (Qwen3)": Shape(2560, 9728, 36, 32, 8, 128, 151936),
+    "7 B (Qwen2.5)": Shape(3584, 18944, 28, 28, 4, 128, 152064),
+    "14 B (Qwen3)": Shape(5120, 17408, 40, 40, 8, 128, 151936),
+    "32 B (Qwen3)": Shape(5120, 25600, 64, 64, 8, 128, 151936),
+    "70 B (Llama 3)": Shape(8192, 28672, 80, 64, 8, 128, 128256),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU of many. Nothing of it was measured with this code but the grader's rate."""
+
+    flops: float = 400e12  # 40% of an H100's dense bf16
+    bandwidth: float = 2e12  # bytes/s, 60% of its HBM3
+    overhead: float = 0.8e-3  # seconds a layer and token, eager PyTorch
+    memory: float = 80e9
+    cores: int = 8  # per GPU, for the grader
+    graded: float = 25.0  # responses/s of a core: docs/grader_speed.md, benchmark without slow ones
+    network: float = 1e9  # bytes/s of one process over gloo and TCP
+
+
+@dataclass(frozen=True)
+class Load:
+    """A step: rollouts, and their tokens."""
+
+    rollouts: int = 43 * 6
+    prompt: int = 500
+    longest: int = 1024
+    mean: int = 600
+    bytes_each: float = 12e3  # of a rollout with its grade, pickled
+    evaluated: int = 8 * 6
+    evaluated_every: int = 5
+
+
+def memory(shape: Shape, load: Load, rows: float) -> float:
+    """Bytes while sampling: weights, their merged copies, bases, embeddings, keys and values. bfloat16."""
+    held = 2 * (2 * shape.weights + shape.bases + 2 * shape.head)
+    return held + 2 * rows * (load.prompt + load.longest) * shape.kv_values
+
+
+def predict(shape: Shape, load: Load, gpu: Machine, gpus: int) -> dict[str, float]:
+    """Seconds of a step's parts on so many GPUs.
+
+    A model that does not fit is given as many GPUs as hold it and an ideal split of all its work among them,
+    which this package does not have.
+    """
+    each = math.ceil(memory(shape, load, 0) / (0.9 * gpu.memory))
+    processes = max(1, gpus // each)
+    rows = math.ceil(load.rollouts / processes)
+    flops, bandwidth = gpu.flops * each, gpu.bandwidth * each
+    active = shape.weights + shape.head
+    context = load.prompt + load.longest / 2
+
+    def decoding(rows: int) -> float:
+        token = shape.layers * gpu.overhead + 2 * active / bandwidth + 2 * active * rows / flops
+        return load.longest * (token + 2 * rows * context * shape.kv_values / bandwidth)
+
+    tokens = rows * (load.prompt + load.mean)
+    sent = 2 * (2 * 4 * shape.knobs) + load.rollouts * load.bytes_each
+    parts = {
+        "generation": decoding(rows),
+        "evaluation": decoding(math.ceil(load.evaluated / processes)) / load.evaluated_every,
+        "merging": shape.merge_flops / flops,
+        "grading": rows / (gpu.cores * each * gpu.graded),
+        "loss": tokens * (6 * active + 4 * shape.bases) / flops,
+        "sending": sent / gpu.network if processes > 1 else 0.0,
+    }
+    return {"GPUs a process": each, "rows": rows, **parts, "step": sum(parts.values())}
+
+
+def features(bench: dict) -> tuple[list[float], list[float]]:
+    """What generation and loss of a `bench step` are linear in: layer calls, and FLOP."""
+    shape, size = BENCH[bench["model"]], bench["processes"]
+    rows = bench["prompts_per_step"] * bench["group"] / size
+    active, prompts = shape.weights + shape.head, bench["prompts_per_step"] / size
+    generated = 2 * active * (rows * bench["max_new"] + prompts * bench["prompt_tokens"]) + shape.merge_flops
+    tokens = rows * bench["max_new"] + prompts * bench["prompt_tokens"]  # erase runs a prompt once
+    passes = max(1.0, tokens / 16384)
+    loss = tokens * (4 * active + 2 * shape.bases) + shape.merge_flops
+    return [shape.layers * bench["max_new"], generated], [shape.layers * passes, loss]
+
+
+def fit(paths: list[Path]) -> None:
+    """Two constants each for generation and loss, and how far off the model is."""
+    runs = [json.loads(path.read_text()) for path in paths]
+    rows = [[r["model"], r["processes"], r["prompts_per_step"] * r["group"], r["max_new"]] for r in runs]
+    for part, (key, at) in {"generation": ("gen_s", 0), "loss": ("fb_s", 1)}.items():
+        seconds = np.array([r[key] for r in runs])
+        given = np.array([features(r)[at] for r in runs]) / seconds[:, None]  # errors relative
+        (layer, flop), _ = nnls(given, np.ones(len(runs)))
+        print(f"{part}: {1e6 * layer:.0f} us a layer, {1e-9 / flop:.1f} GFLOP/s")
+        for row, run, share in zip(rows, runs, given @ [layer, flop], strict=True):
+            row += [run[key], run[key] * share]
+    heads = ["model", "processes", "rollouts", "tokens", "gen_s", "modelled", "fb_s", "modelled"]
+    print(tabulate(rows, headers=heads, tablefmt="pipe", floatfmt=".3g"))
+
+
+def tables() -> None:
+    """Predictions: memory, more GPUs for one size of step, and a step that grows with them."""
+    gpu, full = Machine(), Load()
+    rows = []
+    for name, shape in MODELS.items():
+        gb = [1e-9 * x for x in (2 * shape.weights, 2 * shape.bases, memory(shape, full, 0))]
+        rows.append([name, *gb, 4e-6 * shape.knobs, 4e-9 * shape.knobs * full.rollouts])
+    heads = ["model", "weights GB", "bases GB", "sampling GB", "a row of knobs MB", "258 rows GB"]
+    print(tabulate(rows, headers=heads, tablefmt="pipe", floatfmt=".3g"), "\n")
+    for title, scaled in (("the full preset's 258 rollouts", False), ("32 rollouts a GPU", True)):
+        rows = []
+        for name, shape in MODELS.items():
+            for gpus in (1, 8, 64, 512):
+                load = Load(rollouts=32 * gpus) if scaled else full
+                parts = predict(shape, load, gpu, gpus)
+                if parts["GPUs a process"] <= gpus:
+                    rows.append([name, gpus, *parts.values()])
+        print(title)
+        print(tabulate(rows, headers=["model", "GPUs", *parts], tablefmt="pipe", floatfmt=".2g"), "\n")
+
+
+def main() -> None:
+    """Fit, or predict."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--fit", nargs="+", type=Path, metavar="BENCH.json")
+    asked = parser.parse_args()
+    if asked.fit:
+        fit(asked.fit)
+    else:
+        tables()
+
+
+if __name__ == "__main__":
+    main()

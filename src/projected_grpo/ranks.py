@@ -1,0 +1,127 @@
+"""The processes that make one run together, as torchrun starts them: one per GPU, or per share of the cores.
+
+Each does its share of what is dear (sampling, grading, loss) and gathers what the others found; the rest is
+cheap, and all do it alike on the same data. So every process holds the whole step and the same knobs, bit for
+bit, and only the first one writes.
+
+What is sent is megabytes a step, so it goes over gloo between GPUs too: with gloo a process that dies is an
+error in the others at once, where NCCL leaves it to a watchdog to kill them.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from projected_grpo.errors import RankLost, UserError
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=2)  # the first process may have to compute all SVDs before the others go on
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among them. The methods that send are called by all, in the same order.
+
+    These raise RankLost when another process is gone.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1  # of them, those on this machine
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    @property
+    def cores(self) -> int:
+        """This process's share of its machine's CPU cores, at least one."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_size)
+
+    def share(self, costs: Sequence[int]) -> range:
+        """Consecutive items that are this process's work: an equal part of the cost, to within one item.
+
+        Without any cost, all are the first one's.
+        """
+        whole = sum(costs) or 1
+        middles = [end - cost / 2 for end, cost in zip(accumulate(costs), costs, strict=True)]
+        owners = [min(self.size - 1, int(self.size * middle / whole)) for middle in middles]
+        start = sum(owner < self.rank for owner in owners)
+        return range(start, start + owners.count(self.rank))
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in order of rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _peers():
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: T | None = None) -> T:
+        """The first process's value; that of the others is ignored."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            with _peers():
+                dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of every process's tensor, the same bits in all."""
+        if self.size == 1:
+            return tensor
+        summed = tensor.detach().to("cpu", copy=True)
+        with _peers():
+            dist.all_reduce(summed)
+        return summed.to(tensor.device)
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0].strip()[:120]
+        raise RankLost(f"another process of this run is gone; its own output says why ({reason})") from error
+
+
+def join_ranks(device: str) -> Ranks:
+    """This process's place under torchrun, with the GPU of its own; ALONE without torchrun.
+
+    Raises UserError where the machine has fewer GPUs than processes, or --device names a single one.
+    """
+    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        return ALONE
+    local = int(os.environ["LOCAL_RANK"])
+    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    if device not in ("auto", "cuda", "cpu"):
+        raise UserError(f"--device {device}: under torchrun each process has its own GPU; leave --device out")
+    if device != "cpu" and torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"{ranks.local_size} processes but {torch.cuda.device_count()} GPUs here; lower torchrun's "
+                "--nproc-per-node, or give --device=cpu"
+            )
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        with _peers():
+            store, rank, size = next(dist.rendezvous("env://"))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            own = dist.PrefixStore(
+                f"attempt {attempt}", store
+            )  # which else has the addresses of the last one
+            dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=PATIENCE)
+    return ranks
