@@ -33,6 +33,7 @@ from projected_grpo.rollout import (
     collate,
     collate_shared,
     completion_logps,
+    head_chunk,
     shared_logps,
 )
 
@@ -197,9 +198,16 @@ def _scorer(
 ) -> _Scorer:
     if shared:
         once = collate_shared(rollouts, parts, pad_id, policy.device)
-        return _Scorer(partial(shared_logps, policy, once), once.completion, sorted(set(parts)))
+        chunk = _chunk(policy, once.completion)
+        return _Scorer(partial(shared_logps, policy, once, chunk), once.completion, sorted(set(parts)))
     batch = collate(rollouts, pad_id, policy.device)
-    return _Scorer(partial(completion_logps, policy.model, batch), batch.completion, parts)
+    chunk = _chunk(policy, batch.completion)
+    return _Scorer(partial(completion_logps, policy.model, batch, chunk), batch.completion, parts)
+
+
+def _chunk(policy: Policy, completion: Bool[Tensor, "b T"]) -> int | None:
+    with policy.bind(None):
+        return head_chunk(policy.model, completion.numel())
 
 
 def _microbatch(
