@@ -17,6 +17,7 @@ from projected_grpo.antipasto import Policy, wrap
 from projected_grpo.config import LossConfig
 from projected_grpo.errors import UserError
 from projected_grpo.grpo import RolloutGrads, advantages, k3, microbatches, per_rollout_grads, surrogate
+from projected_grpo.models import checkpointed
 from projected_grpo.rollout import Rollout
 
 # Advantages
@@ -587,6 +588,55 @@ def test_an_output_layer_that_is_trained_is_not_chunked(small_model):
     batch = scoring.collate([Rollout((5, 6), (7, 8), "")], 0, torch.device("cpu"))
     with pytest.raises(ValueError, match="output layer is trained"):
         scoring.completion_logps(model, batch, chunk=1)
+
+
+# Layers that run again in the backward pass
+
+
+@pytest.mark.parametrize("parts", [None, PARTS])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+def test_layers_that_run_again_change_no_gradient(small_model, family, parts):
+    policy = wrap(small_model(family), None)
+    generator = torch.Generator().manual_seed(1)
+    for layer in policy.layers.values():
+        layer.delta_s.data.copy_(0.2 * torch.randn(layer.delta_s.shape, generator=generator))
+    found = with_common_prompts([Rollout(p, c, "") for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
+    A = torch.tensor((1.0, -0.5, 0.25, -1.25, 2.0, 0.5), dtype=torch.float64)
+    loss = LossConfig(beta=0.3)
+    kept = per_rollout_grads(policy, found, A, loss, MAX_NEW, 0, parts=parts)
+    modes = [module.training for module in policy.model.modules()]
+    ran: list[bool] = []
+    gate = policy.model.model.layers[0].mlp.gate_proj
+    handle = gate.register_forward_hook(lambda *_: ran.append(gate.bound is not None))
+    again = per_rollout_grads(policy, found, A, replace(loss, grad_checkpoint=True), MAX_NEW, 0, parts=parts)
+    handle.remove()
+    assert ran == [False, True, True], "the reference; the forward pass; once more, with the same rows bound"
+    relative = 1e-4 if family == "qwen3_5" else 1e-9  # the gated delta rule computes in float32 inside
+    assert again.loss == pytest.approx(kept.loss, rel=relative)
+    for m, rows in again.rows.items():
+        scale = float(kept.rows[m].norm())
+        assert scale > 0
+        torch.testing.assert_close(rows, kept.rows[m], rtol=0, atol=relative * scale)
+    assert [module.training for module in policy.model.modules()] == modes
+    assert all(p.grad is None for p in policy.model.parameters())
+    trainable = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+    assert all(name.endswith(("delta_s", "delta_hack")) for name in trainable), "no weight has a gradient"
+
+
+def test_dropout_stays_off_in_layers_that_run_again(small_model):
+    model = small_model("qwen3")
+    policy = wrap(model, None)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.9
+    found = [Rollout((5, 6, 7), c, "") for c in COMPLETIONS[:2]]
+    kept = grads(policy, found, LossConfig(), (1.0, -1.0))
+    again = grads(policy, found, LossConfig(grad_checkpoint=True), (1.0, -1.0))
+    assert all(torch.allclose(again.rows[m], kept.rows[m], rtol=1e-9, atol=1e-15) for m in kept.rows)
+
+
+def test_a_model_without_such_layers_is_told_so():
+    with pytest.raises(UserError, match="--grad-checkpoint"), checkpointed(torch.nn.Linear(2, 2)):
+        pass
 
 
 # Out of memory

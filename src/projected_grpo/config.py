@@ -126,6 +126,10 @@ class LossConfig:
     when beta > 0); 0 is never, which also turns the no-teacher divergence tripwire off."""
     tokens_per_microbatch: int = 16384
     """Padded tokens per forward-backward pass."""
+    grad_checkpoint: bool = False
+    """Keep each layer's input alone for the backward pass and run the layer again there: a fraction of the
+    memory (docs/benchmarks.md) for another forward pass. Prompts are then run once per rollout, not per
+    group."""
 
 
 @dataclass(frozen=True)

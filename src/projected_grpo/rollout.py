@@ -161,13 +161,13 @@ def head_chunk(model: nn.Module, tokens: int) -> int | None:
 
 @torch.no_grad()
 def has_bare_head(model: nn.Module) -> bool:
-    """Whether logits are the output layer of the last hidden states and no more, by looking at a few tokens."""
+    """Whether logits are the output layer of the last hidden states and no more; a few tokens show it."""
     parts: Any = model
     head = parts.get_output_embeddings()
     seen: dict[str, Tensor] = {}
     watches = (
-        parts.base_model.register_forward_hook(lambda _, fed, out: seen.update(base=out.last_hidden_state)),
-        head.register_forward_hook(lambda _, fed, out: seen.update(fed=fed[0], said=out)),
+        parts.base_model.register_forward_hook(lambda _, x, y: seen.update(base=y.last_hidden_state)),
+        head.register_forward_hook(lambda _, x, y: seen.update(fed=x[0], said=y)),
     )
     try:
         ids = torch.arange(PROBED, device=head.weight.device)[None] % len(head.weight)
