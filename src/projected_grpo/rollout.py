@@ -6,7 +6,7 @@ before it, and rows may share a batch, leave it early or be resumed; the others 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -338,6 +338,17 @@ def generate(
     ends = lengths.tolist()
     ids, scores = tokens.tolist(), logps.cpu()
     return [(tuple(ids[i][:end]), scores[i, :end].clone()) for i, end in enumerate(ends)]
+
+
+def batches(seeds: Sequence[Sequence[int]], rows: int) -> Iterator[list[list[int]]]:
+    """Each prompt's seeds, for `sample`, in consecutive batches of at most `rows` rollouts (0: one batch)."""
+    flat = [(p, seed) for p, group in enumerate(seeds) for seed in group]
+    size = rows or max(1, len(flat))
+    for start in range(0, len(flat), size):
+        batch: list[list[int]] = [[] for _ in seeds]
+        for p, seed in flat[start : start + size]:
+            batch[p].append(seed)
+        yield batch
 
 
 def sample(
