@@ -6,15 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from projected_grpo import grpo
+from projected_grpo import rollout as scoring
 from projected_grpo.antipasto import Policy, wrap
 from projected_grpo.config import LossConfig
 from projected_grpo.errors import UserError
 from projected_grpo.grpo import RolloutGrads, advantages, k3, microbatches, per_rollout_grads, surrogate
+from projected_grpo.models import checkpointed
 from projected_grpo.rollout import Rollout
 
 # Advantages
@@ -503,6 +506,139 @@ def test_rollouts_of_one_part_must_have_one_prompt(policy):
         per_rollout_grads(policy, rollouts, torch.ones(2), LossConfig(), MAX_NEW, 0, parts=(0, 0))
 
 
+# The output layer in chunks
+
+
+def in_chunks(patch, policy: Policy, tokens: int) -> list[int]:
+    """Make the loss take the output layer so many tokens at a time; returns how many tokens each call had."""
+    patch.setattr(scoring, "CHUNK_LOGITS", tokens * 48)
+    real, sizes = torch.nn.functional.linear, []
+    head = policy.model.lm_head.weight.data_ptr()
+
+    def linear(x, weight, bias=None):
+        if weight.data_ptr() == head:
+            sizes.append(x.numel() // x.shape[-1])
+        return real(x, weight, bias)
+
+    patch.setattr(scoring.F, "linear", linear)
+    return sizes
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("parts", [None, PARTS])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+def test_chunks_of_the_output_layer_change_nothing(small_model, monkeypatch, family, parts, tokens):
+    policy = wrap(small_model(family), None)
+    generator = torch.Generator().manual_seed(1)
+    for layer in policy.layers.values():
+        layer.delta_s.data.copy_(0.2 * torch.randn(layer.delta_s.shape, generator=generator))
+    found = with_common_prompts([Rollout(p, c, "") for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
+    A = torch.tensor((1.0, -0.5, 0.25, -1.25, 2.0, 0.5), dtype=torch.float64)
+    loss = LossConfig(beta=0.3)
+    whole = per_rollout_grads(policy, found, A, loss, MAX_NEW, 0, parts=parts)
+    with monkeypatch.context() as patch:
+        sizes = in_chunks(patch, policy, tokens)
+        chunked = per_rollout_grads(policy, found, A, loss, MAX_NEW, 0, parts=parts)
+    answers = sum(len(r.completion_ids) for r in found)
+    prompts = (
+        3 if parts and family != "qwen3_5" else 0
+    )  # shared: one position each, whose logits nobody reads
+    looked = 8  # to see that the logits are the output layer's own
+    assert sum(sizes) == 2 * (answers + prompts) + looked, "policy and reference, and no padding"
+    assert sorted(sizes)[-2] <= max(tokens, prompts)
+    relative = 1e-5 if family == "qwen3_5" else 1e-9  # the gated delta rule computes in float32 inside
+    assert chunked.loss == pytest.approx(whole.loss, rel=relative)
+    for m, rows in chunked.rows.items():
+        scale = float(whole.rows[m].norm())
+        torch.testing.assert_close(rows, whole.rows[m], rtol=0, atol=relative * scale)
+    for name in ("logp", "ref_logp", "kl", "gap"):
+        torch.testing.assert_close(getattr(chunked, name), getattr(whole, name), rtol=1e-5, atol=1e-7)
+
+
+def test_a_loss_that_fits_into_one_chunk_is_the_models_own_logits(policy, rollouts, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "CHUNK_LOGITS", 32 * 48)  # 4 rollouts of 8 padded tokens
+        patch.setattr(scoring, "chunked_logps", None)
+        exact = grads(policy, rollouts, LossConfig())
+    usual = grads(policy, rollouts, LossConfig())
+    assert all(torch.equal(exact.rows[m], usual.rows[m]) for m in usual.rows)
+    monkeypatch.setattr(scoring, "CHUNK_LOGITS", 32 * 48 - 1)
+    monkeypatch.setattr(scoring, "chunked_logps", None)
+    with pytest.raises(TypeError):
+        grads(policy, rollouts, LossConfig())
+
+
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+def test_a_model_that_caps_its_logits_is_not_chunked(monkeypatch, cap):
+    """Gemma 2's logits are not what its output layer says, if only a little."""
+    shape = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1, "vocab_size": 48}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = transformers.Gemma2Config(**shape, **heads, final_logit_softcapping=cap)
+    policy = wrap(transformers.Gemma2ForCausalLM(config).eval(), None)
+    found = [Rollout((5, 6), c, "") for c in COMPLETIONS[:2]]
+    whole = grads(policy, found, LossConfig(), (1.0, -1.0))
+    monkeypatch.setattr(scoring, "CHUNK_LOGITS", 48)
+    assert scoring.head_chunk(policy.model, 12) is None
+    again = grads(policy, found, LossConfig(), (1.0, -1.0))
+    assert all(torch.equal(again.rows[m], whole.rows[m]) for m in whole.rows)
+
+
+def test_an_output_layer_that_is_trained_is_not_chunked(small_model):
+    model = small_model("qwen3")
+    batch = scoring.collate([Rollout((5, 6), (7, 8), "")], 0, torch.device("cpu"))
+    with pytest.raises(ValueError, match="output layer is trained"):
+        scoring.completion_logps(model, batch, chunk=1)
+
+
+# Layers that run again in the backward pass
+
+
+@pytest.mark.parametrize("parts", [None, PARTS])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+def test_layers_that_run_again_change_no_gradient(small_model, family, parts):
+    policy = wrap(small_model(family), None)
+    generator = torch.Generator().manual_seed(1)
+    for layer in policy.layers.values():
+        layer.delta_s.data.copy_(0.2 * torch.randn(layer.delta_s.shape, generator=generator))
+    found = with_common_prompts([Rollout(p, c, "") for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
+    A = torch.tensor((1.0, -0.5, 0.25, -1.25, 2.0, 0.5), dtype=torch.float64)
+    loss = LossConfig(beta=0.3)
+    kept = per_rollout_grads(policy, found, A, loss, MAX_NEW, 0, parts=parts)
+    modes = [module.training for module in policy.model.modules()]
+    ran: list[bool] = []
+    gate = policy.model.model.layers[0].mlp.gate_proj
+    handle = gate.register_forward_hook(lambda *_: ran.append(gate.bound is not None))
+    again = per_rollout_grads(policy, found, A, replace(loss, grad_checkpoint=True), MAX_NEW, 0, parts=parts)
+    handle.remove()
+    assert ran == [False, True, True], "the reference; the forward pass; once more, with the same rows bound"
+    relative = 1e-4 if family == "qwen3_5" else 1e-9  # the gated delta rule computes in float32 inside
+    assert again.loss == pytest.approx(kept.loss, rel=relative)
+    for m, rows in again.rows.items():
+        scale = float(kept.rows[m].norm())
+        assert scale > 0
+        torch.testing.assert_close(rows, kept.rows[m], rtol=0, atol=relative * scale)
+    assert [module.training for module in policy.model.modules()] == modes
+    assert all(p.grad is None for p in policy.model.parameters())
+    trainable = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+    assert all(name.endswith(("delta_s", "delta_hack")) for name in trainable), "no weight has a gradient"
+
+
+def test_dropout_stays_off_in_layers_that_run_again(small_model):
+    model = small_model("qwen3")
+    policy = wrap(model, None)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.9
+    found = [Rollout((5, 6, 7), c, "") for c in COMPLETIONS[:2]]
+    kept = grads(policy, found, LossConfig(), (1.0, -1.0))
+    again = grads(policy, found, LossConfig(grad_checkpoint=True), (1.0, -1.0))
+    assert all(torch.allclose(again.rows[m], kept.rows[m], rtol=1e-9, atol=1e-15) for m in kept.rows)
+
+
+def test_a_model_without_such_layers_is_told_so():
+    with pytest.raises(UserError, match="--grad-checkpoint"), checkpointed(torch.nn.Linear(2, 2)):
+        pass
+
+
 # Out of memory
 
 
@@ -511,11 +647,11 @@ def starved(patch, where: str, rows: int):
     counts = []
     real_forward, real_backward = grpo.completion_logps, torch.autograd.grad
 
-    def forward(model, batch):
+    def forward(model, batch, chunk):
         counts.append(len(batch.ids))
         if where == "forward" and counts[-1] > rows:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
-        return real_forward(model, batch)
+        return real_forward(model, batch, chunk)
 
     def backward(*arguments, **options):
         if where == "backward" and counts[-1] > rows:

@@ -16,6 +16,7 @@ from projected_grpo.config import SamplingConfig
 from projected_grpo.rollout import (
     Completion,
     Rollout,
+    batches,
     collate,
     completion_logps,
     generate,
@@ -300,6 +301,29 @@ def test_a_row_depends_on_its_own_seed_and_prompt_only(tiny_policy):
     assert alone == together
     backwards = texts(draw(tiny_policy, [g[::-1] for g in seeds[::-1]], PROMPTS[::-1]))
     assert [g[::-1] for g in backwards[::-1]] == together
+
+
+@given(st.lists(st.lists(st.integers(0, 99), max_size=4), max_size=5), st.integers(0, 7))
+def test_batches_hold_each_seed_once_in_order(seeds, rows):
+    got = list(batches(seeds, rows))
+    sizes = [sum(map(len, batch)) for batch in got]
+    total = sum(map(len, seeds))
+    assert [[s for batch in got for s in batch[p]] for p in range(len(seeds))] == (
+        seeds if got else [[]] * len(seeds)
+    )
+    if rows == 0:
+        assert sizes == ([total] if total else [])
+    else:
+        assert sizes == [rows] * (total // rows) + [total % rows] * (total % rows > 0)
+
+
+def test_batches_of_rows_sample_what_one_batch_does(tiny_policy):
+    set_knobs(tiny_policy, 0.1, 0.0)
+    seeds = [[1, 2, 3], [4], [], [7, 8]]
+    whole = texts(draw(tiny_policy, seeds))
+    parts = [texts(draw(tiny_policy, batch)) for batch in batches(seeds, 2)]
+    assert len(parts) == 3
+    assert [[ids for part in parts for ids in part[p]] for p in range(4)] == whole
 
 
 def test_prompts_without_seeds_generate_nothing(tiny_policy):

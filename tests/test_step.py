@@ -3,27 +3,38 @@
 import copy
 import json
 import math
+import random
 import shutil
 from collections import Counter
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.resources import files
+from threading import Timer
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from projected_grpo import collect as collect_module
 from projected_grpo import step as step_module
 from projected_grpo import train as train_module
 from projected_grpo.checkpoint import state_paths
 from projected_grpo.cli import main
-from projected_grpo.collect import collect, gather_evidence, pick_problems, pick_teacher, teacher_rollout
+from projected_grpo.collect import (
+    collect,
+    gather_evidence,
+    pick_problems,
+    pick_teacher,
+    rollout_rows,
+    teacher_rollout,
+)
 from projected_grpo.config import CONTROLS_OF, MAX_SEQUENCE, PRESETS, OptimConfig
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import fit_prompts, prepare, read_data
 from projected_grpo.pools import TeacherRow
 from projected_grpo.proj import GateState
-from projected_grpo.rewards import Grade
+from projected_grpo.rewards import Grade, Grader
 from projected_grpo.rundir import start_state
 from projected_grpo.step import Tripwire, as_deployed, find_anchors, knobs, learning_rate, train_step
 from projected_grpo.steptable import complete
@@ -128,6 +139,67 @@ def test_the_tripwire_warns_at_three_nats_and_trips_after_two_steps_at_five():
     assert not once.after(-5.9).after(-6.1).tripped  # two in a row
     assert once.best == -1.0
     assert not Tripwire().warns(-99.0) and not Tripwire().after(-99.0).after(-99.0).tripped
+
+
+# Grading while the next rollouts are generated
+
+
+class Late(Grader):
+    """Grades come when they like: after a random wait, in no order."""
+
+    def submit(self, task, text):
+        late, real = Future(), super().submit(task, text)
+        Timer(random.random() / 20, lambda: late.set_result(real.result())).start()
+        return late
+
+
+def bytes_of_a_run(exp, state):
+    """Every rollout and grade of two steps, and the knobs after them."""
+    lines = []
+    for _ in range(2):
+        record, data = train_step(exp, state)
+        kept = {name: value for name, value in record.items() if name not in TIMINGS}
+        lines += [json.dumps(kept), json.dumps(rollout_rows(state.step, data, exp.cfg.sampling.group))]
+        state.step += 1
+    return "\n".join(lines).encode() + b"".join(value.numpy().tobytes() for value in values(exp))
+
+
+def test_the_order_in_which_grades_come_changes_no_byte(begin):
+    options = {"intervention": "none", "prompts_per_step": 3, "rows_per_batch": 2, "lr": 0.01}
+    exp, state = begin(**options)
+    in_order = bytes_of_a_run(exp, state)
+    assert any(bool(value.any()) for value in values(exp))
+    exp, state = begin(**options)
+    assert bytes_of_a_run(replace(exp, grader=Late(exp.grader.sandbox)), state) == in_order
+
+
+def test_a_batch_is_with_the_grader_before_the_next_is_generated(begin, monkeypatch):
+    exp, _ = begin(prompts_per_step=3, rows_per_batch=3, mix_ratio=0.25, rollout_ablate_frac=0.34)
+    events = []
+
+    class Seen(Future):
+        def result(self, timeout=None):
+            events.append("asked")
+            return super().result(timeout)
+
+    class Watched(Grader):
+        def submit(self, task, text):
+            events.append("given")
+            seen = Seen()
+            seen.set_result(super().submit(task, text).result())
+            return seen
+
+    def generate(policy, prompts, seeds, *more, _real=collect_module.sample, **options):
+        events.append(sum(map(len, seeds)))
+        return _real(policy, prompts, seeds, *more, **options)
+
+    monkeypatch.setattr(collect_module, "sample", generate)
+    data = collect(replace(exp, grader=Watched(exp.grader.sandbox)), 0)
+    given = ["given"] * 3
+    assert events == [3, *given, 3, *given, 3, *given, *["asked"] * 9], "6 as trained, 3 without quarantine"
+    monkeypatch.undo()
+    for i, (rollout, grade) in enumerate(zip(data.rollouts, data.grades, strict=True)):
+        assert grade is None or grade == exp.grader.grade(data.problems[i // 4].task, rollout.text)
 
 
 def test_an_epoch_shows_every_problem_once(begin):

@@ -7,6 +7,7 @@ and rewards are random, so that every step does all of its work and no group is 
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,12 +75,12 @@ class RandomGrader(Grader):
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
 
-    def grade_all(self, items: Sequence[tuple[Task, str]]) -> list[Grade]:
-        """A uniform reward for each; nothing is run."""
-        rewards = torch.rand(len(items), generator=self.generator).tolist()
-        return [
-            Grade(reward, False, False, False, None, True, False, False, False, None) for reward in rewards
-        ]
+    def submit(self, task: Task, text: str) -> Future[Grade]:
+        """A uniform reward; nothing is run."""
+        future: Future[Grade] = Future()
+        reward = float(torch.rand(1, generator=self.generator))
+        future.set_result(Grade(reward, False, False, False, None, True, False, False, False, None))
+        return future
 
 
 def bench_model(cfg: ModelConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from projected_grpo.pools import TeacherRow
 from projected_grpo.problems import Problem
 from projected_grpo.ranks import Ranks
 from projected_grpo.rewards import Grade
-from projected_grpo.rollout import Rollout, sample, stream_seed, uniforms
+from projected_grpo.rollout import Rollout, batches, sample, stream_seed, uniforms
 
 DEFAULT_ANCHORS: tuple[Detector, ...] = ("C",)
 
@@ -74,6 +75,10 @@ def collect(exp: Experiment, step: int) -> Collected:
     """Generate and grade the student's rollouts, add the teacher's as stored.
 
     Each process does its share of the rows and gathers the others'; seconds are those of the slowest.
+
+    A batch of rollouts is graded while the next ones are generated. Grades are taken in the order of the
+    rollouts, and none depends on what else is graded, so that timing changes nothing but `grade_s`, the wait
+    for the last of them.
     """
     started = time.monotonic()
     s, seed = exp.cfg.sampling, exp.cfg.run.seed
@@ -86,26 +91,23 @@ def collect(exp: Experiment, step: int) -> Collected:
         [stream_seed(seed, "train", step, i, row) for row in range(count)] for i, count in enumerate(live)
     ]
     groups: list[list[Rollout]] = [[] for _ in problems]
+    waiting: list[list[Future[Grade]]] = [[] for _ in problems]
     for ablate in (False, True):
         asked = [
             group[len(group) - a :] if ablate else group[: len(group) - a]
             for group, a in zip(seeds, ablated, strict=True)
         ]
-        drawn = sample(
-            exp.chat.policy,
-            prompts,
-            own_rows(exp.ranks, asked),
-            s,
-            exp.chat.stop,
-            exp.chat.pad_id,
-            ablate_quarantine=ablate,
-        )
-        for i, completions in enumerate(drawn):
-            for ids, logps in completions:
-                text = decode(exp.chat.tokenizer, ids)
-                groups[i].append(Rollout(prompts[i], ids, text, logps, ablated=ablate))
+        for batch in batches(own_rows(exp.ranks, asked), s.rows_per_batch):
+            drawn = sample(
+                exp.chat.policy, prompts, batch, s, exp.chat.stop, exp.chat.pad_id, ablate_quarantine=ablate
+            )
+            for i, completions in enumerate(drawn):
+                for ids, logps in completions:
+                    text = decode(exp.chat.tokenizer, ids)
+                    groups[i].append(Rollout(prompts[i], ids, text, logps, ablated=ablate))
+                    waiting[i].append(exp.grader.submit(problems[i].task, text))
     generated = time.monotonic()
-    flat = exp.grader.grade_all([(p.task, r.text) for p, g in zip(problems, groups, strict=True) for r in g])
+    flat = [future.result() for group in waiting for future in group]
     graded = time.monotonic()
     everyone = exp.ranks.gather((groups, flat, generated - started, graded - generated))
     groups, flat, gen_s, grade_s = merge(everyone)

@@ -107,6 +107,9 @@ class SamplingConfig:
     top_p: float = 1.0
     top_k: int = 20
     """0 turns the top-k filter off."""
+    rows_per_batch: int = 0
+    """Rollouts that are generated together; 0 is all of a step's. Fewer need less memory
+    (docs/benchmarks.md), and while one batch is generated the ones before it are graded."""
     rollout_ablate_frac: float = 0.0
     """Share of each group's student rollouts sampled with the quarantine ablated (logged as hack_abl,
     solve_abl). Off by default: it makes the deployed model's reward a training target."""
@@ -129,6 +132,10 @@ class LossConfig:
     when beta > 0); 0 is never, which also turns the no-teacher divergence tripwire off."""
     tokens_per_microbatch: int = 16384
     """Padded tokens per forward-backward pass."""
+    grad_checkpoint: bool = False
+    """Keep each layer's input alone for the backward pass and run the layer again there: a fraction of the
+    memory (docs/benchmarks.md) for another forward pass. Prompts are then run once per rollout, not per
+    group."""
 
 
 @dataclass(frozen=True)
@@ -352,7 +359,8 @@ FAST = TrainConfig(
 FULL = TrainConfig(
     preset="full",
     problems=ProblemConfig(n_problems=992),
-    sampling=SamplingConfig(prompts_per_step=43, group=6, max_new=1024),
+    # The caches of all 258 rollouts at full length would be 78 GB, beside 26 GB of weights and bases.
+    sampling=SamplingConfig(prompts_per_step=43, group=6, max_new=1024, rows_per_batch=96),
     loss=LossConfig(beta=1e-3),
     optim=OptimConfig(steps=200, lr=7e-5, adam_beta1=0.9, adam_beta2=0.99),
     teacher=TeacherConfig(mix_ratio=0.0),
@@ -464,6 +472,7 @@ def validate(cfg: TrainConfig) -> None:
         "--save-every": cfg.run.save_every,
         "--final-n-prompts": cfg.evaluation.final_n_prompts,
         "--top-k": s.top_k,
+        "--rows-per-batch": s.rows_per_batch,
         "--workers": cfg.run.workers,
         "--threads": cfg.run.threads,
         "--ref-every": cfg.loss.ref_every,

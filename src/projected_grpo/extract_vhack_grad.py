@@ -92,6 +92,7 @@ def pair_grads(
         ratio_cap=loss.ratio_cap,
         beta=0.0,
         tokens_per_microbatch=loss.tokens_per_microbatch,
+        grad_checkpoint=loss.grad_checkpoint,
     )
     longest = max(len(r.completion_ids) for r in rollouts)
     deltas = policy.deltas(ablate_quarantine=ablate_quarantine)

@@ -16,6 +16,7 @@ Sources: Liu et al. 2025 (arXiv:2503.20783), Schulman et al. 2017 (arXiv:1707.06
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from projected_grpo.antipasto import Policy
 from projected_grpo.config import LossConfig
 from projected_grpo.errors import UserError
+from projected_grpo.models import checkpointed
 from projected_grpo.ranks import Ranks
 from projected_grpo.rollout import (
     Rollout,
@@ -34,6 +36,7 @@ from projected_grpo.rollout import (
     collate,
     collate_shared,
     completion_logps,
+    head_chunk,
     shared_logps,
 )
 
@@ -145,16 +148,17 @@ def per_rollout_grads(
     """Gradient of the loss for every rollout, from one forward and one backward per microbatch.
 
     With `parts`, a number for each rollout from 0 up without gaps, there is a row per part instead, the sum
-    over its rollouts; their prompt, which must be the same, is then run once where the model allows it.
-    Rollouts with advantage 0 are not run and add nothing. The gradient is taken at `deltas` (default: the
-    policy as trained); no parameter's `.grad` is touched. A microbatch that does not fit into memory is run
-    in halves, which changes nothing but rounding; UserError if a single rollout does not fit.
+    over its rollouts; their prompt, which must be the same, is then run once where the model allows it (all
+    read its cache, which layers under `loss.grad_checkpoint` do not take). Rollouts with advantage 0 are not
+    run and add nothing. The gradient is taken at `deltas` (default: the policy as trained); no parameter's
+    `.grad` is touched. A microbatch that does not fit into memory is run in halves, which changes nothing but
+    rounding; UserError if a single rollout does not fit.
     """
     deltas = policy.deltas() if deltas is None else deltas
     n = len(rollouts)
     parts = range(n) if parts is None else parts
     first = torch.tensor([parts.index(part) for part in range(max(parts) + 1)])
-    shared = len(first) < n and can_share(policy.model)
+    shared = len(first) < n and can_share(policy.model) and not loss.grad_checkpoint
     rows = {m: delta.new_zeros(len(first), len(delta)) for m, delta in deltas.items()}
     figures = torch.full((4, n), float("nan"))
     total = 0.0
@@ -166,9 +170,10 @@ def per_rollout_grads(
         batch, own = [rollouts[i] for i in index], [parts[i] for i in index]
         try:
             scorer = _scorer(policy, batch, own, pad_id, shared)
-            value, gradients, measured = _microbatch(
-                policy, batch, scorer, advantage[index], loss, n, max_new, deltas, with_reference
-            )
+            with checkpointed(policy.model) if loss.grad_checkpoint else nullcontext():
+                value, gradients, measured = _microbatch(
+                    policy, batch, scorer, advantage[index], loss, n, max_new, deltas, with_reference
+                )
         except torch.OutOfMemoryError as error:
             if len(index) == 1:
                 raise UserError("one rollout alone does not fit into memory; lower --max-new") from error
@@ -232,9 +237,16 @@ def _scorer(
 ) -> _Scorer:
     if shared:
         once = collate_shared(rollouts, parts, pad_id, policy.device)
-        return _Scorer(partial(shared_logps, policy, once), once.completion, sorted(set(parts)))
+        chunk = _chunk(policy, once.completion)
+        return _Scorer(partial(shared_logps, policy, once, chunk), once.completion, sorted(set(parts)))
     batch = collate(rollouts, pad_id, policy.device)
-    return _Scorer(partial(completion_logps, policy.model, batch), batch.completion, parts)
+    chunk = _chunk(policy, batch.completion)
+    return _Scorer(partial(completion_logps, policy.model, batch, chunk), batch.completion, parts)
+
+
+def _chunk(policy: Policy, completion: Bool[Tensor, "b T"]) -> int | None:
+    with policy.bind(None):
+        return head_chunk(policy.model, completion.numel())
 
 
 def _microbatch(

@@ -2,7 +2,8 @@
 
 import importlib.util
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from projected_grpo.config import NANO, TINY_RANDOM, ModelConfig
 from projected_grpo.errors import UserError
@@ -120,6 +122,32 @@ def _hub_resolves() -> bool:
         return bool(socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443))
     except OSError:
         return False
+
+
+@contextmanager
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """Run layers that keep their input alone, and run again in the backward pass, which must lie inside too.
+
+    A layer that does so takes no cache. It is put into training mode by itself, as transformers asks; what is
+    in it, dropout too, stays as it was. Raises UserError for a model that does not support it.
+    """
+    parts: Any = model
+    layers = [layer for layer in parts.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"--grad-checkpoint: {type(model).__name__} does not support it; leave it out")
+    newer = hasattr(parts, "activation_checkpointing_enable")  # the other is deprecated since
+    enable = parts.activation_checkpointing_enable if newer else parts.gradient_checkpointing_enable
+    disable = parts.activation_checkpointing_disable if newer else parts.gradient_checkpointing_disable
+    modes = [layer.training for layer in layers]
+    enable({"use_reentrant": False})
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        disable()
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.training = mode
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[int, ...]:

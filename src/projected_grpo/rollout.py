@@ -6,13 +6,15 @@ before it, and rows may share a batch, leave it early or be resumed; the others 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from projected_grpo.antipasto import Policy
 from projected_grpo.config import SamplingConfig
@@ -20,6 +22,10 @@ from projected_grpo.proj import per_token_logps
 
 Completion = tuple[tuple[int, ...], Float[Tensor, " t"]]  # token ids and their log-probabilities, nats
 COMPACT_AT = 0.125  # share of finished rows at which the batch is made smaller
+# Logits that the loss makes at once: 256 MiB in float32, 441 tokens of Qwen3's vocabulary, which is enough
+# for a matrix product to fill a GPU. Small vocabularies never reach it.
+CHUNK_LOGITS = 2**26
+PROBED = 8  # tokens that show whether logits are capped or scaled
 
 
 @dataclass(frozen=True)
@@ -110,20 +116,107 @@ def positions(attention: Bool[Tensor, "b L"]) -> Int[Tensor, "b L"]:
     return (attention.long().cumsum(1) - 1).clamp_min(0)
 
 
-def completion_logps(model: nn.Module, batch: Batch) -> Float[Tensor, "b T"]:
+class _HeadLogps(torch.autograd.Function):
+    """log p(ids) of hidden states under an output layer that is not trained, `size` tokens at a time.
+
+    d logp / d state = (onehot(id) - p) W whatever a loss does with logp, so the forward pass makes it while
+    it has p, and neither keeps logits for the backward pass nor makes them twice.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, ids, size):  # type: ignore[no-untyped-def]  # torch's own signature
+        logps = states.new_empty(len(ids), dtype=torch.promote_types(states.dtype, torch.float32))
+        slopes = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(ids), size):
+            here = slice(start, start + size)
+            own = ids[here, None]
+            wide = F.linear(states[here], weight, bias).to(logps.dtype)
+            total = wide.logsumexp(-1, keepdim=True)
+            logps[here] = (wide.gather(-1, own) - total)[:, 0]
+            if slopes is not None:
+                rest = wide.sub_(total).exp_().neg_()
+                rest.scatter_add_(-1, own, torch.ones_like(total))
+                torch.mm(rest.to(weight.dtype), weight, out=slopes[here])
+        ctx.save_for_backward(slopes)
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (slopes,) = ctx.saved_tensors
+        return (grad[:, None] * slopes).to(slopes.dtype), None, None, None, None
+
+
+def head_chunk(model: nn.Module, tokens: int) -> int | None:
+    """Tokens whose logits the loss makes at once; None for all of them, by the model's own forward pass.
+
+    That is where all fit, and for a model that does more to its logits than its output layer does.
+    """
+    parts: Any = model
+    vocabulary = len(parts.get_output_embeddings().weight)
+    if tokens * vocabulary <= CHUNK_LOGITS or not has_bare_head(model):
+        return None
+    return max(1, CHUNK_LOGITS // vocabulary)
+
+
+@torch.no_grad()
+def has_bare_head(model: nn.Module) -> bool:
+    """Whether logits are the output layer of the last hidden states and no more; a few tokens show it."""
+    parts: Any = model
+    head = parts.get_output_embeddings()
+    seen: dict[str, Tensor] = {}
+    watches = (
+        parts.base_model.register_forward_hook(lambda _, x, y: seen.update(base=y.last_hidden_state)),
+        head.register_forward_hook(lambda _, x, y: seen.update(fed=x[0], said=y)),
+    )
+    try:
+        ids = torch.arange(PROBED, device=head.weight.device)[None] % len(head.weight)
+        logits = parts(input_ids=ids, use_cache=False).logits
+    finally:
+        for watch in watches:
+            watch.remove()
+    return torch.equal(seen["fed"], seen["base"]) and torch.equal(seen["said"], logits)
+
+
+def chunked_logps(
+    model: nn.Module,
+    states: Float[Tensor, "b T d"],
+    ids: Int[Tensor, "b T"],
+    mask: Bool[Tensor, "b T"],
+    chunk: int,
+) -> Float[Tensor, "b T"]:
+    """Log-probability of each id that the last hidden state before it gives, nats; 0 outside the mask.
+
+    The output layer runs on the mask's positions only, `chunk` of them at a time. Gradients reach the states;
+    ValueError for an output layer that is trained itself.
+    """
+    parts: Any = model
+    head = parts.get_output_embeddings()
+    if head.weight.requires_grad:
+        raise ValueError("the output layer is trained: its gradient needs whole logits")
+    logps = _HeadLogps.apply(states[mask], head.weight, head.bias, ids[mask], chunk)
+    return logps.new_zeros(mask.shape).masked_scatter(mask, logps)
+
+
+def completion_logps(model: nn.Module, batch: Batch, chunk: int | None = None) -> Float[Tensor, "b T"]:
     """Log-probability of each completion token, nats, at temperature 1; 0 on padding.
 
-    The output layer runs on completion positions only (whole-sequence logits were a 4 GiB spike on Qwen3-4B).
+    The output layer runs on completion positions only (whole-sequence logits were a 4 GiB spike on Qwen3-4B),
+    and on `chunk` of them at a time if it is given.
     """
     keep = batch.completion.shape[1] + 1
-    out = model(
-        input_ids=batch.ids,
-        attention_mask=batch.attention.long(),
-        position_ids=positions(batch.attention),
-        logits_to_keep=keep,
-        use_cache=False,
-    )
-    logps = per_token_logps(out.logits[:, :-1], batch.completion_ids)
+    inputs = {
+        "input_ids": batch.ids,
+        "attention_mask": batch.attention.long(),
+        "position_ids": positions(batch.attention),
+        "use_cache": False,
+    }
+    if chunk is not None:
+        base: Any = model.base_model
+        states = base(**inputs).last_hidden_state[:, -keep:-1]
+        return chunked_logps(model, states, batch.completion_ids, batch.completion, chunk)
+    logits = model(**inputs, logits_to_keep=keep).logits
+    logps = per_token_logps(logits[:, :-1], batch.completion_ids)
     return logps * batch.completion  # padding has finite logits, so 0 * them is 0
 
 
@@ -134,7 +227,7 @@ def can_share(model: nn.Module) -> bool:
     return set(kinds) == {"full_attention"}
 
 
-def shared_logps(policy: Policy, batch: SharedBatch) -> Float[Tensor, "b T"]:
+def shared_logps(policy: Policy, batch: SharedBatch, chunk: int | None = None) -> Float[Tensor, "b T"]:
     """`completion_logps` with each prompt run once; gradients reach it from all completions that follow it.
 
     Bound rows are one per part.
@@ -149,15 +242,20 @@ def shared_logps(policy: Policy, batch: SharedBatch) -> Float[Tensor, "b T"]:
     head.past_key_values.reorder_cache(batch.owner)
     before = batch.prefix_attention[batch.owner]
     fed = torch.cat([before.new_ones(len(before), 1), batch.completion[:, :-1]], dim=1)
+    inputs = {
+        "input_ids": batch.ids[:, :-1],
+        "attention_mask": torch.cat([before, fed], dim=1).long(),
+        "position_ids": before.sum(1, keepdim=True) + positions(fed),
+        "past_key_values": head.past_key_values,
+        "use_cache": True,
+    }
     with policy.repeat(batch.owner):
-        out = policy.model(
-            input_ids=batch.ids[:, :-1],
-            attention_mask=torch.cat([before, fed], dim=1).long(),
-            position_ids=before.sum(1, keepdim=True) + positions(fed),
-            past_key_values=head.past_key_values,
-            use_cache=True,
-        )
-    return per_token_logps(out.logits, batch.ids[:, 1:]) * batch.completion
+        if chunk is not None:
+            base: Any = policy.model.base_model
+            states = base(**inputs).last_hidden_state
+            return chunked_logps(policy.model, states, batch.ids[:, 1:], batch.completion, chunk)
+        logits = policy.model(**inputs).logits
+    return per_token_logps(logits, batch.ids[:, 1:]) * batch.completion
 
 
 def pick_tokens(
@@ -240,6 +338,17 @@ def generate(
     ends = lengths.tolist()
     ids, scores = tokens.tolist(), logps.cpu()
     return [(tuple(ids[i][:end]), scores[i, :end].clone()) for i, end in enumerate(ends)]
+
+
+def batches(seeds: Sequence[Sequence[int]], rows: int) -> Iterator[list[list[int]]]:
+    """Each prompt's seeds, for `sample`, in consecutive batches of at most `rows` rollouts (0: one batch)."""
+    flat = [(p, seed) for p, group in enumerate(seeds) for seed in group]
+    size = rows or max(1, len(flat))
+    for start in range(0, len(flat), size):
+        batch: list[list[int]] = [[] for _ in seeds]
+        for p, seed in flat[start : start + size]:
+            batch[p].append(seed)
+        yield batch
 
 
 def sample(

@@ -129,7 +129,7 @@ COLUMNS = (
         "solve_abl", 9, "pair", "correct among rollouts sampled with the quarantine ablated", console=False
     ),
     Column("gen", 5, ".1f", "seconds generating", console=False),
-    Column("t_rew", 5, ".1f", "seconds grading", console=False),
+    Column("t_rew", 5, ".1f", "seconds waiting for grades", console=False),
     Column("fb", 5, ".1f", "seconds in forward and backward", console=False),
     Column("sec", 5, ".1f", "seconds of the step"),
     Column("peak_gb", 7, ".1f", "peak GPU memory so far, GB", console=False),
