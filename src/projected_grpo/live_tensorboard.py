@@ -15,7 +15,7 @@ from typing import Any
 from loguru import logger
 from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboardX.proto.summary_pb2 import Summary
 
 from projected_grpo.steptable import COLUMNS
 
@@ -27,7 +27,6 @@ class LiveView:
 
     def __init__(self, folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="live")
-        self._told: set[str] = set()  # tags that have their legend
         self._failed = False
         self._submit(self._begin, folder, list(rows))
 
@@ -70,28 +69,19 @@ class LiveView:
 
     def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         for row in rows:
-            values = [self._value(tag, *told) for tag, told in figures(row).items()]
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures(row).items()]
             event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
             self._file.write(event.SerializeToString())
         self._file.flush()
 
-    def _value(self, tag: str, figure: float, legend: str) -> Summary.Value:
-        """A figure; with the first of a tag its legend, which TensorBoard shows beside the chart."""
-        if tag in self._told:
-            return Summary.Value(tag=tag, simple_value=figure)
-        self._told.add(tag)
-        return Summary.Value(
-            tag=tag, simple_value=figure, metadata=SummaryMetadata(summary_description=legend)
-        )
 
-
-def figures(record: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
-    """Tag -> (figure, legend) of every column that was measured; a [count, n] pair is its rate."""
+def figures(record: Mapping[str, Any]) -> dict[str, float]:
+    """Every column that was measured, by its tag; a [count, n] pair is its rate."""
     found = {}
     for column in COLUMNS:
         value = record.get(column.key)
         if column.form == "pair" and value is not None:
             value = value[0] / value[1] if value[1] else None
         if column.key != "step" and value is not None and math.isfinite(value):
-            found[f"step/{column.key}"] = float(value), column.legend
+            found[f"step/{column.key}"] = float(value)
     return found
