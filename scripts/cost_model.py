@@ -8,7 +8,8 @@
     merging      2 sum(d_out r d_in) / F                       once a step, alike in every process
     grading      b / (cores * responses/s)
     loss         tokens (6 N + 4 |U, Vh|) / F                  frozen weights, there and back; reference
-    sending      bytes / bandwidth                             two rows of all knobs, every rollout
+    sending      bytes / bandwidth + rounds * processes * lag  two rows of all knobs, every rollout
+    handling     n * seconds of one                            every process reads all n rollouts
 
 b rows and their tokens are one process's. N: weights; U, Vh: their singular bases; F: FLOP/s; B: bytes/s;
 o: seconds that a layer takes when it has nothing to do. `bench step` has no reference and no evaluation; on
@@ -18,7 +19,7 @@ a CPU it takes the merged path, whose loss has 4 N + 2 |U, Vh|, and weights/B is
 import argparse
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,8 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
-BENCH = {  # as in bench_model.SIZES
+BENCH = {  # the packaged model, and bench_model.SIZES
+    "nano": Shape(160, 426, 4, 4, 2, 40, 512),
     "random-0.3m": Shape(64, 224, 3, 4, 2, 16, 2048),
     "random-21m": Shape(512, 1536, 6, 8, 4, 64, 4096),
 }
@@ -91,7 +93,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU of many. Nothing of it was measured with this code but the grader's rate."""
+    """A GPU of many. Assumed, but for `graded` and `handled`, which were measured on a CPU."""
 
     flops: float = 400e12  # 40% of an H100's dense bf16
     bandwidth: float = 2e12  # bytes/s, 60% of its HBM3
@@ -100,6 +102,12 @@ class Machine:
     cores: int = 8  # per GPU, for the grader
     graded: float = 25.0  # responses/s of a core: docs/grader_speed.md, benchmark without slow ones
     network: float = 1e9  # bytes/s of one process over gloo and TCP
+    lag: float = 1e-4  # seconds from one process to the next in a ring
+    rounds: int = 8  # rings a step
+    handled: float = 2e-4  # seconds of a CPU core for one gathered rollout: pickle.loads, measured
+
+
+GRAPH = 5e-5  # seconds a layer and token where decoding is replayed from a CUDA graph, as engines do
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,8 @@ def predict(shape: Shape, load: Load, gpu: Machine, gpus: int) -> dict[str, floa
         "merging": shape.merge_flops / flops,
         "grading": rows / (gpu.cores * each * gpu.graded),
         "loss": tokens * (6 * active + 4 * shape.bases) / flops,
-        "sending": sent / gpu.network if processes > 1 else 0.0,
+        "sending": sent / gpu.network + gpu.rounds * gpu.lag * processes if processes > 1 else 0.0,
+        "handling": load.rollouts * gpu.handled if processes > 1 else 0.0,
     }
     return {"GPUs a process": each, "rows": rows, **parts, "step": sum(parts.values())}
 
@@ -193,10 +202,12 @@ def tables() -> None:
             for gpus in (1, 8, 64, 512):
                 load = Load(rollouts=32 * gpus) if scaled else full
                 parts = predict(shape, load, gpu, gpus)
+                graph = predict(shape, load, replace(gpu, overhead=GRAPH), gpus)["step"]
                 if parts["GPUs a process"] <= gpus:
-                    rows.append([name, gpus, *parts.values()])
+                    rows.append([name, gpus, *parts.values(), graph])
         print(title)
-        print(tabulate(rows, headers=["model", "GPUs", *parts], tablefmt="pipe", floatfmt=".2g"), "\n")
+        heads = ["model", "GPUs", *parts, "step, graph"]
+        print(tabulate(rows, headers=heads, tablefmt="pipe", floatfmt=".3g"), "\n")
 
 
 def main() -> None:
