@@ -1,6 +1,6 @@
 """What a training step costs: a model of its parts, fitted to `bench step`, and what it predicts for GPUs.
 
-    python scripts/cost_model.py --fit BENCH.json...    # measured beside modelled, on the files' machine
+    python scripts/cost_model.py --fit BENCH.json...    # CPU seconds measured, and as modelled
     python scripts/cost_model.py                        # predictions, from the assumptions in Machine
 
     generation   T (layers o + weights/B + b kv/B + 2 N b/F)   T tokens one after another, b rows
@@ -160,30 +160,28 @@ def predict(shape: Shape, load: Load, gpu: Machine, gpus: int) -> dict[str, floa
     return {"GPUs a process": each, "rows": rows, **parts, "step": sum(parts.values())}
 
 
-def features(bench: dict) -> tuple[list[float], list[float]]:
-    """What generation and loss of a `bench step` are linear in: layer calls, and FLOP."""
+def features(bench: dict) -> list[float]:
+    """What CPU seconds of a `bench step` are linear in: layers run, one token after another, and FLOP."""
     shape, size = BENCH[bench["model"]], bench["processes"]
-    rows = bench["prompts_per_step"] * bench["group"] / size
-    active, prompts = shape.weights + shape.head, bench["prompts_per_step"] / size
-    generated = 2 * active * (rows * bench["max_new"] + prompts * bench["prompt_tokens"]) + shape.merge_flops
-    tokens = rows * bench["max_new"] + prompts * bench["prompt_tokens"]  # erase runs a prompt once
-    passes = max(1.0, tokens / 16384)
-    loss = tokens * (4 * active + 2 * shape.bases) + shape.merge_flops
-    return [shape.layers * bench["max_new"], generated], [shape.layers * passes, loss]
+    active = shape.weights + shape.head
+    generated = bench["prompts_per_step"] * bench["group"] * bench["max_new"]
+    tokens = generated + bench["prompts_per_step"] * bench["prompt_tokens"]  # a prompt is run once
+    flops = tokens * (6 * active + 2 * shape.bases) + 2 * size * shape.merge_flops  # 2 N of it are sampling's
+    return [size * shape.layers * bench["max_new"], flops]
 
 
 def fit(paths: list[Path]) -> None:
-    """Two constants each for generation and loss, and how far off the model is."""
+    """Two constants from the CPU seconds of all processes, which other work moves less than the clock's."""
     runs = [json.loads(path.read_text()) for path in paths]
-    rows = [[r["model"], r["processes"], r["prompts_per_step"] * r["group"], r["max_new"]] for r in runs]
-    for part, (key, at) in {"generation": ("gen_s", 0), "loss": ("fb_s", 1)}.items():
-        seconds = np.array([r[key] for r in runs])
-        given = np.array([features(r)[at] for r in runs]) / seconds[:, None]  # errors relative
-        (layer, flop), _ = nnls(given, np.ones(len(runs)))
-        print(f"{part}: {1e6 * layer:.0f} us a layer, {1e-9 / flop:.1f} GFLOP/s")
-        for row, run, share in zip(rows, runs, given @ [layer, flop], strict=True):
-            row += [run[key], run[key] * share]
-    heads = ["model", "processes", "rollouts", "tokens", "gen_s", "modelled", "fb_s", "modelled"]
+    seconds = np.array([r["cpu_s"] for r in runs])
+    given = np.array([features(r) for r in runs]) / seconds[:, None]  # so that errors are relative
+    constants, _ = nnls(given, np.ones(len(runs)))
+    print(f"{1e6 * constants[0]:.0f} us a layer and token, {1e-9 / constants[1]:.1f} GFLOP/s")
+    rows = []
+    for run, share in zip(runs, given @ constants, strict=True):
+        work = [run["model"], run["prompts_per_step"] * run["group"], run["max_new"], run["processes"]]
+        rows.append([*work, run["cpu_s"], share * run["cpu_s"], run["gen_s"], run["fb_s"], run["send_s"]])
+    heads = ["model", "rollouts", "tokens", "processes", "CPU s", "modelled", "gen_s", "fb_s", "send_s"]
     print(tabulate(rows, headers=heads, tablefmt="pipe", floatfmt=".3g"))
 
 
