@@ -1,6 +1,6 @@
 """What a training step costs: a model of its parts, fitted to `bench step`, and what it predicts for GPUs.
 
-    python scripts/cost_model.py --fit BENCH.json...    # measured beside modelled, on the files' machine
+    python scripts/cost_model.py --fit BENCH.json...    # CPU seconds measured, and as modelled
     python scripts/cost_model.py                        # predictions, from the assumptions in Machine
 
     generation   T (layers o + weights/B + b kv/B + 2 N b/F)   T tokens one after another, b rows
@@ -8,7 +8,8 @@
     merging      2 sum(d_out r d_in) / F                       once a step, alike in every process
     grading      b / (cores * responses/s)
     loss         tokens (6 N + 4 |U, Vh|) / F                  frozen weights, there and back; reference
-    sending      bytes / bandwidth                             two rows of all knobs, every rollout
+    sending      bytes / bandwidth + rounds * processes * lag  two rows of all knobs, every rollout
+    handling     n * seconds of one                            every process reads all n rollouts
 
 b rows and their tokens are one process's. N: weights; U, Vh: their singular bases; F: FLOP/s; B: bytes/s;
 o: seconds that a layer takes when it has nothing to do. `bench step` has no reference and no evaluation; on
@@ -18,7 +19,7 @@ a CPU it takes the merged path, whose loss has 4 N + 2 |U, Vh|, and weights/B is
 import argparse
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,8 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
-BENCH = {  # as in bench_model.SIZES
+BENCH = {  # the packaged model, and bench_model.SIZES
+    "nano": Shape(160, 426, 4, 4, 2, 40, 512),
     "random-0.3m": Shape(64, 224, 3, 4, 2, 16, 2048),
     "random-21m": Shape(512, 1536, 6, 8, 4, 64, 4096),
 }
@@ -91,7 +93,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU of many. Nothing of it was measured with this code but the grader's rate."""
+    """A GPU of many. Assumed, but for `graded` and `handled`, which were measured on a CPU."""
 
     flops: float = 400e12  # 40% of an H100's dense bf16
     bandwidth: float = 2e12  # bytes/s, 60% of its HBM3
@@ -100,6 +102,12 @@ class Machine:
     cores: int = 8  # per GPU, for the grader
     graded: float = 25.0  # responses/s of a core: docs/grader_speed.md, benchmark without slow ones
     network: float = 1e9  # bytes/s of one process over gloo and TCP
+    lag: float = 1e-4  # seconds from one process to the next in a ring
+    rounds: int = 8  # rings a step
+    handled: float = 2e-4  # seconds of a CPU core for one gathered rollout: pickle.loads, measured
+
+
+GRAPH = 5e-5  # seconds a layer and token where decoding is replayed from a CUDA graph, as engines do
 
 
 @dataclass(frozen=True)
@@ -146,35 +154,34 @@ def predict(shape: Shape, load: Load, gpu: Machine, gpus: int) -> dict[str, floa
         "merging": shape.merge_flops / flops,
         "grading": rows / (gpu.cores * each * gpu.graded),
         "loss": tokens * (6 * active + 4 * shape.bases) / flops,
-        "sending": sent / gpu.network if processes > 1 else 0.0,
+        "sending": sent / gpu.network + gpu.rounds * gpu.lag * processes if processes > 1 else 0.0,
+        "handling": load.rollouts * gpu.handled if processes > 1 else 0.0,
     }
     return {"GPUs a process": each, "rows": rows, **parts, "step": sum(parts.values())}
 
 
-def features(bench: dict) -> tuple[list[float], list[float]]:
-    """What generation and loss of a `bench step` are linear in: layer calls, and FLOP."""
+def features(bench: dict) -> list[float]:
+    """What CPU seconds of a `bench step` are linear in: layers run, one token after another, and FLOP."""
     shape, size = BENCH[bench["model"]], bench["processes"]
-    rows = bench["prompts_per_step"] * bench["group"] / size
-    active, prompts = shape.weights + shape.head, bench["prompts_per_step"] / size
-    generated = 2 * active * (rows * bench["max_new"] + prompts * bench["prompt_tokens"]) + shape.merge_flops
-    tokens = rows * bench["max_new"] + prompts * bench["prompt_tokens"]  # erase runs a prompt once
-    passes = max(1.0, tokens / 16384)
-    loss = tokens * (4 * active + 2 * shape.bases) + shape.merge_flops
-    return [shape.layers * bench["max_new"], generated], [shape.layers * passes, loss]
+    active = shape.weights + shape.head
+    generated = bench["prompts_per_step"] * bench["group"] * bench["max_new"]
+    tokens = generated + bench["prompts_per_step"] * bench["prompt_tokens"]  # a prompt is run once
+    flops = tokens * (6 * active + 2 * shape.bases) + 2 * size * shape.merge_flops  # 2 N of it are sampling's
+    return [size * shape.layers * bench["max_new"], flops]
 
 
 def fit(paths: list[Path]) -> None:
-    """Two constants each for generation and loss, and how far off the model is."""
+    """Two constants from the CPU seconds of all processes, which other work moves less than the clock's."""
     runs = [json.loads(path.read_text()) for path in paths]
-    rows = [[r["model"], r["processes"], r["prompts_per_step"] * r["group"], r["max_new"]] for r in runs]
-    for part, (key, at) in {"generation": ("gen_s", 0), "loss": ("fb_s", 1)}.items():
-        seconds = np.array([r[key] for r in runs])
-        given = np.array([features(r)[at] for r in runs]) / seconds[:, None]  # errors relative
-        (layer, flop), _ = nnls(given, np.ones(len(runs)))
-        print(f"{part}: {1e6 * layer:.0f} us a layer, {1e-9 / flop:.1f} GFLOP/s")
-        for row, run, share in zip(rows, runs, given @ [layer, flop], strict=True):
-            row += [run[key], run[key] * share]
-    heads = ["model", "processes", "rollouts", "tokens", "gen_s", "modelled", "fb_s", "modelled"]
+    seconds = np.array([r["cpu_s"] for r in runs])
+    given = np.array([features(r) for r in runs]) / seconds[:, None]  # so that errors are relative
+    constants, _ = nnls(given, np.ones(len(runs)))
+    print(f"{1e6 * constants[0]:.0f} us a layer and token, {1e-9 / constants[1]:.1f} GFLOP/s")
+    rows = []
+    for run, share in zip(runs, given @ constants, strict=True):
+        work = [run["model"], run["prompts_per_step"] * run["group"], run["max_new"], run["processes"]]
+        rows.append([*work, run["cpu_s"], share * run["cpu_s"], run["gen_s"], run["fb_s"], run["send_s"]])
+    heads = ["model", "rollouts", "tokens", "processes", "CPU s", "modelled", "gen_s", "fb_s", "send_s"]
     print(tabulate(rows, headers=heads, tablefmt="pipe", floatfmt=".3g"))
 
 
@@ -193,10 +200,12 @@ def tables() -> None:
             for gpus in (1, 8, 64, 512):
                 load = Load(rollouts=32 * gpus) if scaled else full
                 parts = predict(shape, load, gpu, gpus)
+                graph = predict(shape, load, replace(gpu, overhead=GRAPH), gpus)["step"]
                 if parts["GPUs a process"] <= gpus:
-                    rows.append([name, gpus, *parts.values()])
+                    rows.append([name, gpus, *parts.values(), graph])
         print(title)
-        print(tabulate(rows, headers=["model", "GPUs", *parts], tablefmt="pipe", floatfmt=".2g"), "\n")
+        heads = ["model", "GPUs", *parts, "step, graph"]
+        print(tabulate(rows, headers=heads, tablefmt="pipe", floatfmt=".3g"), "\n")
 
 
 def main() -> None:

@@ -296,7 +296,7 @@ class RunConfig:
     max_skipped: int = 3
     """Steps in a row whose loss or gradient is not finite (they are skipped) after which the run ends."""
     workers: int = 0
-    """Grader processes; 0 is one per core."""
+    """Grader processes, of each process under torchrun; 0 is one per core."""
     threads: int = 0
     """CPU threads of torch; 0 is torch's own choice. Tiny models are fastest with 1, and on a busy machine
     threads that wait for each other are several times slower."""

@@ -118,10 +118,18 @@ def join_ranks(device: str) -> Ranks:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         with _peers():
-            store, rank, size = next(dist.rendezvous("env://"))
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            own = dist.PrefixStore(
-                f"attempt {attempt}", store
-            )  # which else has the addresses of the last one
-            dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=PATIENCE)
+            dist.init_process_group(
+                "gloo", store=_open_store(ranks), rank=ranks.rank, world_size=ranks.size, timeout=PATIENCE
+            )
     return ranks
+
+
+def _open_store(ranks: Ranks) -> dist.Store:
+    """Where the processes find each other: torchrun's store, or else one that the first of them opens.
+
+    Under a name of this attempt, since torchrun's still has the addresses of those before a restart.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(host, port, ranks.size, is_master=ranks.first and not there, timeout=PATIENCE)
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
