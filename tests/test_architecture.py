@@ -32,6 +32,7 @@ ORDER = (
     *("arms", "pools", "poolpairs", "grading", "bench"),
     *(
         "grpo",
+        "memory",
         "extract_vhack_grad",
         "concept",
         "checkpoint",
@@ -48,7 +49,15 @@ ORDER = (
     *("results", "compare", "tables", "plots", "pictures", "report", "rundir", "train", "doctor"),
     *("runner", "study", "study_report", "hypotheses"),
     *("sweep", "sweep_jobs", "sweep_local", "sweep_pueue", "sweep_slurm", "sweep_ray", "probe"),
-    *("bench_model", "bench_trl", "verbs_bench", "verbs_basis", "verbs_grading", "verbs_pairs"),
+    *(
+        "bench_model",
+        "bench_growth",
+        "bench_trl",
+        "verbs_bench",
+        "verbs_basis",
+        "verbs_grading",
+        "verbs_pairs",
+    ),
     *("verbs_evaluate", "verbs_study", "verbs_results", "verbs_sweep", "verbs_probe", "cli"),
 )
 LONGEST = 80

@@ -81,6 +81,8 @@ def test_each_verb_writes_its_figures(verb, tmp_path, capsys):
     assert figures["model"] == "tiny-random" and figures["max_new"] == 3 and "git_commit" in figures
     if verb == "backward":
         assert figures["shared_prompt_over_floor"] == figures["shared_prompt_s"] / figures["floor_s"]
+        assert all(figures[f"{name}_peak_gb"] > 0 for name in ("per_rollout", "shared_prompt"))
+        assert all(figures[f"{name}_predicted_gb"] > 0 for name in ("per_rollout", "shared_prompt"))
     assert "tiny-random" in capsys.readouterr().out
 
 

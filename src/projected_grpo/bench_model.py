@@ -25,6 +25,7 @@ from projected_grpo.errors import UserError
 from projected_grpo.experiment import Chat, Data, Experiment
 from projected_grpo.extract_vhack_grad import pair_grads, pair_rollouts
 from projected_grpo.grpo import per_rollout_grads
+from projected_grpo.memory import measured_peak, predicted_peak
 from projected_grpo.models import load_model, stop_ids
 from projected_grpo.pairs import load_pairs
 from projected_grpo.pools import NO_TEACHER
@@ -66,6 +67,8 @@ class Work:
     intervention: Intervention = "erase"
     tokens_per_microbatch: int = 16384
     """Padded tokens per forward-backward pass."""
+    grad_checkpoint: bool = False
+    """Run layers again in the backward pass instead of keeping what is in them."""
     seed: int = 41
 
 
@@ -83,13 +86,18 @@ class RandomGrader(Grader):
         return future
 
 
-def bench_model(cfg: ModelConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """A model by name or folder, or random weights of a size in SIZES with the tiny model's tokenizer."""
-    if cfg.model not in SIZES:
+def bench_model(
+    cfg: ModelConfig, shape: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A model by name or folder, or random weights of a size in SIZES with the tiny model's tokenizer.
+
+    `shape` is random weights of another size.
+    """
+    shape = SIZES.get(cfg.model) if shape is None else shape
+    if shape is None:
         return load_model(cfg)
     model, tokenizer = load_model(replace(cfg, model="tiny-random"))
     template: Any = model.config
-    shape = SIZES[cfg.model]
     config = Qwen3Config(
         **shape,
         tie_word_embeddings=True,
@@ -105,9 +113,9 @@ def bench_model(cfg: ModelConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     return random.to(dtype=weight.dtype).eval(), tokenizer
 
 
-def open_bench_chat(work: Work) -> Chat:
+def open_bench_chat(work: Work, shape: Mapping[str, Any] | None = None) -> Chat:
     """The adapted model; no token stops a completion."""
-    model, tokenizer = bench_model(work.model)
+    model, tokenizer = bench_model(work.model, shape)
     policy = wrap(model, work.model.svd_cache)
     pad = tokenizer.pad_token_id
     return Chat(policy, tokenizer, frozenset(), min(stop_ids(model, tokenizer)) if pad is None else pad)
@@ -154,7 +162,12 @@ def bench_config(work: Work, out: Path) -> TrainConfig:
             group=work.group,
             max_new=work.max_new,
         ),
-        loss=replace(FAST.loss, ref_every=0, tokens_per_microbatch=work.tokens_per_microbatch),
+        loss=replace(
+            FAST.loss,
+            ref_every=0,
+            tokens_per_microbatch=work.tokens_per_microbatch,
+            grad_checkpoint=work.grad_checkpoint,
+        ),
         optim=replace(FAST.optim, steps=work.steps + WARM_UP),
         arm=replace(FAST.arm, intervention=work.intervention),
         basis=replace(FAST.basis, vhack_refresh_every=0),
@@ -238,8 +251,7 @@ def bench_generation(work: Work) -> dict[str, Any]:
     """Our sampling with trained knobs, beside transformers' own generate on the base model, in turns."""
     chat = open_bench_chat(work)
     policy = chat.policy
-    for layer in policy.layers.values():
-        layer.delta_s.data.normal_(std=1e-3)
+    nudge_knobs(chat)
     prompts = bench_prompt_ids(work, chat.tokenizer)
     seeds = [[stream_seed(work.seed, i, j) for j in range(work.group)] for i in range(len(prompts))]
     sampling = bench_config(work, Path()).sampling
@@ -289,37 +301,59 @@ def random_rollouts(work: Work, chat: Chat) -> list[Rollout]:
     ]
 
 
+def loss_pass(work: Work, chat: Chat, parts: Sequence[int] | None) -> tuple[Callable[[], object], int]:
+    """The loss's forward and backward on random rollouts, and the bytes that it should need."""
+    rollouts = random_rollouts(work, chat)
+    generator = torch.Generator().manual_seed(work.seed)
+    advantage = torch.randn(len(rollouts), generator=generator).to(chat.policy.device)
+    loss = bench_config(work, Path()).loss
+
+    def run() -> None:
+        per_rollout_grads(chat.policy, rollouts, advantage, loss, work.max_new, chat.pad_id, parts=parts)
+
+    return run, predicted_peak(chat.policy.model, rollouts, loss, parts)
+
+
+def by_group(work: Work) -> list[int]:
+    """The group of each rollout."""
+    return [i // work.group for i in range(work.prompts_per_step * work.group)]
+
+
+def nudge_knobs(chat: Chat) -> None:
+    """Away from zero, where merging would cost nothing."""
+    for layer in chat.policy.layers.values():
+        layer.delta_s.data.normal_(std=1e-3)
+
+
 def bench_backward(work: Work) -> dict[str, Any]:
     """The loss's forward and backward, a gradient per rollout or per group, beside the frozen base's.
 
     The floor runs the same padded tokens through the base model forward and backward to its input embeddings.
+    Peaks are of tensors above the resting model, beside what docs/benchmarks.md says they should be.
     """
     chat = open_bench_chat(work)
     policy = chat.policy
+    nudge_knobs(chat)
+    passes = {
+        "per_rollout": loss_pass(work, chat, None),
+        "shared_prompt": loss_pass(work, chat, by_group(work)),
+    }
     rollouts = random_rollouts(work, chat)
-    generator = torch.Generator().manual_seed(work.seed)
-    advantage = torch.randn(len(rollouts), generator=generator).to(policy.device)
-    loss = bench_config(work, Path()).loss
-    groups = [i // work.group for i in range(len(rollouts))]
-
-    def ours(parts: Sequence[int] | None) -> None:
-        per_rollout_grads(policy, rollouts, advantage, loss, work.max_new, chat.pad_id, parts=parts)
-
     functions: dict[str, Callable[[], object]] = {
-        "per_rollout": lambda: ours(None),
-        "shared_prompt": lambda: ours(groups),
+        **{name: run for name, (run, _) in passes.items()},
         "floor": lambda: frozen_pass(
             policy.model, rollouts, chat.pad_id, policy.device, work.tokens_per_microbatch
         ),
     }
-    for layer in policy.layers.values():
-        layer.delta_s.data.normal_(std=1e-3)
     seconds = alternated(functions, policy.device, work.steps)
     floor = seconds["floor"]
+    peaks = {name: measured_peak(run, policy.device) / 1e9 for name, (run, _) in passes.items()}
     return {
         **{f"{name}_s": value for name, value in seconds.items()},
         "per_rollout_over_floor": seconds["per_rollout"] / floor,
         "shared_prompt_over_floor": seconds["shared_prompt"] / floor,
+        **{f"{name}_peak_gb": value for name, value in peaks.items()},
+        **{f"{name}_predicted_gb": predicted / 1e9 for name, (_, predicted) in passes.items()},
     } | describe(work, chat)
 
 
@@ -391,6 +425,7 @@ def describe(work: Work, chat: Chat) -> dict[str, Any]:
         "prompt_tokens": work.prompt_tokens,
         "max_new": work.max_new,
         "steps": work.steps,
+        "grad_checkpoint": work.grad_checkpoint,
         "intervention": work.intervention,
         "device": str(chat.policy.device),
         "dtype": str(next(chat.policy.model.parameters()).dtype).removeprefix("torch."),

@@ -16,6 +16,7 @@ from projected_grpo.verbs_bench import (
     bench_backward_verb,
     bench_extraction_verb,
     bench_generation_verb,
+    bench_growth_verb,
     bench_step_verb,
     bench_svd_verb,
 )
@@ -107,6 +108,7 @@ VERBS: Mapping[str, tuple[type, Callable[..., int]]] = {
     "bench backward": (BenchOptions, bench_backward_verb),
     "bench extraction": (BenchOptions, bench_extraction_verb),
     "bench svd": (BenchOptions, bench_svd_verb),
+    "bench growth": (BenchOptions, bench_growth_verb),
 }
 
 

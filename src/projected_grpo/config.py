@@ -353,15 +353,16 @@ FAST = TrainConfig(
     preset="fast",
     problems=ProblemConfig(n_problems=200),
     sampling=SamplingConfig(prompts_per_step=4, group=8, max_new=512),
+    loss=LossConfig(tokens_per_microbatch=4096),  # 28 GB beside 18 at rest, by docs/benchmarks.md
     optim=OptimConfig(steps=60, lr=3e-3, adam_beta1=0.5, adam_beta2=0.9),
     teacher=TeacherConfig(mix_ratio=0.125),
 )
 FULL = TrainConfig(
     preset="full",
     problems=ProblemConfig(n_problems=992),
-    # The caches of all 258 rollouts at full length would be 78 GB, beside 26 GB of weights and bases.
+    # The caches of all 258 rollouts at full length would be 78 GB, beside 25 GB of weights and bases.
     sampling=SamplingConfig(prompts_per_step=43, group=6, max_new=1024, rows_per_batch=96),
-    loss=LossConfig(beta=1e-3),
+    loss=LossConfig(beta=1e-3, tokens_per_microbatch=4096),
     optim=OptimConfig(steps=200, lr=7e-5, adam_beta1=0.9, adam_beta2=0.99),
     teacher=TeacherConfig(mix_ratio=0.0),
 )

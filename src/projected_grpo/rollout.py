@@ -129,14 +129,8 @@ class _HeadLogps(torch.autograd.Function):
         slopes = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         for start in range(0, len(ids), size):
             here = slice(start, start + size)
-            own = ids[here, None]
-            wide = F.linear(states[here], weight, bias).to(logps.dtype)
-            total = wide.logsumexp(-1, keepdim=True)
-            logps[here] = (wide.gather(-1, own) - total)[:, 0]
-            if slopes is not None:
-                rest = wide.sub_(total).exp_().neg_()
-                rest.scatter_add_(-1, own, torch.ones_like(total))
-                torch.mm(rest.to(weight.dtype), weight, out=slopes[here])
+            out = None if slopes is None else slopes[here]
+            logps[here] = _some_logps(states[here], weight, bias, ids[here, None], out)
         ctx.save_for_backward(slopes)
         return logps
 
@@ -145,6 +139,25 @@ class _HeadLogps(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (slopes,) = ctx.saved_tensors
         return (grad[:, None] * slopes).to(slopes.dtype), None, None, None, None
+
+
+def _some_logps(
+    states: Float[Tensor, "c d"],
+    weight: Float[Tensor, "v d"],
+    bias: Float[Tensor, " v"] | None,
+    ids: Int[Tensor, "c 1"],
+    slopes: Float[Tensor, "c d"] | None,
+) -> Float[Tensor, " c"]:
+    """One chunk; writes into `slopes`. A function of its own, so that its logits die before the next ones."""
+    wide = F.linear(states, weight, bias)
+    wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
+    total = wide.logsumexp(-1, keepdim=True)
+    logps = (wide.gather(-1, ids) - total)[:, 0]
+    if slopes is not None:
+        rest = wide.sub_(total).exp_().neg_()
+        rest.scatter_add_(-1, ids, torch.ones_like(total))
+        torch.mm(rest.to(weight.dtype), weight, out=slopes)
+    return logps
 
 
 def head_chunk(model: nn.Module, tokens: int) -> int | None:

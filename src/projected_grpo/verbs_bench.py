@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from tabulate import tabulate
 
+from projected_grpo.bench_growth import bench_growth
 from projected_grpo.bench_model import (
     Rival,
     Work,
@@ -55,7 +56,10 @@ def measure(options: BenchOptions, function: Callable[[Work], dict[str, Any]], *
     figures = function(work)
     if not writes:
         return 0
-    rows = [[name, f"{value:.4g}" if isinstance(value, float) else value] for name, value in figures.items()]
+    if "points" in figures:
+        print(tabulate(figures["points"], headers="keys", floatfmt=".3g"))
+    single = {name: value for name, value in figures.items() if name != "points"}
+    rows = [[name, f"{value:.4g}" if isinstance(value, float) else value] for name, value in single.items()]
     print(tabulate(rows, disable_numparse=True))
     if options.json is not None:
         write_json(options.json, figures)
@@ -98,3 +102,8 @@ def bench_extraction_verb(options: BenchOptions) -> int:
 def bench_svd_verb(options: BenchOptions) -> int:
     """The SVDs of all adapted weights, beside a product of each weight with its transpose."""
     return measure(options, bench_svd)
+
+
+def bench_growth_verb(options: BenchOptions) -> int:
+    """Time of a step and memory of the loss against rollouts, completion length, rank and layers."""
+    return measure(options, bench_growth)

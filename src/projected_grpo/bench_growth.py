@@ -1,0 +1,93 @@
+"""How a step's time and the loss's memory grow: with rollouts, completions, module rank and layers.
+
+Each point is the base work with one size multiplied. Steps of all points are made in turns. On a CPU seconds
+are those of its cores, so that other work on the machine counts little; only their ratios are of use.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+from projected_grpo.bench_model import (
+    SIZES,
+    WARM_UP,
+    Work,
+    by_group,
+    describe,
+    loss_pass,
+    nudge_knobs,
+    open_bench_chat,
+    open_stepper,
+    synchronise,
+)
+from projected_grpo.errors import UserError
+from projected_grpo.memory import measured_peak
+
+FACTORS = (2, 4)
+WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+
+
+@dataclass(frozen=True)
+class Point:
+    """The base work with `axis` multiplied by `factor`."""
+
+    axis: str
+    factor: int
+    work: Work
+    shape: Mapping[str, Any]
+
+
+def points(work: Work) -> Iterator[Point]:
+    """The base, then each axis. r is the smaller side of a weight, so it grows with the width."""
+    shape = SIZES.get(work.model.model)
+    if shape is None:
+        raise UserError(f"--model {work.model.model} has one size; choose from {', '.join(SIZES)}")
+    yield Point("base", 1, work, shape)
+    for factor in FACTORS:
+        yield Point("rollouts", factor, replace(work, group=factor * work.group), shape)
+    for factor in FACTORS:
+        yield Point("completion", factor, replace(work, max_new=factor * work.max_new), shape)
+    yield Point("rank", 2, work, {**shape, **{name: 2 * shape[name] for name in WIDTHS}})
+    yield Point("layers", 2, work, {**shape, "num_hidden_layers": 2 * shape["num_hidden_layers"]})
+
+
+def bench_growth(work: Work) -> dict[str, Any]:
+    """Figures of every point; `peak_mb` is of tensors above the resting model."""
+    with ExitStack() as stack:
+        table, chats, steppers = [], {}, []
+        for point in points(work):
+            key = tuple(point.shape.items())
+            if key not in chats:
+                chats[key] = open_bench_chat(point.work, point.shape)
+                nudge_knobs(chats[key])
+            chat = chats[key]
+            run, predicted = loss_pass(point.work, chat, by_group(point.work))
+            run()
+            measured = measured_peak(run, chat.policy.device)
+            figures = {"peak_mb": measured / 1e6, "predicted_mb": predicted / 1e6}
+            size = describe(point.work, chat)
+            kept = {name: size[name] for name in ("group", "max_new", "parameters")}
+            rank = max(chat.policy.ranks.values())
+            table.append({"axis": point.axis, "factor": point.factor, **kept, "rank": rank, **figures})
+            steppers.append(stack.enter_context(open_stepper(point.work, chat)))
+        on_cpu = chat.policy.device.type == "cpu"
+        clock = time.process_time if on_cpu else time.perf_counter
+        seconds: list[list[float]] = [[] for _ in steppers]
+        for i in range(work.steps + WARM_UP):
+            for step, mine in zip(steppers, seconds, strict=True):
+                started = clock()
+                step()
+                synchronise(chat.policy.device)
+                if i >= WARM_UP:
+                    mine.append(clock() - started)
+        base_s, base_mb = median(seconds[0]), table[0]["peak_mb"]
+        for row, mine in zip(table, seconds, strict=True):
+            row["step_s"] = median(mine)
+            row["step_over_base"] = median(mine) / base_s
+            row["peak_over_base"] = row["peak_mb"] / base_mb
+            row["predicted_over_peak"] = row["predicted_mb"] / row["peak_mb"]
+        base = next(iter(chats.values()))
+        return {"clock": "cpu" if on_cpu else "wall", "points": table} | describe(work, base)

@@ -1,0 +1,209 @@
+"""How much memory the loss needs, from a model's shape and a microbatch's size (docs/benchmarks.md).
+
+Bytes that tensors occupy, for the Qwen3 family under sdpa attention: what autograd keeps of each layer from
+the forward to the backward pass, and what is beside it at the moments that can be the highest: when the last
+logits are made, when the backward pass is there, and when it is in the last layer. Allocators round up.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from projected_grpo.config import LossConfig
+from projected_grpo.grpo import microbatches
+from projected_grpo.rollout import CHUNK_LOGITS, Rollout, can_share
+
+FLOAT = 4  # bytes of float32, in which norms, log-probabilities and knobs are computed
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Qwen3-like model: sizes in values, `width` in bytes per value."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    width: int
+
+    @property
+    def linears(self) -> tuple[tuple[int, int], ...]:
+        """(d_in, d_out) of a layer's adapted Linears: q, k, v, o, gate, up, down."""
+        d, f = self.hidden, self.intermediate
+        q, k = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return (d, q), (d, k), (d, k), (q, d), (d, f), (d, f), (f, d)
+
+    @property
+    def ranks(self) -> int:
+        """r, summed over a layer's Linears."""
+        return sum(min(pair) for pair in self.linears)
+
+    @property
+    def adapted(self) -> int:
+        """Bytes of all adapted weights."""
+        return self.layers * sum(a * b for a, b in self.linears) * self.width
+
+    @property
+    def resting(self) -> int:
+        """Bytes of weights (output layer tied to the embedding), SVD bases and knobs."""
+        bases = self.layers * sum(min(a, b) * (a + b) for a, b in self.linears) * self.width
+        knobs = 4 * FLOAT * self.layers * self.ranks  # two, and AdamW's moments of one
+        return self.adapted + bases + knobs + self.vocabulary * self.hidden * self.width
+
+
+@dataclass(frozen=True)
+class Load:
+    """One microbatch: `rows` rollouts of `max_new` tokens behind `prompts` prompts of `prompt_tokens`.
+
+    shared: each prompt is run once. padded: prompts differ in length, so attention takes a mask.
+    """
+
+    rows: int
+    prompts: int
+    prompt_tokens: int
+    max_new: int
+    shared: bool = True
+    padded: bool = True
+    grad_checkpoint: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: what the layers keep, the highest moment beside it, and merged weights."""
+
+    layers: int
+    moment: int
+    merged: int
+
+    @property
+    def total(self) -> int:
+        """The peak above what rests in memory."""
+        return self.layers + self.moment + self.merged
+
+
+def shape_of(model: nn.Module) -> Shape:
+    """The shape of a loaded model."""
+    config: Any = model.config
+    return Shape(
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.vocab_size,
+        torch.empty(0, dtype=next(model.parameters()).dtype).element_size(),
+    )
+
+
+def kept_per_token(shape: Shape) -> int:
+    """Bytes that one layer keeps of a token, beside its keys and values.
+
+    With float32 weights, merged: inputs of norms and of activations, which are inputs of Linears too. In half
+    precision norms keep float32 copies, and each adapter keeps Vh x, of r values.
+    """
+    d, f, h, kv = shape.hidden, shape.intermediate, shape.heads, shape.kv_heads
+    q, k = h * shape.head_dim, kv * shape.head_dim
+    scales = FLOAT * (2 * h + kv + 2)  # the norms' and the attention's, one per head or token
+    if shape.width == FLOAT:
+        return FLOAT * (4 * d + 4 * f + 3 * q + k) + scales
+    return shape.width * (shape.ranks + 3 * f + 2 * q) + FLOAT * (2 * d + q + k) + scales
+
+
+def kept_by_attention(shape: Shape, rows: int, queries: int, keys: int, masked: bool) -> int:
+    """Bytes of keys, values and mask that one layer keeps; with a mask sdpa copies keys to every head."""
+    heads = shape.heads if masked else shape.kv_heads
+    mask = rows * queries * keys if masked else 0
+    return shape.width * (2 * rows * keys * heads * shape.head_dim + mask)
+
+
+def kept_by_layer(shape: Shape, load: Load) -> int:
+    """Bytes that one layer keeps of a microbatch."""
+    head, answer = load.prompt_tokens - 1, load.max_new
+    if not load.shared:
+        length = load.prompt_tokens + answer
+        attention = kept_by_attention(shape, load.rows, length, length, load.padded)
+        return load.rows * length * kept_per_token(shape) + attention
+    tokens = load.prompts * head + load.rows * answer
+    before = kept_by_attention(shape, load.prompts, head, head, load.padded)
+    behind = kept_by_attention(shape, load.rows, answer, head + answer, masked=True)
+    return tokens * kept_per_token(shape) + before + behind
+
+
+def loss_memory(shape: Shape, load: Load) -> Memory:
+    """Peak of one microbatch's forward and backward pass above the resting model, in bytes."""
+    w, d = shape.width, shape.hidden
+    length = load.max_new if load.shared else load.prompt_tokens + load.max_new
+    tokens = load.rows * length
+    answers = load.rows * load.max_new
+    layer = kept_by_layer(shape, load)
+    kept = shape.layers * layer
+    wide = (2 * shape.intermediate + d) if w == FLOAT else (3 * shape.intermediate + 2 * d)
+    inside = tokens * w * wide  # gradients in the last layer's MLP, where unmerged adapters add their own
+    cache = 0
+    if load.shared:
+        keys = load.prompt_tokens - 1 + load.max_new
+        cache = shape.layers * load.rows * keys * 2 * shape.kv_heads * shape.head_dim * w
+    if load.grad_checkpoint:
+        kept = shape.layers * tokens * d * w
+        inside += layer
+    if answers * shape.vocabulary <= CHUNK_LOGITS:
+        logits = 2 * FLOAT * answers * shape.vocabulary  # and their exponentials
+        slopes = 2 * logits
+    else:
+        logits = 2 * FLOAT * (CHUNK_LOGITS // shape.vocabulary) * shape.vocabulary + 2 * answers * d * w
+        slopes = 0
+    merged = shape.adapted if w == FLOAT else 0
+    return Memory(kept, max(cache + logits, slopes, inside), merged)
+
+
+def predicted_peak(
+    model: nn.Module, rollouts: Sequence[Rollout], loss: LossConfig, parts: Sequence[int] | None = None
+) -> int:
+    """Bytes above the resting model that the largest microbatch of a step needs, all advantages non-zero."""
+    shared = parts is not None and can_share(model) and not loss.grad_checkpoint
+    names = parts if shared and parts is not None else range(len(rollouts))
+    peaks = []
+    for index in microbatches(rollouts, range(len(rollouts)), loss.tokens_per_microbatch, names):
+        lengths = {len(rollouts[i].prompt_ids) for i in index}
+        load = Load(
+            rows=len(index),
+            prompts=len({names[i] for i in index}),
+            prompt_tokens=max(lengths),
+            max_new=max(len(rollouts[i].completion_ids) for i in index),
+            shared=shared,
+            padded=len(lengths) > 1,
+            grad_checkpoint=loss.grad_checkpoint,
+        )
+        peaks.append(loss_memory(shape_of(model), load).total)
+    return max(peaks)
+
+
+def measured_peak(function: Callable[[], object], device: torch.device) -> int:
+    """Bytes of tensors that a call has in memory at once, above what was there before it.
+
+    On a GPU its allocator counts them, on a CPU torch's profiler: other processes change nothing.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        function()
+    results: Any = seen.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    peak = live = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()  # negative where a tensor ends
+        peak = max(peak, live)
+    return peak
