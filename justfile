@@ -97,3 +97,7 @@ results *runs:
 # Pictures of finished runs, into out/pictures.
 plot *runs:
     {{verb}} plot --out out/pictures {{runs}}
+
+# The site of these pages, into out/site; a broken link fails.
+docs:
+    {{python}} -m sphinx -W --keep-going -q -b html -d out/site.doctrees docs out/site
