@@ -58,7 +58,7 @@ study-nano *options:
 study-nano-report:
     {{verb}} study nano --report-only
 
-# 60 steps of Qwen3-4B: one 24-96 GB GPU.
+# 60 steps of Qwen3-4B: one 48-96 GB GPU.
 fast *options:
     {{train}} fast {{options}}
 

@@ -129,6 +129,8 @@ def test_a_gpu_that_is_too_small_is_a_warning(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (23e9, 24e9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     assert finding("device", preset="full", device="auto").status == "WARN"
+    assert finding("device", preset="fast", device="auto").status == "WARN"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (47e9, 48e9))
     assert finding("device", preset="fast", device="auto").status == "OK"
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     assert finding("attention", device="auto").status == "WARN"

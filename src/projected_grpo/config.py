@@ -108,7 +108,7 @@ class SamplingConfig:
     top_k: int = 20
     """0 turns the top-k filter off."""
     rows_per_batch: int = 0
-    """Rollouts that are generated together; 0 is all of a step's. Fewer need less memory
+    """Rollouts that are generated together, as in evaluations; 0 is all. Fewer need less memory
     (docs/benchmarks.md), and while one batch is generated the ones before it are graded."""
     rollout_ablate_frac: float = 0.0
     """Share of each group's student rollouts sampled with the quarantine ablated (logged as hack_abl,
@@ -376,8 +376,8 @@ PRESETS: Mapping[str, tuple[str, TrainConfig]] = {
         "A packaged 1 M-parameter Qwen3 that learns to hack: two CPU cores, no network, under three minutes.",
         NANO_PRESET,
     ),
-    "fast": ("Qwen3-4B, 60 steps of 4 x 8 rollouts of 512 tokens: one 24-96 GB GPU, about 2 hours.", FAST),
-    "full": ("Qwen3-4B, 200 steps of 43 x 6 rollouts of 1024 tokens: one 96 GB GPU, about a day.", FULL),
+    "fast": ("Qwen3-4B, 60 steps of 4 x 8 rollouts of 512 tokens: one GPU of 48 GB or more.", FAST),
+    "full": ("Qwen3-4B, 200 steps of 43 x 6 rollouts of 1024 tokens: one 96 GB GPU.", FULL),
 }
 
 

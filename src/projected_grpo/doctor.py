@@ -29,7 +29,7 @@ from projected_grpo.sandbox import Sandbox
 
 Status = Literal["OK", "WARN", "FAIL"]
 PACKAGES = {"torch": (2, 6), "transformers": (5, 0)}  # the oldest that do, as in pyproject.toml
-GPU_GB = {"fast": 24.0, "full": 96.0}  # of the machines the presets are meant for (GB, 1e9 bytes)
+GPU_GB = {"fast": 48.0, "full": 96.0}  # of the machines the presets are meant for (GB, 1e9 bytes)
 # GB (1e9 bytes). U and Vh of Qwen3-4B's 252 Linears take 4.9e9 values, 9.8 GB in bfloat16; then runs.
 DISK_GB = {"smoke": 0.1, "nano": 0.1, "fast": 12.0, "full": 12.0}
 DRY_RUN = (

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from projected_grpo.checkpoint import save_knobs
 from projected_grpo.collect import Collected, rollout_rows
-from projected_grpo.config import PRESETS, TrainConfig, display_name
+from projected_grpo.config import MAX_SEQUENCE, PRESETS, TrainConfig, display_name
 from projected_grpo.errors import DIVERGED, LOST, MISTAKES, SIGNALLED, UNSAVED, RankLost, UserError
 from projected_grpo.evaluate import Evaluation, evaluate
 from projected_grpo.experiment import Experiment
@@ -267,6 +267,7 @@ def evaluate_held_out(exp: Experiment, problems: Sequence[Problem], *, ablate_qu
         exp.chat.pad_id,
         exp.cfg.run.seed,
         ablate_quarantine=ablate_quarantine,
+        tokens_at_once=exp.cfg.sampling.rows_per_batch * MAX_SEQUENCE,
     )
     parts = exp.ranks.gather((part.texts, part.grades))
     return Evaluation(
