@@ -47,7 +47,7 @@ ORDER = (
         "summary",
     ),
     *("results", "compare", "tables", "plots", "pictures", "report", "rundir", "train", "doctor"),
-    *("runner", "study", "study_report", "hypotheses"),
+    *("runner", "study", "paired", "study_verdicts", "study_report", "hypotheses"),
     *("sweep", "sweep_jobs", "sweep_local", "sweep_pueue", "sweep_slurm", "sweep_ray", "probe"),
     *(
         "bench_model",

@@ -16,9 +16,10 @@ from fake_runs import a_run, made, steps_of
 from projected_grpo import cli
 from projected_grpo.compare import baseline, bootstrap_interval, notes, paired, rates
 from projected_grpo.errors import UserError
-from projected_grpo.hypotheses import h3_verdict, h4_verdict, highest_rate, verdicts
+from projected_grpo.hypotheses import h4_verdict, highest_rate, verdicts
 from projected_grpo.results import finished, grouped, mean_sem, read_runs
 from projected_grpo.runlog import write_json
+from projected_grpo.study_verdicts import h3_verdict
 from projected_grpo.tables import render, tables
 
 

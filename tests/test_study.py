@@ -19,20 +19,21 @@ from hypothesis import strategies as st
 from projected_grpo import cli
 from projected_grpo.config import PRESETS
 from projected_grpo.errors import GATE_FAILED, UserError
-from projected_grpo.study import NANO_STUDY, SERIES, plan, read_records, rounded
+from projected_grpo.paired import Difference, by_arm, deployed, paired
+from projected_grpo.study import NANO_STUDY, PLACEBOS, SERIES, plan, read_records, rounded
 from projected_grpo.study_report import (
-    Difference,
     arms_table,
-    by_arm,
     controls_table,
-    deployed,
     emergence_table,
+    leave_out_table,
+    write_report,
+)
+from projected_grpo.study_verdicts import (
     emergence_verdict,
     h1_verdict,
-    leave_out_table,
     leave_out_verdict,
-    paired,
-    write_report,
+    placebo_verdict,
+    verdicts,
 )
 
 pytestmark = pytest.mark.usefixtures("unchecked_children")
@@ -76,6 +77,21 @@ def test_the_study_has_the_arms_and_seeds_that_were_preregistered():
     assert all(n == 5 for name, n in seeds.items() if name not in folds)
 
 
+def test_the_arms_of_the_second_amendment_are_there_as_written():
+    further = {arm.name: arm for arm in NANO_STUDY if arm.later}
+    assert set(further) == {
+        *("advmod", "advmod+additive", "advmod+haar", "gt_penalty", "gt_screening", "inoculation", "posthoc"),
+        *("posthoc+haar", "erase+placebo-style", "erase+placebo-iteration", "erase+placebo-naming"),
+        *("route2+block", "absorb"),
+    }
+    for run in plan("nano", Path("kept"), list(further), max_seeds=1):
+        arm = run.config["arm"]
+        assert arm["advmod_alpha"] == 2.0 and arm["block_init"] == "random"
+        assert arm["advmod_form"] == ("additive" if run.arm.name == "advmod+additive" else "multiplicative")
+        pairs = run.config["basis"]["vhack_pairs_path"]
+        assert pairs.partition("nano-")[2] == run.arm.name.partition("erase+")[2]
+
+
 def test_a_fold_has_no_pair_of_the_mode_it_leaves_out(tmp_path):
     for run in plan("nano", tmp_path, [f"erase+without_{m}" for m in MODES]):
         left_out = run.arm.name.removeprefix("erase+without_")
@@ -84,7 +100,10 @@ def test_a_fold_has_no_pair_of_the_mode_it_leaves_out(tmp_path):
 
 def test_a_plan_goes_through_first_seeds_first_and_each_run_has_a_file_of_its_own(tmp_path):
     runs = plan("nano", tmp_path)
-    assert [r.seed for r in runs] == sorted(r.seed for r in runs)
+    for later in (False, True):
+        seeds = [r.seed for r in runs if r.arm.later == later]
+        assert seeds == sorted(seeds)
+    assert [r.arm.later for r in runs] == sorted(r.arm.later for r in runs)  # A1's runs before A2's
     assert len({r.record for r in runs}) == len(runs) == sum(arm.seeds for arm in NANO_STUDY)
     settings = [json.dumps(r.config, sort_keys=True) for r in runs]
     assert len(set(settings)) == len(runs)
@@ -239,6 +258,27 @@ def test_a_mode_that_is_left_out_has_to_be_lower_in_three_folds():
 
     assert "in 3 of 4 folds: GENERALISES" in leave_out_verdict(runs(3))
     assert "in 2 of 4 folds: not shown" in leave_out_verdict(runs(2))
+
+
+@pytest.mark.parametrize(
+    ("style", "verdict"),
+    [((0.8, 0.7), "RESTS"), ((0.2, 0.1), "does not beat erase+placebo-style"), ((0.0, 0.01), "NOT SHOWN")],
+)
+def test_pairs_about_something_else_must_do_worse(style, verdict):
+    """erase hacks at .20 and .12; with pairs about style as given, with the others at .9."""
+    rows = {"erase": (0.2, 0.12), **dict.fromkeys(PLACEBOS, (0.9, 0.8)), "erase+placebo-style": style}
+    arms = by_arm([record(name, s, h, 0.5) for name, hs in rows.items() for s, h in enumerate(hs)])
+    # two seeds whose difference hardly varies: the t interval of one degree of freedom is 12.7 SEM wide
+    assert verdict in placebo_verdict(arms)
+    del arms["erase+placebo-naming"]
+    assert placebo_verdict(arms) == "placebo pairs: not measured"
+
+
+def test_each_form_of_the_rival_has_its_verdict():
+    arms = study_of(erase=[(1, 0.1, 0.5), (2, 0.12, 0.5)], advmod=[(1, 0.6, 0.5), (2, 0.61, 0.5)])
+    lines = [line for line in verdicts(arms, {"hack": 0.08, "solve": 0.44}) if line.startswith("H3")]
+    assert len(lines) == 2 and "erase minus advmod: " in lines[0] and "SUPPORTED" in lines[0]
+    assert "control not measured" in lines[0] and lines[1] == "H3, erase minus advmod+additive: not measured"
 
 
 def test_tables_hold_what_the_records_say():

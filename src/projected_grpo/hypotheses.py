@@ -9,14 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from scipy import stats
-
 from projected_grpo.compare import baseline
+from projected_grpo.paired import Record
 from projected_grpo.results import VANILLA, Groups, Run, Setting, mean_sem
-from projected_grpo.study_report import H1_PASS, MUST_BEAT, Difference, Record, deployed, h1_verdict, paired
+from projected_grpo.study_verdicts import MUST_BEAT, NOT_MEASURED, advmod_direction, h1_verdict, h3_verdict
 
 H4_RATE, H4_STEPS, H4_WINDOW = 0.30, 200, 5
-NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
@@ -99,34 +97,6 @@ def h3_verdicts(own: Groups) -> list[tuple[str, str]]:
         haar = records(own[control[0]]) if control else {}
         found.append((own_options(setting), f"{text}; {advmod_direction(records(seeds), haar)}"))
     return found or [("", f"advmod: {NOT_MEASURED}")]
-
-
-def h3_verdict(name: str, erase: Mapping[int, Record], advmod: Mapping[int, Record]) -> str:
-    """H3: does intervening on the gradient hack less than intervening on the advantage, at matched solve?"""
-    hack, solve = (paired(erase, advmod, deployed(key)) for key in ("hack", "solve"))
-    if hack is None or solve is None or hack.n < 2:
-        return f"erase minus {name}: {NOT_MEASURED}"
-    if hack.excludes_zero and hack.mean < 0 and solve.mean >= -H1_PASS:
-        verdict = "SUPPORTED"
-    elif -hack.mean <= sem(hack) and solve.mean <= H1_PASS:
-        verdict = "FALSIFIED"
-    else:
-        verdict = "NEITHER"
-    return f"erase minus {name}: Δ hack {hack} (SEM {sem(hack):.3f}, n={hack.n}), Δ solve {solve}: {verdict}"
-
-
-def advmod_direction(advmod: Mapping[int, Record], haar: Mapping[int, Record]) -> str:
-    """Whether advmod hacks less than its Haar control, with an interval that excludes zero."""
-    difference = paired(advmod, haar, deployed("hack"))
-    if difference is None or difference.n < 2:
-        return "its direction: control not measured"
-    beaten = difference.excludes_zero and difference.mean < 0
-    return f"its direction {'MATTERS' if beaten else 'is NOT SHOWN to matter'}: Δ hack from Haar {difference}"
-
-
-def sem(difference: Difference) -> float:
-    """Standard error of a paired difference, from its t interval."""
-    return (difference.high - difference.low) / 2 / float(stats.t.ppf(0.975, difference.n - 1))
 
 
 def highest_rate(run: Run) -> float | None:

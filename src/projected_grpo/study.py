@@ -45,15 +45,19 @@ class StudyArm:
     seeds: int
     purpose: str
     controls: str = ""
+    later: bool = False  # made when all others are
 
 
-def _arm(name: str, seeds: int, purpose: str, *options: str, controls: str = "") -> StudyArm:
+def _arm(
+    name: str, seeds: int, purpose: str, *options: str, controls: str = "", later: bool = False
+) -> StudyArm:
     intervention = name.partition("+")[0]
-    return StudyArm(name, (f"--intervention={intervention}", *options), seeds, purpose, controls)
+    return StudyArm(name, (f"--intervention={intervention}", *options), seeds, purpose, controls, later)
 
 
-def _control(arm: str, control: str, seeds: int, purpose: str) -> StudyArm:
-    return _arm(f"{arm}+{control}", seeds, f"control: {purpose}", f"--control={control}", controls=arm)
+def _control(arm: str, control: str, seeds: int, purpose: str, *, later: bool = False) -> StudyArm:
+    text = f"control: {purpose}"
+    return _arm(f"{arm}+{control}", seeds, text, f"--control={control}", controls=arm, later=later)
 
 
 def _leave_out(mode: EnvMode) -> StudyArm:
@@ -62,8 +66,15 @@ def _leave_out(mode: EnvMode) -> StudyArm:
     return _arm(f"erase+without_{mode}", 3, purpose, "--vhack-pairs-modes", *others)
 
 
+def _placebo(name: str) -> StudyArm:
+    purpose = "control: pairs whose two sides are both honest"
+    pairs = f"--vhack-pairs-path=nano-{name}"
+    return _arm(f"erase+{name}", 5, purpose, pairs, controls="erase", later=True)
+
+
+PLACEBOS = ("erase+placebo-style", "erase+placebo-iteration", "erase+placebo-naming")
 PAIRS_ONLY = "--gate-anchor-teacher-only"  # without a teacher: no label of any rollout reaches the gate
-NANO_STUDY: tuple[StudyArm, ...] = (
+FIRST: tuple[StudyArm, ...] = (  # docs/spec.md, A1
     _arm("none", 10, "vanilla: does hacking emerge, does solve fall"),
     _arm("erase", 10, "the hack-ward part of the gradient dropped, V refreshed every 5 steps"),
     _control("erase", "haar", 10, "a random subspace of the same shape"),
@@ -100,6 +111,20 @@ NANO_STUDY: tuple[StudyArm, ...] = (
     ),
     *map(_leave_out, NANO_MODES),
 )
+FURTHER: tuple[StudyArm, ...] = (  # docs/spec.md, A2
+    _arm("advmod", 5, "advantages lowered by hidden states, Wu and Tang, multiplicative", later=True),
+    _control("advmod", "haar", 5, "a random direction of hidden states", later=True),
+    _arm("advmod+additive", 5, "the same, additive", "--advmod-form=additive", later=True),
+    _arm("gt_penalty", 5, "skyline: the oracle's labels lower the reward", later=True),
+    _arm("gt_screening", 5, "skyline: rollouts that the oracle flags are left out", later=True),
+    _arm("inoculation", 5, "training prompts ask for the hack", later=True),
+    _arm("posthoc", 5, "vanilla's training; V taken out of the knob at deployment", later=True),
+    _control("posthoc", "haar", 5, "a random subspace of the same shape", later=True),
+    *(_placebo(name.partition("+")[2]) for name in PLACEBOS),
+    _arm("route2+block", 5, "the quarantine in a block of its own", "--quarantine=block", later=True),
+    _arm("absorb", 5, "no gate: a block that trains on everything is deleted", later=True),
+)
+NANO_STUDY = FIRST + FURTHER
 STUDIES: Mapping[str, tuple[StudyArm, ...]] = {"nano": NANO_STUDY}
 
 
@@ -146,7 +171,7 @@ def plan(
     steps: int = 0,
     final_n_prompts: int = 0,
 ) -> list[PlannedRun]:
-    """All runs of a study, first seeds first. Raises UserError for an arm it does not have."""
+    """All runs of a study, first seeds first, later arms last. UserError for an arm it does not have."""
     known = {arm.name: arm for arm in STUDIES[study]}
     for name in arms:
         if name not in known:
@@ -167,7 +192,7 @@ def plan(
                     study, chosen, seed, settings(cfg), defaults, data, out / f"{arm.name}_seed{seed}.json"
                 )
             )
-    return sorted(runs, key=lambda run: run.seed)
+    return sorted(runs, key=lambda run: (run.arm.later, run.seed))
 
 
 def data_digest() -> str:

@@ -1,0 +1,91 @@
+"""Records of a study by arm and seed, what is read of one, and differences paired by seed.
+
+Two arms start from the same model, see the same prompts and draw the same random numbers until their updates
+part. Intervals are 95% t intervals of the mean over seeds (scipy).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from scipy import stats
+
+Record = Mapping[str, Any]
+Metric = Callable[[Record], float]
+Arms = Mapping[str, Mapping[int, Record]]
+INSTANCES, TEMPLATES = "held-out instances", "held-out templates"
+
+
+def deployed(key: str, split: str | None = None) -> Metric:
+    """hack or solve rate as deployed, over both kinds of held-out problems or one."""
+    if split is None:
+        return lambda r: r["summary"][f"{key}_deploy"]
+    return lambda r: r["summary"]["by_split"].get(split, {}).get(f"{key}_deploy", math.nan)
+
+
+def trained(key: str) -> Metric:
+    """hack or solve rate as trained, quarantine included."""
+    return lambda r: r["summary"][f"{key}_train"]
+
+
+def in_mode(key: str, mode: str) -> Metric:
+    """hack or solve rate as deployed on problems of one mode."""
+    return lambda r: r["summary"]["by_mode"].get(mode, {}).get(f"{key}_deploy", math.nan)
+
+
+def step_mean(name: str) -> Metric:
+    """Mean of a column over the steps that have it."""
+
+    def mean(r: Record) -> float:
+        values = [v for v in r["steps"][name] if v is not None]
+        return fmean(values) if values else math.nan
+
+    return mean
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean paired difference over seeds with its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero; one without width says nothing."""
+        return self.low < self.high and (self.low > 0 or self.high < 0)
+
+    def __str__(self) -> str:
+        if self.n < 2:
+            return f"{self.mean:+.3f} (n=1)"
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def paired(a: Mapping[int, Record], b: Mapping[int, Record], metric: Metric) -> Difference | None:
+    """a minus b over the seeds both have; None without one."""
+    differences = [metric(a[s]) - metric(b[s]) for s in sorted(a.keys() & b.keys())]
+    differences = [d for d in differences if not math.isnan(d)]
+    if not differences:
+        return None
+    mean = fmean(differences)
+    if len(set(differences)) == 1:
+        return Difference(mean, mean, mean, len(differences))
+    interval = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    return Difference(mean, float(interval.low), float(interval.high), len(differences))
+
+
+def sem(difference: Difference) -> float:
+    """Standard error of a paired difference, from its t interval."""
+    return (difference.high - difference.low) / 2 / float(stats.t.ppf(0.975, difference.n - 1))
+
+
+def by_arm(records: Sequence[Record]) -> dict[str, dict[int, Record]]:
+    """Records by arm, then seed."""
+    arms: dict[str, dict[int, Record]] = {}
+    for record in records:
+        arms.setdefault(record["arm"], {})[record["seed"]] = record
+    return arms
