@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from projected_grpo import ranks as ranks_module
 from projected_grpo import rundir, train
+from projected_grpo import step as step_module
 from projected_grpo.antipasto import wrap
 from projected_grpo.checkpoint import state_paths
 from projected_grpo.cli import main
@@ -87,6 +88,24 @@ def test_alone_nothing_is_sent():
     value = torch.randn(3)
     assert ALONE.total(value) is value and ALONE.gather(1) == [1] and ALONE.from_first("x") == "x"
     assert ALONE.first and list(ALONE.share([1, 1])) == [0, 1]
+
+
+class Told(Ranks):
+    """A process that hears these messages from the others."""
+
+    def gather(self, value):
+        return [value, "no room"]
+
+
+def test_an_error_of_one_is_an_error_of_all():
+    with ALONE.together():
+        pass
+    with pytest.raises(UserError, match="^process 1: no room$"), Told(0, 2).together():
+        pass
+    with pytest.raises(UserError, match="^mine$"), Told(0, 2).together():
+        raise UserError("mine")
+    with pytest.raises(UserError, match="^mine$"), ALONE.together():
+        raise UserError("mine")
 
 
 # Joining
@@ -215,9 +234,15 @@ def same_up_to_rounding(one, several):
     assert not list(several.rglob(".*.tmp"))
 
 
-def test_two_processes_make_the_run_that_one_makes(alone, home):
-    """And they end with a line when one of them begins elsewhere, or comes to hold other knobs."""
+def test_two_processes_make_the_run_that_one_makes(alone, home, monkeypatch):
+    """They end with a line when one of them begins elsewhere, comes to hold other knobs, or meets an error.
+
+    An error in any of them is met by all, and the first one saves.
+    """
     codes = {}
+
+    def too_large(*_, **__):
+        raise UserError("one rollout alone does not fit")
 
     def work(rank):
         def elsewhere(*_):
@@ -227,20 +252,27 @@ def test_two_processes_make_the_run_that_one_makes(alone, home):
         codes["erase"] = main(command("erase2", "--intervention=erase"))
         real, rundir.start_digest = rundir.start_digest, elsewhere
         codes["begins elsewhere"] = main(command("elsewhere", "--intervention=none"))
-        rundir.start_digest, train.knobs_digest = real, elsewhere
-        codes["other knobs"] = main(command("parted", "--intervention=none"))
+        rundir.start_digest = real
+        with monkeypatch.context() as patched:
+            patched.setattr(train, "knobs_digest", elsewhere)
+            codes["other knobs"] = main(command("parted", "--intervention=none"))
+        at_step(2, lambda: rank == 1 and monkeypatch.setattr(step_module, "per_rollout_grads", too_large))
+        codes["too large"] = main(command("large", "--intervention=none", "--save-every=0"))
         (home / f"codes{rank}.json").write_text(json.dumps(codes))
         return 0
 
     assert in_processes(2, work, "two.txt") == [0, 0], Path("two.txt").read_text()
-    expected = {"none": 0, "erase": 0, "begins elsewhere": 2, "other knobs": LOST}
+    expected = {"none": 0, "erase": 0, "begins elsewhere": 2, "other knobs": LOST, "too large": 2}
     assert [json.loads(Path(f"codes{rank}.json").read_text()) for rank in (0, 1)] == [expected] * 2
     same_up_to_rounding(alone["none"], folder_of("none2"))
     same_up_to_rounding(alone["erase"], folder_of("erase2"))
     made = json.loads((folder_of("erase2") / "config.json").read_text())
     assert made["processes"] == 2
     said = Path("two.txt").read_text()
-    assert "process 1: ended in step 1, unsaved: process 1 no longer holds the knobs of process 0" in said
+    assert "process 1: ended at step 1: process 1 no longer holds the knobs of process 0" in said
+    assert "go on from" not in said  # nothing was saved by then
+    assert "error: process 1: one rollout alone does not fit" in said  # by process 0
+    assert [path.name for path in state_paths(folder_of("large"))] == ["state_step0002.safetensors"]
     assert said.count("HACK_RATE") == 2  # one process logs
 
 
@@ -279,7 +311,8 @@ def test_a_killed_process_ends_the_run_and_any_number_goes_on(alone):
     assert [path.name for path in state_paths(folder)] == ["state_step0002.safetensors"]
     assert "another process of this run is gone" in Path("killed.txt").read_text()
     assert (
-        f"go on with: train smoke --resume {folder.relative_to(Path.cwd())}" in Path("killed.txt").read_text()
+        f"go on from what was saved: train smoke --resume {folder.relative_to(Path.cwd())}"
+        in Path("killed.txt").read_text()
     )
 
     def stopped(rank):

@@ -252,6 +252,19 @@ def test_a_signal_ends_the_run_after_its_step(here, whole, monkeypatch, number):
     same_bytes(whole, folder)
 
 
+def test_a_signal_that_is_passed_on_is_the_same_one(monkeypatch):
+    """For some seconds; a later one ends the process."""
+    raised, clock = [], iter([100.0, 103.0, 105.0])
+    monkeypatch.setattr(train_module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(train_module.signal, "raise_signal", raised.append)
+    with train_module.StopSignal(echo_s=5.0) as stop:
+        for ends in (False, False, True):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.received == signal.SIGTERM
+            assert (signal.getsignal(signal.SIGTERM) == signal.SIG_DFL) == ends
+    assert raised == [signal.SIGTERM]
+
+
 def test_a_second_signal_ends_at_once(here, whole, monkeypatch):
     def twice(exp, state):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -35,7 +35,7 @@ from projected_grpo.experiment import fit_prompts, prepare, read_data
 from projected_grpo.pools import TeacherRow
 from projected_grpo.proj import GateState
 from projected_grpo.rewards import Grade, Grader
-from projected_grpo.rundir import start_state
+from projected_grpo.rundir import start_digest, start_state
 from projected_grpo.step import Tripwire, as_deployed, find_anchors, knobs, learning_rate, train_step
 from projected_grpo.steptable import complete
 from projected_grpo.train import final_evaluations
@@ -94,6 +94,25 @@ def begin(experiment):
         return exp, start_state(exp)
 
     return start
+
+
+def test_what_processes_compare_at_the_start_tells_all_of_it(begin):
+    """One that began with another sign of a singular vector would add gradients in other coordinates."""
+    exp, state = begin(intervention="absorb")
+    whole = start_digest(exp, state)
+    assert start_digest(exp, state) == whole
+    name, layer = next(iter(exp.chat.policy.layers.items()))
+    block = layer.block
+    told = [layer.base.weight, layer.U[:, -1], layer.Vh[0], block.A0, block.B0, layer.delta_s, block.moved]
+    for part in [*told, state.basis.V[next(iter(state.basis.V))]]:
+        before = part.detach().clone()
+        with torch.no_grad():
+            part.neg_() if bool(part.any()) else part.add_(1.0)
+        assert start_digest(exp, state) != whole, name
+        with torch.no_grad():
+            part.copy_(before)
+    state.step += 1
+    assert start_digest(exp, state) != whole
 
 
 def values(exp):

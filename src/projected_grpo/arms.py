@@ -254,10 +254,9 @@ def intervene(
     """An arm's gradient stage, and what it did in figures. Only route2 reads anchors and gate.
 
     A row is a rollout's gradient; for arms that are not `per_rollout`, it may be a sum over one source. Rows
-    of blocks go by `block_name(module)`.
-    Modules without a basis (all axes below the noise floor) pass unchanged, but for route2's known hacks,
-    which are parked in every module. Raises FloatingPointError on a gradient that is not finite, LabelLeak on
-    anchors that the arm does not declare.
+    of blocks go by `block_name(module)`. Modules without a basis (all axes below the noise floor) pass
+    unchanged, but for route2's known hacks, which go where flagged rollouts go in every module. Raises
+    FloatingPointError on a gradient that is not finite, LabelLeak on anchors that the arm does not declare.
     """
     arm = ARMS[settings.intervention]
     if anchors is not None:

@@ -7,7 +7,7 @@ import tyro
 
 from projected_grpo import train
 from projected_grpo.doctor import DoctorOptions, doctor_verb
-from projected_grpo.errors import MISTAKES
+from projected_grpo.errors import LOST, MISTAKES, RankLost
 from projected_grpo.runlog import start_logging
 from projected_grpo.verbs_basis import ExtractOptions, extract_verb, verify_verb
 from projected_grpo.verbs_bench import (
@@ -136,6 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             except MISTAKES as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 2
+            except RankLost as error:
+                print(f"error: {error}", file=sys.stderr)
+                return LOST
     verb = arguments[0] if arguments else "(none)"
     print(f"error: unknown verb {verb}; choose from train, {', '.join(VERBS)}", file=sys.stderr)
     return 2

@@ -1,7 +1,7 @@
 """One step's data: which problems, whose rollouts, which labels."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -71,44 +71,51 @@ def own_rows(ranks: Ranks, groups: Sequence[Sequence[int]]) -> list[list[int]]:
     return [[row for q, row in flat[own.start : own.stop] if q == p] for p in range(len(groups))]
 
 
+def draw(
+    exp: Experiment, problems: Sequence[Problem], seeds: Sequence[Sequence[int]], *, ablate: bool
+) -> Iterator[tuple[int, Rollout, Future[Grade]]]:
+    """This process's share of the rollouts, with their problem's number, on their way to the grader."""
+    s = exp.cfg.sampling
+    prompts = [exp.prompts[p.problem_id] for p in problems]
+    for batch in batches(own_rows(exp.ranks, seeds), s.rows_per_batch):
+        drawn = sample(
+            exp.chat.policy, prompts, batch, s, exp.chat.stop, exp.chat.pad_id, ablate_quarantine=ablate
+        )
+        for i, completions in enumerate(drawn):
+            for ids, logps in completions:
+                text = decode(exp.chat.tokenizer, ids)
+                rollout = Rollout(prompts[i], ids, text, logps, ablated=ablate)
+                yield i, rollout, exp.grader.submit(problems[i].task, text)
+
+
 def collect(exp: Experiment, step: int) -> Collected:
     """Generate and grade the student's rollouts, add the teacher's as stored.
 
-    Each process does its share of the rows and gathers the others'; seconds are those of the slowest.
-
-    A batch of rollouts is graded while the next ones are generated. Grades are taken in the order of the
-    rollouts, and none depends on what else is graded, so that timing changes nothing but `grade_s`, the wait
-    for the last of them.
+    Each process does its share of the rows and gathers the others'; seconds are those of the slowest. A batch
+    of rollouts is graded while the next ones are generated. Grades are taken in the order of the rollouts,
+    and none depends on what else is graded, so that timing changes nothing but `grade_s`, the wait for the
+    last of them.
     """
     started = time.monotonic()
     s, seed = exp.cfg.sampling, exp.cfg.run.seed
     problems = pick_problems(exp, step)
     teacher = [pick_teacher(exp, p, step) for p in problems]
     live = [s.group - len(rows) for rows in teacher]
-    ablated = [round(count * s.rollout_ablate_frac) for count in live]
-    prompts = [exp.prompts[p.problem_id] for p in problems]
+    trained = [count - round(count * s.rollout_ablate_frac) for count in live]  # rows before the ablated ones
     seeds = [
         [stream_seed(seed, "train", step, i, row) for row in range(count)] for i, count in enumerate(live)
     ]
     groups: list[list[Rollout]] = [[] for _ in problems]
     waiting: list[list[Future[Grade]]] = [[] for _ in problems]
-    for ablate in (False, True):
-        asked = [
-            group[len(group) - a :] if ablate else group[: len(group) - a]
-            for group, a in zip(seeds, ablated, strict=True)
-        ]
-        for batch in batches(own_rows(exp.ranks, asked), s.rows_per_batch):
-            drawn = sample(
-                exp.chat.policy, prompts, batch, s, exp.chat.stop, exp.chat.pad_id, ablate_quarantine=ablate
-            )
-            for i, completions in enumerate(drawn):
-                for ids, logps in completions:
-                    text = decode(exp.chat.tokenizer, ids)
-                    groups[i].append(Rollout(prompts[i], ids, text, logps, ablated=ablate))
-                    waiting[i].append(exp.grader.submit(problems[i].task, text))
-    generated = time.monotonic()
-    flat = [future.result() for group in waiting for future in group]
-    graded = time.monotonic()
+    with exp.ranks.together():
+        for ablate in (False, True):
+            asked = [own[t:] if ablate else own[:t] for own, t in zip(seeds, trained, strict=True)]
+            for i, rollout, grade in draw(exp, problems, asked, ablate=ablate):
+                groups[i].append(rollout)
+                waiting[i].append(grade)
+        generated = time.monotonic()
+        flat = [grade.result() for group in waiting for grade in group]
+        graded = time.monotonic()
     everyone = exp.ranks.gather((groups, flat, generated - started, graded - generated))
     groups, flat, gen_s, grade_s = merge(everyone)
     return assemble(exp, problems, groups, flat, teacher, gen_s, grade_s)

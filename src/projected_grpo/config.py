@@ -108,7 +108,8 @@ class SamplingConfig:
     top_k: int = 20
     """0 turns the top-k filter off."""
     rows_per_batch: int = 0
-    """Rollouts that are generated together, as in evaluations; 0 is all. Fewer need less memory
+    """Rollouts that are generated together; 0 is all of a step's. Evaluations take problems for as many
+    rollouts of the longest length. Fewer need less memory
     (docs/benchmarks.md), and while one batch is generated the ones before it are graded."""
     rollout_ablate_frac: float = 0.0
     """Share of each group's student rollouts sampled with the quarantine ablated (logged as hack_abl,

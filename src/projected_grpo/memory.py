@@ -97,7 +97,7 @@ def shape_of(model: nn.Module) -> Shape:
         config.intermediate_size,
         config.num_attention_heads,
         config.num_key_value_heads,
-        config.head_dim,
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         config.vocab_size,
         torch.empty(0, dtype=next(model.parameters()).dtype).element_size(),
     )

@@ -4,8 +4,9 @@ Each does its share of what is dear (sampling, grading, loss) and gathers what t
 cheap, and all do it alike on the same data. So every process holds the whole step and the same knobs, bit for
 bit, and only the first one writes.
 
-What is sent is megabytes a step, so it goes over gloo between GPUs too: with gloo a process that dies is an
-error in the others at once, where NCCL leaves it to a watchdog to kill them.
+What is sent is megabytes a step (more in route2, which sends a row per rollout: docs/scaling.md), so it goes
+over gloo between GPUs too: with gloo a process that dies is an error in the others at once, where NCCL leaves
+it to a watchdog to kill them.
 """
 
 import os
@@ -75,6 +76,24 @@ class Ranks:
             with _peers():
                 dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A UserError that one process meets within it is raised by all, so that the first one can save.
+
+        Nothing is sent within it.
+        """
+        own: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            own = error
+        said = self.gather(None if own is None else str(own))
+        if own is not None:
+            raise own
+        for rank, message in enumerate(said):
+            if message is not None:
+                raise UserError(f"process {rank}: {message}")
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of every process's tensor, the same bits in all."""

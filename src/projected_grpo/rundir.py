@@ -221,8 +221,16 @@ def check_alike(exp: Experiment, state: TrainState) -> None:
 
 
 def start_digest(exp: Experiment, state: TrainState) -> str:
-    """Hash of what a run begins with: weights, data, basis, knobs."""
+    """Hash of what a run begins with: weights and their singular bases, data, hack basis, knobs.
+
+    The bases are the adapters': the same weights on other hardware may have other signs of U and Vh, and rows
+    of V come from the first process. A row of each tells.
+    """
     tensors = {f"V/{m}": V for m, V in state.basis.V.items()}
+    for m, layer in exp.chat.policy.layers.items():
+        tensors |= {f"U/{m}": layer.U[:1].contiguous(), f"Vh/{m}": layer.Vh[:, :1].contiguous()}
+    for m, block in exp.chat.policy.blocks.items():
+        tensors |= {f"A0/{m}": block.A0, f"B0/{m}": block.B0}
     tensors |= {f"knobs/{i}": knob.detach() for i, knob in enumerate(knobs(exp))}
     meta = [weights_digest(exp.chat.policy), data_digest(exp.data), exp.pairs.digest, state.step]
     return content_hash(tensors, meta)

@@ -236,9 +236,9 @@ def _make_printable(record: Any) -> None:
 
 
 def log_errors(who: str) -> None:
-    """Errors alone, to the terminal and behind this name: for a process of a run whose first one logs."""
+    """Warnings and errors, to the terminal, behind this name: for a process of a run whose first one logs."""
     logger.remove()
-    logger.add(sys.stderr, level="ERROR", format=who + ": {message}", colorize=False)
+    logger.add(sys.stderr, level="WARNING", format=who + ": {message}", colorize=False)
 
 
 def start_logging(log_file: Path | None) -> None:

@@ -255,16 +255,17 @@ def loss_grads(exp: Experiment, step: int, data: Collected, advantage: Float[Ten
     """Gradients of the step's loss, a row per rollout or per source; each process runs its share."""
     cfg = exp.cfg
     per_rollout = ARMS[cfg.arm.intervention].per_rollout
-    grads = per_rollout_grads(
-        exp.chat.policy,
-        data.rollouts,
-        own_share(exp.ranks, data.rollouts, advantage),
-        cfg.loss,
-        cfg.sampling.max_new,
-        exp.chat.pad_id,
-        with_reference=cfg.loss.ref_every > 0 and step % cfg.loss.ref_every == 0,
-        parts=None if per_rollout else parts_by_source(data),
-    )
+    with exp.ranks.together():
+        grads = per_rollout_grads(
+            exp.chat.policy,
+            data.rollouts,
+            own_share(exp.ranks, data.rollouts, advantage),
+            cfg.loss,
+            cfg.sampling.max_new,
+            exp.chat.pad_id,
+            with_reference=cfg.loss.ref_every > 0 and step % cfg.loss.ref_every == 0,
+            parts=None if per_rollout else parts_by_source(data),
+        )
     if exp.ranks.size > 1 and not per_rollout:
         grads = by_source(grads, data.is_teacher)
     return over_ranks(exp.ranks, grads)

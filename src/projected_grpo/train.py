@@ -1,5 +1,6 @@
 """The training verb: loop, evaluate, write, and the command line."""
 
+import math
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ import tyro
 from loguru import logger
 from tqdm import tqdm
 
-from projected_grpo.checkpoint import save_knobs
+from projected_grpo.checkpoint import save_knobs, state_paths
 from projected_grpo.collect import Collected, rollout_rows
 from projected_grpo.config import MAX_SEQUENCE, PRESETS, TrainConfig, display_name
 from projected_grpo.errors import DIVERGED, LOST, MISTAKES, SIGNALLED, UNSAVED, RankLost, UserError
@@ -25,17 +26,25 @@ from projected_grpo.models import decode
 from projected_grpo.problems import Problem
 from projected_grpo.ranks import Ranks, join_ranks
 from projected_grpo.rewards import MODES
-from projected_grpo.rundir import AUTO, Run, ended, newest_run, open_run
+from projected_grpo.rundir import AUTO, Run, ended, newest_run, open_run, read_settings
 from projected_grpo.runlog import start_logging
 from projected_grpo.step import WATCHED, TrainState, as_deployed, knobs_digest, peak_gb, train_step
 from projected_grpo.summary import finish
 
+ECHO_S = 5.0  # in which launchers pass a signal on
+
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a wish to stop after this step; a second ends the process."""
+    """Turns the first SIGINT or SIGTERM into a wish to stop after this step; a second ends the process.
 
-    def __init__(self) -> None:
+    One that comes within `echo_s` seconds is the same one again: a queue manager may signal a launcher and
+    its processes, and the launcher passes its own on.
+    """
+
+    def __init__(self, echo_s: float = 0.0) -> None:
         self.received: int | None = None
+        self.echo_s = echo_s
+        self._since = -math.inf
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -48,18 +57,26 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
-        # Not through the logger, which may be in the middle of a line.
-        os.write(2, b"\nstopping after this step; the same signal again ends at once, unsaved\n")
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._since = number, now
+            # Not through the logger, which may be in the middle of a line.
+            os.write(2, b"\nstopping after this step; the same signal again ends at once, unsaved\n")
+        if now - self._since >= self.echo_s:
+            for each in self._before:
+                signal.signal(each, signal.SIG_DFL)
+            if now > self._since:
+                signal.raise_signal(number)
 
 
 def run_training(cfg: TrainConfig) -> int:
     """Train, evaluate as trained and as deployed, write every artefact; returns the exit code."""
-    ranks = join_ranks(cfg.model.device)
+    folder = cfg.run.resume
+    begun = (
+        cfg if folder is None or folder == AUTO else read_settings(folder)
+    )  # auto: under the same settings
+    ranks = join_ranks(begun.model.device)
     with ExitStack() as stack:
-        folder = cfg.run.resume
         if folder == AUTO:
             folder, finished = to_go_on_with(cfg, ranks)
             if finished is not None:
@@ -68,14 +85,15 @@ def run_training(cfg: TrainConfig) -> int:
         try:
             return to_the_end(run, exp, state)
         except RankLost as error:
-            again = f"train {run.cfg.preset} --resume {run.folder}"
-            logger.error("ended in step {}, unsaved: {}; go on with: {}", state.step, error, again)
+            logger.error("ended at step {}: {}", state.step, error)
+            if state_paths(run.folder):
+                logger.error("go on from what was saved: train {} --resume {}", run.cfg.preset, run.folder)
             return LOST
 
 
 def to_the_end(run: Run, exp: Experiment, state: TrainState) -> int:
     """Train, and write the results if that was not cut short; returns the exit code."""
-    with StopSignal() as stop:
+    with StopSignal(ECHO_S if exp.ranks.size > 1 else 0.0) as stop:
         code = train(run, exp, state, stop)
     if code not in (0, DIVERGED):
         logger.info("go on with: train {} --resume {}", run.cfg.preset, run.folder)
@@ -138,7 +156,7 @@ def train(run: Run, exp: Experiment, state: TrainState, stop: StopSignal) -> int
             except FloatingPointError as error:  # before any knob was touched
                 logger.error("step {}: {}; ended with the state before it", state.step, error)
                 run.save(exp, state)
-                return UNSAVED if run.unsaved else DIVERGED
+                return UNSAVED if any(exp.ranks.gather(run.unsaved)) else DIVERGED
             bar.update()
             signalled = agreed(exp, stop)
             due = cfg.run.save_every > 0 and state.step % cfg.run.save_every == 0
