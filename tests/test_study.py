@@ -343,7 +343,9 @@ def test_a_killed_study_leaves_no_process_and_no_record(tmp_path, how):
         "projected_grpo.cli",
         *study_command(tmp_path, "--arms", "none", "--jobs=1", steps=1000),  # not done before it is killed
     ]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
     study = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    signal.signal(signal.SIGINT, before)
     output = tmp_path / "work" / "none_seed41" / "output.txt"
     deadline = time.monotonic() + 120
     while not output.exists() and time.monotonic() < deadline:
