@@ -167,9 +167,10 @@ class ArmConfig:
     control: Control = "none"
     """What stands in for the direction, so that a claim about it can fail. Of the basis: haar (random
     subspace of the same shape), shuffled (completions paired within their label), clean_clean (clean ones
-    with clean ones), flipped (every direction reversed). Of the arm: haar_matched (erase, route: random
-    directions, but as much removed energy as the real ones), random_parking (route2: as many rows, drawn at
-    random), shrink (route, route2: vanilla's step, and as large a share of it parked). Drawn by the seed."""
+    with clean ones), flipped (every direction reversed). Of the arm: haar_matched (erase, route, posthoc:
+    random directions, but as much removed energy as the real ones), random_parking (route2: as many rows,
+    drawn at random), shrink (route, route2: vanilla's step, and as large a share of it parked). Drawn by the
+    seed."""
     project: Literal["gradient", "update", "purge"] = "gradient"
     """Where erase and route act: on the gradient before AdamW, or on the parameter change AdamW makes; purge
     is the gradient and AdamW's first moment (its scaling by 1/sqrt(v) still turns the step)."""

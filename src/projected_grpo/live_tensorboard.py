@@ -49,7 +49,7 @@ class LiveView:
             function(*arguments)
         except Exception as error:  # whatever it is, it must neither end the run nor go unsaid
             self._failed = True
-            logger.error("live view ended ({}); steps.jsonl goes on, and --resume tells it again", error)
+            logger.error("live view ended ({}); steps.jsonl goes on, and --resume rewrites it", error)
 
     def _begin(self, folder: Path, rows: list[Mapping[str, Any]]) -> None:
         """A new file with all rows, then the older ones away. Readers that saw those start over at step 0."""
