@@ -57,13 +57,11 @@ sinfo
 
 cat >four.toml <<'EOF'
 name = "four"
-preset = "smoke"
+preset = "nano"
 engine = "slurm"
 [options]
-steps = 60
-n-problems = 6
-eval-n-prompts = 2
-max-new = 8
+steps = 16
+final-n-prompts = 8
 workers = 1
 save-every = 1
 [[arms]]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -321,8 +322,13 @@ def study_command(folder: Path, *more: str, steps: int = 1) -> list[str]:
     ]
 
 
-def test_a_study_runs_goes_on_and_reports(tmp_path, capsys):
-    assert cli.main(study_command(tmp_path, "--arms", "none", "erase+update")) == 0
+def test_a_study_runs_tells_what_failed_goes_on_and_reports(tmp_path, monkeypatch, capsys):
+    broken = ("--intervention=none", "--model=/no/such/place")
+    arms = tuple(replace(a, options=broken) if a.name == "erase" else a for a in NANO_STUDY)
+    monkeypatch.setattr("projected_grpo.study.STUDIES", {"nano": arms})
+    assert cli.main(study_command(tmp_path, "--arms", "erase", "none", "erase+update")) == GATE_FAILED
+    assert not (tmp_path / "kept" / "erase_seed41.json").exists()
+    assert "no such folder" in (tmp_path / "work" / "erase_seed41" / "output.txt").read_text()
     kept = sorted(p.name for p in (tmp_path / "kept").iterdir())
     assert {"none_seed41.json", "erase+update_seed41.json", "tables.md", "pareto.png"} <= set(kept)
     data = json.loads((tmp_path / "kept" / "none_seed41.json").read_text())
@@ -347,11 +353,15 @@ def test_a_killed_study_leaves_no_process_and_no_record(tmp_path, how):
     study = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     signal.signal(signal.SIGINT, before)
     output = tmp_path / "work" / "none_seed41" / "output.txt"
-    deadline = time.monotonic() + 120
-    while not output.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.kill(study.pid, how)
-    assert study.wait(60) != 0
+    try:
+        deadline = time.monotonic() + 120
+        while not output.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.kill(study.pid, how)
+        assert study.wait(120) != 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(study.pid, signal.SIGKILL)
     assert not (tmp_path / "kept" / "none_seed41.json").exists()
     running = [
         p for p in Path("/proc").glob("[0-9]*/cmdline")
@@ -368,18 +378,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:
         return b""
-
-
-def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, monkeypatch):
-    broken = [
-        replace(a, options=("--intervention=none", "--model=/no/such/place")) if a.name == "erase" else a
-        for a in NANO_STUDY
-    ]
-    monkeypatch.setattr("projected_grpo.study.STUDIES", {"nano": tuple(broken)})
-    assert cli.main(study_command(tmp_path, "--arms", "none", "erase")) == GATE_FAILED
-    assert (tmp_path / "kept" / "none_seed41.json").exists()
-    assert not (tmp_path / "kept" / "erase_seed41.json").exists()
-    assert "no such folder" in (tmp_path / "work" / "erase_seed41" / "output.txt").read_text()
 
 
 def test_two_studies_do_not_share_a_folder(tmp_path, capsys):
