@@ -60,7 +60,7 @@ name = "four"
 preset = "nano"
 engine = "slurm"
 [options]
-steps = 16
+steps = 40
 final-n-prompts = 8
 workers = 1
 save-every = 1

@@ -532,7 +532,7 @@ def test_pueue_gets_the_chain_with_its_gates(here, pueue, capsys):
 
 
 def test_pueues_tasks_do_what_they_say(here, pueue, capsys):
-    """Each command in the order of its dependencies, as pueue would; the first through a shell, like it."""
+    """Each command through a shell, in the order of its dependencies, as pueue would."""
     path = spec_file(here, steps=2)
     assert main(["sweep", str(path), "--engine=pueue", "--gates", "--seeds=1"]) == 0
     results = {}
@@ -540,10 +540,7 @@ def test_pueues_tasks_do_what_they_say(here, pueue, capsys):
         if any(results[i] for i in after):
             results[number] = "a dependency failed"
             continue
-        program = [sys.executable, "-m", "projected_grpo.cli"]
-        words = shlex.split(command)
-        assert words[:3] == program
-        results[number] = main(words[3:]) if results else subprocess.run(command, shell=True).returncode
+        results[number] = subprocess.run(command, shell=True).returncode
         if label.startswith("gate C"):
             assert results[number] == 1  # a random model does not hack
     assert list(results.values()) == [0, 0, 0, 0, 1, "a dependency failed", "a dependency failed"]
@@ -599,7 +596,7 @@ def test_slurms_jobs_through_submitit_on_this_machine(here, capsys):
 @pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs the extra ray")
 def test_a_local_ray_cluster_outlives_a_killed_worker(here, capsys):
     path = here / "four.toml"
-    small = "steps = 8\nfinal-n-prompts = 8\nworkers = 1\nsave-every = 1\n"
+    small = "steps = 24\nfinal-n-prompts = 8\nworkers = 1\nsave-every = 1\n"
     path.write_text(TINY.format(small=small).replace('"smoke"', '"nano"'))
     command = [sys.executable, "-m", "projected_grpo.cli", "sweep", str(path), "--engine=ray", "--jobs=2"]
     jobs = here / "out/sweeps/four/jobs"
