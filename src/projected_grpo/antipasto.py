@@ -270,11 +270,13 @@ def merged_weight(
     layer: AdaptedLinear,
     delta: Float[Tensor, "{len(layer.delta_s)}"],
     moved: Float[Tensor, " p"] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "d_out d_in"]:
-    """W + U diag(delta) Vh + H, in the weight's dtype; W itself where both changes are zero."""
+    """W + U diag(delta) Vh + H in this dtype (default: the weight's); W itself if both changes are zero."""
     W = layer.base.weight.data
+    W = W if dtype is None else W.to(dtype)
     if bool(delta.any()):
-        W = W + (layer.U * delta.to(layer.U.dtype)) @ layer.Vh
+        W = W + (layer.U.to(W.dtype) * delta.to(W.dtype)) @ layer.Vh.to(W.dtype)
     if layer.block is not None and moved is not None and bool(moved.any()):
         W = W + layer.block.weight(moved).to(W.dtype)
     return W
@@ -287,13 +289,9 @@ def unwrap(policy: Policy, *, ablate_quarantine: bool) -> nn.Module:
     """
     deltas = policy.deltas(ablate_quarantine=ablate_quarantine)
     for name, layer in policy.layers.items():
-        delta, moved, W = deltas[name], deltas.get(block_name(name)), layer.base.weight.data
-        merged = W.to(torch.promote_types(W.dtype, delta.dtype))
-        if bool(delta.any()):
-            merged = merged + (layer.U.to(merged.dtype) * delta.to(merged.dtype)) @ layer.Vh.to(merged.dtype)
-        if layer.block is not None and moved is not None:
-            merged = merged + layer.block.weight(moved)
-        layer.base.weight.data = merged.to(W.dtype)
+        delta, W = deltas[name], layer.base.weight.data
+        wide = torch.promote_types(W.dtype, delta.dtype)
+        layer.base.weight.data = merged_weight(layer, delta, deltas.get(block_name(name)), wide).to(W.dtype)
         parent, _, leaf = name.rpartition(".")
         setattr(policy.model.get_submodule(parent), leaf, layer.base)
     return policy.model

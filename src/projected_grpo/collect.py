@@ -18,7 +18,7 @@ from projected_grpo.pools import TeacherRow
 from projected_grpo.problems import Problem
 from projected_grpo.ranks import Ranks
 from projected_grpo.rewards import Grade
-from projected_grpo.rollout import Rollout, batches, sample, stream_seed, uniforms
+from projected_grpo.rollout import Rollout, batches, sample, stream_seed, take_rows, uniforms
 
 DEFAULT_ANCHORS: tuple[Detector, ...] = ("C",)
 
@@ -66,9 +66,8 @@ def pick_teacher(exp: Experiment, problem: Problem, step: int) -> tuple[TeacherR
 
 def own_rows(ranks: Ranks, groups: Sequence[Sequence[int]]) -> list[list[int]]:
     """This process's share of the rows of all groups, group by group."""
-    flat = [(p, row) for p, group in enumerate(groups) for row in group]
-    own = ranks.share([1] * len(flat))
-    return [[row for q, row in flat[own.start : own.stop] if q == p] for p in range(len(groups))]
+    own = ranks.share([1] * sum(map(len, groups)))
+    return take_rows(groups, own.start, own.stop)
 
 
 def draw(

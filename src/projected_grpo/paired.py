@@ -59,6 +59,11 @@ class Difference:
         """Whether the interval lies on one side of zero; one without width says nothing."""
         return self.low < self.high and (self.low > 0 or self.high < 0)
 
+    @property
+    def lowers(self) -> bool:
+        """Whether it is below zero with its whole interval."""
+        return self.excludes_zero and self.mean < 0
+
     def __str__(self) -> str:
         if self.n < 2:
             return f"{self.mean:+.3f} (n=1)"

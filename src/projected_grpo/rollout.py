@@ -353,15 +353,21 @@ def generate(
     return [(tuple(ids[i][:end]), scores[i, :end].clone()) for i, end in enumerate(ends)]
 
 
+def take_rows(groups: Sequence[Sequence[int]], start: int, stop: int) -> list[list[int]]:
+    """The rows from start to before stop, counted through all groups, group by group."""
+    flat = [(p, row) for p, group in enumerate(groups) for row in group]
+    taken: list[list[int]] = [[] for _ in groups]
+    for p, row in flat[start:stop]:
+        taken[p].append(row)
+    return taken
+
+
 def batches(seeds: Sequence[Sequence[int]], rows: int) -> Iterator[list[list[int]]]:
     """Each prompt's seeds, for `sample`, in consecutive batches of at most `rows` rollouts (0: one batch)."""
-    flat = [(p, seed) for p, group in enumerate(seeds) for seed in group]
-    size = rows or max(1, len(flat))
-    for start in range(0, len(flat), size):
-        batch: list[list[int]] = [[] for _ in seeds]
-        for p, seed in flat[start : start + size]:
-            batch[p].append(seed)
-        yield batch
+    total = sum(map(len, seeds))
+    size = rows or max(1, total)
+    for start in range(0, total, size):
+        yield take_rows(seeds, start, start + size)
 
 
 def sample(

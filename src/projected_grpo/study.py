@@ -48,16 +48,13 @@ class StudyArm:
     later: bool = False  # made when all others are
 
 
-def _arm(
-    name: str, seeds: int, purpose: str, *options: str, controls: str = "", later: bool = False
-) -> StudyArm:
+def _arm(name: str, seeds: int, purpose: str, *options: str, controls: str = "") -> StudyArm:
     intervention = name.partition("+")[0]
-    return StudyArm(name, (f"--intervention={intervention}", *options), seeds, purpose, controls, later)
+    return StudyArm(name, (f"--intervention={intervention}", *options), seeds, purpose, controls)
 
 
-def _control(arm: str, control: str, seeds: int, purpose: str, *, later: bool = False) -> StudyArm:
-    text = f"control: {purpose}"
-    return _arm(f"{arm}+{control}", seeds, text, f"--control={control}", controls=arm, later=later)
+def _control(arm: str, control: str, seeds: int, purpose: str) -> StudyArm:
+    return _arm(f"{arm}+{control}", seeds, f"control: {purpose}", f"--control={control}", controls=arm)
 
 
 def _leave_out(mode: EnvMode) -> StudyArm:
@@ -69,7 +66,7 @@ def _leave_out(mode: EnvMode) -> StudyArm:
 def _placebo(name: str) -> StudyArm:
     purpose = "control: pairs whose two sides are both honest"
     pairs = f"--vhack-pairs-path=nano-{name}"
-    return _arm(f"erase+{name}", 5, purpose, pairs, controls="erase", later=True)
+    return _arm(f"erase+{name}", 5, purpose, pairs, controls="erase")
 
 
 PLACEBOS = ("erase+placebo-style", "erase+placebo-iteration", "erase+placebo-naming")
@@ -112,19 +109,19 @@ FIRST: tuple[StudyArm, ...] = (  # docs/spec.md, A1
     *map(_leave_out, NANO_MODES),
 )
 FURTHER: tuple[StudyArm, ...] = (  # docs/spec.md, A2
-    _arm("advmod", 5, "advantages lowered by hidden states, Wu and Tang, multiplicative", later=True),
-    _control("advmod", "haar", 5, "a random direction of hidden states", later=True),
-    _arm("advmod+additive", 5, "the same, additive", "--advmod-form=additive", later=True),
-    _arm("gt_penalty", 5, "skyline: the oracle's labels lower the reward", later=True),
-    _arm("gt_screening", 5, "skyline: rollouts that the oracle flags are left out", later=True),
-    _arm("inoculation", 5, "training prompts ask for the hack", later=True),
-    _arm("posthoc", 5, "vanilla's training; V taken out of the knob at deployment", later=True),
-    _control("posthoc", "haar", 5, "a random subspace of the same shape", later=True),
+    _arm("advmod", 5, "advantages lowered by hidden states, Wu and Tang, multiplicative"),
+    _control("advmod", "haar", 5, "a random direction of hidden states"),
+    _arm("advmod+additive", 5, "the same, additive", "--advmod-form=additive"),
+    _arm("gt_penalty", 5, "skyline: the oracle's labels lower the reward"),
+    _arm("gt_screening", 5, "skyline: rollouts that the oracle flags are left out"),
+    _arm("inoculation", 5, "training prompts ask for the hack"),
+    _arm("posthoc", 5, "vanilla's training; V taken out of the knob at deployment"),
+    _control("posthoc", "haar", 5, "a random subspace of the same shape"),
     *(_placebo(name.partition("+")[2]) for name in PLACEBOS),
-    _arm("route2+block", 5, "the quarantine in a block of its own", "--quarantine=block", later=True),
-    _arm("absorb", 5, "no gate: a block that trains on everything is deleted", later=True),
+    _arm("route2+block", 5, "the quarantine in a block of its own", "--quarantine=block"),
+    _arm("absorb", 5, "no gate: a block that trains on everything is deleted"),
 )
-NANO_STUDY = FIRST + FURTHER
+NANO_STUDY = (*FIRST, *(replace(arm, later=True) for arm in FURTHER))
 STUDIES: Mapping[str, tuple[StudyArm, ...]] = {"nano": NANO_STUDY}
 
 
