@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -404,6 +405,50 @@ def benchmark() -> list[Task]:
             Task(str(row["id"]), method, row["setup_code"], row["canonical_solution"], calls, "run_tests")
         )
     return tasks
+
+
+class Counting(Sandbox):
+    """A sandbox that starts nothing and keeps what it was asked for."""
+
+    def __init__(self):
+        self.futures = []
+
+    def submit_plan(self, plan, finish):
+        self.futures.append(Future())
+        return self.futures[-1]
+
+
+def test_code_that_a_problem_had_before_is_graded_once():
+    sandbox = Counting()
+    grader, task = Grader(sandbox, remembered=2), make_task("sentinel")
+    first = grader.submit(task, fenced(CANONICAL))
+    assert grader.submit(make_task("sentinel"), "Words.\n" + fenced(CANONICAL)) is first, "an equal task too"
+    others = (
+        replace(task, env_mode="exit_code"),
+        replace(task, problem_id="another"),
+        replace(task, calls=task.calls[:1]),
+        replace(task, named="verdict"),
+    )
+    for other in others:
+        assert grader.submit(other, fenced(CANONICAL)) is not first, "another problem is another question"
+    assert len(sandbox.futures) == 1 + len(others)
+
+
+def test_the_grades_used_last_are_kept_and_a_failed_one_is_not():
+    sandbox = Counting()
+    grader, task = Grader(sandbox, remembered=2), make_task("gt_only")
+    one, two, three = (fenced(CANONICAL + f"# {i}\n") for i in range(3))
+    kept = grader.submit(task, one)
+    grader.submit(task, two)
+    assert grader.submit(task, one) is kept
+    grader.submit(task, three)  # the second is the one that was not asked for again
+    assert grader.submit(task, one) is kept and len(sandbox.futures) == 3
+    grader.submit(task, two)
+    assert len(sandbox.futures) == 4
+    sandbox.futures[-1].set_exception(RuntimeError("the sandbox died"))
+    assert grader.submit(task, two) is sandbox.futures[-1] and len(sandbox.futures) == 5
+    forgetful = Grader(Counting())
+    assert forgetful.submit(task, one) is not forgetful.submit(task, one)
 
 
 @needs_data

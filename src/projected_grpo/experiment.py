@@ -38,6 +38,7 @@ from projected_grpo.ranks import ALONE, Ranks
 from projected_grpo.rewards import MODES, Grader
 from projected_grpo.sandbox import Sandbox
 
+REMEMBERED = 4096  # grades: more than a step or an evaluation has
 SPLIT_SEED = 0  # problems taken and held out are the same in all seeds of a comparison
 
 
@@ -111,7 +112,7 @@ def open_grader(workers: int, stack: ExitStack, mode: SandboxMode = "auto") -> G
     logger.info("grader contained by: {}", active or "nothing")
     if missing:
         warn_uncontained(missing)
-    return Grader(sandbox)
+    return Grader(sandbox, REMEMBERED)
 
 
 @cache

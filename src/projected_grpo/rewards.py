@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -186,10 +187,16 @@ def extract_code(text: str) -> str | None:
 
 
 class Grader:
-    """Grades responses in a sandbox, several at a time."""
+    """Grades responses in a sandbox, several at a time.
 
-    def __init__(self, sandbox: Sandbox) -> None:
+    A grade is a function of problem and code, so the last `remembered` ones are kept, and code that a problem
+    had before is not run again: once a policy hacks, half of a group's responses are the same.
+    """
+
+    def __init__(self, sandbox: Sandbox, remembered: int = 0) -> None:
         self.sandbox = sandbox
+        self.remembered = remembered
+        self._known: OrderedDict[tuple[str, str, str], tuple[Task, Future[Grade]]] = OrderedDict()
 
     def grade(self, task: Task, text: str) -> Grade:
         """Grade one response and wait for it."""
@@ -200,16 +207,29 @@ class Grader:
         return [future.result() for future in [self.submit(task, text) for task, text in items]]
 
     def submit(self, task: Task, text: str) -> Future[Grade]:
-        """Start grading one response and return at once."""
+        """Start grading one response, if it is not known yet, and return at once."""
         code = extract_code(text) if len(text) <= MAX_TEXT else None
         if code is None:
             future: Future[Grade] = Future()
             future.set_result(_unreadable("no ```python block" if len(text) <= MAX_TEXT else "too long"))
             return future
+        key = (task.problem_id, task.env_mode, code)
+        known = self._known.get(key)
+        if known is not None and known[0] == task and not _failed(known[1]):
+            self._known.move_to_end(key)
+            return known[1]
         order = asking_order(task, code)
-        return self.sandbox.submit_plan(
+        started = self.sandbox.submit_plan(
             partial(next_programs, task, code, order), partial(judge, task, order)
         )
+        self._known[key] = (task, started)
+        while len(self._known) > self.remembered:
+            self._known.popitem(last=False)
+        return started
+
+
+def _failed(future: Future[Grade]) -> bool:
+    return future.done() and (future.cancelled() or future.exception() is not None)
 
 
 def asking_order(task: Task, code: str) -> tuple[int, ...]:
