@@ -6,7 +6,6 @@ import math
 import re
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import get_args
 
@@ -17,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from fake_runs import few_pairs
 from projected_grpo import step as step_module
 from projected_grpo.arms import (
     ARMS,
@@ -219,8 +219,7 @@ def test_what_each_arm_declares_in_one_word():
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("arms")
-    shipped = json.loads((files("projected_grpo") / "data" / "pairs_core.json").read_text())
-    (folder / "pairs.json").write_text(json.dumps(shipped | {"name": "few", "pairs": shipped["pairs"][:8]}))
+    few_pairs(folder, 8)
     return folder
 
 

@@ -5,7 +5,6 @@ import json
 import math
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.resources import files
 from itertools import combinations
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.func import functional_call
 
+from fake_runs import few_pairs
 from projected_grpo.antipasto import block_name, merged_weight, unwrap, wrap
 from projected_grpo.arms import intervene
 from projected_grpo.block import Block, direction_start, random_start
@@ -431,8 +431,7 @@ def test_a_block_that_does_not_fit_is_refused_whole(saved, part, damage):
 
 def test_a_run_with_a_block_is_saved_evaluated_exported_and_started_from(svd_cache, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    shipped = json.loads((files("projected_grpo") / "data" / "pairs_core.json").read_text())
-    (tmp_path / "pairs.json").write_text(json.dumps(shipped | {"name": "few", "pairs": shipped["pairs"][:5]}))
+    few_pairs(tmp_path)
     cache = f"--svd-cache={svd_cache}"
     run = [
         *(

@@ -14,6 +14,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from fake_runs import few_pairs
 from projected_grpo import rundir
 from projected_grpo.cli import VERBS, main
 from projected_grpo.config import from_json, to_json
@@ -66,8 +67,7 @@ QUICK = ("--n-problems=6", "--eval-n-prompts=2", "--max-new=8", "--workers=2", "
 def home(tmp_path_factory):
     """A folder with a small pair file and, after the first run, warm caches."""
     folder = tmp_path_factory.mktemp("home")
-    shipped = json.loads((files("projected_grpo") / "data" / "pairs_core.json").read_text())
-    (folder / "pairs.json").write_text(json.dumps(shipped | {"name": "few", "pairs": shipped["pairs"][:8]}))
+    few_pairs(folder, 8)
     return folder
 
 

@@ -524,16 +524,21 @@ def in_chunks(patch, policy: Policy, tokens: int) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("tokens", [1, 7])
-@pytest.mark.parametrize("parts", [None, PARTS])
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
-def test_chunks_of_the_output_layer_change_nothing(small_model, monkeypatch, family, parts, tokens):
-    policy = wrap(small_model(family), None)
+def moved_policy_and_rollouts(model):
+    """A policy whose knobs are not zero, rollouts whose prompts are those of PARTS, and their advantages."""
+    policy = wrap(model, None)
     generator = torch.Generator().manual_seed(1)
     for layer in policy.layers.values():
         layer.delta_s.data.copy_(0.2 * torch.randn(layer.delta_s.shape, generator=generator))
     found = with_common_prompts([Rollout(p, c, "") for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
-    A = torch.tensor((1.0, -0.5, 0.25, -1.25, 2.0, 0.5), dtype=torch.float64)
+    return policy, found, torch.tensor((1.0, -0.5, 0.25, -1.25, 2.0, 0.5), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("parts", [None, PARTS])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+def test_chunks_of_the_output_layer_change_nothing(small_model, monkeypatch, family, parts, tokens):
+    policy, found, A = moved_policy_and_rollouts(small_model(family))
     loss = LossConfig(beta=0.3)
     whole = per_rollout_grads(policy, found, A, loss, MAX_NEW, 0, parts=parts)
     with monkeypatch.context() as patch:
@@ -596,12 +601,7 @@ def test_an_output_layer_that_is_trained_is_not_chunked(small_model):
 @pytest.mark.parametrize("parts", [None, PARTS])
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
 def test_layers_that_run_again_change_no_gradient(small_model, family, parts):
-    policy = wrap(small_model(family), None)
-    generator = torch.Generator().manual_seed(1)
-    for layer in policy.layers.values():
-        layer.delta_s.data.copy_(0.2 * torch.randn(layer.delta_s.shape, generator=generator))
-    found = with_common_prompts([Rollout(p, c, "") for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
-    A = torch.tensor((1.0, -0.5, 0.25, -1.25, 2.0, 0.5), dtype=torch.float64)
+    policy, found, A = moved_policy_and_rollouts(small_model(family))
     loss = LossConfig(beta=0.3)
     kept = per_rollout_grads(policy, found, A, loss, MAX_NEW, 0, parts=parts)
     modes = [module.training for module in policy.model.modules()]

@@ -9,7 +9,6 @@ import struct
 import sys
 import termios
 import threading
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from loguru import logger
 from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from fake_runs import few_pairs
 from projected_grpo import train as train_module
 from projected_grpo.cli import main
 from projected_grpo.live_tensorboard import LiveView, figures
@@ -97,8 +97,7 @@ class Terminal:
 def run(tmp_path_factory, svd_cache):
     """A run in a terminal that is gone after its third step, and what it had shown."""
     home, before = tmp_path_factory.mktemp("home"), Path.cwd()
-    shipped = json.loads((files("projected_grpo") / "data" / "pairs_core.json").read_text())
-    (home / "pairs.json").write_text(json.dumps(shipped | {"name": "few", "pairs": shipped["pairs"][:5]}))
+    few_pairs(home)
     (home / "out").mkdir()
     (home / "out" / "svd_cache").symlink_to(svd_cache)
     real = train_module.Run.write_step

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from fake_runs import few_pairs
 from projected_grpo import ranks as ranks_module
 from projected_grpo import rundir, train
 from projected_grpo import step as step_module
@@ -191,8 +191,7 @@ def folder_of(tag):
 def home(tmp_path_factory, svd_cache):
     """The folder in which all runs of this module are made, and the current one."""
     folder = tmp_path_factory.mktemp("ranks")
-    shipped = json.loads((files("projected_grpo") / "data" / "pairs_core.json").read_text())
-    (folder / "pairs.json").write_text(json.dumps(shipped | {"name": "few", "pairs": shipped["pairs"][:5]}))
+    few_pairs(folder)
     (folder / "out").mkdir()
     (folder / "out" / "svd_cache").symlink_to(svd_cache)
     before = Path.cwd()

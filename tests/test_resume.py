@@ -9,7 +9,6 @@ import subprocess
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from fake_runs import few_pairs
 from projected_grpo import checkpoint, experiment, runlog, summary
 from projected_grpo import train as train_module
 from projected_grpo.checkpoint import state_path, state_paths
@@ -39,8 +39,7 @@ OPTIONS = (
 def home(tmp_path_factory, svd_cache):
     """A folder in which every run of this module finds its caches."""
     folder = tmp_path_factory.mktemp("home")
-    shipped = json.loads((files("projected_grpo") / "data" / "pairs_core.json").read_text())
-    (folder / "pairs.json").write_text(json.dumps(shipped | {"name": "few", "pairs": shipped["pairs"][:5]}))
+    few_pairs(folder)
     (folder / "out").mkdir()
     (folder / "out" / "svd_cache").symlink_to(svd_cache)
     return folder

@@ -9,13 +9,13 @@ from collections import Counter
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib.resources import files
 from threading import Timer
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fake_runs import few_pairs
 from projected_grpo import collect as collect_module
 from projected_grpo import step as step_module
 from projected_grpo import train as train_module
@@ -59,14 +59,11 @@ def changed(cfg, **values):
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    shipped = json.loads((files("projected_grpo") / "data" / "pairs_core.json").read_text())
-    few = home / "pairs.json"  # extraction and refreshes take half of a short run's time
-    few.write_text(json.dumps(shipped | {"name": "few", "pairs": shipped["pairs"][:8]}))
     return changed(
         PRESETS["smoke"][1],
         **{"out_dir": home / "out", "log_dir": home / "logs", "svd_cache": home / "svd", "device": "cpu"},
         **{
-            "vhack_pairs_path": few,
+            "vhack_pairs_path": few_pairs(home, 8),
             "workers": 1,
             "n_problems": 6,
             "eval_n_prompts": 2,

@@ -15,6 +15,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fake_runs import few_pairs
 from projected_grpo.checkpoint import state_paths
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, from_json
@@ -76,8 +77,7 @@ class Labels(Grader):
 def home(tmp_path_factory):
     """A folder with a small pair file, while labels are made up."""
     folder = tmp_path_factory.mktemp("home")
-    shipped = json.loads((Path(__file__).parents[1] / "src/projected_grpo/data/pairs_core.json").read_text())
-    (folder / "pairs.json").write_text(json.dumps(shipped | {"pairs": shipped["pairs"][:6]}))
+    few_pairs(folder, 6)
     with pytest.MonkeyPatch.context() as patch, chdir(folder):
         patch.setattr(Grader, "grade_all", made_up)
         patch.setattr(Grader, "submit", promised)

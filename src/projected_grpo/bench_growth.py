@@ -8,20 +8,18 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Any
 
 from projected_grpo.bench_model import (
     SIZES,
-    WARM_UP,
     Work,
+    alternated,
     by_group,
     describe,
     loss_pass,
     nudge_knobs,
     open_bench_chat,
     open_stepper,
-    synchronise,
 )
 from projected_grpo.errors import UserError
 from projected_grpo.memory import measured_peak
@@ -58,8 +56,8 @@ def points(work: Work) -> Iterator[Point]:
 def bench_growth(work: Work) -> dict[str, Any]:
     """Figures of every point; `peak_mb` is of tensors above the resting model."""
     with ExitStack() as stack:
-        table, chats, steppers = [], {}, []
-        for point in points(work):
+        table, chats, steppers = [], {}, {}
+        for number, point in enumerate(points(work)):
             key = tuple(point.shape.items())
             if key not in chats:
                 chats[key] = open_bench_chat(point.work, point.shape)
@@ -73,21 +71,14 @@ def bench_growth(work: Work) -> dict[str, Any]:
             kept = {name: size[name] for name in ("group", "max_new", "parameters")}
             rank = max(chat.policy.ranks.values())
             table.append({"axis": point.axis, "factor": point.factor, **kept, "rank": rank, **figures})
-            steppers.append(stack.enter_context(open_stepper(point.work, chat)))
+            steppers[str(number)] = stack.enter_context(open_stepper(point.work, chat))
         on_cpu = chat.policy.device.type == "cpu"
         clock = time.process_time if on_cpu else time.perf_counter
-        seconds: list[list[float]] = [[] for _ in steppers]
-        for i in range(work.steps + WARM_UP):
-            for step, mine in zip(steppers, seconds, strict=True):
-                started = clock()
-                step()
-                synchronise(chat.policy.device)
-                if i >= WARM_UP:
-                    mine.append(clock() - started)
-        base_s, base_mb = median(seconds[0]), table[0]["peak_mb"]
-        for row, mine in zip(table, seconds, strict=True):
-            row["step_s"] = median(mine)
-            row["step_over_base"] = median(mine) / base_s
+        seconds = list(alternated(steppers, chat.policy.device, work.steps, clock).values())
+        base_mb = table[0]["peak_mb"]
+        for row, step_s in zip(table, seconds, strict=True):
+            row["step_s"] = step_s
+            row["step_over_base"] = step_s / seconds[0]
             row["peak_over_base"] = row["peak_mb"] / base_mb
             row["predicted_over_peak"] = row["predicted_mb"] / row["peak_mb"]
         base = next(iter(chats.values()))

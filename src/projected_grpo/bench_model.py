@@ -201,17 +201,20 @@ def synchronise(device: torch.device) -> None:
 
 
 def alternated(
-    functions: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
+    functions: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median seconds of each, called in turns."""
+    """Median seconds of each by the clock, called in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(repeats + WARM_UP):
         for name, function in functions.items():
-            started = time.perf_counter()
+            started = clock()
             function()
             synchronise(device)
             if i >= WARM_UP:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return {name: median(values) for name, values in seconds.items()}
 
 

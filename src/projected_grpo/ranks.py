@@ -152,3 +152,8 @@ def _open_store(ranks: Ranks) -> dist.Store:
     there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(host, port, ranks.size, is_master=ranks.first and not there, timeout=PATIENCE)
     return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def odd_one(values: Sequence[object]) -> int | None:
+    """The first process whose value is not that of process 0; None if all agree."""
+    return next((rank for rank, value in enumerate(values) if value != values[0]), None)

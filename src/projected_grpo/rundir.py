@@ -42,7 +42,7 @@ from projected_grpo.extract_vhack_grad import (
     random_frames,
     without_contrast,
 )
-from projected_grpo.ranks import Ranks
+from projected_grpo.ranks import Ranks, odd_one
 from projected_grpo.runlog import (
     JsonlLog,
     complete_lines,
@@ -211,13 +211,12 @@ def open_run(asked: TrainConfig, folder: Path | None, ranks: Ranks, stack: ExitS
 
 def check_alike(exp: Experiment, state: TrainState) -> None:
     """Raises UserError unless all processes of the run begin with the same."""
-    digests = exp.ranks.gather(start_digest(exp, state))
-    for rank, digest in enumerate(digests):
-        if digest != digests[0]:
-            raise UserError(
-                f"process {rank} does not begin as process 0 does: all need the same model, problems, pairs, "
-                "--out-dir and --svd-cache"
-            )
+    rank = odd_one(exp.ranks.gather(start_digest(exp, state)))
+    if rank is not None:
+        raise UserError(
+            f"process {rank} does not begin as process 0 does: all need the same model, problems, pairs, "
+            "--out-dir and --svd-cache"
+        )
 
 
 def start_digest(exp: Experiment, state: TrainState) -> str:

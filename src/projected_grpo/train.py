@@ -24,7 +24,7 @@ from projected_grpo.evaluate import Evaluation, evaluate
 from projected_grpo.experiment import Experiment
 from projected_grpo.models import decode
 from projected_grpo.problems import Problem
-from projected_grpo.ranks import Ranks, join_ranks
+from projected_grpo.ranks import Ranks, join_ranks, odd_one
 from projected_grpo.rewards import MODES
 from projected_grpo.rundir import AUTO, Run, ended, newest_run, open_run, read_settings
 from projected_grpo.runlog import start_logging
@@ -182,11 +182,11 @@ def agreed(exp: Experiment, stop: StopSignal) -> int | None:
     if exp.ranks.size == 1:
         return stop.received
     received, digests = zip(*exp.ranks.gather((stop.received, knobs_digest(exp))), strict=True)
-    for rank, digest in enumerate(digests):
-        if digest != digests[0]:
-            raise RankLost(
-                f"process {rank} no longer holds the knobs of process 0 (their hardware must be alike)"
-            )
+    rank = odd_one(digests)
+    if rank is not None:
+        raise RankLost(
+            f"process {rank} no longer holds the knobs of process 0 (their hardware must be alike)"
+        )
     return next((number for number in received if number is not None), None)
 
 
