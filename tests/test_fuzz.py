@@ -3,17 +3,16 @@
 The usual budget is small; PROJECTED_GRPO_FUZZ=5000 makes it a campaign of that many examples a format.
 """
 
-import copy
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fuzzing import FUZZ, altered, damaged, jsonl, read_or_refuse
 from projected_grpo.antipasto import wrap
 from projected_grpo.checkpoint import load_knobs, read_state, restore_state, save_knobs, save_state
 from projected_grpo.config import PRESETS, from_json, to_json, validate
@@ -25,78 +24,6 @@ from projected_grpo.pools import join, load_pool
 from projected_grpo.problems import load_problems
 from projected_grpo.proj import GateState, HackBasis
 from projected_grpo.runlog import read_json
-
-BUDGET = int(os.environ.get("PROJECTED_GRPO_FUZZ", "25"))
-FUZZ = settings(
-    max_examples=BUDGET,
-    derandomize=BUDGET == 25,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-EXTREME = st.sampled_from(
-    [float("nan"), float("inf"), 1e400, -1, 2**63, 10**400, "", "\x00", "\ud800", "[" * 3000, "9" * 5000]
-    + ["../../x", "gt_only", "candidate", "assert Solution().f(", "assert " + "(" * 300 + "1" + ")" * 300]
-)
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | EXTREME,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=5,
-)
-
-
-@st.composite
-def altered(draw, document):
-    """A JSON document with some of its parts replaced, dropped or doubled."""
-    document = copy.deepcopy(document)
-    for _ in range(draw(st.integers(1, 3))):
-        node, path = document, []
-        while isinstance(node, (dict, list)) and node and (not path or draw(st.booleans())):
-            key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else list(range(len(node)))))
-            path.append((node, key))
-            node = node[key]
-        if not path:
-            return draw(JSON)
-        parent, key = path[-1]
-        what = draw(st.sampled_from(["replace", "replace", "drop", "double"]))
-        if what == "replace":
-            parent[key] = draw(JSON)
-        elif what == "drop":
-            del parent[key]
-        elif isinstance(parent, list):
-            parent.append(copy.deepcopy(parent[key]))
-    return document
-
-
-@st.composite
-def damaged(draw, data):
-    """Bytes of a file with some flipped, cut out, repeated or put in."""
-    data = bytearray(data)
-    for _ in range(draw(st.integers(1, 3))):
-        at = draw(st.integers(0, len(data)))
-        what = draw(st.sampled_from(["flip", "flip", "cut", "end", "insert"]))
-        if what == "flip" and at < len(data):
-            data[at] ^= 1 << draw(st.integers(0, 7))
-        elif what == "cut":
-            del data[at : at + draw(st.integers(1, 40))]
-        elif what == "end":
-            del data[at:]
-        elif what == "insert":
-            data[at:at] = draw(st.binary(min_size=1, max_size=8))
-    return bytes(data)
-
-
-def jsonl(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def read_or_refuse(folder, read):
-    """Do the reading: no exception but a UserError of one line, and no file that was not there."""
-    before = sorted(folder.rglob("*"))
-    try:
-        read()
-    except UserError as error:
-        assert str(error) and "\n" not in str(error), repr(str(error))
-    assert sorted(folder.rglob("*")) == before
-
 
 # JSON and JSONL
 

@@ -45,6 +45,11 @@ def step_mean(name: str) -> Metric:
     return mean
 
 
+def shares(pairs: Sequence[Any]) -> list[float]:
+    """A [count, n] column as rates, NaN where there was none."""
+    return [pair[0] / pair[1] if pair and pair[1] else math.nan for pair in pairs]
+
+
 @dataclass(frozen=True)
 class Difference:
     """Mean paired difference over seeds with its 95% interval."""

@@ -7,6 +7,8 @@ from statistics import fmean
 from typing import Any, Literal
 
 from projected_grpo.extract_vhack_grad import HeldOut
+from projected_grpo.outcome import Check, check_fields, is_number, is_numbers
+from projected_grpo.paired import shares
 from projected_grpo.plots import (
     COSINES,
     Bar,
@@ -24,6 +26,7 @@ from projected_grpo.runlog import read_json
 
 Kind = Literal["all", "dynamics", "pareto", "modes", "cosines", "parked", "heldout"]
 HELD_OUT = ".heldout.json"
+FOUND: Mapping[str, Check] = {"cosines": is_numbers, "fraction_positive": is_number, "mean": is_number}
 
 
 def draw(groups: Groups, kind: Kind, out: Path) -> tuple[list[str], list[str]]:
@@ -148,12 +151,18 @@ def draw_heldout(groups: Groups, out: Path) -> list[str]:
     """A histogram for every checked basis that lies where these runs put theirs."""
     made = []
     for file in heldout_files(run for seeds in groups.values() for run in seeds.values()):
-        data = read_json(file, "plot")
-        result = HeldOut(tuple(data["cosines"]), data["fraction_positive"], data["mean"])
+        result = read_heldout(file)
         name = file.name.removesuffix(HELD_OUT)
         heldout_histogram(result, name, out / f"heldout-{name}")
         made.append(f"{out / f'heldout-{name}'}.png")
     return made
+
+
+def read_heldout(path: Path) -> HeldOut:
+    """What `verify` found. Raises UserError if the file does not say."""
+    data = read_json(path, "plot")
+    check_fields(data, FOUND, {}, f"plot: {path}")
+    return HeldOut(tuple(map(float, data["cosines"])), float(data["fraction_positive"]), float(data["mean"]))
 
 
 def heldout_files(runs: Iterable[Run]) -> list[Path]:
@@ -179,7 +188,7 @@ DRAWERS: Mapping[str, Callable[[Groups, Path], str | None]] = {
 
 def rates(run: Run, column: str) -> list[float]:
     """A [count, n] column as rates, NaN where there was none."""
-    return [pair[0] / pair[1] if pair and pair[1] else math.nan for pair in run.values(column)]
+    return shares(run.values(column))
 
 
 def series(name: str, runs: Iterable[Run], column: str) -> Series | None:

@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 
+from projected_grpo.config import from_json
 from projected_grpo.errors import UserError
 from projected_grpo.extract_vhack_grad import HARD_GATE, SOFT_GATE, load_extraction
-from projected_grpo.runlog import complete_lines, read_json
+from projected_grpo.outcome import Check, check_fields, is_whole, read_ended
+from projected_grpo.runlog import read_json
 
 LINEARS = {"Qwen3-4B": 252}  # adapted modules of a model, by the end of its name
+COUNTED: Mapping[str, Check] = dict.fromkeys(("step", "zerovar"), is_whole)  # at every step
 SPREAD = 0.5  # of the steps: more than this share need a group with reward variance
 LAST = 10  # steps that count as the end of a run
 MATERIAL = 0.05  # a hack rate, or a fall of one, that is not noise or nothing
@@ -202,12 +205,11 @@ def read_heldout(path: Path) -> tuple[float, float]:
 
 def read_run(folder: Path) -> RunFiles:
     """A finished run's files. Raises UserError if it has not ended."""
-    config = read_json(folder / "config.json", "gate").get("config")
-    if not isinstance(config, dict):
-        raise UserError(f"gate: {folder}/config.json holds no settings of a run")
-    return RunFiles(
-        config, complete_lines(folder / "steps.jsonl"), read_json(folder / "summary.json", "gate")
-    )
+    summary, made, steps = read_ended(folder, "gate")
+    from_json(made["config"], older=True)  # every group is there
+    for number, row in enumerate(steps, start=1):
+        check_fields(row, COUNTED, {}, f"gate: {folder / 'steps.jsonl'}, line {number}")
+    return RunFiles(made["config"], steps, summary)
 
 
 def newest_runs(folders: Sequence[Path]) -> list[RunFiles]:

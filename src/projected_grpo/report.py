@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from projected_grpo.outcome import read_rollouts
 from projected_grpo.results import VANILLA, Run
 from projected_grpo.rewards import FILE_STEMS, MODES, PASS_WORDS, SENTINELS, STDOUT_PHRASES
-from projected_grpo.runlog import complete_lines, plain
+from projected_grpo.runlog import plain
 from projected_grpo.steptable import COLUMNS
 
 PLACEHOLDER = "__REPORT_DATA__"
@@ -87,7 +88,7 @@ def _described(run: Run) -> dict[str, Any]:
 
 def _rollouts(run: Run, most: int, strings: dict[str, int]) -> dict[str, Any]:
     """Columns over rollouts; repeated strings as numbers into `strings`, which grows."""
-    rows = complete_lines(run.path / "rollouts.jsonl") if run.path.is_dir() else []
+    rows = read_rollouts(run.path, "report") if run.path.is_dir() else []
     kept = thinned(rows, most)
 
     def number(text: Any) -> int:
@@ -95,7 +96,7 @@ def _rollouts(run: Run, most: int, strings: dict[str, int]) -> dict[str, Any]:
 
     columns: dict[str, list[Any]] = {name: [row.get(name) for row in kept] for name in NUMBERS}
     columns |= {name: [number(row.get(name)) for row in kept] for name in INTERNED}
-    columns["text"] = [row.get("text", "") for row in kept]
+    columns["text"] = [row["text"] for row in kept]
     columns["flags"] = [sum(bool(row.get(flag)) << i for i, flag in enumerate(FLAGS)) for row in kept]
     return {"total": len(rows), **columns}
 

@@ -12,7 +12,8 @@ from loguru import logger
 
 from projected_grpo.config import DISPLAY_NAME, PRESETS, to_json
 from projected_grpo.errors import UserError
-from projected_grpo.runlog import complete_lines, read_json
+from projected_grpo.outcome import check_record, read_ended
+from projected_grpo.runlog import read_json
 
 SHOWN = ("model", "problems", "env_mode", "steps", "intervention")  # in columns of their own
 PLACE = ("device", "svd_cache")  # where a run is made, not what it is
@@ -25,7 +26,6 @@ IN_THE_NAME = (
     "quarantine",
     "block_init",
 )  # options that `config.display_name` tells
-RECORD_KEYS = {"summary", "steps", "config"}
 VANILLA = DISPLAY_NAME["none"]
 
 
@@ -173,16 +173,14 @@ def _places(path: Path) -> list[Path]:
 
 def _read_record(path: Path) -> Run:
     data = read_json(path, "results")
-    if not RECORD_KEYS <= data.keys():
-        raise UserError(f"results: {path} is no study record (it lacks {min(RECORD_KEYS - data.keys())!r})")
+    check_record(data, (), f"results: {path}")
     return Run(path.stem, path, data["summary"], data["config"], data.get("git_commit"), data["steps"])
 
 
 def _read_folder(folder: Path) -> Run:
-    summary, made = (read_json(folder / name, "results") for name in ("summary.json", "config.json"))
-    rows = complete_lines(folder / "steps.jsonl")
-    columns = {name: [row.get(name) for row in rows] for name in (rows[0] if rows else ())}
-    return Run(folder.name, folder, summary, made.get("config", {}), made.get("git_commit"), columns)
+    summary, made, rows = read_ended(folder, "results")
+    columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+    return Run(folder.name, folder, summary, made["config"], made.get("git_commit"), columns)
 
 
 def finished(runs: Sequence[Run]) -> list[Run]:

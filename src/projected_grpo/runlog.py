@@ -176,13 +176,16 @@ class JsonlLog:
 
 
 def complete_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL up to a line that was cut off mid-write; none if there is no file."""
+    """Rows of a JSONL up to a line that was cut off mid-write, or is none; none if there is no file."""
     rows: list[dict[str, Any]] = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
 
 

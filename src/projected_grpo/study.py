@@ -21,6 +21,7 @@ from loguru import logger
 
 from projected_grpo.config import NANO, EnvMode, TrainConfig, settings, validate
 from projected_grpo.errors import DIVERGED, UserError
+from projected_grpo.outcome import PLANNED, check_fields, check_record
 from projected_grpo.runlog import complete_lines, plain, read_json, write_atomically
 from projected_grpo.runner import Children, Slot, locked, run_pool
 from projected_grpo.train import parse
@@ -294,7 +295,10 @@ def rounded(value: Any) -> Any:
 
 def read_records(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
     """The records of the runs that are done. Raises UserError if there is none, or one of another run."""
-    records = [read_json(run.record, "study") for run in runs if run.done]
+    records = {run.record: read_json(run.record, "study") for run in runs if run.done}
     if not records:
         raise UserError("no finished run of this study; run it without --report-only first")
-    return records
+    for path, record in records.items():
+        check_fields(record, PLANNED, {}, f"study: {path}")
+        check_record(record, SERIES, f"study: {path}")
+    return list(records.values())

@@ -20,6 +20,7 @@ from projected_grpo.paired import (
     deployed,
     in_mode,
     paired,
+    shares,
     step_mean,
     trained,
 )
@@ -48,8 +49,7 @@ def emergence_table(arms: Arms) -> str:
     rows = []
     for arm in ("none", "gt_only"):
         for seed, r in sorted(arms.get(arm, {}).items()):
-            hacks = [count / n for count, n in r["steps"]["hack_s"]]
-            solves = [count / n for count, n in r["steps"]["gt_s"]]
+            hacks, solves = shares(r["steps"]["hack_s"]), shares(r["steps"]["gt_s"])
             rows.append(
                 [
                     arm,
@@ -196,12 +196,12 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
     write_atomically(path, ("\n\n".join(parts) + "\n").encode())
     dynamics(
         [
-            Series(name, [[c / n for c, n in r["steps"]["hack_s"]] for r in arms[name].values()])
+            Series(name, [shares(r["steps"]["hack_s"]) for r in arms[name].values()])
             for name in ordered(arms)
             if name in MAIN
         ],
         [
-            Series(name, [[c / n for c, n in r["steps"]["gt_s"]] for r in arms[name].values()])
+            Series(name, [shares(r["steps"]["gt_s"]) for r in arms[name].values()])
             for name in ordered(arms)
             if name in MAIN
         ],

@@ -36,6 +36,7 @@ from projected_grpo.config import (
     validate,
 )
 from projected_grpo.errors import UserError
+from projected_grpo.outcome import check_fields, is_text
 from projected_grpo.train import parse
 
 SWEEPS = Path("out/sweeps")
@@ -43,6 +44,7 @@ ENGINES = ("local", "pueue", "slurm", "ray")
 ITS_OWN = ("out_dir", "log_dir", "out_tag", "resume")  # options that the sweep sets itself
 PLACE = ("device", "svd_cache")  # of the model's options: where a run is made, not what it is
 NAME = re.compile(r"[A-Za-z0-9_.+=-]+")
+MOST_SEEDS = 10_000  # of one range
 
 
 @dataclass(frozen=True)
@@ -233,10 +235,13 @@ def seed_range(value: object) -> tuple[int, ...]:
     )
     seeds: list[int] = []
     for part in parts:
-        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        ends = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part)
         if not ends:
             raise UserError(f"seeds: {part!r} is neither a number nor a range like 41-45")
-        seeds.extend(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
+        first, last = int(ends[1]), int(ends[2] or ends[1])
+        if last - first >= MOST_SEEDS:
+            raise UserError(f"seeds: {part!r} are more than {MOST_SEEDS}")
+        seeds.extend(range(first, last + 1))
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError(f"seeds: {value!r} names {'no seed' if not seeds else 'a seed twice'}")
     return tuple(seeds)
@@ -269,6 +274,7 @@ def read_arm(table: object, what: str) -> SweepArm:
     if not isinstance(table, dict) or not NAME.fullmatch(str(table.get("name", ""))):
         raise UserError(f"{what}: every [[arms]] needs a name of letters, digits and _ . + = -")
     take(table, [f.name for f in fields(SweepArm)], f"{what} {table['name']}")
+    check_fields(table, {"name": is_text}, {"why": is_text, "resolve": is_text}, what)
     grid = axes_of(table.get("grid", {}), f"{what} {table['name']} grid")
     options = table_of(table, "options", f"{what} {table['name']}")
     return SweepArm(**{**table, "grid": grid, "options": options})
@@ -301,8 +307,7 @@ def read_spec(path: Path) -> Spec:
         raise UserError(f"{path}: not valid TOML ({error})") from error
     tables = ("name", "preset", "home", "options", "arms", "grid", "limits", "engine", *ENGINES[1:])
     take(data, tables, str(path))
-    if data.get("preset") not in PRESETS:
-        raise UserError(f"{path}: preset must be one of {', '.join(PRESETS)}")
+    one_of(data.get("preset"), tuple(PRESETS), f"{path}: preset")
     listed = data.get("arms", [])
     if not isinstance(listed, list):
         raise UserError(f"{path}: arms must be given as [[arms]] entries")

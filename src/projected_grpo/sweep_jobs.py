@@ -22,10 +22,19 @@ from loguru import logger
 from tabulate import tabulate
 
 from projected_grpo import train
-from projected_grpo.errors import UserError
+from projected_grpo.outcome import (
+    Check,
+    check_fields,
+    is_number,
+    is_text,
+    is_whole,
+    is_words,
+    read_ended,
+    read_steps,
+)
 from projected_grpo.runlog import append_jsonl, complete_lines, read_json, write_json
 from projected_grpo.runner import is_locked, locked
-from projected_grpo.sweep import Limits, SweepRun
+from projected_grpo.sweep import Limits, SweepRun, take
 from projected_grpo.train import DIVERGED
 
 BAD_USAGE = 2  # exit code of train for what no further attempt would mend
@@ -33,6 +42,11 @@ SIGNALLED = 128  # exit codes from here on, and negative ones, are signals
 STATES = ("finished", "running", "failed", "interrupted", "to do")
 PATIENCE_S = 120.0  # a queue's next attempt waits this long for what is left of the one before it
 
+CHECKS: Mapping[str, Check] = {  # of a job's fields in its file
+    **dict.fromkeys(("id", "name", "home", "cwd", "why", "resolve"), is_text),
+    **{"argv": is_words, "submitted": is_number},
+    **dict.fromkeys(("steps", "retries", "max_failures"), is_whole),
+}
 Launch = Callable[[Sequence[str], Path, int], int | None]
 """Runs train with these arguments, output file and lock; its exit code, or None if it was told to stop."""
 
@@ -158,11 +172,11 @@ def write_job(job: Job) -> Path:
 
 def read_job(path: Path) -> Job:
     """A job from its file. Raises UserError if it is none."""
+    where = f"sweep run: {path} is not a sweep's job file"
     data = read_json(path, "sweep run")
-    try:
-        return Job(**{**data, "argv": tuple(data["argv"])})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"sweep run: {path} is not a sweep's job file ({error})") from error
+    take(data, tuple(CHECKS), where)
+    check_fields(data, CHECKS, {}, where)
+    return Job(**{**data, "argv": tuple(data["argv"])})
 
 
 def make(job: Job, launch: Launch, *, patience_s: float = 1.0) -> Outcome:
@@ -200,7 +214,7 @@ def note(job: Job, **facts: Any) -> None:
 def failures_since(home: Path, moment: float) -> int:
     """How many of the sweep's runs have failed for good since then."""
     last = ((complete_lines(path) or [{}])[-1] for path in (home / "jobs").glob("*.jsonl"))
-    return sum("failed" in line and line["at"] >= moment for line in last)
+    return sum("failed" in line and is_number(line.get("at")) and line["at"] >= moment for line in last)
 
 
 def in_process(argv: Sequence[str], output: Path, held: int) -> int | None:
@@ -258,16 +272,16 @@ def state_of(job: Job, folders: Sequence[Path]) -> State:
     remark = f"attempt {tried}" if tried > 1 else ""
     ended = next((f for f in reversed(folders) if (f / "summary.json").exists()), None)
     if ended is not None:
-        summary = read_json(ended / "summary.json", "sweep status")
+        summary, _, _ = read_ended(ended, "sweep status")
         remark = remark if summary["finished"] else "diverged"
-        rates = (summary["hack_deploy"], summary["solve_deploy"], summary["seconds"])
+        rates = (summary["hack_deploy"], summary["solve_deploy"], summary.get("seconds"))
         return State(job, "finished", ended, summary["steps"], *rates, remark)
     folder = folders[-1] if folders else None
-    rows = complete_lines(folder / "steps.jsonl") if folder else []
+    rows = read_steps(folder, "sweep status") if folder else []
     if is_locked(job.file(".lock")):
         state = "running"
     elif attempts and "failed" in attempts[-1]:
-        state, remark = "failed", attempts[-1]["failed"]
+        state, remark = "failed", str(attempts[-1]["failed"])
     else:
         state = "interrupted" if tried else "to do"
     wall = sum(row["sec"] or 0.0 for row in rows) if rows else None

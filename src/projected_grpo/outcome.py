@@ -1,0 +1,175 @@
+"""The files of an ended run, checked where they are read: one that no run wrote is told by name."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from projected_grpo.errors import UserError
+from projected_grpo.runlog import complete_lines, read_json
+from projected_grpo.steptable import COLUMNS
+
+LARGEST = 1e300  # of a figure; NaN is not below it
+Check = Callable[[object], bool]
+
+
+def is_text(value: object) -> bool:
+    """A string."""
+    return isinstance(value, str)
+
+
+def is_text_or_null(value: object) -> bool:
+    """A string, or null."""
+    return value is None or isinstance(value, str)
+
+
+def is_flag(value: object) -> bool:
+    """True or false."""
+    return isinstance(value, bool)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """A whole number that a float holds."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """A finite number."""
+    return is_whole(value) or (isinstance(value, float) and abs(value) < LARGEST)
+
+
+def is_figure(value: object) -> bool:
+    """A finite number, or null for one that was not measured."""
+    return value is None or is_number(value)
+
+
+def is_pair(value: object) -> bool:
+    """[count, n], or null."""
+    if value is None:
+        return True
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(map(is_whole, value))
+        and 0 <= value[0] <= value[1]
+    )
+
+
+def is_table(value: object) -> TypeGuard[dict[str, Any]]:
+    """A JSON object."""
+    return isinstance(value, dict)
+
+
+def is_list(value: object) -> bool:
+    """A list of anything."""
+    return isinstance(value, list)
+
+
+def is_numbers(value: object) -> bool:
+    """A list of finite numbers."""
+    return isinstance(value, list) and all(map(is_number, value))
+
+
+def is_words(value: object) -> bool:
+    """A list of strings."""
+    return isinstance(value, list) and all(map(is_text, value))
+
+
+HELD_OUT: Mapping[str, Check] = dict.fromkeys(
+    ("hack_train", "hack_deploy", "solve_train", "solve_deploy"), is_figure
+)
+SUMMARY: Mapping[str, Check] = {
+    **dict.fromkeys(("arm", "preset", "model", "problems", "env_mode"), is_text),
+    **dict.fromkeys(("seed", "steps", "eval_n"), is_whole),
+    **HELD_OUT,
+    **{"by_mode": is_table, "by_split": is_table, "finished": is_flag},
+}
+OTHER_FIGURES: Mapping[str, Check] = dict.fromkeys(
+    ("hack_rate_student", "pass_rate_student", "seconds"), is_figure
+)
+MADE: Mapping[str, Check] = {"config": is_table}
+RECORD: Mapping[str, Check] = {"summary": is_table, "steps": is_table, "config": is_table}
+PLANNED: Mapping[str, Check] = {"arm": is_text, "seed": is_whole, "wall_s": is_figure}
+ROLLOUT: Mapping[str, Check] = {"step": is_whole, "text": is_text}
+GRADED: Mapping[str, Check] = dict.fromkeys(("p_idx", "gi", "reward"), is_figure)
+COMMIT: Mapping[str, Check] = {"git_commit": is_text_or_null}
+
+
+def read_ended(folder: Path, option: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """An ended run's summary, config.json and steps. Raises UserError naming a file that no run wrote."""
+    summary, made = (read_json(folder / name, option) for name in ("summary.json", "config.json"))
+    check_summary(summary, f"{option}: {folder / 'summary.json'}")
+    where = f"{option}: {folder / 'config.json'}"
+    check_fields(made, MADE, COMMIT, where)
+    check_settings(made["config"], where)
+    return summary, made, read_steps(folder, option)
+
+
+def read_steps(folder: Path, option: str) -> list[dict[str, Any]]:
+    """A run's steps with every column, null where one was not measured. Raises UserError for no figure."""
+    rows = complete_lines(folder / "steps.jsonl")
+    columns = {c.key: [row.get(c.key) for row in rows] for c in COLUMNS}
+    check_columns(columns, f"{option}: {folder / 'steps.jsonl'}")
+    return [{key: row.get(key) for key in columns} for row in rows]
+
+
+def read_rollouts(folder: Path, option: str) -> list[dict[str, Any]]:
+    """A run's completions with their grades. Raises UserError for one without a step or a text."""
+    rows = complete_lines(folder / "rollouts.jsonl")
+    for line, row in enumerate(rows, start=1):
+        check_fields(row, ROLLOUT, GRADED, f"{option}: {folder / 'rollouts.jsonl'}, line {line}")
+    return rows
+
+
+def check_record(record: Mapping[str, Any], columns: Sequence[str], where: str) -> None:
+    """Raises UserError unless a study's record holds a summary, settings and these columns of the steps."""
+    check_fields(record, RECORD, COMMIT, where)
+    check_summary(record["summary"], f"{where}: summary")
+    check_settings(record["config"], f"{where}: config")
+    steps = f"{where}: steps"
+    check_fields(record["steps"], dict.fromkeys(columns, is_list), {}, steps)
+    check_fields(record["steps"], dict.fromkeys(record["steps"], is_list), {}, steps)
+    check_columns(record["steps"], steps)
+
+
+def check_summary(summary: Mapping[str, Any], where: str) -> None:
+    """Raises UserError unless these are the figures of an ended run."""
+    check_fields(summary, SUMMARY, OTHER_FIGURES, where)
+    check_parts(summary["by_mode"], f"{where}: by_mode")
+    check_parts(summary["by_split"], f"{where}: by_split")
+    for split, rates in summary["by_split"].items():
+        check_fields(rates, {}, {"by_mode": is_table}, f"{where}: {split}")
+        check_parts(rates.get("by_mode", {}), f"{where}: {split}")
+
+
+def check_parts(parts: Mapping[str, Any], where: str) -> None:
+    """Raises UserError unless these are held-out rates by mode, or by kind of problems."""
+    check_fields(parts, dict.fromkeys(parts, is_table), {}, where)
+    for name, rates in parts.items():
+        check_fields(rates, {}, HELD_OUT, f"{where}: {name}")
+
+
+def check_settings(config: Mapping[str, Any], where: str) -> None:
+    """Raises UserError unless this is a run's settings, group by group, of whichever version."""
+    groups = [group for group in config if group != "preset"]
+    check_fields(config, dict.fromkeys(groups, is_table), {}, where)
+    check_fields(config.get("optim", {}), {}, {"steps": is_whole}, where)
+    check_fields(config.get("basis", {}), {}, {"v_hack_path": is_text_or_null}, where)
+
+
+def check_columns(columns: Mapping[str, Any], where: str) -> None:
+    """Raises UserError unless each known column holds what its form asks for, or null, at every step."""
+    for column in COLUMNS:
+        for step, value in enumerate(columns.get(column.key, ())):
+            if not (is_pair(value) if column.form == "pair" else is_figure(value)):
+                raise UserError(f"{where}: {column.key} of step {step} cannot be {str(value)[:40]!r}")
+
+
+def check_fields(
+    values: Mapping[str, Any], needed: Mapping[str, Check], known: Mapping[str, Check], where: str
+) -> None:
+    """Raises UserError for a needed field that is not there, or any field that is not of its kind."""
+    for name, is_right in {**needed, **known}.items():
+        if name in values and not is_right(values[name]):
+            raise UserError(f"{where}: {name[:40]!r} cannot be {str(values[name])[:40]!r}")
+        if name in needed and name not in values:
+            raise UserError(f"{where}: {name!r} is missing")

@@ -1,0 +1,217 @@
+"""Files of runs, studies and sweeps, damaged at random: read, or refused in one line that names one.
+
+The usual budget is small; PROJECTED_GRPO_FUZZ=5000 makes it a campaign of that many examples a format.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fake_runs import a_step, config, made, summary
+from fuzzing import FUZZ, altered, damaged, jsonl, read_or_refuse
+from projected_grpo.antipasto import compute_svd, load_svd
+from projected_grpo.config import to_json
+from projected_grpo.paired import by_arm
+from projected_grpo.pictures import at_steps, heldout_files, mean_at_steps, rates, read_heldout, series
+from projected_grpo.plots import COSINES
+from projected_grpo.probe import check_b, check_c
+from projected_grpo.report import report_page
+from projected_grpo.results import finished, grouped, read_runs
+from projected_grpo.study import SERIES, PlannedRun, StudyArm, read_records
+from projected_grpo.study_report import arms_table, emergence_table, leave_out_table, modes_table
+from projected_grpo.study_verdicts import verdicts
+from projected_grpo.sweep import expand, read_spec
+from projected_grpo.sweep_jobs import Job, failures_since, read_job, states, status_table
+from projected_grpo.verbs_results import ResultsOptions, falsify_text, tables_text
+
+# Run folders
+
+
+WHOLE = {
+    "summary.json": summary(config(), modes=("run_tests", "sentinel")),
+    "config.json": {"config": to_json(config()), "git_commit": "abc"},
+}
+STEPS = [a_step(i, cos_post=0.1, zerovar=0, hack_deploy=None if i else 0.5) for i in range(6)]
+ROLLOUTS = [
+    {"step": i, "p_idx": 0, "gi": 0, "problem_id": "1", "env_mode": "run_tests", "prompt": "Go", "text": "x"}
+    | {"reward": 3.5, "exploited": True, "hacked_C": True}
+    for i in range(3)
+]
+
+
+def write_run(folder, data):
+    """A run folder, one of its files damaged or altered."""
+    shutil.rmtree(folder, ignore_errors=True)
+    run = made(folder, "20260101T000000_smoke_x")
+    documents = {**WHOLE, "steps.jsonl": STEPS, "rollouts.jsonl": ROLLOUTS}
+    hurt = data.draw(st.sampled_from(sorted(documents)))
+    for name, document in documents.items():
+        value = data.draw(altered(document)) if name == hurt and data.draw(st.booleans()) else document
+        rows = value if isinstance(value, list) else [value]
+        text = jsonl(rows) if name.endswith("l") else json.dumps(value).encode()
+        (run / name).write_bytes(data.draw(damaged(text)) if name == hurt and value is document else text)
+    return run
+
+
+def read_everything(folder):
+    """What the verbs over runs make of a folder; of pictures the numbers that go into them."""
+    groups = grouped(finished(read_runs([folder])))
+    tables_text(groups, ResultsOptions())
+    falsify_text(groups, "json")
+    for seeds in groups.values():
+        for run in seeds.values():
+            rates(run, "hack_s"), at_steps(run, "hack_deploy")
+        mean_at_steps(seeds.values(), "refr")
+        for column in COSINES:
+            series("", seeds.values(), column)
+        heldout_files(seeds.values())
+
+
+@given(data=st.data())
+@FUZZ
+def test_folders_of_finished_runs(tmp_path, data):
+    run = write_run(tmp_path / "runs", data)
+    read_or_refuse(tmp_path, lambda: read_everything(tmp_path / "runs"))
+    read_or_refuse(tmp_path, lambda: report_page(read_runs([run]), most=2))
+    read_or_refuse(tmp_path, lambda: check_c([run]))
+
+
+HELD_OUT = {"cosines": [0.5, -0.25], "fraction_positive": 0.5, "mean": 0.125, "by_module": {"m": 0.5}}
+
+
+@given(held_out=altered(HELD_OUT), data=st.data())
+@FUZZ
+def test_checks_of_held_out_pairs(tmp_path, held_out, data):
+    path = tmp_path / "x.heldout.json"
+    text = json.dumps(held_out).encode()
+    path.write_bytes(data.draw(damaged(text)) if data.draw(st.booleans()) else text)
+    read_or_refuse(tmp_path, lambda: check_b([path]))
+    read_or_refuse(tmp_path, lambda: read_heldout(path))
+
+
+# Studies
+
+
+def record(arm):
+    """A study's record of a run of nano's size."""
+    body = summary(config(), modes=("run_tests", "sentinel"))
+    split = {**body["by_mode"]["run_tests"], "by_mode": body["by_mode"]}
+    splits = {"held-out instances": split, "held-out templates": split}
+    return {
+        **{"arm": arm, "seed": 41, "git_commit": "abc", "wall_s": 100.0, "data": "d"},
+        **{"summary": body | {"by_split": splits}, "config": to_json(config())},
+        "steps": {name: [row.get(name) for row in STEPS] for name in SERIES},
+    }
+
+
+@given(data=st.data())
+@FUZZ
+def test_records_of_a_study(tmp_path, data):
+    planned = []
+    for arm in ("none", "gt_only", "erase"):
+        path, good = tmp_path / f"{arm}_seed41.json", record(arm)
+        hurt = data.draw(altered(good)) if arm != "gt_only" else good
+        text = json.dumps(hurt).encode()
+        path.write_bytes(data.draw(damaged(text)) if arm == "erase" and hurt == good else text)
+        planned.append(PlannedRun("nano", StudyArm(arm, (), 1, ""), 41, good["config"], {}, "d", path))
+
+    def read():
+        arms = by_arm(read_records(planned))
+        for table in (emergence_table, arms_table, leave_out_table, modes_table):
+            table(arms)
+        verdicts(arms, {"hack": 0.1, "solve": 0.4})
+
+    read_or_refuse(tmp_path, read)
+    read_or_refuse(tmp_path, lambda: read_everything(tmp_path))
+
+
+# Sweeps
+
+
+SPEC = {
+    "name": "s",
+    "preset": "smoke",
+    "options": {"steps": 3, "model": "tiny-random"},
+    "arms": [
+        {"name": "vanilla", "options": {"intervention": "none"}},
+        {"name": "erase", "options": {"intervention": "erase"}, "grid": {"v-hack-k": [1, 2]}},
+    ],
+    "grid": {"seed": [41, 42]},
+    "limits": {"retries": 1},
+    "engine": "slurm",
+    "slurm": {"partition": "gpu", "gpus": 1},
+}
+
+
+def toml(value):
+    """A value as TOML writes it inline; what TOML has no word for becomes text."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(str(value) if value is None else value)
+
+
+@given(spec=altered(SPEC), data=st.data())
+@FUZZ
+def test_sweep_files(tmp_path, capsys, spec, data):
+    spec = spec if isinstance(spec, dict) else {"name": spec}
+    text = "".join(f"{json.dumps(key)} = {toml(value)}\n" for key, value in spec.items())
+    text = text.encode(errors="surrogatepass")
+    path = tmp_path / "sweep.toml"
+    path.write_bytes(data.draw(damaged(text)) if data.draw(st.booleans()) else text)
+    read_or_refuse(tmp_path, lambda: expand(read_spec(path)))
+
+
+JOB = asdict(Job("0123456789", "erase seed=41", ("smoke",), 6, "home", "cwd", 1, 0, 1.0))
+ATTEMPTS = [{"at": 1.0, "command": "train"}, {"at": 2.0, "failed": "exit 1"}]
+
+
+@given(data=st.data())
+@FUZZ
+def test_what_a_sweep_keeps_of_its_runs(tmp_path, data):
+    home = tmp_path / "home"
+    shutil.rmtree(home, ignore_errors=True)
+    job = Job(**{**JOB, "home": str(home), "argv": ("smoke",)})
+    job.file("").parent.mkdir(parents=True)
+    run = write_run(home / "runs", data)
+    if data.draw(st.booleans()):  # under way
+        (run / "summary.json").unlink()
+    run.rename(home / "runs" / f"20260101T000000_smoke_{job.id}")
+    attempts = data.draw(altered(ATTEMPTS))
+    job.file(".jsonl").write_bytes(jsonl(attempts if isinstance(attempts, list) else [attempts]))
+    text = json.dumps(data.draw(altered(JOB))).encode()
+    job.file(".json").write_bytes(data.draw(damaged(text)) if data.draw(st.booleans()) else text)
+    read_or_refuse(tmp_path, lambda: status_table(states([job])))
+    read_or_refuse(tmp_path, lambda: failures_since(home, 0.0))
+    read_or_refuse(tmp_path, lambda: read_job(job.file(".json")))
+
+
+# The cache of decompositions
+
+
+@pytest.fixture(scope="module")
+def decomposed(tmp_path_factory):
+    """A weight, its decomposition, and the cache's file of it."""
+    folder = tmp_path_factory.mktemp("svd")
+    W = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    load_svd(W, folder)
+    (path,) = folder.iterdir()
+    return W, compute_svd(W), path.name, path.read_bytes()
+
+
+@given(data=st.data())
+@FUZZ
+def test_a_damaged_decomposition_is_made_again(tmp_path, decomposed, data):
+    W, svd, name, good = decomposed
+    (tmp_path / name).write_bytes(data.draw(damaged(good)))
+    found = load_svd(W, tmp_path)
+    for part in ("U", "S", "Vh"):
+        assert torch.equal(getattr(found, part), getattr(svd, part))
