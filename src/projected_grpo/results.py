@@ -15,7 +15,7 @@ from projected_grpo.errors import UserError
 from projected_grpo.runlog import complete_lines, read_json
 
 SHOWN = ("model", "problems", "env_mode", "steps", "intervention")  # in columns of their own
-PLACE = ("device", "svd_cache")  # where a run is made, not what it is
+PLACE = ("device", "svd_cache", "vllm_memory")  # where a run is made, not what it is
 # What vanilla's training can depend on; the other groups are the arm's own and its basis'.
 SHARED_GROUPS = ("model", "problems", "sampling", "loss", "optim", "teacher", "evaluation")
 IN_THE_NAME = (
