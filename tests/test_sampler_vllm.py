@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_vllm import Model, modules
 
+from fake_vllm import Model, modules
 from projected_grpo.antipasto import Policy, block_name, merged_weight, wrap
 from projected_grpo.block import random_start
 from projected_grpo.cli import main

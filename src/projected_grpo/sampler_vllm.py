@@ -6,10 +6,10 @@ not there yet as W + U diag(delta) Vh + H, merged and copied one after another. 
 their request. The log-probabilities are the engine's own, of its logits before temperature and filters; what
 they differ by from the loss's is what the importance weight corrects (grpo.py).
 
-The calls were read in vLLM's documentation and sources, and in TRL 1.16, whose colocated mode works alike with
-0.22 to 0.31: `apply_model` and `load_weights` (names of a checkpoint; the engine fuses q, k, v and gate, up
-itself), `logprobs_mode` raw_logprobs, `reset_prefix_cache`, VLLM_ENABLE_V1_MULTIPROCESSING=0 for one process.
-They were never run here but against a stand-in.
+The calls were read in vLLM's documentation and sources, and in TRL 1.16, whose colocated mode works alike
+with 0.22 to 0.31: `apply_model` and `load_weights` (names of a checkpoint; the engine fuses q, k, v and gate,
+up itself), `logprobs_mode` raw_logprobs, `reset_prefix_cache`, and VLLM_ENABLE_V1_MULTIPROCESSING=0 for one
+process. They were never run here but against a stand-in.
 """
 
 import copy
