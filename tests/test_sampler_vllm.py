@@ -34,14 +34,8 @@ TRAIN = (
     *("train", "smoke", "--n-problems=6", "--eval-n-prompts=1", "--max-new=8", "--workers=1", "--group=3"),
     *("--device=cpu", "--vhack-pairs-path=pairs.json", "--vhack-refresh-every=0", "--eval-ablate-every=1"),
     *("--intervention=route2", "--quarantine=block", "--mask-unflagged=absorb", "--lr=0.05"),
-    *(
-        "--rollout-ablate-frac=0.5",
-        "--mix-ratio=0.25",
-        f"--steps={STEPS}",
-        "--save-every=1",
-        "--keep-states=9",
-        "--threads=1",
-    ),
+    *("--rollout-ablate-frac=0.5", "--mix-ratio=0.25", "--save-every=1", "--keep-states=9", "--threads=1"),
+    f"--steps={STEPS}",
 )
 ASK = ("--device=cpu", "--workers=1", "--n-problems=1", "--samples=2", "--resamples=9", "--max-new=6")
 
