@@ -25,6 +25,7 @@ ORDER = (
         "antipasto",
         "models",
         "rollout",
+        "sampler_vllm",
         "problems",
         "pairs",
         "pairlint",

@@ -21,6 +21,8 @@ from projected_grpo.config import (
     TrainConfig,
     env_modes,
     from_json,
+    resolved_loss,
+    settings,
     teacher_rows,
     to_json,
     validate,
@@ -191,6 +193,9 @@ REFUSED = [
     ("--env-mode", {"env_mode": "run_test"}),
     ("--env-mode", {"env_mode": "run_tests,"}),
     ("--env-mode", {"env_mode": ""}),
+    ("--vllm-memory", {"vllm_memory": 0.5}),
+    ("--vllm-memory", {"vllm_memory": 0.0, "sampler": "vllm"}),
+    ("--vllm-memory", {"vllm_memory": 1.0, "sampler": "vllm"}),
 ]
 
 
@@ -199,6 +204,25 @@ def test_refusals_name_their_option(option, values):
     with pytest.raises(UserError, match=f"{option}\\b") as caught:
         validate(changed(SMOKE, **values))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "importance", "expected"),
+    [
+        ("own", "auto", "clipped"),
+        ("vllm", "auto", "truncated"),
+        ("own", "truncated", "truncated"),
+        ("vllm", "clipped", "clipped"),
+    ],
+)
+def test_another_engines_rollouts_are_weighed_and_not_clipped(sampler, importance, expected):
+    cfg = changed(SMOKE, sampler=sampler, importance=importance, clip=0.3)
+    assert resolved_loss(cfg) == dataclasses.replace(cfg.loss, importance=expected)
+
+
+def test_the_engines_memory_is_no_setting_of_a_study():
+    cfg = changed(SMOKE, sampler="vllm")
+    assert settings(cfg) == settings(changed(cfg, vllm_memory=0.5)) != settings(SMOKE)
 
 
 def test_teacher_modes_without_a_pool_are_refused_where_none_is_baked():

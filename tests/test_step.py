@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 from fake_runs import few_pairs
-from projected_grpo import collect as collect_module
 from projected_grpo import step as step_module
 from projected_grpo import train as train_module
 from projected_grpo.checkpoint import state_paths
@@ -35,6 +34,7 @@ from projected_grpo.experiment import fit_prompts, prepare, read_data
 from projected_grpo.pools import TeacherRow
 from projected_grpo.proj import GateState
 from projected_grpo.rewards import Grade, Grader
+from projected_grpo.rollout import sample
 from projected_grpo.rundir import start_digest, start_state
 from projected_grpo.step import Tripwire, as_deployed, find_anchors, knobs, learning_rate, train_step
 from projected_grpo.steptable import complete
@@ -189,7 +189,7 @@ def test_the_order_in_which_grades_come_changes_no_byte(begin):
     assert bytes_of_a_run(replace(exp, grader=Late(exp.grader.sandbox)), state) == in_order
 
 
-def test_a_batch_is_with_the_grader_before_the_next_is_generated(begin, monkeypatch):
+def test_a_batch_is_with_the_grader_before_the_next_is_generated(begin):
     exp, _ = begin(prompts_per_step=3, rows_per_batch=3, mix_ratio=0.25, rollout_ablate_frac=0.34)
     events = []
 
@@ -205,15 +205,14 @@ def test_a_batch_is_with_the_grader_before_the_next_is_generated(begin, monkeypa
             seen.set_result(super().submit(task, text).result())
             return seen
 
-    def generate(policy, prompts, seeds, *more, _real=collect_module.sample, **options):
+    def generate(policy, prompts, seeds, *more, **options):
         events.append(sum(map(len, seeds)))
-        return _real(policy, prompts, seeds, *more, **options)
+        return sample(policy, prompts, seeds, *more, **options)
 
-    monkeypatch.setattr(collect_module, "sample", generate)
-    data = collect(replace(exp, grader=Watched(exp.grader.sandbox)), 0)
+    watched = replace(exp.chat, sampler=generate)
+    data = collect(replace(exp, grader=Watched(exp.grader.sandbox), chat=watched), 0)
     given = ["given"] * 3
     assert events == [3, *given, 3, *given, 3, *given, *["asked"] * 9], "6 as trained, 3 without quarantine"
-    monkeypatch.undo()
     for i, (rollout, grade) in enumerate(zip(data.rollouts, data.grades, strict=True)):
         assert grade is None or grade == exp.grader.grade(data.problems[i // 4].task, rollout.text)
 

@@ -22,7 +22,7 @@ from projected_grpo.antipasto import compute_svd, wrap
 from projected_grpo.bench import machine
 from projected_grpo.config import EMBEDDED, FAST, Intervention, ModelConfig, TrainConfig, validate
 from projected_grpo.errors import UserError
-from projected_grpo.experiment import Chat, Data, Experiment
+from projected_grpo.experiment import Chat, Data, Experiment, sampler_opener
 from projected_grpo.extract_vhack_grad import pair_grads, pair_rollouts
 from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.memory import measured_peak, predicted_peak
@@ -32,7 +32,7 @@ from projected_grpo.pools import NO_TEACHER
 from projected_grpo.problems import load_problems
 from projected_grpo.ranks import ALONE, Ranks
 from projected_grpo.rewards import Grade, Grader, Task
-from projected_grpo.rollout import Rollout, collate, positions, sample, stream_seed
+from projected_grpo.rollout import Rollout, collate, positions, stream_seed
 from projected_grpo.rundir import start_state
 from projected_grpo.step import TrainState, train_step
 
@@ -113,12 +113,14 @@ def bench_model(
     return random.to(dtype=weight.dtype).eval(), tokenizer
 
 
-def open_bench_chat(work: Work, shape: Mapping[str, Any] | None = None) -> Chat:
+def open_bench_chat(work: Work, shape: Mapping[str, Any] | None = None, processes: int = 1) -> Chat:
     """The adapted model; no token stops a completion."""
+    open_sampler = sampler_opener(work.model, processes)
     model, tokenizer = bench_model(work.model, shape)
     policy = wrap(model, work.model.svd_cache)
     pad = tokenizer.pad_token_id
-    return Chat(policy, tokenizer, frozenset(), min(stop_ids(model, tokenizer)) if pad is None else pad)
+    pad = min(stop_ids(model, tokenizer)) if pad is None else pad
+    return Chat(policy, tokenizer, frozenset(), pad, open_sampler(policy))
 
 
 def bench_prompts(work: Work, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -227,7 +229,7 @@ def bench_step(work: Work, rival: Rival | None = None, ranks: Ranks = ALONE) -> 
     `parts` are ours: generation, and what follows grading. Medians; the first step of each is not counted.
     CPU seconds are those of all processes together; `send_s` is what adding up two rows of all knobs takes.
     """
-    chat = open_bench_chat(work)
+    chat = open_bench_chat(work, processes=ranks.size)
     ours: list[dict[str, Any]] = []
     with open_stepper(work, chat, ranks) as step:
         if rival is None:
@@ -276,7 +278,7 @@ def bench_generation(work: Work) -> dict[str, Any]:
         )
 
     def ours() -> None:
-        sample(policy, prompts, seeds, sampling, chat.stop, chat.pad_id)
+        chat.sampler(policy, prompts, seeds, sampling, chat.stop, chat.pad_id)
 
     seconds = alternated({"ours": ours, "floor": floor}, policy.device, work.steps)
     tokens = len(heads.ids) * work.max_new
@@ -430,6 +432,7 @@ def describe(work: Work, chat: Chat) -> dict[str, Any]:
         "steps": work.steps,
         "grad_checkpoint": work.grad_checkpoint,
         "intervention": work.intervention,
+        "sampler": work.model.sampler,
         "device": str(chat.policy.device),
         "dtype": str(next(chat.policy.model.parameters()).dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

@@ -18,7 +18,7 @@ from projected_grpo.pools import TeacherRow
 from projected_grpo.problems import Problem
 from projected_grpo.ranks import Ranks
 from projected_grpo.rewards import Grade
-from projected_grpo.rollout import Rollout, batches, sample, stream_seed, take_rows, uniforms
+from projected_grpo.rollout import Rollout, batches, stream_seed, take_rows, uniforms
 
 DEFAULT_ANCHORS: tuple[Detector, ...] = ("C",)
 
@@ -77,7 +77,7 @@ def draw(
     s = exp.cfg.sampling
     prompts = [exp.prompts[p.problem_id] for p in problems]
     for batch in batches(own_rows(exp.ranks, seeds), s.rows_per_batch):
-        drawn = sample(
+        drawn = exp.chat.sampler(
             exp.chat.policy, prompts, batch, s, exp.chat.stop, exp.chat.pad_id, ablate_quarantine=ablate
         )
         for i, completions in enumerate(drawn):

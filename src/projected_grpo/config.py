@@ -79,6 +79,11 @@ class ModelConfig:
     """`auto` takes flash-attn on a GPU that has it, else sdpa."""
     svd_cache: Path | None = Path("out/svd_cache")
     """Folder of cached SVDs, keyed by the hash of each weight; None computes them each time."""
+    sampler: Literal["own", "vllm"] = "own"
+    """What generates completions, in the verbs that do: `own`, or a vLLM engine in the same process on the
+    same GPU (docs/howto/vllm.md; one process, pip install 'projected_grpo[vllm]')."""
+    vllm_memory: float = 0.3
+    """--sampler=vllm: the share of the GPU's memory that the engine takes for good."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,12 @@ class LossConfig:
     clip: float = 0.2
     """PPO clip of the importance ratio."""
     ratio_cap: float = 3.0
-    """Truncation of the importance weight where clipping does not bound it (negative advantages)."""
+    """Truncation of the importance weight where clipping does not bound it (negative advantages), or of every
+    one (--importance=truncated)."""
+    importance: Literal["auto", "clipped", "truncated"] = "auto"
+    """How a token's weight, its probability over the one that its sampler gave it, enters: `clipped` as PPO's
+    ratio, which drops tokens that lie beyond the clip; `truncated` as a factor of at most --ratio-cap. `auto`
+    is truncated under --sampler=vllm, which computes probabilities in its own way, and else clipped."""
     beta: float = 0.0
     """Weight of the K3 KL to the reference (all knobs zero)."""
     ref_every: int = 1
@@ -509,6 +519,7 @@ def validate(cfg: TrainConfig) -> None:
         raise UserError("--grad-clip must be > 0 and --ratio-cap at least 1 + --clip")
     if cfg.arm.route2_random_v_seed is not None and cfg.arm.intervention != "route2":
         raise UserError("--route2-random-v-seed needs --intervention=route2")
+    validate_sampler(cfg.model)
     _validate_control(cfg.arm)
     _validate_arm_options(cfg.arm)
     if not re.fullmatch(r"[A-Za-z0-9_.+=-]*", cfg.run.out_tag):
@@ -517,6 +528,21 @@ def validate(cfg: TrainConfig) -> None:
         )
     if t.teacher_modes and t.teacher_pool_dir is None and cfg.preset != "smoke":
         raise UserError("--teacher-modes needs --teacher-pool-dir")
+
+
+def validate_sampler(cfg: ModelConfig) -> None:
+    """Refuse options of an engine without the engine, and a share of memory that is none."""
+    if cfg.sampler != "vllm" and cfg.vllm_memory != ModelConfig().vllm_memory:
+        raise UserError("--vllm-memory needs --sampler=vllm")
+    if not 0 < cfg.vllm_memory < 1:
+        raise UserError(f"--vllm-memory must be in (0, 1), got {cfg.vllm_memory}")
+
+
+def resolved_loss(cfg: TrainConfig) -> LossConfig:
+    """The loss of a run's rollouts: what `--importance=auto` means beside its sampler."""
+    if cfg.loss.importance != "auto":
+        return cfg.loss
+    return dataclasses.replace(cfg.loss, importance="clipped" if cfg.model.sampler == "own" else "truncated")
 
 
 CONTROLS_OF: Mapping[str, tuple[Control, ...]] = {
@@ -608,7 +634,8 @@ def settings(cfg: TrainConfig) -> dict[str, Any]:
     """What decides a run's outcome: its config without where and by how many processes it is run."""
     data = to_json(cfg)
     data["run"] = {"seed": cfg.run.seed}
-    del data["model"]["svd_cache"]
+    for place in ("svd_cache", "vllm_memory"):
+        del data["model"][place]
     return data
 
 

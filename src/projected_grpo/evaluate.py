@@ -15,7 +15,7 @@ from projected_grpo.config import SamplingConfig
 from projected_grpo.models import decode, encode_chat
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import Grade, Grader
-from projected_grpo.rollout import sample, stream_seed
+from projected_grpo.rollout import Sampler, sample, stream_seed
 
 BATCH = 1000  # resamples held in memory at once
 
@@ -76,6 +76,7 @@ def evaluate(
     seed: int,
     *,
     ablate_quarantine: bool,
+    sampler: Sampler = sample,
     tokens_at_once: int = 0,
     on_chunk: Callable[[Evaluation], object] = lambda part: None,
 ) -> Evaluation:
@@ -90,7 +91,7 @@ def evaluate(
     for chunk in chunks(sizes, tokens_at_once):
         own = problems[chunk]
         seeds = [[stream_seed(seed, "eval", p.problem_id, i) for i in range(samples)] for p in own]
-        drawn = sample(
+        drawn = sampler(
             policy, prompts[chunk], seeds, sampling, stop, pad_id, ablate_quarantine=ablate_quarantine
         )
         texts = [tuple(decode(tokenizer, ids) for ids, _ in group) for group in drawn]

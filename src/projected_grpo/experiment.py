@@ -1,9 +1,10 @@
 """Everything of a run that does not change while it runs: files read, problems split, model wrapped."""
 
 import hashlib
+import importlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
@@ -28,6 +29,7 @@ from projected_grpo.config import (
     left_out,
     taught_modes,
     teacher_rows,
+    validate_sampler,
 )
 from projected_grpo.errors import UserError
 from projected_grpo.models import encode_chat, load_model, stop_ids
@@ -36,6 +38,7 @@ from projected_grpo.pools import NO_TEACHER, Teacher, TeacherRow, bake, join, lo
 from projected_grpo.problems import Problem, assign_modes, is_eval, load_problems, take
 from projected_grpo.ranks import ALONE, Ranks
 from projected_grpo.rewards import MODES, Grader
+from projected_grpo.rollout import Sampler, sample
 from projected_grpo.sandbox import Sandbox
 
 REMEMBERED = 4096  # grades: more than a step or an evaluation has
@@ -50,6 +53,7 @@ class Chat:
     tokenizer: PreTrainedTokenizerBase
     stop: frozenset[int]
     pad_id: int
+    sampler: Sampler = sample
 
     @property
     def stop_id(self) -> int:
@@ -84,8 +88,40 @@ class Experiment:
     ranks: Ranks = ALONE
 
 
-def open_chat(cfg: ModelConfig) -> Chat:
-    """Load the model and adapt its Linears."""
+SamplerOpener = Callable[[Policy], Sampler]
+
+
+def own_sampler(policy: Policy) -> Sampler:
+    """Our own decoding, for which nothing has to be opened."""
+    return sample
+
+
+def sampler_opener(cfg: ModelConfig, processes: int = 1) -> SamplerOpener:
+    """What makes the sampler that --sampler names, once there is a model; all that can be refused before is.
+
+    Raises UserError for settings or a place that the engine cannot work with, and naming a missing extra.
+    """
+    validate_sampler(cfg)
+    if cfg.sampler == "own":
+        return own_sampler
+    if processes > 1:
+        raise UserError(
+            f"--sampler={cfg.sampler} runs in one process; leave torchrun out, or take --sampler=own"
+        )
+    try:
+        engine = importlib.import_module(f"projected_grpo.sampler_{cfg.sampler}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != cfg.sampler:
+            raise
+        raise UserError(
+            f"--sampler={cfg.sampler} needs {error.name}: pip install 'projected_grpo[{cfg.sampler}]'"
+        ) from error
+    opener: SamplerOpener = engine.opener(cfg)
+    return opener
+
+
+def open_chat(cfg: ModelConfig, open_sampler: SamplerOpener = own_sampler) -> Chat:
+    """Load the model, adapt its Linears, and open what generates from it."""
     model, tokenizer = load_model(cfg)
     with tqdm(desc="SVD", unit=" modules", leave=False, disable=None) as bar:
         policy = wrap(model, cfg.svd_cache, on_module=lambda name: bar.update())
@@ -99,7 +135,7 @@ def open_chat(cfg: ModelConfig) -> Chat:
         str(next(model.parameters()).dtype).removeprefix("torch."),
         policy.device,
     )
-    return Chat(policy, tokenizer, stop, min(stop) if pad is None else pad)
+    return Chat(policy, tokenizer, stop, min(stop) if pad is None else pad, open_sampler(policy))
 
 
 def open_grader(workers: int, stack: ExitStack, mode: SandboxMode = "auto") -> Grader:
@@ -266,10 +302,11 @@ def prepare(cfg: TrainConfig, stack: ExitStack, ranks: Ranks = ALONE) -> Experim
     """Read everything, cheapest checks first, so that a bad input is told before a model is loaded."""
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
+    open_sampler = sampler_opener(cfg.model, ranks.size)
     pairs = chosen_pairs(cfg.basis)
     grader = open_grader(cfg.run.workers or ranks.cores, stack, cfg.run.sandbox)
     data = prompted(read_data(cfg, grader), cfg.arm)
-    chat = open_chat(cfg.model)
+    chat = open_chat(cfg.model, open_sampler)
     data, prompts = fit_prompts(data, chat, cfg.sampling.max_new)
     if cfg.sampling.prompts_per_step > len(data.train):
         raise UserError(

@@ -3,6 +3,7 @@
     A        = r - mean(group)                                  Dr.GRPO; classic: over the group's std too
     ratio    = exp(logp - logp_old)                             1 where off-policy text has no logp_old
     L_it     = -min(ratio A, clip(ratio, 1 +- eps) A)           PPO, with the weight truncated at ratio_cap
+    L_it     = -min(ratio, ratio_cap) A                         --importance=truncated: no clip
     L        = sum_it L_it / (n T_max) + beta K3                unbiased: one fixed denominator
     K3       = exp(ref - logp) - (ref - logp) - 1               Schulman's estimate of KL(policy || reference)
 
@@ -12,7 +13,13 @@ bfloat16, are corrected by the same ratio; rollouts with advantage 0 (all of a g
 are dropped before any forward, with their KL. A teacher row longer than max_new weighs more than max_new
 tokens.
 
-Sources: Liu et al. 2025 (arXiv:2503.20783), Schulman et al. 2017 (arXiv:1707.06347), Schulman 2020 (K3).
+A step is one update, so the policy is the one that sampled, and the ratio is nothing but what the sampler's
+arithmetic and the loss's differ by. PPO's clip takes that for a policy that has moved, and drops tokens; an
+engine with kernels of its own needs the truncated weight instead, beside which PPO's own ratio is 1.
+
+Sources: Liu et al. 2025 (arXiv:2503.20783), Schulman et al. 2017 (arXiv:1707.06347), Schulman 2020 (K3);
+truncated weights: Ionides 2008; of another engine's rollouts, outside PPO's own ratio: Yao et al. 2025 ("Your
+Efficient RL Framework Secretly Brings You Off-Policy RL Training").
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,6 +104,20 @@ def surrogate(
     weight = torch.minimum((logp.detach() - logp_old).exp(), cap)
     ratio = weight * (logp - logp.detach()).exp()
     return torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
+
+
+def truncated_surrogate(
+    logp: Float[Tensor, "b T"],
+    logp_old: Float[Tensor, "b T"],
+    advantage: Float[Tensor, " b"],
+    ratio_cap: float,
+) -> Float[Tensor, "b T"]:
+    """The policy gradient's objective per token (to be maximised), corrected for who sampled.
+
+    Its gradient is min(p / p_old, ratio_cap) A dlogp: every token counts, none more than ratio_cap times.
+    """
+    weight = (logp.detach() - logp_old).exp().clamp_max(ratio_cap)
+    return weight * (logp - logp.detach()).exp() * advantage[:, None]
 
 
 def k3(logp: Float[Tensor, "b T"], ref: Float[Tensor, "b T"]) -> Float[Tensor, "b T"]:
@@ -268,7 +289,7 @@ def _microbatch(
     with policy.rows(deltas, len(scorer.parts)) as leaves:
         logp = scorer.logps()
         old = _old_logps(rollouts, logp)
-        per_token = -surrogate(logp, old, advantage.to(logp), loss.clip, loss.ratio_cap)
+        per_token = -_objective(logp, old, advantage.to(logp), loss)
         if loss.beta > 0 and ref is not None:
             per_token = per_token + loss.beta * k3(logp, ref)
         weights = _token_weights(scorer.completion, loss, n, max_new)
@@ -276,6 +297,15 @@ def _microbatch(
         gradients = torch.autograd.grad(value, list(leaves.values()))
     figures = _per_rollout_figures(logp.detach(), old, ref, scorer.completion).cpu()
     return float(value.detach()), dict(zip(leaves, gradients, strict=True)), figures
+
+
+def _objective(
+    logp: Float[Tensor, "b T"], old: Float[Tensor, "b T"], advantage: Float[Tensor, " b"], loss: LossConfig
+) -> Float[Tensor, "b T"]:
+    """As `loss.importance` says; `auto` is for a run to resolve (config.resolved_loss), and clipped here."""
+    if loss.importance == "truncated":
+        return truncated_surrogate(logp, old, advantage, loss.ratio_cap)
+    return surrogate(logp, old, advantage, loss.clip, loss.ratio_cap)
 
 
 def _token_weights(

@@ -99,6 +99,7 @@ def sample_pool(
                 chat.pad_id,
                 how.seed,
                 ablate_quarantine=False,
+                sampler=chat.sampler,
             )
             for problem, texts, grades in zip(drawn.problems, drawn.texts, drawn.grades, strict=True):
                 counts += write_prompt(folder, problem, texts, grades)

@@ -174,7 +174,7 @@ def rate(run: RunFiles, key: str) -> float:
 def differing(vanilla: Mapping[str, Any], arm: Mapping[str, Any]) -> list[str]:
     """What two runs differ in beside the arm, the basis and their place."""
     groups = ("model", "problems", "sampling", "loss", "optim", "teacher", "evaluation")
-    place = ("device", "svd_cache")
+    place = ("device", "svd_cache", "vllm_memory")
     found = [
         f"{option} ({value} / {arm[group].get(option)})"
         for group in groups

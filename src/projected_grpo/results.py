@@ -16,7 +16,7 @@ from projected_grpo.outcome import check_record, read_ended
 from projected_grpo.runlog import read_json
 
 SHOWN = ("model", "problems", "env_mode", "steps", "intervention")  # in columns of their own
-PLACE = ("device", "svd_cache")  # where a run is made, not what it is
+PLACE = ("device", "svd_cache", "vllm_memory")  # where a run is made, not what it is
 # What vanilla's training can depend on; the other groups are the arm's own and its basis'.
 SHARED_GROUPS = ("model", "problems", "sampling", "loss", "optim", "teacher", "evaluation")
 IN_THE_NAME = (

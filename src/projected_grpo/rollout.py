@@ -8,7 +8,7 @@ before it, and rows may share a batch, leave it early or be resumed; the others 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -368,6 +368,24 @@ def batches(seeds: Sequence[Sequence[int]], rows: int) -> Iterator[list[list[int
     size = rows or max(1, total)
     for start in range(0, total, size):
         yield take_rows(seeds, start, start + size)
+
+
+@runtime_checkable  # the shape checker looks at arguments
+class Sampler(Protocol):
+    """Whatever draws completions: `sample`, or an engine with the same arguments and results."""
+
+    def __call__(
+        self,
+        policy: Policy,
+        prompts: Sequence[tuple[int, ...]],
+        seeds: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        stop: frozenset[int],
+        pad_id: int,
+        *,
+        ablate_quarantine: bool = False,
+    ) -> list[list[Completion]]:
+        """One completion of prompt p per seed in seeds[p], with log-probabilities at temperature 1, nats."""
 
 
 def sample(

@@ -20,7 +20,7 @@ from projected_grpo.antipasto import tensor_hash
 from projected_grpo.arms import ARMS, DeployInput, Evidence, RewardInput, Shaped, intervene, shape
 from projected_grpo.collect import Collected, collect, gather_evidence
 from projected_grpo.concept import Concept, concept_scores, fit_concept
-from projected_grpo.config import GateMode, OptimConfig
+from projected_grpo.config import GateMode, OptimConfig, resolved_loss
 from projected_grpo.experiment import Experiment
 from projected_grpo.extract_vhack_grad import refresh
 from projected_grpo.grpo import (
@@ -260,7 +260,7 @@ def loss_grads(exp: Experiment, step: int, data: Collected, advantage: Float[Ten
             exp.chat.policy,
             data.rollouts,
             own_share(exp.ranks, data.rollouts, advantage),
-            cfg.loss,
+            resolved_loss(cfg),
             cfg.sampling.max_new,
             exp.chat.pad_id,
             with_reference=cfg.loss.ref_every > 0 and step % cfg.loss.ref_every == 0,

@@ -285,6 +285,7 @@ def evaluate_held_out(exp: Experiment, problems: Sequence[Problem], *, ablate_qu
         exp.chat.pad_id,
         exp.cfg.run.seed,
         ablate_quarantine=ablate_quarantine,
+        sampler=exp.chat.sampler,
         tokens_at_once=exp.cfg.sampling.rows_per_batch * MAX_SEQUENCE,
     )
     parts = exp.ranks.gather((part.texts, part.grades))

@@ -10,7 +10,7 @@ from loguru import logger
 from projected_grpo.checkpoint import knobs_meta, load_knobs, state_paths
 from projected_grpo.config import ModelConfig, TrainConfig, from_json
 from projected_grpo.errors import UserError
-from projected_grpo.experiment import Chat, open_chat
+from projected_grpo.experiment import Chat, SamplerOpener, open_chat, own_sampler
 from projected_grpo.runlog import read_json
 
 DEPLOYED_FILE = "train.safetensors"
@@ -64,14 +64,14 @@ def _run_source(folder: Path, model: str) -> Source:
     return Source(model or cfg.model.model, folder, cfg, knobs, state)
 
 
-def open_source(source: Source, cfg: ModelConfig) -> Chat:
+def open_source(source: Source, cfg: ModelConfig, open_sampler: SamplerOpener = own_sampler) -> Chat:
     """Load the source's model (device and so on from `cfg`) with its knobs, the quarantine included.
 
     Raises UserError for knobs that do not fit the model, or a state that is not of the deployed step.
     """
     if source.cfg is not None and cfg.dtype == "auto":
         cfg = replace(cfg, dtype=source.cfg.model.dtype)
-    chat = open_chat(replace(cfg, model=source.model))
+    chat = open_chat(replace(cfg, model=source.model), open_sampler)
     if source.knobs is None:
         return chat
     meta = load_knobs(source.knobs, chat.policy)

@@ -26,7 +26,14 @@ from projected_grpo.config import (
 )
 from projected_grpo.errors import UserError
 from projected_grpo.evaluate import Bootstrap, Evaluation, Figure, evaluate, figures
-from projected_grpo.experiment import SPLIT_SEED, Chat, give_modes, open_grader, read_problems
+from projected_grpo.experiment import (
+    SPLIT_SEED,
+    Chat,
+    give_modes,
+    open_grader,
+    read_problems,
+    sampler_opener,
+)
 from projected_grpo.export import check_out, export, read_facts
 from projected_grpo.models import encode_chat
 from projected_grpo.pools import join, load_pool
@@ -114,9 +121,10 @@ def evaluate_verb(options: EvaluateOptions) -> int:
         raise UserError(f"--out {options.out}: is a folder; name a file")
     if options.completions is not None and options.completions.exists():
         raise UserError(f"--completions {options.completions}: already there; name another file")
+    open_sampler = sampler_opener(options.model)
     with ExitStack() as stack:
         grader = open_grader(options.grader.workers, stack, options.grader.sandbox)
-        chat = open_source(source, options.model)
+        chat = open_source(source, options.model, open_sampler)
         problems, too_long = fitting(problems, chat, sampling.max_new)
         results = measure(options, source, chat, grader, problems, sampling)
     how = Bootstrap(options.confidence, options.resamples, options.seed)
@@ -131,6 +139,7 @@ def evaluate_verb(options: EvaluateOptions) -> int:
             **{name: getattr(options, name) for name in ("subset", "split", "eval_names", "samples", "seed")},
             **{name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "max_new")},
             **{name: getattr(options, name) for name in ("n_problems", "tokens_at_once")},
+            "sampler": options.model.sampler,
             "env_mode": ",".join(sorted({p.env_mode for p in problems})),
             "bootstrap": asdict(how),
         },
@@ -268,6 +277,7 @@ def measure(
                     chat.pad_id,
                     options.seed,
                     ablate_quarantine=policy == "deployed",
+                    sampler=chat.sampler,
                     tokens_at_once=options.tokens_at_once,
                     on_chunk=partial(note, policy, condition),
                 )

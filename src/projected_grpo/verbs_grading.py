@@ -18,7 +18,7 @@ from projected_grpo.config import (
     env_modes,
 )
 from projected_grpo.errors import UserError
-from projected_grpo.experiment import SPLIT_SEED, open_chat, open_grader, read_problems
+from projected_grpo.experiment import SPLIT_SEED, open_chat, open_grader, read_problems, sampler_opener
 from projected_grpo.grading import (
     Comparison,
     as_line,
@@ -154,6 +154,7 @@ def pool_build_verb(options: PoolBuildOptions) -> int:
 def pool_sample_verb(options: PoolSampleOptions) -> int:
     """Sample a teacher pool from a model, graded, in the form that --teacher-pool-dir takes."""
     _ = options.how.sampler  # bad settings are told before anything is written
+    open_sampler = sampler_opener(options.model)
     if options.problems.n_problems < 1:
         raise UserError(f"--n-problems must be at least 1, got {options.problems.n_problems}")
     problems = [p for p in with_modes(options.problems) if not is_eval(p)]
@@ -161,7 +162,7 @@ def pool_sample_verb(options: PoolSampleOptions) -> int:
     made_with = sampled_with(options)
     with ExitStack() as stack:
         grader = open_grader(options.grader.workers, stack, options.grader.sandbox)
-        chat = open_chat(options.model)
+        chat = open_chat(options.model, open_sampler)
         if options.knobs is not None:
             load_knobs(options.knobs, chat.policy)
         counts = sample_pool(options.out, made_with, chat, grader, problems, options.how)
@@ -180,7 +181,9 @@ def sampled_with(options: PoolSampleOptions) -> dict[str, Any]:
             raise UserError(f"--knobs {options.knobs}: cannot be read ({error.strerror})") from error
     how = {name: value for name, value in asdict(options.how).items() if name != "batch"}
     dtype = str(pick_dtype(options.model.dtype, pick_device(options.model.device)))
-    return {"model": options.model.model, "dtype": dtype, "knobs": knobs, **asdict(options.problems), **how}
+    made = {"model": options.model.model, "dtype": dtype, "knobs": knobs, **asdict(options.problems), **how}
+    engine = options.model.sampler  # told only where it is another: older pools go on
+    return made if engine == "own" else made | {"sampler": engine}
 
 
 def pool_report_verb(options: PoolReportOptions) -> int:
