@@ -215,7 +215,8 @@ def block_starts(policy: Policy, basis: HackBasis, arm: ArmConfig, seed: int) ->
         if arm.block_rank > policy.ranks[m]:
             raise UserError(f"--block-rank {arm.block_rank}: {m} has only rank {policy.ranks[m]}")
         if arm.block_init == "direction" and m in basis.V:
-            starts[m] = direction_start(layer.U, layer.Vh, basis.V[m], arm.block_rank)
+            V = basis.V[m].to(layer.U.device)
+            starts[m] = direction_start(layer.U, layer.Vh, V, arm.block_rank)
         else:
             generator = torch.Generator().manual_seed(stream_seed(seed, "block", m))
             starts[m] = random_start(len(layer.U), layer.Vh.shape[1], arm.block_rank, generator)
