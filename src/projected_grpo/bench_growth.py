@@ -67,7 +67,7 @@ def bench_growth(work: Work) -> dict[str, Any]:
             chat = chats[key]
             run, predicted = loss_pass(point.work, chat, by_group(point.work))
             run()
-            measured = measured_peak(run, chat.policy.device)
+            measured = measured_peak(run, chat.policy.devices)
             figures = {"peak_mb": measured / 1e6, "predicted_mb": predicted / 1e6}
             size = describe(point.work, chat)
             kept = {name: size[name] for name in ("group", "max_new", "parameters")}
@@ -81,7 +81,7 @@ def bench_growth(work: Work) -> dict[str, Any]:
             for step, mine in zip(steppers, seconds, strict=True):
                 started = clock()
                 step()
-                synchronise(chat.policy.device)
+                synchronise(chat.policy.devices)
                 if i >= WARM_UP:
                     mine.append(clock() - started)
         base_s, base_mb = median(seconds[0]), table[0]["peak_mb"]

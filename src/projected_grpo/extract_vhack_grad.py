@@ -296,11 +296,12 @@ def save_extraction(path: Path, extraction: Extraction) -> None:
 def load_extraction(path: Path, expected: Mapping[str, Any], device: torch.device) -> Extraction:
     """Read a basis file. Raises UserError naming the field that differs, or that the file is damaged."""
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             text = file.metadata() or {}
             meta = json.loads(text.get("projected_grpo", "{}"))
             names = list(file.keys())
-            tensors = {name: file.get_tensor(name).clone() for name in names}  # aligned, unlike the file
+            # Copied, so that they are aligned, unlike the file.
+            tensors = {name: file.get_tensor(name).to(device, copy=True) for name in names}
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a basis file ({error}); delete it to extract again") from error
     checksum = meta.pop("checksum", None) if isinstance(meta, dict) else ""

@@ -43,7 +43,7 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def pick_devices(wanted: str) -> tuple[torch.device, ...]:
-    """One device, or several separated by commas. Raises UserError for one that is not here or named twice."""
+    """One device, or several separated by commas. UserError for one that is not here or named twice."""
     names = [name.strip() for name in wanted.split(",")]
     found = [pick_device(name) for name in names]
     if len(found) == 1:

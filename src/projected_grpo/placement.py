@@ -3,12 +3,12 @@
     home     the first device: embeddings, final norm and output layer, every knob, all inputs and outputs
     layers   consecutive ones on each device, U and Vh with the weights they belong to
 
-A layer's inputs are moved to it when it is called, and what the last layer gives is moved home; autograd moves
-gradients back the same way. So a step's maths, which works on knobs and log-probabilities, sees one device.
-Devices wait for one another: at any time one of them computes.
+A layer's inputs are moved to it when it is called, and what the last layer gives is moved home; autograd
+moves gradients back the same way. So a step's maths, which works on knobs and log-probabilities, sees one
+device. Devices wait for one another: at any time one of them computes.
 
 accelerate's `dispatch_model` (what `device_map` ends in) does the same with hooks. It is no dependency of this
-package, sends masks and rotary embeddings again for every layer, and knows nothing of the adapters to come.
+package, sends masks and rotary embeddings again to every layer, and does not know what adapters will hold.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,7 +59,7 @@ def outermost_layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def values_held(module: nn.Module) -> int:
-    """Numbers that a module will hold while it samples: weights, and for adapted ones merged copy, U and Vh."""
+    """Numbers a module will hold while it samples: weights, and of adapted ones a merged copy, U and Vh."""
     held = sum(weight.numel() for weight in module.parameters())
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear) and name.rpartition(".")[2] in TARGETS:
