@@ -7,8 +7,8 @@ A layer's inputs are moved to it when it is called, and what the last layer give
 moves gradients back the same way. So a step's maths, which works on knobs and log-probabilities, sees one
 device. Devices wait for one another: at any time one of them computes.
 
-accelerate's `dispatch_model` (what `device_map` ends in) does the same with hooks. It is no dependency of this
-package, sends masks and rotary embeddings again to every layer, and does not know what adapters will hold.
+accelerate's `dispatch_model` (what `device_map` ends in) does the same with hooks. It is no dependency of
+this package, sends masks and rotary embeddings again to every layer, and does not know what adapters hold.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,7 +130,7 @@ class _Copies(dict[tuple[int, torch.device], tuple[Tensor, Tensor]]):
 def _enter(
     copies: _Copies, device: torch.device, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Hidden states, which are a layer's positional arguments, are its own; keywords are what layers share."""
+    """Hidden states, a layer's positional arguments, are its own; keywords are what layers share."""
     return _moved(args, device), {name: copies.of(value, device) for name, value in kwargs.items()}
 
 

@@ -128,7 +128,7 @@ def join_ranks(device: str) -> Ranks:
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     if "," in device:
         raise UserError(
-            f"--device {device}: one model over several devices is one process; leave out torchrun or --device"
+            f"--device {device}: one model over several devices is one process; start it without torchrun"
         )
     if device not in ("auto", "cuda", "cpu"):
         raise UserError(f"--device {device}: under torchrun each process has its own GPU; leave --device out")
