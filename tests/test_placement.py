@@ -205,7 +205,7 @@ def test_a_whole_run_on_two_devices_is_the_run_on_one(tmp_path, unchecked_childr
         *("train", "smoke", "--intervention=route2", "--quarantine=block", "--block-init=direction"),
         *("--steps=2", "--n-problems=6", "--eval-n-prompts=1", "--max-new=6", "--eval-ablate-every=0"),
         *("--workers=1", "--vhack-pairs-modes", "run_tests", "--v-hack-drop-bottom-frac=0"),
-        *("--svd-cache=None", "--vhack-refresh-every=1"),
+        *("--svd-cache=None", "--vhack-refresh-every=0", "--v-hack-extract-top-k=2"),
     )
     found = []
     for home, where in ((tmp_path / "one", "cpu"), (tmp_path / "two", "cpu:1,cpu:2")):
