@@ -75,7 +75,9 @@ def even_cuts(costs: Sequence[int], first: int, parts: int) -> tuple[int, ...]:
     """
     sums = [0, *accumulate(costs)]
     n = len(costs)
-    least = {stop: ((first + sums[stop]) ** 2, (stop,)) for stop in range(1, n + 1)}
+    least: dict[int, tuple[int, tuple[int, ...]]] = {
+        stop: ((first + sums[stop]) ** 2, (stop,)) for stop in range(1, n + 1)
+    }
     for part in range(1, parts):
         least = {
             stop: min(
@@ -104,7 +106,7 @@ def _join(model: Any, own: Mapping[nn.Module, torch.device], home: torch.device)
     copies = _Copies()
     for layer, device in own.items():
         layer.register_forward_pre_hook(partial(_enter, copies, device), with_kwargs=True)
-    last = next(reversed(own))
+    *_, last = own
     last.register_forward_hook(lambda layer, args, out: _moved(out, home))
     model.base_model.register_forward_hook(lambda *_: copies.clear(), always_call=True)
 
