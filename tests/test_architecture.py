@@ -23,6 +23,7 @@ ORDER = (
         "proj",
         "block",
         "antipasto",
+        "placement",
         "models",
         "rollout",
         "sampler_vllm",

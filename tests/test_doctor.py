@@ -115,7 +115,7 @@ def test_a_model_that_is_not_cached():
     ("free", "status", "word"), [(139, "OK", "139.0"), (60, "WARN", "nvidia-smi")], ids=["idle", "in use"]
 )
 def test_a_gpu_is_asked_for_its_free_memory(monkeypatch, free, status, word):
-    monkeypatch.setattr(doctor, "pick_device", lambda wanted: torch.device("cuda"))
+    monkeypatch.setattr(doctor, "pick_devices", lambda wanted: (torch.device("cuda"),))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 1e9, 140e9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     found = finding("device", preset="full", device="auto")
@@ -125,7 +125,7 @@ def test_a_gpu_is_asked_for_its_free_memory(monkeypatch, free, status, word):
 
 
 def test_a_gpu_that_is_too_small_is_a_warning(monkeypatch):
-    monkeypatch.setattr(doctor, "pick_device", lambda wanted: torch.device("cuda"))
+    monkeypatch.setattr(doctor, "pick_devices", lambda wanted: (torch.device("cuda"),))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (23e9, 24e9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     assert finding("device", preset="full", device="auto").status == "WARN"
@@ -134,6 +134,17 @@ def test_a_gpu_that_is_too_small_is_a_warning(monkeypatch):
     assert finding("device", preset="fast", device="auto").status == "OK"
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     assert finding("attention", device="auto").status == "WARN"
+
+
+def test_a_preset_may_be_spread_over_several_gpus(monkeypatch):
+    free = {"cuda:0": 48.0, "cuda:1": 48.0}
+    monkeypatch.setattr(doctor, "pick_devices", lambda wanted: tuple(map(torch.device, free)))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[str(device)] * 1e9, 48e9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    found = finding("device", preset="full", device="cuda:0,cuda:1")
+    assert found.status == "OK" and "cuda:0, 48.0 of 48.0 GB free; cuda:1, 48.0" in found.line()
+    free["cuda:1"] = 20.0
+    assert "nvidia-smi" in finding("device", preset="full", device="cuda:0,cuda:1").fix
 
 
 class Uncontained:

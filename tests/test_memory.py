@@ -33,7 +33,7 @@ def test_the_profiler_counts_what_is_alive_at_once():
         d = c + 1
         del c, d
 
-    assert measured_peak(three_then_two, CPU) == pytest.approx(3 * 4e6, rel=1e-3)
+    assert measured_peak(three_then_two, [CPU]) == pytest.approx(3 * 4e6, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_the_formula_is_within_a_tenth_of_what_is_counted(monkeypatch, dtype, wa
     nudge_knobs(chat)
     parts = None if way == "apart" else [i // 4 for i in range(8)]
     run, predicted = loss_pass(work, chat, parts)
-    assert predicted == pytest.approx(measured_peak(run, CPU), rel=0.1)
+    assert predicted == pytest.approx(measured_peak(run, [CPU]), rel=0.1)
 
 
 def test_what_rests_is_every_parameter_and_basis():

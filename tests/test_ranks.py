@@ -124,6 +124,8 @@ def test_a_gpu_for_each_process_or_a_clear_line(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     with pytest.raises(UserError, match="--device cuda:1"):
         join_ranks("cuda:1")
+    with pytest.raises(UserError, match="--device cuda:0,cuda:1: one model over several devices"):
+        join_ranks("cuda:0,cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="4 processes but 2 GPUs"):

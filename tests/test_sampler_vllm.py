@@ -229,7 +229,11 @@ def test_a_place_that_vllm_does_not_run_in_is_refused(monkeypatch):
     install(monkeypatch, "cuda")
     with pytest.raises(UserError, match="installed runs on cuda, the model on cpu; give --device=cuda"):
         sampler_opener(VLLM)
-    monkeypatch.setattr(sys.modules[OURS], "pick_device", torch.device)
+    monkeypatch.setattr(
+        sys.modules[OURS], "pick_devices", lambda names: tuple(map(torch.device, names.split(",")))
+    )
+    with pytest.raises(UserError, match="takes one GPU"):
+        sampler_opener(replace(VLLM, device="cuda:0,cuda:1"))
     with pytest.raises(UserError, match="first GPU, the model cuda:1.*CUDA_VISIBLE_DEVICES"):
         sampler_opener(replace(VLLM, device="cuda:1"))
     for device in ("cuda", "cuda:0"):

@@ -69,8 +69,9 @@ class _TangentLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, rows, moved, weight, layer):  # type: ignore[no-untyped-def]  # torch's own signature
-        ctx.save_for_backward(x, weight, layer.U, layer.Vh, None if moved is None else moved[0])
-        ctx.block = layer.block
+        moved = None if moved is None else moved[0].to(x.device)
+        ctx.save_for_backward(x, weight, layer.U, layer.Vh, moved)
+        ctx.block, ctx.home = layer.block, rows.device
         return F.linear(x, weight, layer.base.bias)
 
     @staticmethod
@@ -79,21 +80,26 @@ class _TangentLinear(torch.autograd.Function):
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         grad_rows = (F.linear(x, Vh) * (grad @ U)).sum(1)
         grad_moved = None if moved is None else ctx.block.row_gradients(x, grad, moved)
-        return grad_x, grad_rows, grad_moved, None, None
+        at_home = (None if g is None else g.to(ctx.home) for g in (grad_rows, grad_moved))
+        return grad_x, *at_home, None, None
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen Linear, its SVD basis, two knobs and maybe a block. Values in use are bound from outside."""
+    """A frozen Linear, its SVD basis, two knobs and maybe a block. Values in use are bound from outside.
 
-    def __init__(self, base: nn.Linear, svd: SVD) -> None:
+    Knobs, and values bound, are on the `home` device; the basis is where the weight is.
+    """
+
+    def __init__(self, base: nn.Linear, svd: SVD, home: torch.device | None = None) -> None:
         super().__init__()
         knob = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
         device, dtype = base.weight.device, base.weight.dtype
         self.base = base
         self.U = nn.Buffer(svd.U.to(device, dtype).contiguous(), persistent=False)
         self.Vh = nn.Buffer(svd.Vh.to(device, dtype).contiguous(), persistent=False)
-        self.delta_s = nn.Parameter(torch.zeros(len(svd.S), dtype=knob, device=device))
-        self.delta_hack = nn.Parameter(torch.zeros(len(svd.S), dtype=knob, device=device))
+        home = device if home is None else home
+        self.delta_s = nn.Parameter(torch.zeros(len(svd.S), dtype=knob, device=home))
+        self.delta_hack = nn.Parameter(torch.zeros(len(svd.S), dtype=knob, device=home))
         self.block: Block | None = None
         self.bound: Tensor | None = None
         self.bound_block: Tensor | None = None
@@ -125,7 +131,7 @@ class AdaptedLinear(nn.Module):
             raise ValueError(f"rows for {len(self.bound)} rollouts met an input of shape {tuple(x.shape)}")
         if self.tangent:
             return _TangentLinear.apply(x, self.bound, self.bound_block, self.base.weight.data, self)
-        delta = self.bound.to(x.dtype)
+        delta = self.bound.to(x)
         if rows:
             delta = delta[:, None, :]
         y = self.base(x) + F.linear(F.linear(x, self.Vh) * delta, self.U)
@@ -143,8 +149,13 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """Home: where inputs go, where knobs are, and where outputs and gradients come out."""
         return next(iter(self.layers.values())).delta_s.device
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Home, and every other device that holds layers."""
+        return tuple(dict.fromkeys((self.device, *(layer.U.device for layer in self.layers.values()))))
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -166,7 +177,7 @@ class Policy:
             if start is None:
                 layer.block = None
             elif layer.block is None or not layer.block.fits(start):
-                layer.block = Block(start, layer.delta_s.dtype, self.device)
+                layer.block = Block(start, layer.delta_s.dtype, layer.U.device, self.device)
             else:
                 layer.block.begin(start)
 
@@ -191,7 +202,7 @@ class Policy:
     def parked_norm(self) -> float:
         """Frobenius norm over all modules of the weight change in the quarantine: |delta_hack|, or |H|."""
         norms = [layer.delta_hack.detach().norm() for layer in self.layers.values()]
-        norms += [block.weight(block.moved.detach()).norm() for block in self.blocks.values()]
+        norms += [block.weight(block.moved.detach()).norm().to(self.device) for block in self.blocks.values()]
         return float(torch.stack(norms).norm())
 
     @contextmanager
@@ -276,7 +287,7 @@ def merged_weight(
     W = layer.base.weight.data
     W = W if dtype is None else W.to(dtype)
     if bool(delta.any()):
-        W = W + (layer.U.to(W.dtype) * delta.to(W.dtype)) @ layer.Vh.to(W.dtype)
+        W = W + (layer.U.to(W.dtype) * delta.to(W)) @ layer.Vh.to(W.dtype)
     if layer.block is not None and moved is not None and bool(moved.any()):
         W = W + layer.block.weight(moved).to(W.dtype)
     return W
@@ -302,7 +313,8 @@ def wrap(
 ) -> Policy:
     """Freeze the model and adapt every target Linear. Raises UserError if it has none.
 
-    Works one module at a time on the weight's own device; `on_module` is told each name as it is done.
+    Works one module at a time on the weight's own device; `on_module` is told each name as it is done. Knobs
+    go where the model's inputs go.
     """
     model.requires_grad_(False)
     names = [
@@ -316,11 +328,12 @@ def wrap(
             "choose a Qwen3, Qwen2, Llama or Qwen3.5 style model"
         )
     layers = {}
+    home = next(model.parameters()).device
     for name in names:
         parent = model.get_submodule(name.rpartition(".")[0])
         leaf = name.rpartition(".")[2]
         base: nn.Linear = getattr(parent, leaf)
-        layers[name] = AdaptedLinear(base, load_svd(base.weight.data, cache_dir))
+        layers[name] = AdaptedLinear(base, load_svd(base.weight.data, cache_dir), home)
         setattr(parent, leaf, layers[name])
         on_module(name)
     return Policy(model, layers)

@@ -65,7 +65,7 @@ def bench_growth(work: Work) -> dict[str, Any]:
             chat = chats[key]
             run, predicted = loss_pass(point.work, chat, by_group(point.work))
             run()
-            measured = measured_peak(run, chat.policy.device)
+            measured = measured_peak(run, chat.policy.devices)
             figures = {"peak_mb": measured / 1e6, "predicted_mb": predicted / 1e6}
             size = describe(point.work, chat)
             kept = {name: size[name] for name in ("group", "max_new", "parameters")}
@@ -74,7 +74,7 @@ def bench_growth(work: Work) -> dict[str, Any]:
             steppers[str(number)] = stack.enter_context(open_stepper(point.work, chat))
         on_cpu = chat.policy.device.type == "cpu"
         clock = time.process_time if on_cpu else time.perf_counter
-        seconds = list(alternated(steppers, chat.policy.device, work.steps, clock).values())
+        seconds = list(alternated(steppers, chat.policy.devices, work.steps, clock).values())
         base_mb = table[0]["peak_mb"]
         for row, step_s in zip(table, seconds, strict=True):
             row["step_s"] = step_s

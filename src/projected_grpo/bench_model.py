@@ -26,8 +26,9 @@ from projected_grpo.experiment import Chat, Data, Experiment, sampler_opener
 from projected_grpo.extract_vhack_grad import pair_grads, pair_rollouts
 from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.memory import measured_peak, predicted_peak
-from projected_grpo.models import load_model, stop_ids
+from projected_grpo.models import load_model, pick_devices, stop_ids
 from projected_grpo.pairs import load_pairs
+from projected_grpo.placement import place
 from projected_grpo.pools import NO_TEACHER
 from projected_grpo.problems import load_problems
 from projected_grpo.ranks import ALONE, Ranks
@@ -96,7 +97,9 @@ def bench_model(
     shape = SIZES.get(cfg.model) if shape is None else shape
     if shape is None:
         return load_model(cfg)
-    model, tokenizer = load_model(replace(cfg, model="tiny-random"))
+    devices = pick_devices(cfg.device)
+    alone = cfg if len(devices) == 1 else replace(cfg, device=str(devices[0]))
+    model, tokenizer = load_model(replace(alone, model="tiny-random"))
     template: Any = model.config
     config = Qwen3Config(
         **shape,
@@ -107,10 +110,12 @@ def bench_model(
     )
     config._attn_implementation = template._attn_implementation
     weight = next(model.parameters())
-    with torch.random.fork_rng(devices=[]), torch.device(weight.device):
+    begun_on = weight.device if len(devices) == 1 else "cpu"  # it may not fit on one of several
+    with torch.random.fork_rng(devices=[]), torch.device(begun_on):
         torch.manual_seed(0)
         random: nn.Module = Qwen3ForCausalLM(config)
-    return random.to(dtype=weight.dtype).eval(), tokenizer
+    place(random.to(dtype=weight.dtype), devices)
+    return random.eval(), tokenizer
 
 
 def open_bench_chat(work: Work, shape: Mapping[str, Any] | None = None, processes: int = 1) -> Chat:
@@ -189,22 +194,23 @@ def open_stepper(work: Work, chat: Chat, ranks: Ranks = ALONE) -> Iterator[Calla
         def step() -> dict[str, Any]:
             started = time.process_time()
             record, _ = train_step(exp, state)
-            synchronise(chat.policy.device)
+            synchronise(chat.policy.devices)
             state.step += 1
             return record | {"cpu": time.process_time() - started}
 
         yield step
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU, so that a clock read next is honest."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def synchronise(devices: Sequence[torch.device]) -> None:
+    """Wait for GPUs, so that a clock read next is honest."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def alternated(
     functions: Mapping[str, Callable[[], object]],
-    device: torch.device,
+    devices: Sequence[torch.device],
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
@@ -214,7 +220,7 @@ def alternated(
         for name, function in functions.items():
             started = clock()
             function()
-            synchronise(device)
+            synchronise(devices)
             if i >= WARM_UP:
                 seconds[name].append(clock() - started)
     return {name: median(values) for name, values in seconds.items()}
@@ -244,7 +250,7 @@ def bench_step(work: Work, rival: Rival | None = None, ranks: Ranks = ALONE) -> 
     seconds = median(record["sec"] for record in ours)
     cpu = sum(ranks.gather(median(record["cpu"] for record in ours)))
     rows = torch.zeros(2, sum(chat.policy.ranks.values()))
-    sent = alternated({"send": lambda: ranks.total(rows)}, torch.device("cpu"), work.steps)
+    sent = alternated({"send": lambda: ranks.total(rows)}, (torch.device("cpu"),), work.steps)
     figures: dict[str, Any] = {"ours_s": seconds, **parts, "cpu_s": cpu, "send_s": sent["send"]}
     figures |= {"processes": ranks.size}
     if theirs is not None:
@@ -280,7 +286,7 @@ def bench_generation(work: Work) -> dict[str, Any]:
     def ours() -> None:
         chat.sampler(policy, prompts, seeds, sampling, chat.stop, chat.pad_id)
 
-    seconds = alternated({"ours": ours, "floor": floor}, policy.device, work.steps)
+    seconds = alternated({"ours": ours, "floor": floor}, policy.devices, work.steps)
     tokens = len(heads.ids) * work.max_new
     return {
         "ours_s": seconds["ours"],
@@ -350,9 +356,9 @@ def bench_backward(work: Work) -> dict[str, Any]:
             policy.model, rollouts, chat.pad_id, policy.device, work.tokens_per_microbatch
         ),
     }
-    seconds = alternated(functions, policy.device, work.steps)
+    seconds = alternated(functions, policy.devices, work.steps)
     floor = seconds["floor"]
-    peaks = {name: measured_peak(run, policy.device) / 1e9 for name, (run, _) in passes.items()}
+    peaks = {name: measured_peak(run, policy.devices) / 1e9 for name, (run, _) in passes.items()}
     return {
         **{f"{name}_s": value for name, value in seconds.items()},
         "per_rollout_over_floor": seconds["per_rollout"] / floor,
@@ -410,7 +416,7 @@ def bench_svd(work: Work) -> dict[str, Any]:
 
 def over_floor(functions: Mapping[str, Callable[[], object]], work: Work, chat: Chat) -> dict[str, Any]:
     """Median seconds of `ours` and `floor` in turns, and their ratio."""
-    seconds = alternated(functions, chat.policy.device, work.steps)
+    seconds = alternated(functions, chat.policy.devices, work.steps)
     return {
         "ours_s": seconds["ours"],
         "floor_s": seconds["floor"],
@@ -433,7 +439,7 @@ def describe(work: Work, chat: Chat) -> dict[str, Any]:
         "grad_checkpoint": work.grad_checkpoint,
         "intervention": work.intervention,
         "sampler": work.model.sampler,
-        "device": str(chat.policy.device),
+        "device": ",".join(map(str, chat.policy.devices)),
         "dtype": str(next(chat.policy.model.parameters()).dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     } | machine()

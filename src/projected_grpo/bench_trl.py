@@ -29,7 +29,7 @@ class StepClock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the time, then let the other side make its step."""
-        synchronise(self.device)
+        synchronise((self.device,))
         self.seconds.append(time.perf_counter() - self.started)
         self.between()
 

@@ -41,14 +41,20 @@ class Start:
 
 
 class Block(nn.Module):
-    """One Linear's block: its start, frozen, and the trainable displacements of both halves as one vector."""
+    """One Linear's block: its start, frozen, and the trainable displacements of both halves as one vector.
 
-    def __init__(self, start: Start, dtype: torch.dtype, device: torch.device) -> None:
+    The start is on `device`, the Linear's; what is trained on `home` (default: the same).
+    """
+
+    def __init__(
+        self, start: Start, dtype: torch.dtype, device: torch.device, home: torch.device | None = None
+    ) -> None:
         super().__init__()
         (k, d_in), d_out = start.A.shape, len(start.B)
         self.A0 = nn.Buffer(torch.empty(k, d_in, dtype=dtype, device=device), persistent=False)
         self.B0 = nn.Buffer(torch.empty(d_out, k, dtype=dtype, device=device), persistent=False)
-        self.moved = nn.Parameter(torch.empty(k * (d_in + d_out), dtype=dtype, device=device))
+        home = device if home is None else home
+        self.moved = nn.Parameter(torch.empty(k * (d_in + d_out), dtype=dtype, device=home))
         self.scale = min(d_in, d_out) / (k * math.sqrt(2 * d_in * d_out * (d_in + d_out)))
         self.begin(start)
 
@@ -66,8 +72,8 @@ class Block(nn.Module):
     def halves(
         self, moved: Float[Tensor, "*n p"]
     ) -> tuple[Float[Tensor, "*n k d_in"], Float[Tensor, "*n d_out k"]]:
-        """a and b of a displacement, or of one per rollout."""
-        a, b = moved.split([self.A0.numel(), self.B0.numel()], dim=-1)
+        """a and b of a displacement, or of one per rollout, beside the start."""
+        a, b = moved.to(self.A0.device).split([self.A0.numel(), self.B0.numel()], dim=-1)
         return a.unflatten(-1, self.A0.shape), b.unflatten(-1, self.B0.shape)
 
     def weight(self, moved: Float[Tensor, " p"]) -> Float[Tensor, "d_out d_in"]:

@@ -72,7 +72,8 @@ class ModelConfig:
     """A local transformers folder, a hub name, `tiny-random` (built from the package, no network)
     or `nano` (packaged, pretrained on mini-tasks)."""
     device: str = "auto"
-    """`auto` (cuda when there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    """`auto` (cuda when there is one), `cpu`, `cuda`, `cuda:1`, ... Several, as in `cuda:0,cuda:1`, share
+    out the layers of a model that is too large for one (docs/scaling.md)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen weights; `auto` is bfloat16 on a GPU and float32 on a CPU. Knobs are always float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"

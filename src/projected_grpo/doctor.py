@@ -20,7 +20,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from projected_grpo import train
 from projected_grpo.config import NANO, PRESETS, TINY_RANDOM, SandboxMode, TrainConfig, validate
 from projected_grpo.errors import GATE_FAILED, MISTAKES
-from projected_grpo.models import pick_device
+from projected_grpo.models import pick_devices
 from projected_grpo.pairs import chosen_pairs
 from projected_grpo.pools import join, load_pool
 from projected_grpo.problems import load_problems
@@ -98,19 +98,23 @@ def release(version: str) -> tuple[int, int]:
 
 
 def check_device(cfg: TrainConfig) -> Finding:
-    """A GPU where the preset is meant for one, and that nobody else fills its memory."""
-    device = pick_device(cfg.model.device)
+    """A GPU where the preset is meant for one (or several), and that nobody else fills its memory."""
+    devices = pick_devices(cfg.model.device)
+    gpus = [device for device in devices if device.type == "cuda"]
     wanted = GPU_GB.get(cfg.preset) if cfg.model.model not in (TINY_RANDOM, NANO) else None
-    if device.type != "cuda":
+    if not gpus:
         if wanted is None:
-            return Finding("OK", "device", f"{device}, which is enough for this model")
+            return Finding("OK", "device", f"{', '.join(map(str, devices))}, which is enough for this model")
         fix = f"a machine with a GPU of {wanted:.0f} GB, or a small --model"
         return Finding("FAIL", "device", f"no GPU, which {cfg.preset} was made for", fix)
-    free, total = (amount / 1e9 for amount in torch.cuda.mem_get_info(device))
-    text = f"{torch.cuda.get_device_name(device)}, {free:.1f} of {total:.1f} GB free"
-    if free < 0.9 * total:
+    rooms = [tuple(amount / 1e9 for amount in torch.cuda.mem_get_info(gpu)) for gpu in gpus]
+    text = "; ".join(
+        f"{torch.cuda.get_device_name(gpu)}, {free:.1f} of {total:.1f} GB free"
+        for gpu, (free, total) in zip(gpus, rooms, strict=True)
+    )
+    if any(free < 0.9 * total for free, total in rooms):
         return Finding("WARN", "device", text, "end what else uses it: see nvidia-smi")
-    if wanted is not None and free < 0.95 * wanted:
+    if wanted is not None and sum(free for free, _ in rooms) < 0.95 * wanted:
         fix = f"{cfg.preset} is meant for {wanted:.0f} GB; lower --tokens-per-microbatch"
         return Finding("WARN", "device", text, fix)
     return Finding("OK", "device", text)
@@ -118,7 +122,7 @@ def check_device(cfg: TrainConfig) -> Finding:
 
 def check_attention(cfg: TrainConfig) -> Finding:
     """flash-attn, where a GPU could use it."""
-    if pick_device(cfg.model.device).type != "cuda":
+    if any(device.type != "cuda" for device in pick_devices(cfg.model.device)):
         return Finding("OK", "attention", "sdpa (no GPU to run flash-attn)")
     if importlib.util.find_spec("flash_attn") is None:
         fix = "pip install 'projected_grpo[gpu]'"
@@ -232,7 +236,8 @@ def check_dry_run(cfg: TrainConfig) -> Finding:
     said = io.StringIO()
     with tempfile.TemporaryDirectory(prefix="projected-grpo-doctor-") as home:
         where = [f"--out-dir={home}/out", f"--log-dir={home}/logs", f"--svd-cache={home}/svd"]
-        argv = [*DRY_RUN, *where, f"--device={cfg.model.device}"]
+        devices = cfg.model.device.split(",")[:2]  # tiny-random has no more layers
+        argv = [*DRY_RUN, *where, f"--device={','.join(devices)}"]
         try:
             with redirect_stderr(said), redirect_stdout(said):
                 code = train.main(argv)

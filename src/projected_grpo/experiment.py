@@ -133,7 +133,7 @@ def open_chat(cfg: ModelConfig, open_sampler: SamplerOpener = own_sampler) -> Ch
         len(policy.layers),
         sum(policy.ranks.values()),
         str(next(model.parameters()).dtype).removeprefix("torch."),
-        policy.device,
+        ", ".join(map(str, policy.devices)),
     )
     return Chat(policy, tokenizer, stop, min(stop) if pad is None else pad, open_sampler(policy))
 

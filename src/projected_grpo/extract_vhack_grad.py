@@ -215,7 +215,8 @@ def block_starts(policy: Policy, basis: HackBasis, arm: ArmConfig, seed: int) ->
         if arm.block_rank > policy.ranks[m]:
             raise UserError(f"--block-rank {arm.block_rank}: {m} has only rank {policy.ranks[m]}")
         if arm.block_init == "direction" and m in basis.V:
-            starts[m] = direction_start(layer.U, layer.Vh, basis.V[m], arm.block_rank)
+            V = basis.V[m].to(layer.U.device)
+            starts[m] = direction_start(layer.U, layer.Vh, V, arm.block_rank)
         else:
             generator = torch.Generator().manual_seed(stream_seed(seed, "block", m))
             starts[m] = random_start(len(layer.U), layer.Vh.shape[1], arm.block_rank, generator)
@@ -295,11 +296,12 @@ def save_extraction(path: Path, extraction: Extraction) -> None:
 def load_extraction(path: Path, expected: Mapping[str, Any], device: torch.device) -> Extraction:
     """Read a basis file. Raises UserError naming the field that differs, or that the file is damaged."""
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             text = file.metadata() or {}
             meta = json.loads(text.get("projected_grpo", "{}"))
             names = list(file.keys())
-            tensors = {name: file.get_tensor(name).clone() for name in names}  # aligned, unlike the file
+            # Copied, so that they are aligned, unlike the file.
+            tensors = {name: file.get_tensor(name).to(device, copy=True) for name in names}
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a basis file ({error}); delete it to extract again") from error
     checksum = meta.pop("checksum", None) if isinstance(meta, dict) else ""

@@ -5,8 +5,9 @@ the forward to the backward pass, and what is beside it at the moments that can 
 logits are made, when the backward pass is there, and when it is in the last layer. Allocators round up.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from projected_grpo.config import LossConfig
 from projected_grpo.grpo import microbatches
+from projected_grpo.placement import outermost_layers
 from projected_grpo.rollout import CHUNK_LOGITS, Rollout, can_share
 
 FLOAT = 4  # bytes of float32, in which norms, log-probabilities and knobs are computed
@@ -167,7 +169,11 @@ def loss_memory(shape: Shape, load: Load) -> Memory:
 def predicted_peak(
     model: nn.Module, rollouts: Sequence[Rollout], loss: LossConfig, parts: Sequence[int] | None = None
 ) -> int:
-    """Bytes above the resting model that the largest microbatch of a step needs, all advantages non-zero."""
+    """Bytes above the resting model that the largest microbatch of a step needs, all advantages non-zero.
+
+    Of a model over several devices: at most so many on any of them.
+    """
+    shape = replace(shape_of(model), layers=layers_together(model))
     shared = parts is not None and can_share(model) and not loss.grad_checkpoint
     names = parts if shared and parts is not None else range(len(rollouts))
     peaks = []
@@ -182,22 +188,32 @@ def predicted_peak(
             padded=len(lengths) > 1,
             grad_checkpoint=loss.grad_checkpoint,
         )
-        peaks.append(loss_memory(shape_of(model), load).total)
+        peaks.append(loss_memory(shape, load).total)
     return max(peaks)
 
 
-def measured_peak(function: Callable[[], object], device: torch.device) -> int:
-    """Bytes of tensors that a call has in memory at once, above what was there before it.
+def layers_together(model: nn.Module) -> int:
+    """How many layers the device with the most of them has."""
+    return max(Counter(next(layer.parameters()).device for layer in outermost_layers(model)).values())
 
-    On a GPU its allocator counts them, on a CPU torch's profiler: other processes change nothing.
+
+def measured_peak(function: Callable[[], object], devices: Sequence[torch.device]) -> int:
+    """Bytes of tensors that a call has in a device's memory at once, above what was there before it.
+
+    On GPUs their allocator counts them, for the one that needs most; on a CPU torch's profiler does: other
+    processes change nothing.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    gpus = [device for device in devices if device.type == "cuda"]
+    if gpus:
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
+            torch.cuda.reset_peak_memory_stats(gpu)
+        before = [torch.cuda.memory_allocated(gpu) for gpu in gpus]
         function()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
+        peaks = map(torch.cuda.max_memory_allocated, gpus)
+        return max(peak - rest for peak, rest in zip(peaks, before, strict=True))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         function()
     results: Any = seen.profiler

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from projected_grpo.config import NANO, TINY_RANDOM, ModelConfig
 from projected_grpo.errors import UserError
+from projected_grpo.placement import place
 
 TINY_SEED = 0  # of the random weights: one tiny-random model for all seeds, so that its SVD is cached once
 Messages = Sequence[Mapping[str, str]]
@@ -39,6 +40,20 @@ def pick_device(wanted: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {wanted}: not usable here; try --device=cpu or auto") from error
     return device
+
+
+def pick_devices(wanted: str) -> tuple[torch.device, ...]:
+    """One device, or several separated by commas. UserError for one that is not here or named twice."""
+    names = [name.strip() for name in wanted.split(",")]
+    found = [pick_device(name) for name in names]
+    if len(found) == 1:
+        return (found[0],)
+    numbered = [
+        torch.device("cuda", torch.cuda.current_device()) if d == torch.device("cuda") else d for d in found
+    ]
+    if "auto" in names or len(set(numbered)) < len(names):
+        raise UserError(f"--device {wanted}: name each device once, with its number, as in cuda:0,cuda:1")
+    return tuple(numbered)
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -60,9 +75,9 @@ def pick_attention(wanted: str, device: torch.device) -> str:
 
 def load_model(cfg: ModelConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model in evaluation mode and tokenizer. Raises UserError with how to get what is missing."""
-    device = pick_device(cfg.device)
-    dtype = pick_dtype(cfg.dtype, device)
-    attention = pick_attention(cfg.attention, device)
+    devices = pick_devices(cfg.device)
+    dtype = pick_dtype(cfg.dtype, devices[0])
+    attention = pick_attention(cfg.attention, next((d for d in devices if d.type != "cuda"), devices[0]))
     if cfg.model == TINY_RANDOM:
         model, tokenizer = _tiny_random(attention)
         model.to(dtype=dtype)
@@ -73,7 +88,7 @@ def load_model(cfg: ModelConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         model, tokenizer = _pretrained(cfg.model, dtype, attention)
     if tokenizer.chat_template is None:
         raise UserError(f"--model {cfg.model}: its tokenizer has no chat template; use a chat model")
-    model.to(device=device)
+    place(model, devices)
     return model.eval(), tokenizer
 
 

@@ -120,12 +120,16 @@ def _peers() -> Iterator[None]:
 def join_ranks(device: str) -> Ranks:
     """This process's place under torchrun, with the GPU of its own; ALONE without torchrun.
 
-    Raises UserError where the machine has fewer GPUs than processes, or --device names a single one.
+    Raises UserError where the machine has fewer GPUs than processes, or --device names GPUs.
     """
     if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         return ALONE
     local = int(os.environ["LOCAL_RANK"])
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    if "," in device:
+        raise UserError(
+            f"--device {device}: one model over several devices is one process; start it without torchrun"
+        )
     if device not in ("auto", "cuda", "cpu"):
         raise UserError(f"--device {device}: under torchrun each process has its own GPU; leave --device out")
     if device != "cpu" and torch.cuda.is_available():

@@ -28,7 +28,7 @@ from vllm.platforms import current_platform
 from projected_grpo.antipasto import AdaptedLinear, Policy, block_name, merged_weight
 from projected_grpo.config import ModelConfig, SamplingConfig
 from projected_grpo.errors import UserError
-from projected_grpo.models import pick_device
+from projected_grpo.models import pick_devices
 from projected_grpo.rollout import Completion
 
 CONTEXT = (
@@ -39,7 +39,10 @@ ENDED = ("stop", "length")  # ways in which a completion may end
 
 def opener(cfg: ModelConfig) -> Callable[[Policy], "VllmSampler"]:
     """What opens the engine for a policy. Raises UserError where this vLLM does not run on the device."""
-    device, runs_on = pick_device(cfg.device), current_platform.device_type
+    devices, runs_on = pick_devices(cfg.device), current_platform.device_type
+    if len(devices) > 1:
+        raise UserError("--sampler=vllm: vLLM takes one GPU; give --device one, or take --sampler=own")
+    (device,) = devices
     if device.type != runs_on:
         raise UserError(
             f"--sampler=vllm: the vLLM that is installed runs on {runs_on}, the model on {device.type}; "

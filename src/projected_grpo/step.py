@@ -400,7 +400,7 @@ def describe_step(exp: Experiment, state: TrainState, data: Collected, grads: Ro
         "lr": learning_rate(state.step, exp.cfg.optim),
         "gen": data.gen_s,
         "t_rew": data.grade_s,
-        "peak_gb": peak_gb(exp.chat.policy.device),
+        "peak_gb": peak_gb(exp.chat.policy.devices),
     }
     if len(used) > 1:
         for mode in (m for m in MODES if m != "gt_only"):  # which has no loophole to count
@@ -421,6 +421,7 @@ def nan_mean(values: Float[Tensor, " n"]) -> float | None:
     return float(measured.mean()) if len(measured) else None
 
 
-def peak_gb(device: torch.device) -> float | None:
-    """Peak GPU memory allocated so far, GB (1e9 bytes); None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+def peak_gb(devices: Sequence[torch.device]) -> float | None:
+    """Peak GPU memory allocated so far, GB (1e9 bytes), of the fullest of these; None without a GPU."""
+    gpus = [device for device in devices if device.type == "cuda"]
+    return max((torch.cuda.max_memory_allocated(gpu) / 1e9 for gpu in gpus), default=None)

@@ -131,7 +131,7 @@ def conclude(run: Run, exp: Experiment, state: TrainState, *, finished: bool) ->
                 exp,
                 **evaluations,
                 seconds=state.seconds,
-                peak_gb=peak_gb(exp.chat.policy.device),
+                peak_gb=peak_gb(exp.chat.policy.devices),
                 finished=finished,
             )
     exp.ranks.gather(None)  # torchrun ends all when one has left with an error: none leaves before the writer

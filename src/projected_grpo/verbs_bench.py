@@ -80,7 +80,12 @@ def rival(name: str) -> Rival | None:
 
 def bench_step_verb(options: BenchStepOptions) -> int:
     """Seconds of a whole training step, and TRL's on the same work; in several processes under torchrun."""
-    other, ranks = rival(options.vs), join_ranks(options.work.model.device)
+    device = options.work.model.device
+    if options.vs != "none" and "," in device:
+        raise UserError(
+            f"--device {device}: the trainer of --vs {options.vs} runs on one; name one, or leave --vs out"
+        )
+    other, ranks = rival(options.vs), join_ranks(device)
     return measure(options, lambda work: bench_step(work, other, ranks), writes=ranks.first)
 
 

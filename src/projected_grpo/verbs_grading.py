@@ -27,7 +27,7 @@ from projected_grpo.grading import (
     mode_table,
     read_completions,
 )
-from projected_grpo.models import pick_device, pick_dtype
+from projected_grpo.models import pick_devices, pick_dtype
 from projected_grpo.pools import (
     bake,
     join,
@@ -180,7 +180,7 @@ def sampled_with(options: PoolSampleOptions) -> dict[str, Any]:
         except OSError as error:
             raise UserError(f"--knobs {options.knobs}: cannot be read ({error.strerror})") from error
     how = {name: value for name, value in asdict(options.how).items() if name != "batch"}
-    dtype = str(pick_dtype(options.model.dtype, pick_device(options.model.device)))
+    dtype = str(pick_dtype(options.model.dtype, pick_devices(options.model.device)[0]))
     made = {"model": options.model.model, "dtype": dtype, "knobs": knobs, **asdict(options.problems), **how}
     engine = options.model.sampler  # told only where it is another: older pools go on
     return made if engine == "own" else made | {"sampler": engine}
