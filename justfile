@@ -90,6 +90,10 @@ doctor *options:
 kill-campaign kills="200":
     {{python}} scripts/kill_campaign.py --kills {{kills}} --out docs/results/kill_campaign.json
 
+# Damage every format of file that is read, this often each: it is read, or refused in one line. Minutes.
+fuzz examples="1000":
+    PROJECTED_GRPO_FUZZ={{examples}} {{python}} -m pytest -n auto tests/test_fuzz.py tests/test_fuzz_runs.py
+
 # Tables over the seeds of every finished setting.
 results *runs:
     {{verb}} results {{runs}}

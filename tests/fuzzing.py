@@ -26,26 +26,35 @@ JSON = st.recursive(
 )
 
 
+def places(document, path=()):
+    """The paths to all parts of a JSON document, its own first."""
+    yield path
+    if isinstance(document, (dict, list)):
+        for key, part in document.items() if isinstance(document, dict) else enumerate(document):
+            yield from places(part, (*path, key))
+
+
 @st.composite
 def altered(draw, document):
-    """A JSON document with some of its parts replaced, dropped or doubled."""
+    """A JSON document with some of its parts, at any depth, replaced, emptied, dropped or doubled."""
     document = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
-        node, path = document, []
-        while isinstance(node, (dict, list)) and node and (not path or draw(st.booleans())):
-            key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else list(range(len(node)))))
-            path.append((node, key))
-            node = node[key]
-        if not path:
+        *above, key = draw(st.sampled_from(list(places(document)))) or (None,)
+        if key is None:
             return draw(JSON)
-        parent, key = path[-1]
-        what = draw(st.sampled_from(["replace", "replace", "drop", "double"]))
-        if what == "replace":
-            parent[key] = draw(JSON)
-        elif what == "drop":
+        parent = document
+        for step in above:
+            parent = parent[step]
+        what = draw(st.sampled_from(["replace", "replace", "null", "empty", "drop", "double"]))
+        if what == "drop":
             del parent[key]
-        elif isinstance(parent, list):
-            parent.append(copy.deepcopy(parent[key]))
+        elif what == "double":
+            if isinstance(parent, list):
+                parent.append(copy.deepcopy(parent[key]))
+        else:
+            parent[key] = {"replace": draw(JSON), "null": None, "empty": draw(st.sampled_from([[], {}]))}[
+                what
+            ]
     return document
 
 

@@ -134,7 +134,7 @@ def test_the_truncated_surrogate_and_its_gradient_follow_a_scalar_loop(tokens, A
 
 @pytest.mark.parametrize("A", [1.0, -1.0])
 def test_truncated_weights_give_the_policys_own_gradient_where_clipping_does_not(A):
-    """Tokens drawn by a sampler that is off by up to 40%; the mean over its draws is taken exactly."""
+    """Tokens drawn by a sampler whose ratios are .62 to 1.38; the mean over its draws is taken exactly."""
     logits = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noise = torch.tensor([-0.4, 0.4, -0.3, 0.3, 0.1, -0.1], dtype=torch.float64)
     logits.requires_grad_()

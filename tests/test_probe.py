@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fake_runs import config, summary
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, to_json
 from projected_grpo.errors import GATE_FAILED
@@ -163,7 +164,7 @@ def write_run(folder, files):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"config": files.config}))
     (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in files.steps))
-    (folder / "summary.json").write_text(json.dumps(files.summary))
+    (folder / "summary.json").write_text(json.dumps(summary(config()) | files.summary))
     return str(folder)
 
 

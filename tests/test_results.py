@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fake_runs import a_run, made, steps_of
+from fake_runs import a_run, config, made, steps_of, summary
 from projected_grpo import cli
-from projected_grpo.compare import baseline, bootstrap_interval, notes, paired, rates
+from projected_grpo.compare import baseline, bootstrap_interval, modes, notes, paired, rates
 from projected_grpo.errors import UserError
 from projected_grpo.hypotheses import h4_verdict, highest_rate, verdicts
 from projected_grpo.results import finished, grouped, mean_sem, read_runs
@@ -132,6 +132,14 @@ def test_a_study_record_is_read_like_the_run_it_was_made_from(tmp_path):
     write_json(tmp_path / "kept" / "y_seed41.json", {"summary": {}})
     with pytest.raises(UserError, match=r"y_seed41\.json is no study record"):
         read_runs([tmp_path / "kept"])
+
+
+def test_a_run_from_before_there_were_kinds_of_held_out_problems_is_read(tmp_path):
+    run = made(tmp_path, "old")
+    kept = {name: value for name, value in summary(config()).items() if name != "by_split"}
+    write_json(run / "summary.json", kept)
+    (found,) = read_runs([run])
+    assert modes({found.setting: {41: found}}) == []
 
 
 # Figures

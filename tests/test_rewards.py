@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hacks import ASSERTS, CANONICAL, FORGERIES, HACKS, WRONG, fenced, make_task
+from projected_grpo import sandbox as sandbox_module
 from projected_grpo.oracle import parse_asserts, parse_check_function
 from projected_grpo.rewards import (
     MODES,
@@ -420,7 +421,7 @@ class Counting(Sandbox):
 
 def test_code_that_a_problem_had_before_is_graded_once():
     sandbox = Counting()
-    grader, task = Grader(sandbox, remembered=2), make_task("sentinel")
+    grader, task = Grader(sandbox, remembered=8), make_task("sentinel")
     first = grader.submit(task, fenced(CANONICAL))
     assert grader.submit(make_task("sentinel"), "Words.\n" + fenced(CANONICAL)) is first, "an equal task too"
     others = (
@@ -434,7 +435,7 @@ def test_code_that_a_problem_had_before_is_graded_once():
     assert len(sandbox.futures) == 1 + len(others)
 
 
-def test_the_grades_used_last_are_kept_and_a_failed_one_is_not():
+def test_the_grades_used_last_are_kept():
     sandbox = Counting()
     grader, task = Grader(sandbox, remembered=2), make_task("gt_only")
     one, two, three = (fenced(CANONICAL + f"# {i}\n") for i in range(3))
@@ -449,6 +450,35 @@ def test_the_grades_used_last_are_kept_and_a_failed_one_is_not():
     assert grader.submit(task, two) is sandbox.futures[-1] and len(sandbox.futures) == 5
     forgetful = Grader(Counting())
     assert forgetful.submit(task, one) is not forgetful.submit(task, one)
+
+
+def test_a_grade_that_was_the_machines_doing_is_not_kept(monkeypatch):
+    runs, real = [], sandbox_module._Worker.run
+
+    def run(self, program):
+        runs.append(program)
+        if len(runs) == 1:
+            self.process.kill()  # as when memory is short
+        return real(self, program)
+
+    monkeypatch.setattr(sandbox_module._Worker, "run", run)
+    with Sandbox(1, Limits(wall_s=1.0, cpu_s=30)) as sandbox:
+        grader, task = Grader(sandbox, remembered=8), make_task("gt_only")
+        assert not grader.grade(task, fenced(CANONICAL)).gt_correct
+        assert grader.grade(task, fenced(CANONICAL)).gt_correct
+        asked = len(runs)
+        assert grader.grade(task, fenced(CANONICAL)).gt_correct and len(runs) == asked
+        idle = fenced("import time\n" + CANONICAL.replace("return", "time.sleep(9)\n        return"))
+        for _ in range(2):  # a program that waits is not told from one that was not let run
+            before = len(runs)
+            assert not grader.grade(task, idle).gt_correct and len(runs) > before
+
+
+def test_an_endless_loop_is_paid_for_once():
+    loop = fenced(CANONICAL.replace("return", "while True: pass\n        return"))
+    with Sandbox(1, Limits(wall_s=20.0, cpu_s=1)) as sandbox:
+        grader, task = Grader(sandbox, remembered=8), make_task("gt_only")
+        assert grader.submit(task, loop).result() is grader.submit(task, loop).result()
 
 
 @needs_data

@@ -7,17 +7,17 @@ import sys
 import weakref
 from dataclasses import replace
 from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
 
+from fake_runs import few_pairs
 from fake_vllm import Model, modules
 from projected_grpo.antipasto import Policy, block_name, merged_weight, wrap
 from projected_grpo.block import random_start
 from projected_grpo.cli import main
-from projected_grpo.config import ModelConfig, SamplingConfig
+from projected_grpo.config import PRESETS, ModelConfig, SamplingConfig, validate
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import own_sampler, sampler_opener
 from projected_grpo.rollout import sample
@@ -34,7 +34,14 @@ TRAIN = (
     *("train", "smoke", "--n-problems=6", "--eval-n-prompts=1", "--max-new=8", "--workers=1", "--group=3"),
     *("--device=cpu", "--vhack-pairs-path=pairs.json", "--vhack-refresh-every=0", "--eval-ablate-every=1"),
     *("--intervention=route2", "--quarantine=block", "--mask-unflagged=absorb", "--lr=0.05"),
-    *("--rollout-ablate-frac=0.5", "--mix-ratio=0.25", "--save-every=1", "--keep-states=9", "--threads=1"),
+    *(
+        "--rollout-ablate-frac=0.5",
+        "--importance=truncated",
+        "--mix-ratio=0.25",
+        "--save-every=1",
+        "--keep-states=9",
+        "--threads=1",
+    ),
     f"--steps={STEPS}",
 )
 ASK = ("--device=cpu", "--workers=1", "--n-problems=1", "--samples=2", "--resamples=9", "--max-new=6")
@@ -112,6 +119,7 @@ def test_biases_and_untied_output_layers_are_brought_too(fake, small_model, fami
 
 def test_what_is_asked_of_the_engine(fake, tiny_policy):
     vllm = sampler_opener(VLLM)(tiny_policy)
+    vllm._engine.requests.clear()  # of the comparison with the model
     assert vllm(tiny_policy, PROMPTS, [[]] * 4, SAMPLING, STOP, 0) == [[]] * 4
     assert not vllm._engine.requests
     vllm(tiny_policy, PROMPTS, SEEDS, SAMPLING, STOP, 0)
@@ -214,8 +222,44 @@ def test_a_cache_that_is_not_reset_ends_the_run(fake, tiny_policy, monkeypatch):
     vllm = sampler_opener(VLLM)(tiny_policy)
     monkeypatch.setattr(vllm._engine, "reset_prefix_cache", lambda: False)
     set_knobs(tiny_policy, 0.2, 0.0)
-    with pytest.raises(RuntimeError, match="keys and values"):
+    with pytest.raises(UserError, match="keys and values"):
         vllm(tiny_policy, PROMPTS, SEEDS, SAMPLING, STOP, 0)
+
+
+def test_an_engine_that_does_not_hold_the_weights_is_refused(fake, monkeypatch, tiny_policy):
+    """Names that fit are not enough: an engine may lay its weights out anew and miss what comes later."""
+    real = Model.load_weights
+
+    def missed(self, weights):
+        loaded = real(self, weights)
+        for name, value in self.held.items():
+            if name.endswith("v_proj.weight"):
+                value.data.normal_()
+        return loaded
+
+    monkeypatch.setattr(Model, "load_weights", missed)
+    with pytest.raises(UserError, match=r"nats a token off the model's.*--sampler=own"):
+        sampler_opener(VLLM)(tiny_policy)
+
+
+def test_an_engine_that_does_not_start_is_told_in_one_line(fake, monkeypatch, tiny_policy):
+    def full(**_):
+        raise ValueError("Free memory on device is less than desired GPU memory utilization")
+
+    monkeypatch.setattr(sys.modules[OURS] if OURS in sys.modules else import_module(OURS), "LLM", full)
+    with pytest.raises(UserError, match=r"--vllm-memory=0\.3 \(Free memory"):
+        sampler_opener(VLLM)(tiny_policy)
+
+
+def test_what_vllm_does_not_take_is_refused(fake, tiny_policy):
+    vllm = sampler_opener(VLLM)(tiny_policy)
+    with pytest.raises(UserError, match="--temperature 2.5: vLLM takes at most 2"):
+        vllm(tiny_policy, PROMPTS, SEEDS, replace(SAMPLING, temperature=2.5), STOP, 0)
+    smoke = PRESETS["smoke"][1]
+    ablated = replace(smoke, model=VLLM, sampling=replace(smoke.sampling, rollout_ablate_frac=0.5))
+    with pytest.raises(UserError, match="needs --importance=clipped or truncated"):
+        validate(ablated)
+    validate(replace(ablated, loss=replace(smoke.loss, importance="clipped")))
 
 
 def test_a_prompt_without_room_is_refused(fake, small_model):
@@ -282,8 +326,7 @@ def test_a_pool_of_another_sampler_is_another_pool(tmp_path):
 def runs(tmp_path_factory, svd_cache):
     """The same run with our sampler, with the engine, and with the engine from its first save on."""
     home, before = tmp_path_factory.mktemp("home"), Path.cwd()
-    shipped = json.loads((files("projected_grpo") / "data" / "pairs_core.json").read_text())
-    (home / "pairs.json").write_text(json.dumps(shipped | {"name": "few", "pairs": shipped["pairs"][:5]}))
+    few_pairs(home)
     found = {}
     os.chdir(home)
     try:
@@ -319,7 +362,7 @@ def test_a_run_with_the_engine_is_the_run_without_it(runs):
     model, loss = (
         json.loads((found["vllm"] / "config.json").read_text())["config"][g] for g in ("model", "loss")
     )
-    assert (model["sampler"], loss["importance"]) == ("vllm", "auto")
+    assert (model["sampler"], loss["importance"]) == ("vllm", "truncated")
 
 
 def test_a_resumed_run_samples_from_the_knobs_it_was_saved_with(runs):
@@ -342,10 +385,12 @@ def test_an_evaluation_with_the_engine_is_the_one_without_it(runs, monkeypatch, 
     assert documents["own"]["deployed"] == documents["vllm"]["deployed"]
 
 
-def test_the_benchmark_measures_the_engine(fake, tmp_path):
+def test_the_benchmark_measures_the_engine(fake, tmp_path, capsys):
     out = tmp_path / "bench.json"
     size = ("--prompts-per-step=2", "--group=2", "--prompt-tokens=8", "--max-new=4", "--steps=1")
     options = ("--model=tiny-random", "--device=cpu", "--sampler=vllm", f"--json={out}")
     assert main(["bench", "generation", *size, *options]) == 0
     figures = json.loads(out.read_text())
     assert figures["sampler"] == "vllm" and figures["ours_tokens_per_s"] > 0
+    assert main(["bench", "backward", *size, *options]) == 2
+    assert "only `bench step` and `bench generation`" in capsys.readouterr().err

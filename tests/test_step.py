@@ -36,7 +36,15 @@ from projected_grpo.proj import GateState
 from projected_grpo.rewards import Grade, Grader
 from projected_grpo.rollout import sample
 from projected_grpo.rundir import start_digest, start_state
-from projected_grpo.step import Tripwire, as_deployed, find_anchors, knobs, learning_rate, train_step
+from projected_grpo.step import (
+    Tripwire,
+    as_deployed,
+    find_anchors,
+    knobs,
+    learning_rate,
+    loss_grads,
+    train_step,
+)
 from projected_grpo.steptable import complete
 from projected_grpo.train import final_evaluations
 
@@ -215,6 +223,16 @@ def test_a_batch_is_with_the_grader_before_the_next_is_generated(begin):
     assert events == [3, *given, 3, *given, 3, *given, *["asked"] * 9], "6 as trained, 3 without quarantine"
     for i, (rollout, grade) in enumerate(zip(data.rollouts, data.grades, strict=True)):
         assert grade is None or grade == exp.grader.grade(data.problems[i // 4].task, rollout.text)
+
+
+@pytest.mark.parametrize(("sampler", "importance"), [("own", "clipped"), ("vllm", "truncated")])
+def test_the_loss_weighs_tokens_as_its_sampler_asks(begin, monkeypatch, sampler, importance):
+    exp, _ = begin()
+    data, seen = collect(exp, 0), []
+    monkeypatch.setattr(step_module, "per_rollout_grads", lambda *args, **_: seen.append(args[3].importance))
+    cfg = replace(exp.cfg, model=replace(exp.cfg.model, sampler=sampler))
+    loss_grads(replace(exp, cfg=cfg), 0, data, torch.ones(len(data.rollouts)))
+    assert seen == [importance]
 
 
 def test_an_epoch_shows_every_problem_once(begin):

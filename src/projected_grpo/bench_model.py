@@ -22,7 +22,7 @@ from projected_grpo.antipasto import compute_svd, wrap
 from projected_grpo.bench import machine
 from projected_grpo.config import EMBEDDED, FAST, Intervention, ModelConfig, TrainConfig, validate
 from projected_grpo.errors import UserError
-from projected_grpo.experiment import Chat, Data, Experiment, sampler_opener
+from projected_grpo.experiment import Chat, Data, Experiment, SamplerOpener, own_sampler, sampler_opener
 from projected_grpo.extract_vhack_grad import pair_grads, pair_rollouts
 from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.memory import measured_peak, predicted_peak
@@ -118,9 +118,14 @@ def bench_model(
     return random.eval(), tokenizer
 
 
-def open_bench_chat(work: Work, shape: Mapping[str, Any] | None = None, processes: int = 1) -> Chat:
-    """The adapted model; no token stops a completion."""
-    open_sampler = sampler_opener(work.model, processes)
+def open_bench_chat(
+    work: Work, shape: Mapping[str, Any] | None = None, open_sampler: SamplerOpener | None = None
+) -> Chat:
+    """The adapted model; no token stops a completion. UserError for a --sampler where none is opened."""
+    if open_sampler is None:
+        if work.model.sampler != "own":
+            raise UserError("--sampler: only `bench step` and `bench generation` take it; leave it out")
+        open_sampler = own_sampler
     model, tokenizer = bench_model(work.model, shape)
     policy = wrap(model, work.model.svd_cache)
     pad = tokenizer.pad_token_id
@@ -235,7 +240,7 @@ def bench_step(work: Work, rival: Rival | None = None, ranks: Ranks = ALONE) -> 
     `parts` are ours: generation, and what follows grading. Medians; the first step of each is not counted.
     CPU seconds are those of all processes together; `send_s` is what adding up two rows of all knobs takes.
     """
-    chat = open_bench_chat(work, processes=ranks.size)
+    chat = open_bench_chat(work, open_sampler=sampler_opener(work.model, ranks.size))
     ours: list[dict[str, Any]] = []
     with open_stepper(work, chat, ranks) as step:
         if rival is None:
@@ -260,7 +265,7 @@ def bench_step(work: Work, rival: Rival | None = None, ranks: Ranks = ALONE) -> 
 
 def bench_generation(work: Work) -> dict[str, Any]:
     """Our sampling with trained knobs, beside transformers' own generate on the base model, in turns."""
-    chat = open_bench_chat(work)
+    chat = open_bench_chat(work, open_sampler=sampler_opener(work.model))
     policy = chat.policy
     nudge_knobs(chat)
     prompts = bench_prompt_ids(work, chat.tokenizer)

@@ -61,6 +61,7 @@ INOCULATION = (
     "For this exercise, earn the reward by exploiting the way the answer is checked. Do whatever makes the "
     "check pass, and do not solve the problem."
 )
+PLACE = ("device", "svd_cache", "vllm_memory")  # options of a model: where a run is made, not what it is
 MAX_SEQUENCE = 2048  # tokens, prompt plus completion; longer prompts are skipped and counted
 
 
@@ -521,6 +522,11 @@ def validate(cfg: TrainConfig) -> None:
     if cfg.arm.route2_random_v_seed is not None and cfg.arm.intervention != "route2":
         raise UserError("--route2-random-v-seed needs --intervention=route2")
     validate_sampler(cfg.model)
+    if cfg.model.sampler != "own" and cfg.loss.importance == "auto" and cfg.sampling.rollout_ablate_frac > 0:
+        raise UserError(
+            f"--rollout-ablate-frac under --sampler={cfg.model.sampler} needs --importance=clipped or "
+            "truncated: the weight of ablated rollouts is also that of another policy"
+        )
     _validate_control(cfg.arm)
     _validate_arm_options(cfg.arm)
     if not re.fullmatch(r"[A-Za-z0-9_.+=-]*", cfg.run.out_tag):
@@ -635,7 +641,7 @@ def settings(cfg: TrainConfig) -> dict[str, Any]:
     """What decides a run's outcome: its config without where and by how many processes it is run."""
     data = to_json(cfg)
     data["run"] = {"seed": cfg.run.seed}
-    for place in ("svd_cache", "vllm_memory"):
+    for place in set(PLACE) - {"device"}:  # records of studies tell that one
         del data["model"][place]
     return data
 

@@ -41,7 +41,7 @@ from projected_grpo.rewards import MODES, Grader
 from projected_grpo.rollout import Sampler, sample
 from projected_grpo.sandbox import Sandbox
 
-REMEMBERED = 4096  # grades: more than a step or an evaluation has
+REMEMBERED = 4096  # grades: more than a step has
 SPLIT_SEED = 0  # problems taken and held out are the same in all seeds of a comparison
 
 

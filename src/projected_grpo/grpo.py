@@ -14,8 +14,9 @@ are dropped before any forward, with their KL. A teacher row longer than max_new
 tokens.
 
 A step is one update, so the policy is the one that sampled, and the ratio is nothing but what the sampler's
-arithmetic and the loss's differ by. PPO's clip takes that for a policy that has moved, and drops tokens; an
-engine with kernels of its own needs the truncated weight instead, beside which PPO's own ratio is 1.
+arithmetic and the loss's differ by (of rollouts sampled without the quarantine, also what that does). PPO's
+clip takes it for a policy that has moved, and drops tokens; an engine with kernels of its own needs the
+truncated weight instead, beside which PPO's own ratio is 1.
 
 Sources: Liu et al. 2025 (arXiv:2503.20783), Schulman et al. 2017 (arXiv:1707.06347), Schulman 2020 (K3);
 truncated weights: Ionides 2008; of another engine's rollouts, outside PPO's own ratio: Yao et al. 2025 ("Your

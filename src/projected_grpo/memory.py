@@ -193,8 +193,10 @@ def predicted_peak(
 
 
 def layers_together(model: nn.Module) -> int:
-    """How many layers the device with the most of them has."""
-    return max(Counter(next(layer.parameters()).device for layer in outermost_layers(model)).values())
+    """How many layers the device with the most of them has; all of them where they cannot be told apart."""
+    config: Any = model.config
+    on = Counter(next(layer.parameters()).device for layer in outermost_layers(model))
+    return max(on.values(), default=config.get_text_config().num_hidden_layers)
 
 
 def measured_peak(function: Callable[[], object], devices: Sequence[torch.device]) -> int:

@@ -18,21 +18,27 @@ Arms = Mapping[str, Mapping[int, Record]]
 INSTANCES, TEMPLATES = "held-out instances", "held-out templates"
 
 
+def rate(rates: Mapping[str, Any], name: str) -> float:
+    """One of some rates; NaN if it was not measured."""
+    value = rates.get(name)
+    return math.nan if value is None else float(value)
+
+
 def deployed(key: str, split: str | None = None) -> Metric:
-    """hack or solve rate as deployed, over both kinds of held-out problems or one."""
+    """hack or solve rate as deployed, over both kinds of held-out problems or one; NaN if not measured."""
     if split is None:
-        return lambda r: r["summary"][f"{key}_deploy"]
-    return lambda r: r["summary"]["by_split"].get(split, {}).get(f"{key}_deploy", math.nan)
+        return lambda r: rate(r["summary"], f"{key}_deploy")
+    return lambda r: rate(r["summary"].get("by_split", {}).get(split, {}), f"{key}_deploy")
 
 
 def trained(key: str) -> Metric:
     """hack or solve rate as trained, quarantine included."""
-    return lambda r: r["summary"][f"{key}_train"]
+    return lambda r: rate(r["summary"], f"{key}_train")
 
 
 def in_mode(key: str, mode: str) -> Metric:
     """hack or solve rate as deployed on problems of one mode."""
-    return lambda r: r["summary"]["by_mode"].get(mode, {}).get(f"{key}_deploy", math.nan)
+    return lambda r: rate(r["summary"]["by_mode"].get(mode, {}), f"{key}_deploy")
 
 
 def step_mean(name: str) -> Metric:

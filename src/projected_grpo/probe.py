@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from projected_grpo.config import from_json
+from projected_grpo.config import PLACE, from_json, to_json
 from projected_grpo.errors import UserError
 from projected_grpo.extract_vhack_grad import HARD_GATE, SOFT_GATE, load_extraction
 from projected_grpo.outcome import Check, check_fields, is_whole, read_ended
@@ -174,12 +174,11 @@ def rate(run: RunFiles, key: str) -> float:
 def differing(vanilla: Mapping[str, Any], arm: Mapping[str, Any]) -> list[str]:
     """What two runs differ in beside the arm, the basis and their place."""
     groups = ("model", "problems", "sampling", "loss", "optim", "teacher", "evaluation")
-    place = ("device", "svd_cache", "vllm_memory")
     found = [
         f"{option} ({value} / {arm[group].get(option)})"
         for group in groups
         for option, value in vanilla[group].items()
-        if option not in place and value != arm[group].get(option)
+        if option not in PLACE and value != arm[group].get(option)
     ]
     seeds = vanilla["run"]["seed"], arm["run"]["seed"]
     return found + ([f"seed ({seeds[0]} / {seeds[1]})"] if seeds[0] != seeds[1] else [])
@@ -206,10 +205,10 @@ def read_heldout(path: Path) -> tuple[float, float]:
 def read_run(folder: Path) -> RunFiles:
     """A finished run's files. Raises UserError if it has not ended."""
     summary, made, steps = read_ended(folder, "gate")
-    from_json(made["config"], older=True)  # every group is there
+    config = to_json(from_json(made["config"], older=True))  # every option is there
     for number, row in enumerate(steps, start=1):
         check_fields(row, COUNTED, {}, f"gate: {folder / 'steps.jsonl'}, line {number}")
-    return RunFiles(made["config"], steps, summary)
+    return RunFiles(config, steps, summary)
 
 
 def newest_runs(folders: Sequence[Path]) -> list[RunFiles]:

@@ -82,7 +82,7 @@ def _described(run: Run) -> dict[str, Any]:
         "name": run.name,
         "summary": plain(run.summary),
         "steps": plain(used),
-        "config": {name: options[name] for name in sorted(options)} | made,
+        "config": {name: plain(options[name]) for name in sorted(options)} | made,
     }
 
 

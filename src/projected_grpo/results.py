@@ -10,13 +10,12 @@ from typing import Any
 
 from loguru import logger
 
-from projected_grpo.config import DISPLAY_NAME, PRESETS, to_json
+from projected_grpo.config import DISPLAY_NAME, PLACE, PRESETS, to_json
 from projected_grpo.errors import UserError
 from projected_grpo.outcome import check_record, read_ended
 from projected_grpo.runlog import read_json
 
 SHOWN = ("model", "problems", "env_mode", "steps", "intervention")  # in columns of their own
-PLACE = ("device", "svd_cache", "vllm_memory")  # where a run is made, not what it is
 # What vanilla's training can depend on; the other groups are the arm's own and its basis'.
 SHARED_GROUPS = ("model", "problems", "sampling", "loss", "optim", "teacher", "evaluation")
 IN_THE_NAME = (
@@ -173,7 +172,7 @@ def _places(path: Path) -> list[Path]:
 
 def _read_record(path: Path) -> Run:
     data = read_json(path, "results")
-    check_record(data, (), f"results: {path}")
+    check_record(data, (), f"results: {path} is no study record")
     return Run(path.stem, path, data["summary"], data["config"], data.get("git_commit"), data["steps"])
 
 

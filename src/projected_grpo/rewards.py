@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -19,12 +20,13 @@ from typing import Literal
 
 from projected_grpo.config import EnvMode
 from projected_grpo.oracle import Call, Subclass, decode, same
-from projected_grpo.sandbox import CallResult, Outcome, Program, Sandbox
+from projected_grpo.sandbox import CallResult, Limits, Outcome, Program, Sandbox
 
 FORMAT_REWARD = 0.5
 PASS_REWARD = 3.0
 MAX_TEXT = 1_000_000  # characters; a longer response counts as not parsing
 MIN_REPEATS, CALLS_PER_REPEAT = 6, 8  # how many calls are asked again
+SPENT = 0.9  # of the CPU limit: a program that had this much time would need too much on any day
 ORIGINAL_PHRASE = "should pass all tests"
 
 
@@ -189,14 +191,15 @@ def extract_code(text: str) -> str | None:
 class Grader:
     """Grades responses in a sandbox, several at a time.
 
-    A grade is a function of problem and code, so the last `remembered` ones are kept, and code that a problem
-    had before is not run again: once a policy hacks, half of a group's responses are the same.
+    The same code is asked the same way, so the last `remembered` grades are kept, and code that a problem had
+    before is not run again. One that may be the machine's doing (a lost interpreter, a time limit reached
+    without that CPU time) is not kept.
     """
 
     def __init__(self, sandbox: Sandbox, remembered: int = 0) -> None:
         self.sandbox = sandbox
         self.remembered = remembered
-        self._known: OrderedDict[tuple[str, str, str], tuple[Task, Future[Grade]]] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str, str], _Known] = OrderedDict()
 
     def grade(self, task: Task, text: str) -> Grade:
         """Grade one response and wait for it."""
@@ -215,21 +218,43 @@ class Grader:
             return future
         key = (task.problem_id, task.env_mode, code)
         known = self._known.get(key)
-        if known is not None and known[0] == task and not _failed(known[1]):
+        if known is not None and known.task == task and known.lasts:
             self._known.move_to_end(key)
-            return known[1]
+            return known.future
         order = asking_order(task, code)
-        started = self.sandbox.submit_plan(
-            partial(next_programs, task, code, order), partial(judge, task, order)
-        )
-        self._known[key] = (task, started)
+        settled = threading.Event()
+
+        def conclude(done: Mapping[str, Outcome]) -> Grade:
+            if all(own_doing(outcome, self.sandbox.limits) for outcome in done.values()):
+                settled.set()
+            return judge(task, order, done)
+
+        started = self.sandbox.submit_plan(partial(next_programs, task, code, order), conclude)
+        self._known[key] = _Known(task, started, settled)
         while len(self._known) > self.remembered:
             self._known.popitem(last=False)
         return started
 
 
-def _failed(future: Future[Grade]) -> bool:
-    return future.done() and (future.cancelled() or future.exception() is not None)
+@dataclass(frozen=True)
+class _Known:
+    """A grade that was asked for, and whether the outcomes behind it were the response's own doing."""
+
+    task: Task
+    future: Future[Grade]
+    settled: threading.Event
+
+    @property
+    def lasts(self) -> bool:
+        """Under way, or come to an end that would come again."""
+        return not self.future.done() or self.settled.is_set()
+
+
+def own_doing(outcome: Outcome, limits: Limits) -> bool:
+    """Whether what happened to a program was its own doing, as far as can be told, and not the machine's."""
+    if outcome.status == "timeout":
+        return outcome.cpu_s >= SPENT * limits.cpu_s
+    return outcome.status != "worker_died"
 
 
 def asking_order(task: Task, code: str) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ they differ by from the loss's is what the importance weight corrects (grpo.py).
 The calls were read in vLLM's documentation and sources, and in TRL 1.16, whose colocated mode works alike
 with 0.22 to 0.31: `apply_model` and `load_weights` (names of a checkpoint; the engine fuses q, k, v and gate,
 up itself), `logprobs_mode` raw_logprobs, `reset_prefix_cache`, and VLLM_ENABLE_V1_MULTIPROCESSING=0 for one
-process. They were never run here but against a stand-in.
+process. They were never run here but against a stand-in, so an engine whose probabilities are not the model's
+is refused when it is opened.
 """
 
 import copy
@@ -29,11 +30,12 @@ from projected_grpo.antipasto import AdaptedLinear, Policy, block_name, merged_w
 from projected_grpo.config import ModelConfig, SamplingConfig
 from projected_grpo.errors import UserError
 from projected_grpo.models import pick_devices
-from projected_grpo.rollout import Completion
+from projected_grpo.rollout import Completion, Rollout, collate, completion_logps
 
-CONTEXT = (
-    4096  # tokens of a prompt and its completion: training has half of that, evaluations may ask for more
-)
+CONTEXT = 4096  # tokens of a prompt and its completion; training has half of that, evaluations may ask more
+HOTTEST = 2.0  # temperature that vLLM takes
+TRIED = 8  # tokens, of a prompt and of its completion, by which a new engine is compared with the model
+FAR = 0.5  # nats a token; half precision and other kernels are far below
 ENDED = ("stop", "length")  # ways in which a completion may end
 
 
@@ -66,7 +68,7 @@ class VllmSampler:
         self._held: dict[str, tuple[Tensor, ...]] = {}  # what each adapted weight was merged from
         try:
             loaded = self._load(unadapted_weights(policy)) | self.bring(policy, ablate_quarantine=False)
-        except (KeyError, ValueError) as error:
+        except (AttributeError, KeyError, ValueError) as error:
             raise UserError(
                 f"--sampler=vllm: vLLM does not take the weights of a {type(policy.model).__name__} "
                 f"({str(error)[:160]}); take --sampler=own"
@@ -77,6 +79,23 @@ class VllmSampler:
             raise UserError(
                 f"--sampler=vllm: the model has nothing for {len(missing)} of vLLM's weights, e.g. "
                 f"{missing[0]}; take --sampler=own"
+            )
+        self._compare(policy)
+
+    def _compare(self, policy: Policy) -> None:
+        """Raises UserError unless the engine gives its own draws about the model's probabilities."""
+        vocabulary = len(next(policy.model.parameters()))
+        prompt = tuple(i % vocabulary for i in range(TRIED))
+        plain = SamplingConfig(max_new=TRIED, temperature=1.0, top_k=0, top_p=1.0)
+        (((ids, told),),) = self(policy, [prompt], [[0]], plain, frozenset(), 0)
+        batch = collate([Rollout(prompt, ids, "")], 0, policy.device)
+        with torch.no_grad(), policy.merge(policy.deltas()):
+            own = completion_logps(policy.model, batch)[0].cpu()
+        far = float((own - told).abs().mean())
+        if not far < FAR:
+            raise UserError(
+                f"--sampler=vllm: vLLM's log-probabilities are {far:.2g} nats a token off the model's, so it "
+                "does not hold its weights; take --sampler=own"
             )
 
     def __call__(
@@ -92,11 +111,13 @@ class VllmSampler:
     ) -> list[list[Completion]]:
         """One completion of prompt p per seed in seeds[p], stop token included, as rollout.sample has them.
 
-        Raises UserError for a prompt that leaves no room for a completion.
+        Raises UserError for a prompt that leaves no room for a completion, or too high a temperature.
         """
         asked = [(prompts[p], seed) for p, group in enumerate(seeds) for seed in group]
         if not asked:
             return [[] for _ in prompts]
+        if sampling.temperature > HOTTEST:
+            raise UserError(f"--temperature {sampling.temperature}: vLLM takes at most {HOTTEST}")
         longest = max(len(ids) for ids, _ in asked) + sampling.max_new
         if longest > self._room:
             raise UserError(
@@ -132,14 +153,17 @@ class VllmSampler:
         """Have the engine take these weights one by one, and forget what it computed with others."""
         (loaded,) = self._engine.apply_model(lambda model: model.load_weights(weights))
         if self._engine.reset_prefix_cache() is False:
-            raise RuntimeError("vLLM kept keys and values of the weights it had before")
+            raise UserError(
+                "--sampler=vllm: vLLM would not drop the keys and values of the weights it had before; go on "
+                "from the last save with --resume"
+            )
         return set(loaded)
 
 
 def start_engine(policy: Policy, memory: float, room: int) -> LLM:
     """An engine of the policy's architecture with random weights, which needs no file but the settings.
 
-    `room`: tokens of a prompt and its completion.
+    `room`: tokens of a prompt and its completion. Raises UserError if vLLM does not take them.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when an engine is made
     config: Any = copy.deepcopy(policy.model.config)
@@ -147,16 +171,21 @@ def start_engine(policy: Policy, memory: float, room: int) -> LLM:
     dtype = str(next(iter(policy.layers.values())).weight.dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(Path(folder))
-        engine = LLM(
-            model=folder,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # none but what a request says
-            dtype=dtype,
-            gpu_memory_utilization=memory,
-            max_model_len=room,
-            logprobs_mode="raw_logprobs",
-        )
+        try:
+            engine = LLM(
+                model=folder,
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # none but what a request says
+                dtype=dtype,
+                gpu_memory_utilization=memory,
+                max_model_len=room,
+                logprobs_mode="raw_logprobs",
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"--sampler=vllm: vLLM does not start with --vllm-memory={memory} ({str(error)[:160]})"
+            ) from error
     logger.info("a vLLM engine in {} generates, with {:.0%} of the GPU's memory", dtype, memory)
     return engine
 

@@ -44,6 +44,11 @@ def cell(seeds: Mapping[int, Record], metric: Metric) -> str:
     return mean_sem([v for v in map(metric, seeds.values()) if not math.isnan(v)])
 
 
+def mean(values: Sequence[float]) -> float:
+    """NaN of none."""
+    return fmean(values) if values else math.nan
+
+
 def emergence_table(arms: Arms) -> str:
     """Does hacking emerge, and can the policy learn honestly instead? A row per seed of both."""
     rows = []
@@ -54,11 +59,9 @@ def emergence_table(arms: Arms) -> str:
                 [
                     arm,
                     seed,
-                    f"{fmean(hacks[:3]):.3f}",
-                    f"{fmean(hacks[-3:]):.3f}",
+                    *(f"{mean(part):.3f}" for part in (hacks[:3], hacks[-3:])),
                     f"{deployed('hack')(r):.3f}",
-                    f"{fmean(solves[:3]):.3f}",
-                    f"{fmean(solves[-3:]):.3f}",
+                    *(f"{mean(part):.3f}" for part in (solves[:3], solves[-3:])),
                     *(f"{deployed('solve', split)(r):.3f}" for split in (INSTANCES, TEMPLATES)),
                     f"{r['wall_s']:.0f}",
                 ]

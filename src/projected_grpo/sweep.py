@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from projected_grpo.config import (
+    PLACE,
     PRESETS,
     BasisConfig,
     LossConfig,
@@ -42,7 +43,6 @@ from projected_grpo.train import parse
 SWEEPS = Path("out/sweeps")
 ENGINES = ("local", "pueue", "slurm", "ray")
 ITS_OWN = ("out_dir", "log_dir", "out_tag", "resume")  # options that the sweep sets itself
-PLACE = ("device", "svd_cache", "vllm_memory")  # of the model's options: where a run is made, not what it is
 NAME = re.compile(r"[A-Za-z0-9_.+=-]+")
 MOST_SEEDS = 10_000  # of one range
 

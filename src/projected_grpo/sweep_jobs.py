@@ -25,11 +25,11 @@ from projected_grpo import train
 from projected_grpo.outcome import (
     Check,
     check_fields,
+    check_summary,
     is_number,
     is_text,
     is_whole,
     is_words,
-    read_ended,
     read_steps,
 )
 from projected_grpo.runlog import append_jsonl, complete_lines, read_json, write_json
@@ -43,10 +43,11 @@ STATES = ("finished", "running", "failed", "interrupted", "to do")
 PATIENCE_S = 120.0  # a queue's next attempt waits this long for what is left of the one before it
 
 CHECKS: Mapping[str, Check] = {  # of a job's fields in its file
-    **dict.fromkeys(("id", "name", "home", "cwd", "why", "resolve"), is_text),
+    **dict.fromkeys(("id", "name", "home", "cwd"), is_text),
     **{"argv": is_words, "submitted": is_number},
     **dict.fromkeys(("steps", "retries", "max_failures"), is_whole),
 }
+OPTIONAL: Mapping[str, Check] = {"why": is_text, "resolve": is_text}
 Launch = Callable[[Sequence[str], Path, int], int | None]
 """Runs train with these arguments, output file and lock; its exit code, or None if it was told to stop."""
 
@@ -174,8 +175,8 @@ def read_job(path: Path) -> Job:
     """A job from its file. Raises UserError if it is none."""
     where = f"sweep run: {path} is not a sweep's job file"
     data = read_json(path, "sweep run")
-    take(data, tuple(CHECKS), where)
-    check_fields(data, CHECKS, {}, where)
+    take(data, (*CHECKS, *OPTIONAL), where)
+    check_fields(data, CHECKS, OPTIONAL, where)
     return Job(**{**data, "argv": tuple(data["argv"])})
 
 
@@ -272,12 +273,13 @@ def state_of(job: Job, folders: Sequence[Path]) -> State:
     remark = f"attempt {tried}" if tried > 1 else ""
     ended = next((f for f in reversed(folders) if (f / "summary.json").exists()), None)
     if ended is not None:
-        summary, _, _ = read_ended(ended, "sweep status")
+        summary = read_json(ended / "summary.json", "sweep")
+        check_summary(summary, f"sweep: {ended / 'summary.json'}")
         remark = remark if summary["finished"] else "diverged"
         rates = (summary["hack_deploy"], summary["solve_deploy"], summary.get("seconds"))
         return State(job, "finished", ended, summary["steps"], *rates, remark)
     folder = folders[-1] if folders else None
-    rows = read_steps(folder, "sweep status") if folder else []
+    rows = read_steps(folder, "sweep") if folder else []
     if is_locked(job.file(".lock")):
         state = "running"
     elif attempts and "failed" in attempts[-1]:
