@@ -228,8 +228,13 @@ def test_a_batch_is_with_the_grader_before_the_next_is_generated(begin):
 @pytest.mark.parametrize(("sampler", "importance"), [("own", "clipped"), ("vllm", "truncated")])
 def test_the_loss_weighs_tokens_as_its_sampler_asks(begin, monkeypatch, sampler, importance):
     exp, _ = begin()
-    data, seen = collect(exp, 0), []
-    monkeypatch.setattr(step_module, "per_rollout_grads", lambda *args, **_: seen.append(args[3].importance))
+    data, seen, real = collect(exp, 0), [], step_module.per_rollout_grads
+
+    def watched(policy, rollouts, advantage, loss, *more, **options):
+        seen.append(loss.importance)
+        return real(policy, rollouts, advantage, loss, *more, **options)
+
+    monkeypatch.setattr(step_module, "per_rollout_grads", watched)
     cfg = replace(exp.cfg, model=replace(exp.cfg.model, sampler=sampler))
     loss_grads(replace(exp, cfg=cfg), 0, data, torch.ones(len(data.rollouts)))
     assert seen == [importance]

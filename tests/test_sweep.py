@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fake_runs
 from projected_grpo import config, verbs_sweep
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS
@@ -307,7 +308,7 @@ def folder_of(job, number, *, saved=False, ended=False, finished=True):
         (folder / "state" / "state.safetensors").touch()
     if ended:
         figures = {"finished": finished, "hack_deploy": 0.5, "solve_deploy": 0.25, "seconds": 3.2, "steps": 2}
-        (folder / "summary.json").write_text(json.dumps(figures))
+        (folder / "summary.json").write_text(json.dumps(fake_runs.summary(fake_runs.config()) | figures))
     return folder
 
 

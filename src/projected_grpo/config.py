@@ -83,7 +83,7 @@ class ModelConfig:
     """Folder of cached SVDs, keyed by the hash of each weight; None computes them each time."""
     sampler: Literal["own", "vllm"] = "own"
     """What generates completions, in the verbs that do: `own`, or a vLLM engine in the same process on the
-    same GPU (docs/howto/vllm.md; one process, pip install 'projected_grpo[vllm]')."""
+    same GPU (docs/vllm.md; one process, pip install 'projected_grpo[vllm]')."""
     vllm_memory: float = 0.3
     """--sampler=vllm: the share of the GPU's memory that the engine takes for good."""
 
@@ -521,12 +521,7 @@ def validate(cfg: TrainConfig) -> None:
         raise UserError("--grad-clip must be > 0 and --ratio-cap at least 1 + --clip")
     if cfg.arm.route2_random_v_seed is not None and cfg.arm.intervention != "route2":
         raise UserError("--route2-random-v-seed needs --intervention=route2")
-    validate_sampler(cfg.model)
-    if cfg.model.sampler != "own" and cfg.loss.importance == "auto" and cfg.sampling.rollout_ablate_frac > 0:
-        raise UserError(
-            f"--rollout-ablate-frac under --sampler={cfg.model.sampler} needs --importance=clipped or "
-            "truncated: the weight of ablated rollouts is also that of another policy"
-        )
+    _validate_importance(cfg)
     _validate_control(cfg.arm)
     _validate_arm_options(cfg.arm)
     if not re.fullmatch(r"[A-Za-z0-9_.+=-]*", cfg.run.out_tag):
@@ -543,6 +538,15 @@ def validate_sampler(cfg: ModelConfig) -> None:
         raise UserError("--vllm-memory needs --sampler=vllm")
     if not 0 < cfg.vllm_memory < 1:
         raise UserError(f"--vllm-memory must be in (0, 1), got {cfg.vllm_memory}")
+
+
+def _validate_importance(cfg: TrainConfig) -> None:
+    validate_sampler(cfg.model)
+    if cfg.model.sampler != "own" and cfg.loss.importance == "auto" and cfg.sampling.rollout_ablate_frac > 0:
+        raise UserError(
+            f"--rollout-ablate-frac under --sampler={cfg.model.sampler} needs --importance=clipped or "
+            "truncated: the weight of ablated rollouts is also that of another policy"
+        )
 
 
 def resolved_loss(cfg: TrainConfig) -> LossConfig:

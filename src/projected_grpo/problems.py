@@ -180,9 +180,17 @@ def _from_file(path: Path) -> Iterator[tuple[Problem, str]]:
             raise UserError(f"{path}:{number}: field missing or of the wrong type: {error}") from error
 
 
+def _texts(row: Mapping[str, Any], field: str) -> list[str]:
+    """A list of strings. TypeError if it is none."""
+    value = row[field]
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{field!r} must be a list of strings")
+    return value
+
+
 def _benchmark(row: Mapping[str, Any]) -> tuple[Problem, str]:
     method = row["func_name"].rpartition(".")[2]
-    calls, trouble = parse_asserts(row["gt_answer"], method)
+    calls, trouble = parse_asserts(_texts(row, "gt_answer"), method)
     question = _text({m["role"]: m["content"] for m in row["prompt"]}, "user")
     problem = Problem(
         _id(row["id"]),
@@ -200,7 +208,7 @@ def _benchmark(row: Mapping[str, Any]) -> tuple[Problem, str]:
 def _leetcode_dataset(row: Mapping[str, Any]) -> tuple[Problem, str]:
     method = row["entry_point"].rpartition(".")[2]
     meta = row["meta"]
-    calls, trouble = parse_check_function(row["test"], method)
+    calls, trouble = parse_check_function(_text(row, "test"), method)
     question = format_question(_text(meta, "question_title"), method, _text(meta, "lang_code"))
     problem = Problem(
         _id(meta["question_id"]),
@@ -210,7 +218,7 @@ def _leetcode_dataset(row: Mapping[str, Any]) -> tuple[Problem, str]:
         _text(row, "prompt"),
         _text(row, "completion"),
         calls,
-        slug=row.get("task_id"),
+        slug=_text(row, "task_id") if row.get("task_id") is not None else None,
     )
     return problem, _trouble(calls, trouble)
 
