@@ -5,7 +5,7 @@ The usual budget is small; PROJECTED_GRPO_FUZZ=5000 makes it a campaign of that 
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,14 +14,19 @@ from hypothesis import strategies as st
 
 from fake_runs import a_step, config, made, summary
 from fuzzing import FUZZ, altered, damaged, jsonl, read_or_refuse
-from projected_grpo.antipasto import compute_svd, load_svd
+from projected_grpo.antipasto import compute_svd, load_svd, wrap
+from projected_grpo.checkpoint import save_state, state_path
 from projected_grpo.config import to_json
+from projected_grpo.outcome import read_heldout
 from projected_grpo.paired import by_arm
-from projected_grpo.pictures import at_steps, heldout_files, mean_at_steps, rates, read_heldout, series
+from projected_grpo.pictures import at_steps, heldout_files, mean_at_steps, rates, series
 from projected_grpo.plots import COSINES
 from projected_grpo.probe import check_b, check_c
+from projected_grpo.proj import HackBasis
 from projected_grpo.report import report_page
 from projected_grpo.results import finished, grouped, read_runs
+from projected_grpo.rundir import Run, newest_run, newest_state, read_settings, settings_hash
+from projected_grpo.runlog import write_json
 from projected_grpo.study import SERIES, PlannedRun, StudyArm, read_records
 from projected_grpo.study_report import arms_table, emergence_table, leave_out_table, modes_table
 from projected_grpo.study_verdicts import verdicts
@@ -81,6 +86,39 @@ def test_folders_of_finished_runs(tmp_path, data):
     read_or_refuse(tmp_path, lambda: check_c([run]))
 
 
+@pytest.fixture(scope="module")
+def saved(small_model, tmp_path_factory):
+    """The files of a run that was saved after its last step, by their names."""
+    folder = tmp_path_factory.mktemp("saved")
+    cfg, policy = config(), wrap(small_model("qwen3", torch.float32), None)
+    run = Run(cfg, folder)
+    run.logs["steps"].append(STEPS)
+    run.logs["rollouts"].append(ROLLOUTS)
+    V = {m: torch.eye(r)[:2].contiguous() for m, r in policy.ranks.items()}
+    basis = HackBasis(V, {m: axes[0].clone() for m, axes in V.items()})
+    facts = {"settings": settings_hash(cfg), "logs": {name: log.mark() for name, log in run.logs.items()}}
+    adam = torch.optim.AdamW([layer.delta_s for layer in policy.layers.values()])
+    save_state(state_path(folder, len(STEPS)), policy, adam, basis, None, facts)
+    write_json(folder / "config.json", {"run_id": "x", "config": to_json(cfg)})
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@given(data=st.data())
+@FUZZ
+def test_folders_to_go_on_with(tmp_path, saved, data):
+    folder = tmp_path / "runs" / "20260101T000000_smoke_x"
+    hurt = data.draw(st.sampled_from(["", *sorted(saved)]))  # or none
+    for name, content in saved.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data.draw(damaged(content)) if name == hurt else content)
+    here = replace(config(), run=replace(config().run, out_dir=tmp_path))
+    read_or_refuse(tmp_path, lambda: newest_run(here))
+    found = []
+    read_or_refuse(tmp_path, lambda: found.append(newest_state(Run(read_settings(folder), folder))))
+    if hurt == "":
+        assert found and found[0].path == state_path(folder, len(STEPS))
+
+
 HELD_OUT = {"cosines": [0.5, -0.25], "fraction_positive": 0.5, "mean": 0.125, "by_module": {"m": 0.5}}
 
 
@@ -91,7 +129,7 @@ def test_checks_of_held_out_pairs(tmp_path, held_out, data):
     text = json.dumps(held_out).encode()
     path.write_bytes(data.draw(damaged(text)) if data.draw(st.booleans()) else text)
     read_or_refuse(tmp_path, lambda: check_b([path]))
-    read_or_refuse(tmp_path, lambda: read_heldout(path))
+    read_or_refuse(tmp_path, lambda: read_heldout(path, "plot"))
 
 
 # Studies

@@ -182,7 +182,9 @@ def test_gates_a_and_b_from_files(tmp_path, capsys):
     assert main(["probe", "gate", "A", good, dead]) == GATE_FAILED
     assert main(["probe", "gate", "A", str(tmp_path / "none.safetensors")]) == 2
     for fraction, code in ((0.7, 0), (0.4, GATE_FAILED)):
-        (tmp_path / "b.json").write_text(json.dumps({"fraction_positive": fraction, "mean": 0.5}))
+        (tmp_path / "b.json").write_text(
+            json.dumps({"cosines": [0.5], "fraction_positive": fraction, "mean": 0.5})
+        )
         assert main(["probe", "gate", "B", str(tmp_path / "b.json")]) == code
     (tmp_path / "b.json").write_text("{}")
     assert main(["probe", "gate", "B", str(tmp_path / "b.json")]) == 2

@@ -669,7 +669,9 @@ def from_json(data: object, *, older: bool = False) -> TrainConfig:
         raise UserError(f"config.json does not fit this version of projected_grpo: {error}") from error
 
 
-def _group_from_json(kind: Any, values: Mapping[str, Any], older: bool) -> Any:
+def _group_from_json(kind: Any, values: object, older: bool) -> Any:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{kind.__name__} is {str(values)[:40]!r}")
     names: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(kind)}
     _same_names(set(values), set(names), set() if older else None)
     revived = {name: _revive(names[name], value) for name, value in values.items()}

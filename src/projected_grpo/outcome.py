@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from projected_grpo.errors import UserError
+from projected_grpo.extract_vhack_grad import HeldOut
 from projected_grpo.runlog import complete_lines, read_json
 from projected_grpo.steptable import COLUMNS
 
@@ -92,6 +93,7 @@ RECORD: Mapping[str, Check] = {"summary": is_table, "steps": is_table, "config":
 PLANNED: Mapping[str, Check] = {"arm": is_text, "seed": is_whole, "wall_s": is_number}
 ROLLOUT: Mapping[str, Check] = {"step": is_whole, "text": is_text}
 GRADED: Mapping[str, Check] = dict.fromkeys(("p_idx", "gi", "reward"), is_figure)
+FOUND: Mapping[str, Check] = {"cosines": is_numbers, "fraction_positive": is_number, "mean": is_number}
 COMMIT: Mapping[str, Check] = {"git_commit": is_text_or_null}
 
 
@@ -119,6 +121,13 @@ def read_rollouts(folder: Path, option: str) -> list[dict[str, Any]]:
     for line, row in enumerate(rows, start=1):
         check_fields(row, ROLLOUT, GRADED, f"{option}: {folder / 'rollouts.jsonl'}, line {line}")
     return rows
+
+
+def read_heldout(path: Path, option: str) -> HeldOut:
+    """What `verify` found of held-out pairs. Raises UserError if the file does not say."""
+    data = read_json(path, option)
+    check_fields(data, FOUND, {}, f"{option}: {path} is not the .heldout.json of `verify`")
+    return HeldOut(tuple(map(float, data["cosines"])), float(data["fraction_positive"]), float(data["mean"]))
 
 
 def check_record(record: Mapping[str, Any], columns: Sequence[str], where: str) -> None:

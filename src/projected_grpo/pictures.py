@@ -6,8 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from projected_grpo.extract_vhack_grad import HeldOut
-from projected_grpo.outcome import Check, check_fields, is_number, is_numbers
+from projected_grpo.outcome import read_heldout
 from projected_grpo.paired import shares
 from projected_grpo.plots import (
     COSINES,
@@ -22,11 +21,9 @@ from projected_grpo.plots import (
     pareto,
 )
 from projected_grpo.results import VANILLA, Groups, Run
-from projected_grpo.runlog import read_json
 
 Kind = Literal["all", "dynamics", "pareto", "modes", "cosines", "parked", "heldout"]
 HELD_OUT = ".heldout.json"
-FOUND: Mapping[str, Check] = {"cosines": is_numbers, "fraction_positive": is_number, "mean": is_number}
 
 
 def draw(groups: Groups, kind: Kind, out: Path) -> tuple[list[str], list[str]]:
@@ -151,18 +148,11 @@ def draw_heldout(groups: Groups, out: Path) -> list[str]:
     """A histogram for every checked basis that lies where these runs put theirs."""
     made = []
     for file in heldout_files(run for seeds in groups.values() for run in seeds.values()):
-        result = read_heldout(file)
+        result = read_heldout(file, "plot")
         name = file.name.removesuffix(HELD_OUT)
         heldout_histogram(result, name, out / f"heldout-{name}")
         made.append(f"{out / f'heldout-{name}'}.png")
     return made
-
-
-def read_heldout(path: Path) -> HeldOut:
-    """What `verify` found. Raises UserError if the file does not say."""
-    data = read_json(path, "plot")
-    check_fields(data, FOUND, {}, f"plot: {path}")
-    return HeldOut(tuple(map(float, data["cosines"])), float(data["fraction_positive"]), float(data["mean"]))
 
 
 def heldout_files(runs: Iterable[Run]) -> list[Path]:

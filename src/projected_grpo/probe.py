@@ -17,8 +17,7 @@ import torch
 from projected_grpo.config import PLACE, from_json, to_json
 from projected_grpo.errors import UserError
 from projected_grpo.extract_vhack_grad import HARD_GATE, SOFT_GATE, load_extraction
-from projected_grpo.outcome import Check, check_fields, is_whole, read_ended
-from projected_grpo.runlog import read_json
+from projected_grpo.outcome import Check, check_fields, is_whole, read_ended, read_heldout
 
 LINEARS = {"Qwen3-4B": 252}  # adapted modules of a model, by the end of its name
 COUNTED: Mapping[str, Check] = dict.fromkeys(("step", "zerovar"), is_whole)  # at every step
@@ -193,15 +192,6 @@ def read_basis(path: Path) -> tuple[str, dict[str, float]]:
     return str(extraction.meta.get("model")), {m: float(D.norm()) for m, D in differences.items()}
 
 
-def read_heldout(path: Path) -> tuple[float, float]:
-    """A held-out check's fraction above 0 and mean."""
-    data = read_json(path, "gate B")
-    try:
-        return float(data["fraction_positive"]), float(data["mean"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"gate B: {path} is not the .heldout.json of `verify`") from error
-
-
 def read_run(folder: Path) -> RunFiles:
     """A finished run's files. Raises UserError if it has not ended."""
     summary, made, steps = read_ended(folder, "gate")
@@ -229,7 +219,8 @@ def check_a(files: Sequence[Path]) -> list[Verdict]:
 
 def check_b(files: Sequence[Path]) -> list[Verdict]:
     """Gate B on .heldout.json files."""
-    return [gate_b(*read_heldout(path)) for path in files]
+    found = [read_heldout(path, "gate B") for path in files]
+    return [gate_b(held_out.fraction_positive, held_out.mean) for held_out in found]
 
 
 def check_c(files: Sequence[Path]) -> list[Verdict]:
