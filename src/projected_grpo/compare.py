@@ -111,7 +111,7 @@ DELTA_SAFE = "ΔSafePass"
 def measured(seeds: Mapping[int, Run], metric: Metric) -> dict[int, float]:
     """A metric of the seeds that have it."""
     found = {seed: metric(run) for seed, run in seeds.items()}
-    return {seed: value for seed, value in found.items() if value is not None}
+    return {seed: float(value) for seed, value in found.items() if value is not None}
 
 
 def differences(own: Mapping[int, Run], other: Mapping[int, Run], metric: Metric) -> dict[int, float]:

@@ -101,7 +101,7 @@ def _read_prompt(path: Path, partition: Mapping[str, EnvMode]) -> PoolPrompt:
         head = head or row
         try:
             rows.append(_teacher_row(row))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{path}:{number}: field missing or of the wrong type: {error}") from error
     if head is None:
         raise UserError(f"{path}: no rows in it")

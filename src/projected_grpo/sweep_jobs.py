@@ -177,7 +177,7 @@ def read_job(path: Path) -> Job:
     data = read_json(path, "sweep run")
     take(data, (*CHECKS, *OPTIONAL), where)
     check_fields(data, CHECKS, OPTIONAL, where)
-    return Job(**{**data, "argv": tuple(data["argv"])})
+    return Job(**{**data, "argv": tuple(data["argv"]), "submitted": float(data["submitted"])})
 
 
 def make(job: Job, launch: Launch, *, patience_s: float = 1.0) -> Outcome:
