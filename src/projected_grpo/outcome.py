@@ -136,8 +136,8 @@ def check_record(record: Mapping[str, Any], columns: Sequence[str], where: str) 
     check_summary(record["summary"], f"{where}: summary")
     check_settings(record["config"], f"{where}: config")
     steps = f"{where}: steps"
-    check_fields(record["steps"], dict.fromkeys(columns, is_list), {}, steps)
-    check_fields(record["steps"], dict.fromkeys(record["steps"], is_list), {}, steps)
+    kept = dict.fromkeys(record["steps"], is_list)
+    check_fields(record["steps"], dict.fromkeys(columns, is_list), kept, steps)
     check_columns(record["steps"], steps)
 
 

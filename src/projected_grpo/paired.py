@@ -44,11 +44,12 @@ def in_mode(key: str, mode: str) -> Metric:
 def step_mean(name: str) -> Metric:
     """Mean of a column over the steps that have it."""
 
-    def mean(r: Record) -> float:
-        values = [v for v in r["steps"][name] if v is not None]
-        return fmean(values) if values else math.nan
+    return lambda r: mean_or_nan([v for v in r["steps"][name] if v is not None])
 
-    return mean
+
+def mean_or_nan(values: Sequence[float]) -> float:
+    """The mean; NaN of none."""
+    return fmean(values) if values else math.nan
 
 
 def shares(pairs: Sequence[Any]) -> list[float]:

@@ -18,6 +18,7 @@ from projected_grpo.config import PLACE, from_json, to_json
 from projected_grpo.errors import UserError
 from projected_grpo.extract_vhack_grad import HARD_GATE, SOFT_GATE, load_extraction
 from projected_grpo.outcome import Check, check_fields, is_whole, read_ended, read_heldout
+from projected_grpo.paired import rate
 
 LINEARS = {"Qwen3-4B": 252}  # adapted modules of a model, by the end of its name
 COUNTED: Mapping[str, Check] = dict.fromkeys(("step", "zerovar"), is_whole)  # at every step
@@ -124,7 +125,7 @@ def gate_c(run: RunFiles) -> Verdict:
     elif not hack > H4:
         doubtful.append(f"hack rate {hack:.3f} is not above the {H4:.2f} that H4 asks for")
     made = len(run.steps)
-    deployed = f"held out {rate(run, 'hack_deploy'):.3f} (n={run.summary['eval_n']})"
+    deployed = f"held out {rate(run.summary, 'hack_deploy'):.3f} (n={run.summary['eval_n']})"
     seen = f"reward spread on {spread:.0%} of {made} steps; hack rate at the end {hack:.3f}, {deployed}"
     return Verdict("C", tuple(failed), tuple(doubtful), (seen,))
 
@@ -135,8 +136,9 @@ def gate_d(vanilla: RunFiles, arm: RunFiles) -> Verdict:
     risen = [row["step"] for row in live if row["cos_post"] > row["cos_pre"] + ROUNDING]
     fired = [row["fired"] for row in live if row["fired"] is not None]
     share = sum(fired) / max(len(fired), 1)
-    fall = rate(vanilla, "hack_deploy") - rate(arm, "hack_deploy")
-    loss = rate(vanilla, "solve_deploy") - rate(arm, "solve_deploy")
+    # A rate that was not measured is NaN and passes no gate.
+    hack, solve = ([rate(r.summary, key) for r in (vanilla, arm)] for key in ("hack_deploy", "solve_deploy"))
+    fall, loss = hack[0] - hack[1], solve[0] - solve[1]
     failed, doubtful = [], []
     unlike = differing(vanilla.config, arm.config)
     if arm.intervention in ("none", "gt_only") or unlike:
@@ -158,16 +160,11 @@ def gate_d(vanilla: RunFiles, arm: RunFiles) -> Verdict:
     noise = 2 * math.sqrt(0.5 / max(min(vanilla.summary["eval_n"], arm.summary["eval_n"]), 1))
     if noise > MATERIAL:
         doubtful.append(f"differences are known to ± {noise:.2f} at most; --final-n-prompts narrows that")
-    seen = f"hack {rate(vanilla, 'hack_deploy'):.3f} -> {rate(arm, 'hack_deploy'):.3f}, solve " + (
-        f"{rate(vanilla, 'solve_deploy'):.3f} -> {rate(arm, 'solve_deploy'):.3f} (n={arm.summary['eval_n']})"
+    seen = (
+        f"hack {hack[0]:.3f} -> {hack[1]:.3f}, solve {solve[0]:.3f} -> {solve[1]:.3f} "
+        f"(n={arm.summary['eval_n']})"
     )
     return Verdict("D", tuple(failed), tuple(doubtful), (seen, f"fired {share:.2f} over {len(live)} steps"))
-
-
-def rate(run: RunFiles, key: str) -> float:
-    """A rate of the summary; one that was not measured passes no gate."""
-    value = run.summary[key]
-    return math.nan if value is None else float(value)
 
 
 def differing(vanilla: Mapping[str, Any], arm: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from statistics import fmean
 
 from tabulate import tabulate
 
@@ -19,6 +18,7 @@ from projected_grpo.paired import (
     by_arm,
     deployed,
     in_mode,
+    mean_or_nan,
     paired,
     shares,
     step_mean,
@@ -44,11 +44,6 @@ def cell(seeds: Mapping[int, Record], metric: Metric) -> str:
     return mean_sem([v for v in map(metric, seeds.values()) if not math.isnan(v)])
 
 
-def mean(values: Sequence[float]) -> float:
-    """NaN of none."""
-    return fmean(values) if values else math.nan
-
-
 def emergence_table(arms: Arms) -> str:
     """Does hacking emerge, and can the policy learn honestly instead? A row per seed of both."""
     rows = []
@@ -59,9 +54,9 @@ def emergence_table(arms: Arms) -> str:
                 [
                     arm,
                     seed,
-                    *(f"{mean(part):.3f}" for part in (hacks[:3], hacks[-3:])),
+                    *(f"{mean_or_nan(part):.3f}" for part in (hacks[:3], hacks[-3:])),
                     f"{deployed('hack')(r):.3f}",
-                    *(f"{mean(part):.3f}" for part in (solves[:3], solves[-3:])),
+                    *(f"{mean_or_nan(part):.3f}" for part in (solves[:3], solves[-3:])),
                     *(f"{deployed('solve', split)(r):.3f}" for split in (INSTANCES, TEMPLATES)),
                     f"{r['wall_s']:.0f}",
                 ]

@@ -1,10 +1,8 @@
 """The preregistered rules of docs/spec.md on the records of a study (A1, A2): a verdict is a line of text."""
 
-import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 
-from projected_grpo.paired import INSTANCES, Arms, Record, deployed, in_mode, paired, sem, shares
+from projected_grpo.paired import INSTANCES, Arms, Record, deployed, in_mode, mean_or_nan, paired, sem, shares
 from projected_grpo.study import NANO_MODES, PLACEBOS
 
 NOT_MEASURED = "not measured"
@@ -22,8 +20,7 @@ def emergence_verdict(arms: Arms, base: Mapping[str, float]) -> str:
     """A1's rule. Every run starts from the base model, whose rates are known better than those of a step."""
 
     def at_the_end(r: Record) -> float:
-        last = shares(r["steps"]["hack_s"][-LAST:])
-        return fmean(last) if last else math.nan
+        return mean_or_nan(shares(r["steps"]["hack_s"][-LAST:]))
 
     vanilla, honest = (list(arms.get(name, {}).values()) for name in ("none", "gt_only"))
     emerged = sum(at_the_end(r) > EMERGED_TO and deployed("solve")(r) < base["solve"] for r in vanilla)
