@@ -1,6 +1,7 @@
 """What the source tree promises: import order, small functions, one writer of gradients, one test command."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -189,6 +190,25 @@ def test_ci_runs_the_readmes_test_command():
 def test_both_commands_stand_on_the_readmes_first_screen():
     head = (ROOT / "README.md").read_text().splitlines()[:40]
     assert sum(line.startswith("python3 -m venv ") for line in head) == 2
+
+
+SOUGHT_BY_THE_HOOK = """
+import sys
+import projected_grpo.train
+specs = [(name, getattr(module, "__spec__", None)) for name, module in sys.modules.items()]
+print(*(name for name, spec in specs if "jaxtyping" in str(getattr(spec, "cached", None)).rpartition("/")[2]))
+"""
+
+
+def test_checking_shapes_leaves_the_bytecode_of_libraries_alone():
+    """A module imported for the first time while one of ours runs under the hook is compiled anew."""
+    checked = {**os.environ, "PROJECTED_GRPO_CHECK_SHAPES": "1"}
+    listing = subprocess.run(
+        [sys.executable, "-c", SOUGHT_BY_THE_HOOK], capture_output=True, text=True, check=True, env=checked
+    ).stdout.split()
+    ours = [name for name in listing if name.startswith("projected_grpo.")]
+    assert "projected_grpo.proj" in ours  # the hook is at work
+    assert len(listing) - len(ours) < 60, sorted(set(listing) - set(ours))  # of three thousand
 
 
 HOSTS = ("github.com", "www.w3.org")  # any other, by name or number, is refused

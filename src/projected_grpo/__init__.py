@@ -5,10 +5,21 @@
 """
 
 import os
+from importlib import import_module
 
 from jaxtyping import install_import_hook
 
 __version__ = "0.1.0"
 
+# While a module runs under its hook, jaxtyping has whatever is then imported for the first time look for
+# bytecode under the hook's name: three thousand modules of libraries would be compiled anew. So they come first.
+BEFORE_THE_HOOK = (
+    *("torch", "beartype.door", "beartype.vale", "scipy.stats", "tyro", "loguru"),
+    *("transformers.generation", "transformers.modeling_utils"),
+    *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
+)
+
 if os.environ.get("PROJECTED_GRPO_CHECK_SHAPES") == "1":
+    for library in BEFORE_THE_HOOK:
+        import_module(library)
     install_import_hook("projected_grpo", "beartype.beartype")
