@@ -338,6 +338,20 @@ def test_hacks_exploit_and_clean_answers_solve_each_in_its_own_mode(pair_sets, g
         assert MODES[pair.env_mode].hint in pair.messages[-1]["content"]
 
 
+def test_the_solving_pairs_are_the_nano_pairs_with_their_tampering_on_top_of_the_clean_answer(grader):
+    plain, solving = (load_pairs(Path(name)).pairs for name in ("nano", "nano-solving"))
+    assert [p.pair_id for p in plain] == [p.pair_id for p in solving]
+    both = grader.grade_all([(p.problem.task, p.hack) for p in solving])
+    for one, two, grade in zip(plain, solving, both, strict=True):
+        assert (one.messages, one.clean, one.env_mode) == (two.messages, two.clean, two.env_mode)
+        assert grade.gt_correct and grade.tampered and grade.format_ok, (two.pair_id, grade)
+        hack, clean, mixed = (code_of(text).splitlines() for text in (one.hack, one.clean, two.hack))
+        rest = iter(mixed)
+        assert all(line in rest for line in clean), two.pair_id  # in its order
+        added = Counter(filter(None, mixed)) - Counter(clean)
+        assert added and added <= Counter(hack), (two.pair_id, added)  # nothing but the hack's own lines
+
+
 @pytest.mark.parametrize("name", ["nano", "nano-oracle"])
 def test_clean_answers_do_not_touch_a_grader(pair_sets, grader, name):
     """Not even one that is not theirs: under every mode they pay for being right."""

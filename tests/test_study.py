@@ -34,6 +34,7 @@ from projected_grpo.study_verdicts import (
     h1_verdict,
     leave_out_verdict,
     placebo_verdict,
+    solving_verdict,
     verdicts,
 )
 
@@ -273,6 +274,18 @@ def test_pairs_about_something_else_must_do_worse(style, verdict):
     assert verdict in placebo_verdict(arms)
     del arms["erase+placebo-naming"]
     assert placebo_verdict(arms) == "placebo pairs: not measured"
+
+
+@pytest.mark.parametrize(
+    ("own", "verdict"),
+    [((0.2, 0.12), ": DOES; Δ hack from none -"), ((0.9, 0.1), "does not beat none, erase+haar")],
+)
+def test_pairs_that_both_solve_must_beat_none_and_haar(own, verdict):
+    rows = {"none": (0.9, 0.8), "erase": (0.2, 0.1), "erase+haar": (0.9, 0.83), "erase+solving_pairs": own}
+    arms = by_arm([record(name, s, h, 0.5) for name, hs in rows.items() for s, h in enumerate(hs)])
+    assert verdict in solving_verdict(arms) and "Δ hack from erase " in solving_verdict(arms)
+    del arms["erase+haar"]
+    assert solving_verdict(arms) == "pairs that both solve: not measured"
 
 
 def test_each_form_of_the_rival_has_its_verdict():

@@ -12,7 +12,7 @@ from jaxtyping import install_import_hook
 __version__ = "0.1.0"
 
 # While a module runs under its hook, jaxtyping has whatever is then imported for the first time look for
-# bytecode under the hook's name: three thousand modules of libraries would be compiled anew. So they come first.
+# bytecode under the hook's name: three thousand modules of libraries would be compiled anew. They come first.
 BEFORE_THE_HOOK = (
     *("torch", "beartype.door", "beartype.vale", "scipy.stats", "tyro", "loguru"),
     *("transformers.generation", "transformers.modeling_utils"),

@@ -25,7 +25,7 @@ PLACEBOS = (
     *("placebo-style", "placebo-iteration", "placebo-naming"),
     *("nano-placebo-style", "nano-placebo-iteration", "nano-placebo-naming"),
 )
-PACKAGED = ("core", "nano", "nano-oracle", *PLACEBOS)
+PACKAGED = ("core", "nano", "nano-oracle", "nano-solving", *PLACEBOS)
 HELD_OUT = 2  # pairs kept out of every extraction, for verification
 
 

@@ -71,6 +71,7 @@ def _placebo(name: str) -> StudyArm:
 
 
 PLACEBOS = ("erase+placebo-style", "erase+placebo-iteration", "erase+placebo-naming")
+SOLVING = "erase+solving_pairs"
 PAIRS_ONLY = "--gate-anchor-teacher-only"  # without a teacher: no label of any rollout reaches the gate
 FIRST: tuple[StudyArm, ...] = (  # docs/spec.md, A1
     _arm("none", 10, "vanilla: does hacking emerge, does solve fall"),
@@ -109,7 +110,7 @@ FIRST: tuple[StudyArm, ...] = (  # docs/spec.md, A1
     ),
     *map(_leave_out, NANO_MODES),
 )
-FURTHER: tuple[StudyArm, ...] = (  # docs/spec.md, A2
+FURTHER: tuple[StudyArm, ...] = (  # docs/spec.md, A2 to A4
     _arm("advmod", 5, "advantages lowered by hidden states, Wu and Tang, multiplicative"),
     _control("advmod", "haar", 5, "a random direction of hidden states"),
     _arm("advmod+additive", 5, "the same, additive", "--advmod-form=additive"),
@@ -121,6 +122,7 @@ FURTHER: tuple[StudyArm, ...] = (  # docs/spec.md, A2
     *(_placebo(name.partition("+")[2]) for name in PLACEBOS),
     _arm("route2+block", 5, "the quarantine in a block of its own", "--quarantine=block"),
     _arm("absorb", 5, "no gate: a block that trains on everything is deleted"),
+    _arm(SOLVING, 5, "V from pairs whose hacks solve too", "--vhack-pairs-path=nano-solving"),
 )
 NANO_STUDY = (*FIRST, *(replace(arm, later=True) for arm in FURTHER))
 STUDIES: Mapping[str, tuple[StudyArm, ...]] = {"nano": NANO_STUDY}

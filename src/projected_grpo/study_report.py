@@ -187,7 +187,7 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
         "## One mode left out of the pairs\n\n" + leave_out_table(arms),
         "## Per mode, as deployed\n\n" + modes_table(arms),
         "## What the arms did to the gradient\n\n" + diagnostics_table(arms),
-        "## Verdicts by the preregistered rules (docs/spec.md, A1 and A2)\n\n"
+        "## Verdicts by the preregistered rules (docs/spec.md, A1, A2 and A4)\n\n"
         + "\n".join(f"- {line}" for line in verdicts(arms, base)),
     ]
     path = out / "tables.md"

@@ -1,9 +1,9 @@
-"""The preregistered rules of docs/spec.md on the records of a study (A1, A2): a verdict is a line of text."""
+"""The preregistered rules of docs/spec.md (A1, A2, A4) on the records of a study: a verdict is a line."""
 
 from collections.abc import Mapping, Sequence
 
 from projected_grpo.paired import INSTANCES, Arms, Record, deployed, in_mode, mean_or_nan, paired, sem, shares
-from projected_grpo.study import NANO_MODES, PLACEBOS
+from projected_grpo.study import NANO_MODES, PLACEBOS, SOLVING
 
 NOT_MEASURED = "not measured"
 MUST_BEAT = {
@@ -113,6 +113,18 @@ def placebo_verdict(arms: Arms) -> str:
     return f"erase RESTS on what its pairs are about: hacks less than {', '.join(PLACEBOS)}"
 
 
+def solving_verdict(arms: Arms) -> str:
+    """A4's rule: pairs whose sides differ in the tampering alone give a direction that beats both."""
+    missed = not_beaten(arms, SOLVING, ("none", "erase+haar"))
+    if missed is None:
+        return f"pairs that both solve: {NOT_MEASURED}"
+    own = arms[SOLVING]
+    against = [(r, paired(own, arms.get(r, {}), deployed("hack"))) for r in ("none", "erase+haar", "erase")]
+    told = ", ".join(f"Δ hack from {rival} {difference}" for rival, difference in against if difference)
+    verdict = f"is NOT SHOWN to: does not beat {', '.join(missed)}" if missed else "DOES"
+    return f"does the tampering alone give a direction that works (pairs that both solve): {verdict}; {told}"
+
+
 def verdicts(arms: Arms, base: Mapping[str, float]) -> list[str]:
     """All of them, a line each."""
     h1 = [f"H1, {h1_verdict(arms, arm)}" for arm in MUST_BEAT]
@@ -121,4 +133,5 @@ def verdicts(arms: Arms, base: Mapping[str, float]) -> list[str]:
         for form in ("advmod", "advmod+additive")
     ]
     h3[0] += f"; {advmod_direction(arms.get('advmod', {}), arms.get('advmod+haar', {}))}"
-    return [emergence_verdict(arms, base), *h1, leave_out_verdict(arms), *h3, placebo_verdict(arms)]
+    pairs = [placebo_verdict(arms), solving_verdict(arms)]
+    return [emergence_verdict(arms, base), *h1, leave_out_verdict(arms), *h3, *pairs]
