@@ -54,9 +54,9 @@ nano *options:
 study-nano *options:
     {{verb}} study nano {{options}}
 
-# The tables and pictures again, from the records in docs/results/nano.
+# The tables and pictures again, from the records in docs/results/nano, and those of docs/results.md.
 study-nano-report:
-    {{verb}} study nano --report-only
+    {{verb}} study nano --report-only --page docs/results.md
 
 # 60 steps of Qwen3-4B: one 48-96 GB GPU.
 fast *options:

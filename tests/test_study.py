@@ -26,6 +26,7 @@ from projected_grpo.study_report import (
     arms_table,
     controls_table,
     emergence_table,
+    filled,
     leave_out_table,
     write_report,
 )
@@ -326,6 +327,19 @@ def test_a_report_is_the_same_bytes_from_the_same_records(tmp_path):
         write_report(runs, tmp_path / folder)
     for name in names:
         assert (tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes()
+
+
+def test_a_pages_tables_are_renewed_and_its_words_left():
+    runs = [record(a, s, 0.1 * s, 0.5) for a in ("none", "erase", "gt_only") for s in (1, 2)]
+    head, tail = "One\n<!-- arms -->", "<!-- end of verdicts -->\nthree <!-- x1 -->"
+    between = "<!-- end of arms -->\ntwo <!-- verdicts -->"
+    made = filled(f"{head}\nOUTDATED\n{between}{tail}", runs)
+    assert made == filled(made, runs)  # twice is once
+    assert made.startswith(f"{head}\n\n{arms_table(by_arm(runs))}\n\n{between}\n\n- emergence")
+    assert made.endswith(tail) and "OUTDATED" not in made
+    for wrong in ("<!-- arm --><!-- end of arm -->", "<!-- arms -->"):
+        with pytest.raises(UserError, match="names no table"):
+            filled(wrong, runs)
 
 
 def study_command(folder: Path, *more: str, steps: int = 1) -> list[str]:

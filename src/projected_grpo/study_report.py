@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from tabulate import tabulate
 
+from projected_grpo.errors import UserError
 from projected_grpo.paired import (
     INSTANCES,
     TEMPLATES,
@@ -31,6 +33,7 @@ from projected_grpo.study import NANO_MODES, STUDIES
 from projected_grpo.study_verdicts import verdicts
 
 MAIN = ("none", "gt_only", "erase", "erase+haar", "route", "route+haar", "route2", "route2+haar")
+BEGINS = re.compile(r"<!-- (?!end of )(?P<name>[a-z-]+) -->")
 RIVALS = ("none", "erase+haar", "erase")
 
 
@@ -171,9 +174,44 @@ def packaged_base() -> dict[str, float]:
     return {key: float(report[key]) for key in ("solve", "hack")}
 
 
+def sections(records: Sequence[Record]) -> dict[str, tuple[str, str]]:
+    """Name -> (heading, table) of everything that is told of the records."""
+    arms, base = by_arm(records), packaged_base()
+    return {
+        "emergence": ("Emergence", emergence_table(arms)),
+        "arms": ("Arms", arms_table(arms)),
+        "controls": ("Arms minus their controls, as deployed", controls_table(arms)),
+        "leave-one-out": ("One mode left out of the pairs", leave_out_table(arms)),
+        "modes": ("Per mode, as deployed", modes_table(arms)),
+        "gradient": ("What the arms did to the gradient", diagnostics_table(arms)),
+        "verdicts": (
+            "Verdicts by the preregistered rules (docs/spec.md, A1, A2 and A4)",
+            "\n".join(f"- {line}" for line in verdicts(arms, base)),
+        ),
+    }
+
+
+def filled(page: str, records: Sequence[Record]) -> str:
+    """A page with today's tables between its markers, `<!-- NAME -->` and `<!-- end of NAME -->`.
+
+    Raises UserError for a marker that names no table, and for one without its end.
+    """
+    tables = {name: table for name, (_, table) in sections(records).items()}
+    parts, place = [], 0
+    for begin in BEGINS.finditer(page):
+        name = begin["name"]
+        end = page.find(f"<!-- end of {name} -->", begin.end())
+        if name not in tables or end < 0:
+            known = ", ".join(tables)
+            raise UserError(f"--page: {begin[0]!r} names no table ({known}), or has no end; mend the page")
+        parts += [page[place : begin.end()], f"\n\n{tables[name]}\n\n"]
+        place = end
+    return "".join(parts) + page[place:]
+
+
 def write_report(records: Sequence[Record], out: Path) -> Path:
     """tables.md and the pictures, from the records alone."""
-    arms, base = by_arm(records), packaged_base()
+    arms = by_arm(records)
     diverged = sum(not r["summary"]["finished"] for r in records)
     commits = sorted({str(r["git_commit"]) for r in records})
     parts = [
@@ -181,14 +219,7 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
         f"{len(records)} runs (commits {', '.join(commits)}; {diverged} diverged and count as they ended). "
         "Mean ± SEM over seeds; differences are paired by seed, with 95% intervals, bold where they exclude "
         "zero.",
-        "## Emergence\n\n" + emergence_table(arms),
-        "## Arms\n\n" + arms_table(arms),
-        "## Arms minus their controls, as deployed\n\n" + controls_table(arms),
-        "## One mode left out of the pairs\n\n" + leave_out_table(arms),
-        "## Per mode, as deployed\n\n" + modes_table(arms),
-        "## What the arms did to the gradient\n\n" + diagnostics_table(arms),
-        "## Verdicts by the preregistered rules (docs/spec.md, A1, A2 and A4)\n\n"
-        + "\n".join(f"- {line}" for line in verdicts(arms, base)),
+        *(f"## {heading}\n\n{table}" for heading, table in sections(records).values()),
     ]
     path = out / "tables.md"
     write_atomically(path, ("\n\n".join(parts) + "\n").encode())

@@ -3,9 +3,10 @@
 import os
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -13,9 +14,9 @@ from tabulate import tabulate
 
 from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.pretrain import PretrainConfig, check_base, pretrain, save_model
-from projected_grpo.runlog import write_json
+from projected_grpo.runlog import write_atomically, write_json
 from projected_grpo.study import plan, read_records, run_study
-from projected_grpo.study_report import write_report
+from projected_grpo.study_report import filled, write_report
 
 TERMINATED = 143
 RESULTS = Path("docs/results/nano")
@@ -55,6 +56,8 @@ class StudyOptions:
     """Held-out prompts of the last evaluation; 0 is the preset's."""
     report_only: bool = False
     """Make no run; write the tables and pictures of what is there."""
+    page: Path | None = None
+    """Also put the tables between the markers of this page, `<!-- arms -->` and `<!-- end of arms -->`."""
 
 
 def pretrain_nano_verb(options: PretrainNanoOptions) -> int:
@@ -79,6 +82,15 @@ def pretrain_nano_verb(options: PretrainNanoOptions) -> int:
     return 0 if report["passed"] else GATE_FAILED
 
 
+def put_tables(page: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Renew the tables of a page. Raises UserError if it cannot be read or its markers are wrong."""
+    try:
+        text = page.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--page {page}: cannot be read ({error})") from error
+    write_atomically(page, filled(text, records).encode())
+
+
 def study_verb(options: StudyOptions) -> int:
     """Every arm x seed that is not there yet, then tables and pictures. Exit 1 if a run failed."""
     for option in ("jobs", "max_seeds", "steps", "final_n_prompts"):
@@ -92,6 +104,9 @@ def study_verb(options: StudyOptions) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that the runs are ended too
     failed = [] if options.report_only else run_study(runs, options.work, jobs)
     everything = plan(options.study, options.out, (), 0, *size)  # the tables are of all arms that there are
-    path = write_report(read_records(everything), options.out)
+    records = read_records(everything)
+    if options.page is not None:
+        put_tables(options.page, records)
+    path = write_report(records, options.out)
     print(path.read_text() if options.report_only else f"{path}: {sum(run.done for run in everything)} runs")
     return GATE_FAILED if failed else 0
