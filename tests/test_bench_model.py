@@ -10,6 +10,7 @@ from projected_grpo import cli
 from projected_grpo.bench_model import (
     WARM_UP,
     RandomGrader,
+    RivalSteps,
     Work,
     bench_prompts,
     bench_step,
@@ -63,12 +64,14 @@ def test_the_rival_and_we_take_turns(work):
         for _ in range(work.steps + WARM_UP):
             turns.append("theirs")
             between()
-        return [9.0, 2.0, 4.0]
+        return RivalSteps([9.0, 2.0, 4.0], 3_000_000)
 
     figures = bench_step(work, rival)
     assert len(turns) == 3
     assert figures["trl_s"] == 3.0  # the median without the first
     assert figures["ratio"] == figures["trl_s"] / figures["ours_s"]
+    assert figures["trl_loss_peak_gb"] == 3e-3 and figures["loss_peak_gb"] > 0
+    assert figures["memory_ratio"] == figures["trl_loss_peak_gb"] / figures["loss_peak_gb"]
 
 
 @pytest.mark.parametrize("verb", ["step", "generation", "backward", "extraction", "svd"])
@@ -120,3 +123,5 @@ def test_trl_makes_its_steps_in_turns_with_ours(tmp_path):
     assert cli.main(["bench", "step", *SMALL, "--vs", "trl", "--json", str(out)]) == 0
     figures = json.loads(out.read_text())
     assert figures["ratio"] == pytest.approx(figures["trl_s"] / figures["ours_s"])
+    logits = 4 * 4 * 3 * 2048  # at the least: 4 bytes, 4 completions of 3 tokens, the vocabulary
+    assert figures["trl_loss_peak_gb"] > logits / 1e9

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from projected_grpo.antipasto import compute_svd, wrap
+from projected_grpo.arms import ARMS
 from projected_grpo.bench import machine
 from projected_grpo.config import EMBEDDED, FAST, Intervention, ModelConfig, TrainConfig, validate
 from projected_grpo.errors import UserError
@@ -231,7 +232,15 @@ def alternated(
     return {name: median(values) for name, values in seconds.items()}
 
 
-Rival = Callable[[Work, Sequence[str], Callable[[], object]], list[float]]
+@dataclass(frozen=True)
+class RivalSteps:
+    """Seconds of each of another trainer's steps, and the bytes its loss needs above the resting model."""
+
+    seconds: Sequence[float]
+    loss_peak: int
+
+
+Rival = Callable[[Work, Sequence[str], Callable[[], object]], RivalSteps]
 
 
 def bench_step(work: Work, rival: Rival | None = None, ranks: Ranks = ALONE) -> dict[str, Any]:
@@ -239,6 +248,7 @@ def bench_step(work: Work, rival: Rival | None = None, ranks: Ranks = ALONE) -> 
 
     `parts` are ours: generation, and what follows grading. Medians; the first step of each is not counted.
     CPU seconds are those of all processes together; `send_s` is what adding up two rows of all knobs takes.
+    Beside a rival, the loss's peak memory above the resting model is counted for both, outside timed steps.
     """
     chat = open_bench_chat(work, open_sampler=sampler_opener(work.model, ranks.size))
     ours: list[dict[str, Any]] = []
@@ -249,7 +259,7 @@ def bench_step(work: Work, rival: Rival | None = None, ranks: Ranks = ALONE) -> 
             theirs = None
         else:
             texts = bench_prompts(work, chat.tokenizer)
-            theirs = median(rival(work, texts, lambda: ours.append(step()))[WARM_UP:])
+            theirs = rival(work, texts, lambda: ours.append(step()))
     ours = ours[WARM_UP:]
     parts = {name: median(record[key] for record in ours) for name, key in (("gen_s", "gen"), ("fb_s", "fb"))}
     seconds = median(record["sec"] for record in ours)
@@ -259,7 +269,15 @@ def bench_step(work: Work, rival: Rival | None = None, ranks: Ranks = ALONE) -> 
     figures: dict[str, Any] = {"ours_s": seconds, **parts, "cpu_s": cpu, "send_s": sent["send"]}
     figures |= {"processes": ranks.size}
     if theirs is not None:
-        figures |= {"trl_s": theirs, "ratio": theirs / seconds}
+        trl_s = median(theirs.seconds[WARM_UP:])
+        run, _ = loss_pass(work, chat, None if ARMS[work.intervention].per_rollout else by_group(work))
+        peaks = measured_peak(run, chat.policy.devices) / 1e9, theirs.loss_peak / 1e9
+        figures |= {"trl_s": trl_s, "ratio": trl_s / seconds}
+        figures |= {
+            "loss_peak_gb": peaks[0],
+            "trl_loss_peak_gb": peaks[1],
+            "memory_ratio": peaks[1] / peaks[0],
+        }
     return figures | {"peak_gb": ours[-1]["peak_gb"]} | describe(work, chat)
 
 

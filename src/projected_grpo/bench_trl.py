@@ -11,7 +11,8 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from projected_grpo.bench_model import WARM_UP, Work, bench_model, synchronise
+from projected_grpo.bench_model import WARM_UP, RivalSteps, Work, bench_model, synchronise
+from projected_grpo.memory import measured_peak
 
 RANK = 32
 
@@ -34,8 +35,17 @@ class StepClock(TrainerCallback):
         self.between()
 
 
-def trl_steps(work: Work, prompts: Sequence[str], between: Callable[[], object]) -> list[float]:
-    """Seconds of each of TRL's steps; `between` is called after each of them.
+class Remembering(GRPOTrainer):
+    """Keeps the batch of its last loss, so that the loss can be run again by itself."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's own."""
+        self.batch = inputs
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def trl_steps(work: Work, prompts: Sequence[str], between: Callable[[], object]) -> RivalSteps:
+    """TRL's steps, and the memory of one more of its losses; `between` is called after each step.
 
     Same model, prompts, group and completion length (no early stop), random rewards, AdamW, one update per
     batch, no reference model, Dr.GRPO's loss; LoRA of rank 32 on all Linears in place of our knobs.
@@ -74,7 +84,7 @@ def trl_steps(work: Work, prompts: Sequence[str], between: Callable[[], object])
             disable_tqdm=True,
             seed=work.seed,
         )
-        trainer = GRPOTrainer(
+        trainer = Remembering(
             model=model,
             args=config,
             reward_funcs=random_reward,
@@ -84,4 +94,5 @@ def trl_steps(work: Work, prompts: Sequence[str], between: Callable[[], object])
             callbacks=[clock],
         )
         trainer.train()
-    return clock.seconds
+        peak = measured_peak(lambda: trainer.compute_loss(trainer.model, trainer.batch).backward(), (device,))
+    return RivalSteps(clock.seconds, peak)
