@@ -21,6 +21,7 @@ from projected_grpo import cli
 from projected_grpo.config import PRESETS
 from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.paired import Difference, by_arm, deployed, paired
+from projected_grpo.pairs import packaged_pairs
 from projected_grpo.study import NANO_STUDY, PLACEBOS, SERIES, plan, read_records, rounded
 from projected_grpo.study_report import (
     arms_table,
@@ -80,19 +81,19 @@ def test_the_study_has_the_arms_and_seeds_that_were_preregistered():
     assert all(n == 5 for name, n in seeds.items() if name not in folds)
 
 
-def test_the_arms_of_the_second_amendment_are_there_as_written():
+def test_the_arms_of_the_later_amendments_are_there_as_written():
     further = {arm.name: arm for arm in NANO_STUDY if arm.later}
     assert set(further) == {
         *("advmod", "advmod+additive", "advmod+haar", "gt_penalty", "gt_screening", "inoculation", "posthoc"),
         *("posthoc+haar", "erase+placebo-style", "erase+placebo-iteration", "erase+placebo-naming"),
-        *("route2+block", "absorb"),
+        *("route2+block", "absorb", "erase+solving_pairs"),
     }
     for run in plan("nano", Path("kept"), list(further), max_seeds=1):
         arm = run.config["arm"]
         assert arm["advmod_alpha"] == 2.0 and arm["block_init"] == "random"
         assert arm["advmod_form"] == ("additive" if run.arm.name == "advmod+additive" else "multiplicative")
         pairs = run.config["basis"]["vhack_pairs_path"]
-        assert pairs.partition("nano-")[2] == run.arm.name.partition("erase+")[2]
+        assert pairs.partition("nano-")[2] == run.arm.name.partition("erase+")[2].removesuffix("_pairs")
 
 
 def test_a_fold_has_no_pair_of_the_mode_it_leaves_out(tmp_path):
@@ -122,6 +123,18 @@ def test_arms_differ_from_the_preset_only_by_their_options(tmp_path):
 def test_an_unknown_arm_is_refused_with_those_there_are(tmp_path):
     with pytest.raises(UserError, match="--arms erase\\+hair.*erase\\+haar"):
         plan("nano", tmp_path, ["erase+hair"])
+
+
+def test_pairs_that_lie_elsewhere_count_as_data_of_the_run(tmp_path, monkeypatch):
+    def hashes() -> dict[str, str]:
+        return {run.arm.name: run.data for run in plan("nano", tmp_path, max_seeds=1)}
+
+    before = hashes()
+    of_their_own = {*PLACEBOS, "erase+solving_pairs"}
+    assert len({before[name] for name in of_their_own}) == len(of_their_own)
+    assert {data for name, data in before.items() if name not in of_their_own} == {before["none"]}
+    monkeypatch.setattr("projected_grpo.study.packaged_pairs", lambda name: packaged_pairs(name) + b" ")
+    assert {name for name, data in hashes().items() if data != before[name]} == of_their_own
 
 
 def test_a_run_is_done_only_under_the_settings_and_data_asked_for(tmp_path):
@@ -278,13 +291,20 @@ def test_pairs_about_something_else_must_do_worse(style, verdict):
 
 
 @pytest.mark.parametrize(
-    ("own", "verdict"),
-    [((0.2, 0.12), ": DOES; Δ hack from none -"), ((0.9, 0.1), "does not beat none, erase+haar")],
+    ("own", "erase", "said"),
+    [
+        ((0.2, 0.12), (0.2, 0.1), "direction that WORKS: hacks less than none, erase+haar; minus"),
+        ((0.2, 0.12), (0.9, 0.8), "direction that WORKS: hacks less than none, erase+haar; minus"),
+        ((0.9, 0.1), (0.2, 0.1), "does not beat none, erase+haar; erase does, so its effect may rest on"),
+        ((0.9, 0.1), (0.9, 0.8), "does not beat none, erase+haar; minus erase, deciding nothing"),
+    ],
 )
-def test_pairs_that_both_solve_must_beat_none_and_haar(own, verdict):
-    rows = {"none": (0.9, 0.8), "erase": (0.2, 0.1), "erase+haar": (0.9, 0.83), "erase+solving_pairs": own}
+def test_pairs_that_both_solve_must_beat_none_and_haar(own, erase, said):
+    rows = {"none": (0.9, 0.8), "erase": erase, "erase+haar": (0.9, 0.83), "erase+solving_pairs": own}
     arms = by_arm([record(name, s, h, 0.5) for name, hs in rows.items() for s, h in enumerate(hs)])
-    assert verdict in solving_verdict(arms) and "Δ hack from erase " in solving_verdict(arms)
+    arms["erase"][9] = record("erase", 9, 0.0, 0.5)  # a seed that the arm was not run with
+    arms["none"][9] = record("none", 9, 0.1, 0.5)
+    assert said in solving_verdict(arms) and "(n=2)" in solving_verdict(arms)
     del arms["erase+haar"]
     assert solving_verdict(arms) == "pairs that both solve: not measured"
 
@@ -337,8 +357,15 @@ def test_a_pages_tables_are_renewed_and_its_words_left():
     assert made == filled(made, runs)  # twice is once
     assert made.startswith(f"{head}\n\n{arms_table(by_arm(runs))}\n\n{between}\n\n- emergence")
     assert made.endswith(tail) and "OUTDATED" not in made
-    for wrong in ("<!-- arm --><!-- end of arm -->", "<!-- arms -->"):
-        with pytest.raises(UserError, match="names no table"):
+    for wrong in (
+        "<!-- arm --><!-- end of arm -->",  # no such table
+        "<!-- arms -->",  # no end
+        "<!-- arms --> words <!-- arms --> <!-- end of arms -->",
+        "<!-- arms --> <!-- modes --> <!-- end of arms --> <!-- end of modes -->",
+        "<!-- end of arms -->",
+        "<!-- arms --> <!-- end of arms --> <!-- end of arms -->",
+    ):
+        with pytest.raises(UserError, match=r"markers at <!-- .* -->: expected <!-- NAME -->"):
             filled(wrong, runs)
 
 

@@ -12,10 +12,11 @@ from jaxtyping import install_import_hook
 __version__ = "0.1.0"
 
 # While a module runs under its hook, jaxtyping has whatever is then imported for the first time look for
-# bytecode under the hook's name: three thousand modules of libraries would be compiled anew. They come first.
+# bytecode under the hook's name: three thousand modules of libraries would be compiled once more (each time,
+# where Python may not write bytecode). So they come first; matplotlib, which `train` does without, does not.
 BEFORE_THE_HOOK = (
     *("torch", "beartype.door", "beartype.vale", "scipy.stats", "tyro", "loguru"),
-    *("transformers.generation", "transformers.modeling_utils"),
+    *("transformers.generation.utils", "transformers.models.qwen3.modeling_qwen3"),
     *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
 )
 

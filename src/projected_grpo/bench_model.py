@@ -233,14 +233,14 @@ def alternated(
 
 
 @dataclass(frozen=True)
-class RivalSteps:
+class RivalFigures:
     """Seconds of each of another trainer's steps, and the bytes its loss needs above the resting model."""
 
     seconds: Sequence[float]
     loss_peak: int
 
 
-Rival = Callable[[Work, Sequence[str], Callable[[], object]], RivalSteps]
+Rival = Callable[[Work, Sequence[str], Callable[[], object]], RivalFigures]
 
 
 def bench_step(work: Work, rival: Rival | None = None, ranks: Ranks = ALONE) -> dict[str, Any]:
@@ -270,14 +270,12 @@ def bench_step(work: Work, rival: Rival | None = None, ranks: Ranks = ALONE) -> 
     figures |= {"processes": ranks.size}
     if theirs is not None:
         trl_s = median(theirs.seconds[WARM_UP:])
-        run, _ = loss_pass(work, chat, None if ARMS[work.intervention].per_rollout else by_group(work))
-        peaks = measured_peak(run, chat.policy.devices) / 1e9, theirs.loss_peak / 1e9
-        figures |= {"trl_s": trl_s, "ratio": trl_s / seconds}
-        figures |= {
-            "loss_peak_gb": peaks[0],
-            "trl_loss_peak_gb": peaks[1],
-            "memory_ratio": peaks[1] / peaks[0],
-        }
+        run, predicted = loss_pass(
+            work, chat, None if ARMS[work.intervention].per_rollout else by_group(work)
+        )
+        peak = measured_peak(run, chat.policy.devices)
+        figures |= {"trl_s": trl_s, "ratio": trl_s / seconds, "loss_peak_gb": peak / 1e9}
+        figures |= {"loss_predicted_gb": predicted / 1e9, "trl_loss_peak_gb": theirs.loss_peak / 1e9}
     return figures | {"peak_gb": ours[-1]["peak_gb"]} | describe(work, chat)
 
 

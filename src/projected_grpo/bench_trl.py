@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from projected_grpo.bench_model import WARM_UP, RivalSteps, Work, bench_model, synchronise
+from projected_grpo.bench_model import WARM_UP, RivalFigures, Work, bench_model, synchronise
 from projected_grpo.memory import measured_peak
 
 RANK = 32
@@ -39,12 +39,12 @@ class Remembering(GRPOTrainer):
     """Keeps the batch of its last loss, so that the loss can be run again by itself."""
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's own."""
+        """TRL's own loss of the batch, which is kept."""
         self.batch = inputs
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def trl_steps(work: Work, prompts: Sequence[str], between: Callable[[], object]) -> RivalSteps:
+def trl_steps(work: Work, prompts: Sequence[str], between: Callable[[], object]) -> RivalFigures:
     """TRL's steps, and the memory of one more of its losses; `between` is called after each step.
 
     Same model, prompts, group and completion length (no early stop), random rewards, AdamW, one update per
@@ -74,7 +74,7 @@ def trl_steps(work: Work, prompts: Sequence[str], between: Callable[[], object])
             temperature=0.7,
             top_k=20,
             learning_rate=7e-5,
-            gradient_checkpointing=False,
+            gradient_checkpointing=work.grad_checkpoint,
             bf16=next(model.parameters()).dtype == torch.bfloat16,
             use_cpu=device.type == "cpu",
             shuffle_dataset=False,
@@ -95,4 +95,4 @@ def trl_steps(work: Work, prompts: Sequence[str], between: Callable[[], object])
         )
         trainer.train()
         peak = measured_peak(lambda: trainer.compute_loss(trainer.model, trainer.batch).backward(), (device,))
-    return RivalSteps(clock.seconds, peak)
+    return RivalFigures(clock.seconds, peak)

@@ -360,7 +360,7 @@ SMOKE = TrainConfig(
         problems=EMBEDDED, n_problems=100, env_mode="run_tests,sentinel,stdout_marker,file_marker"
     ),
     sampling=SamplingConfig(prompts_per_step=1, group=4, max_new=32),
-    loss=LossConfig(tokens_per_microbatch=2048),  # what a CPU's cache holds: a third off each extraction
+    loss=LossConfig(tokens_per_microbatch=2048),  # an extraction: 1.76 CPU s, not 2.43
     optim=OptimConfig(steps=30, lr=7e-5, adam_beta1=0.9, adam_beta2=0.99),
     teacher=TeacherConfig(mix_ratio=0.5),
 )

@@ -22,6 +22,7 @@ from loguru import logger
 from projected_grpo.config import NANO, EnvMode, TrainConfig, settings, validate
 from projected_grpo.errors import DIVERGED, UserError
 from projected_grpo.outcome import PLANNED, check_fields, check_record
+from projected_grpo.pairs import packaged_pairs
 from projected_grpo.runlog import complete_lines, plain, read_json, write_atomically
 from projected_grpo.runner import Children, Slot, locked, run_pool
 from projected_grpo.train import parse
@@ -32,6 +33,7 @@ SERIES = (
     *("hack_deploy", "solve_deploy", "zerovar", "lp_s"),
 )
 NOT_READ = ("base.json",)
+PAIRS_OF_NANO = ("nano", "nano-oracle")  # made from what lies in data/nano
 DIGITS = 4  # kept of every figure
 NANO_MODES: tuple[EnvMode, ...] = ("run_tests", "sentinel", "stdout_marker", "file_marker")
 
@@ -178,13 +180,14 @@ def plan(
             raise UserError(f"--arms {name}: not in this study; it has {', '.join(known)}")
     smaller = [f"--steps={steps}"] if steps else []
     smaller += [f"--final-n-prompts={final_n_prompts}"] if final_n_prompts else []
-    runs, data, defaults = [], data_digest(), settings(TrainConfig(preset=study))
+    runs, defaults = [], settings(TrainConfig(preset=study))
     for arm in STUDIES[study]:
         if arms and arm.name not in arms:
             continue
         chosen = replace(arm, options=(*arm.options, *smaller))
         cfg = parse([study, *chosen.options])
         validate(cfg)
+        data = data_digest(str(cfg.basis.vhack_pairs_path))
         for seed in range(FIRST_SEED, FIRST_SEED + min(arm.seeds, max_seeds or arm.seeds)):
             cfg = replace(cfg, run=replace(cfg.run, seed=seed))
             runs.append(
@@ -195,12 +198,16 @@ def plan(
     return sorted(runs, key=lambda run: (run.arm.later, run.seed))
 
 
-def data_digest() -> str:
-    """Hash of the packaged nano data: a run that would read something else is another run."""
+def data_digest(pairs: str) -> str:
+    """Hash of the packaged nano data, and of a pair set that is not part of it: a run that would read
+    something else is another run.
+    """
     digest = hashlib.blake2b(digest_size=8)
     with as_file(files("projected_grpo") / "data" / NANO) as folder:
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in NOT_READ):
             digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    if pairs not in PAIRS_OF_NANO:
+        digest.update(packaged_pairs(pairs))
     return digest.hexdigest()
 
 

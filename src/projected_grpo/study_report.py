@@ -33,7 +33,7 @@ from projected_grpo.study import NANO_MODES, STUDIES
 from projected_grpo.study_verdicts import verdicts
 
 MAIN = ("none", "gt_only", "erase", "erase+haar", "route", "route+haar", "route2", "route2+haar")
-BEGINS = re.compile(r"<!-- (?!end of )(?P<name>[a-z-]+) -->")
+MARKER = re.compile("<!-- (end of |)([a-z-]+) -->")
 RIVALS = ("none", "erase+haar", "erase")
 
 
@@ -194,19 +194,18 @@ def sections(records: Sequence[Record]) -> dict[str, tuple[str, str]]:
 def filled(page: str, records: Sequence[Record]) -> str:
     """A page with today's tables between its markers, `<!-- NAME -->` and `<!-- end of NAME -->`.
 
-    Raises UserError for a marker that names no table, and for one without its end.
+    Raises UserError for a marker that names no table, and for a block that does not end before the next.
     """
     tables = {name: table for name, (_, table) in sections(records).items()}
-    parts, place = [], 0
-    for begin in BEGINS.finditer(page):
-        name = begin["name"]
-        end = page.find(f"<!-- end of {name} -->", begin.end())
-        if name not in tables or end < 0:
-            known = ", ".join(tables)
-            raise UserError(f"--page: {begin[0]!r} names no table ({known}), or has no end; mend the page")
-        parts += [page[place : begin.end()], f"\n\n{tables[name]}\n\n"]
-        place = end
-    return "".join(parts) + page[place:]
+    head, *pieces = MARKER.split(page)  # then a marker's two parts and the text behind it, in turns
+    markers = list(zip(pieces[0::3], pieces[1::3], strict=True))
+    for begin, end in zip(markers[0::2], [*markers[1::2], ("", "")], strict=False):
+        if begin[0] or begin[1] not in tables or end != ("end of ", begin[1]):
+            wanted = f"<!-- NAME --> and <!-- end of NAME --> in turns, NAME one of {', '.join(tables)}"
+            raise UserError(f"markers at <!-- {''.join(begin)} -->: expected {wanted}")
+    for (kind, name), text in zip(markers, pieces[2::3], strict=True):
+        head += f"<!-- {kind}{name} -->{text}" if kind else f"<!-- {name} -->\n\n{tables[name]}\n\n"
+    return head
 
 
 def write_report(records: Sequence[Record], out: Path) -> Path:

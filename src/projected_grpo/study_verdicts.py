@@ -114,15 +114,20 @@ def placebo_verdict(arms: Arms) -> str:
 
 
 def solving_verdict(arms: Arms) -> str:
-    """A4's rule: pairs whose sides differ in the tampering alone give a direction that beats both."""
-    missed = not_beaten(arms, SOLVING, ("none", "erase+haar"))
-    if missed is None:
+    """A4's rule: pairs whose hacks solve too give a direction that beats both rivals."""
+    own, rivals = arms.get(SOLVING, {}), ("none", "erase+haar")
+    same_seeds = {**arms, "erase": {seed: r for seed, r in arms.get("erase", {}).items() if seed in own}}
+    missed, missed_by_erase = (not_beaten(same_seeds, name, rivals) for name in (SOLVING, "erase"))
+    if missed is None or missed_by_erase is None:
         return f"pairs that both solve: {NOT_MEASURED}"
-    own = arms[SOLVING]
-    against = [(r, paired(own, arms.get(r, {}), deployed("hack"))) for r in ("none", "erase+haar", "erase")]
-    told = ", ".join(f"Δ hack from {rival} {difference}" for rival, difference in against if difference)
-    verdict = f"is NOT SHOWN to: does not beat {', '.join(missed)}" if missed else "DOES"
-    return f"does the tampering alone give a direction that works (pairs that both solve): {verdict}; {told}"
+    if not missed:
+        verdict = f"the tampering alone gives a direction that WORKS: hacks less than {', '.join(rivals)}"
+    else:
+        verdict = f"NOT SHOWN that the tampering alone gives a direction: does not beat {', '.join(missed)}"
+        if not missed_by_erase:
+            verdict += "; erase does, so its effect may rest on 'leaves the task undone'"
+    against = paired(own, arms["erase"], deployed("hack"))
+    return f"pairs that both solve (n={len(own)}): {verdict}; minus erase, deciding nothing: Δ hack {against}"
 
 
 def verdicts(arms: Arms, base: Mapping[str, float]) -> list[str]:

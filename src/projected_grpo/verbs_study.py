@@ -82,13 +82,14 @@ def pretrain_nano_verb(options: PretrainNanoOptions) -> int:
     return 0 if report["passed"] else GATE_FAILED
 
 
-def put_tables(page: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Renew the tables of a page. Raises UserError if it cannot be read or its markers are wrong."""
+def renew_page(page: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Put the tables between a page's markers. Raises UserError if it cannot be read or they are wrong."""
     try:
-        text = page.read_text()
+        write_atomically(page, filled(page.read_text(), records).encode())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--page {page}: cannot be read ({error})") from error
-    write_atomically(page, filled(text, records).encode())
+    except UserError as error:
+        raise UserError(f"--page {page}: {error}") from error
 
 
 def study_verb(options: StudyOptions) -> int:
@@ -99,14 +100,16 @@ def study_verb(options: StudyOptions) -> int:
     size = (options.steps, options.final_n_prompts)
     if any(size) and options.out == RESULTS:
         raise UserError("--steps and --final-n-prompts make another study: give it an --out of its own")
+    if options.page is not None and not options.page.is_file():
+        raise UserError(f"--page {options.page}: no such file")  # before hours of runs
     runs = plan(options.study, options.out, options.arms, options.max_seeds, *size)
     jobs = options.jobs or len(os.sched_getaffinity(0))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that the runs are ended too
     failed = [] if options.report_only else run_study(runs, options.work, jobs)
     everything = plan(options.study, options.out, (), 0, *size)  # the tables are of all arms that there are
     records = read_records(everything)
-    if options.page is not None:
-        put_tables(options.page, records)
     path = write_report(records, options.out)
+    if options.page is not None:
+        renew_page(options.page, records)
     print(path.read_text() if options.report_only else f"{path}: {sum(run.done for run in everything)} runs")
     return GATE_FAILED if failed else 0
