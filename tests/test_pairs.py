@@ -18,6 +18,7 @@ from projected_grpo.config import BasisConfig, EnvMode
 from projected_grpo.errors import UserError
 from projected_grpo.pairlint import grade_pairs, lint, measure
 from projected_grpo.pairs import (
+    CROSSED,
     HELD_OUT,
     PACKAGED,
     PLACEBOS,
@@ -131,7 +132,7 @@ def test_sets_of_the_package_go_by_name(shipped):
     sets = [load_pairs(Path(name)) for name in PACKAGED]
     assert [s.name for s in sets] == list(PACKAGED)
     assert len({s.digest for s in sets}) == len(sets)
-    assert set(PACKAGED) == {"core", "nano", "nano-oracle", "nano-solving", *PLACEBOS}
+    assert set(PACKAGED) == {"core", "nano", "nano-oracle", "nano-solving", *CROSSED, *PLACEBOS}
     assert {s.name for s in sets if s.kind == "placebo"} == set(PLACEBOS)
 
 

@@ -25,7 +25,8 @@ PLACEBOS = (
     *("placebo-style", "placebo-iteration", "placebo-naming"),
     *("nano-placebo-style", "nano-placebo-iteration", "nano-placebo-naming"),
 )
-PACKAGED = ("core", "nano", "nano-oracle", "nano-solving", *PLACEBOS)
+CROSSED = ("nano-corpus-tasks", "nano-corpus-wordings")
+PACKAGED = ("core", "nano", "nano-oracle", "nano-solving", *CROSSED, *PLACEBOS)
 HELD_OUT = 2  # pairs kept out of every extraction, for verification
 
 

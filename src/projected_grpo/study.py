@@ -49,6 +49,7 @@ class StudyArm:
     purpose: str
     controls: str = ""
     later: bool = False  # made when all others are
+    explored: bool = False  # thought of after tables had been seen
 
 
 def _arm(name: str, seeds: int, purpose: str, *options: str, controls: str = "") -> StudyArm:
@@ -60,10 +61,14 @@ def _control(arm: str, control: str, seeds: int, purpose: str) -> StudyArm:
     return _arm(f"{arm}+{control}", seeds, f"control: {purpose}", f"--control={control}", controls=arm)
 
 
-def _leave_out(mode: EnvMode) -> StudyArm:
-    purpose = f"V from the other three modes' pairs, measured on {mode}"
+def _leave_out(mode: EnvMode, name: str = "", *options: str) -> StudyArm:
+    purpose = f"V from the other three modes' {name}pairs, measured on {mode}"
     others = [m for m in NANO_MODES if m != mode]
-    return _arm(f"erase+without_{mode}", 3, purpose, "--vhack-pairs-modes", *others)
+    return _arm(f"erase+{name}without_{mode}", 3, purpose, *options, "--vhack-pairs-modes", *others)
+
+
+def _explored(name: str, purpose: str, *options: str, controls: str = "") -> StudyArm:
+    return replace(_arm(name, 3, purpose, *options, controls=controls), later=True, explored=True)
 
 
 def _placebo(name: str) -> StudyArm:
@@ -74,6 +79,10 @@ def _placebo(name: str) -> StudyArm:
 
 PLACEBOS = ("erase+placebo-style", "erase+placebo-iteration", "erase+placebo-naming")
 SOLVING = "erase+solving_pairs"
+PAIRS = "--vhack-pairs-path"
+ORACLE = f"{PAIRS}=nano-oracle"
+TWELVE_AXES = ("--v-hack-k=12", "--v-hack-drop-bottom-frac=0")
+REFLECTED = ("--gate-mode=reverse", "--control=haar")
 PAIRS_ONLY = "--gate-anchor-teacher-only"  # without a teacher: no label of any rollout reaches the gate
 FIRST: tuple[StudyArm, ...] = (  # docs/spec.md, A1
     _arm("none", 10, "vanilla: does hacking emerge, does solve fall"),
@@ -88,12 +97,7 @@ FIRST: tuple[StudyArm, ...] = (  # docs/spec.md, A1
     _control("erase", "shuffled", 5, "V from completions paired within their label"),
     _control("erase", "clean_clean", 5, "V from differences of clean completions"),
     _control("erase", "flipped", 5, "every direction reversed; should not suppress"),
-    _arm(
-        "erase+oracle_pairs",
-        5,
-        "upper bound: pairs in the corpus' own wordings",
-        "--vhack-pairs-path=nano-oracle",
-    ),
+    _arm("erase+oracle_pairs", 5, "upper bound: pairs in the corpus' own wordings", ORACLE),
     _arm("erase+frozen", 5, "V never refreshed", "--vhack-refresh-every=0"),
     _arm("erase+refresh1", 5, "V refreshed every step", "--vhack-refresh-every=1"),
     _arm("erase+update", 5, "the realised AdamW change is projected, not the gradient", "--project=update"),
@@ -124,9 +128,25 @@ FURTHER: tuple[StudyArm, ...] = (  # docs/spec.md, A2 to A4
     *(_placebo(name.partition("+")[2]) for name in PLACEBOS),
     _arm("route2+block", 5, "the quarantine in a block of its own", "--quarantine=block"),
     _arm("absorb", 5, "no gate: a block that trains on everything is deleted"),
-    _arm(SOLVING, 5, "V from pairs whose hacks solve too", "--vhack-pairs-path=nano-solving"),
+    _arm(SOLVING, 5, "V from pairs whose hacks solve too", f"{PAIRS}=nano-solving"),
 )
-NANO_STUDY = (*FIRST, *(replace(arm, later=True) for arm in FURTHER))
+EXPLORED: tuple[StudyArm, ...] = (  # docs/spec.md, A5
+    _explored("erase+k12", "12 axes a module, not 5, and no noise floor", *TWELVE_AXES),
+    _explored("erase+reverse_haar", "random directions reflected", *REFLECTED, controls="erase+reverse"),
+    _explored("erase+corpus_tasks", "corpus' tasks, hand-written tampering", f"{PAIRS}=nano-corpus-tasks"),
+    _explored("erase+corpus_wordings", "own tasks, corpus' tampering", f"{PAIRS}=nano-corpus-wordings"),
+    _explored(
+        *("erase+oracle_shuffled", "oracle pairs paired within their label", ORACLE, "--control=shuffled"),
+        controls="erase+oracle_pairs",
+    ),
+    _explored(
+        *("erase+oracle_haar_matched", "random, as much energy removed", ORACLE, "--control=haar_matched"),
+        controls="erase+oracle_pairs",
+    ),
+    *(replace(_leave_out(mode, "oracle_", ORACLE), later=True, explored=True) for mode in NANO_MODES),
+    _explored("route2+oracle_pairs", "route2 with pairs in the corpus' own wordings", ORACLE),
+)
+NANO_STUDY = (*FIRST, *(replace(arm, later=True) for arm in FURTHER), *EXPLORED)
 STUDIES: Mapping[str, tuple[StudyArm, ...]] = {"nano": NANO_STUDY}
 
 
