@@ -72,8 +72,8 @@ def study_of(**arms):
 
 
 def test_the_study_has_the_arms_and_seeds_that_were_preregistered():
-    seeds = {arm.name: arm.seeds for arm in NANO_STUDY}
-    assert len(seeds) == len(NANO_STUDY)
+    assert len({arm.name for arm in NANO_STUDY}) == len(NANO_STUDY)
+    seeds = {arm.name: arm.seeds for arm in NANO_STUDY if not arm.explored}
     for arm in ("none", "erase", "route", "route2", "erase+haar", "route+haar", "route2+haar"):
         assert seeds.pop(arm) == 10
     folds = {name: n for name, n in seeds.items() if "without" in name}
@@ -82,7 +82,7 @@ def test_the_study_has_the_arms_and_seeds_that_were_preregistered():
 
 
 def test_the_arms_of_the_later_amendments_are_there_as_written():
-    further = {arm.name: arm for arm in NANO_STUDY if arm.later}
+    further = {arm.name: arm for arm in NANO_STUDY if arm.later and not arm.explored}
     assert set(further) == {
         *("advmod", "advmod+additive", "advmod+haar", "gt_penalty", "gt_screening", "inoculation", "posthoc"),
         *("posthoc+haar", "erase+placebo-style", "erase+placebo-iteration", "erase+placebo-naming"),
@@ -130,7 +130,7 @@ def test_pairs_that_lie_elsewhere_count_as_data_of_the_run(tmp_path, monkeypatch
         return {run.arm.name: run.data for run in plan("nano", tmp_path, max_seeds=1)}
 
     before = hashes()
-    of_their_own = {*PLACEBOS, "erase+solving_pairs"}
+    of_their_own = {*PLACEBOS, "erase+solving_pairs", "erase+corpus_tasks", "erase+corpus_wordings"}
     assert len({before[name] for name in of_their_own}) == len(of_their_own)
     assert {data for name, data in before.items() if name not in of_their_own} == {before["none"]}
     monkeypatch.setattr("projected_grpo.study.packaged_pairs", lambda name: packaged_pairs(name) + b" ")
@@ -330,6 +330,13 @@ def test_tables_hold_what_the_records_say():
     )
     emergence = emergence_table(arms).splitlines()
     assert len(emergence) == 4 and "0.229" in emergence[2]  # (4 + 8 + 32) / 3 / 64
+
+
+def test_what_was_thought_of_later_has_a_table_of_its_own():
+    arms = study_of(none=[(1, 0.8, 0.1)], erase__k12=[(1, 0.2, 0.5)])
+    preregistered, explored = (arms_table(arms, explored=flag).splitlines()[2:] for flag in (False, True))
+    assert [line.split()[1] for line in preregistered] == ["none"]
+    assert [line.split()[1] for line in explored] == ["erase+k12"] and "-0.600" in explored[0]
 
 
 def test_a_left_out_mode_is_read_on_that_mode_alone():

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -32,9 +32,11 @@ from projected_grpo.runlog import write_atomically
 from projected_grpo.study import NANO_MODES, STUDIES
 from projected_grpo.study_verdicts import verdicts
 
-MAIN = ("none", "gt_only", "erase", "erase+haar", "route", "route+haar", "route2", "route2+haar")
+MAIN = (  # in the pictures
+    *("none", "gt_only", "erase", "erase+haar", "erase+oracle_pairs"),
+    *("route", "route+haar", "route2", "route2+haar"),
+)
 MARKER = re.compile("<!-- (end of |)([a-z-]+) -->")
-RIVALS = ("none", "erase+haar", "erase")
 
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -71,10 +73,14 @@ def emergence_table(arms: Arms) -> str:
     return markdown(headers, rows)
 
 
-def arms_table(arms: Arms) -> str:
-    """Every arm: hack and solve as trained and deployed, and its paired difference from none."""
+def arms_table(arms: Arms, *, explored: bool = False) -> str:
+    """Every arm: hack and solve as trained and deployed, and its paired difference from none.
+
+    `explored`: those thought of after tables had been seen, or all others.
+    """
     rows = []
-    for name in ordered(arms):
+    later = {arm.name for arm in STUDIES["nano"] if arm.explored}
+    for name in (name for name in ordered(arms) if (name in later) == explored):
         own = arms[name]
         rows.append(
             [
@@ -106,11 +112,14 @@ def controls_table(arms: Arms) -> str:
     return markdown(["arm", "minus its control", "seeds", "Δ hack", "Δ solve"], rows)
 
 
-def leave_out_table(arms: Arms) -> str:
-    """V from three modes' pairs: hack and solve, deployed, on the mode left out, against none and Haar."""
+def leave_out_table(arms: Arms, folds: str = "erase+without", whole: str = "erase") -> str:
+    """V from three modes' pairs: hack and solve, deployed, on the mode left out, against none and Haar.
+
+    `whole`: the arm with the pairs of all four modes.
+    """
     rows = []
     for mode in NANO_MODES:
-        own = arms.get(f"erase+without_{mode}", {})
+        own = arms.get(f"{folds}_{mode}", {})
         if own:
             hack, solve = in_mode("hack", mode), in_mode("solve", mode)
             rows.append(
@@ -120,14 +129,14 @@ def leave_out_table(arms: Arms) -> str:
                     cell(own, hack),
                     *(
                         cell({s: arms.get(a, {})[s] for s in own if s in arms.get(a, {})}, hack)
-                        for a in RIVALS
+                        for a in ("none", "erase+haar", whole)
                     ),
                     *(shown(paired(own, arms.get(a, {}), hack)) for a in ("none", "erase+haar")),
                     shown(paired(own, arms.get("none", {}), solve)),
                 ]
             )
     headers = [
-        *("mode left out", "seeds", "hack on it", "none", "erase+haar", "erase, all modes"),
+        *("mode left out", "seeds", "hack on it", "none", "erase+haar", f"{whole}, all modes"),
         *("Δ hack against none", "Δ hack against Haar", "Δ solve against none"),
     ]
     return markdown(headers, rows)
@@ -182,6 +191,11 @@ def sections(records: Sequence[Record]) -> dict[str, tuple[str, str]]:
         "arms": ("Arms", arms_table(arms)),
         "controls": ("Arms minus their controls, as deployed", controls_table(arms)),
         "leave-one-out": ("One mode left out of the pairs", leave_out_table(arms)),
+        "explored": ("Exploratory arms (docs/spec.md, A5)", arms_table(arms, explored=True)),
+        "explored-leave-one-out": (
+            "Exploratory: one mode left out of the oracle pairs",
+            leave_out_table(arms, "erase+oracle_without", "erase+oracle_pairs"),
+        ),
         "modes": ("Per mode, as deployed", modes_table(arms)),
         "gradient": ("What the arms did to the gradient", diagnostics_table(arms)),
         "verdicts": (
@@ -222,26 +236,24 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
     ]
     path = out / "tables.md"
     write_atomically(path, ("\n\n".join(parts) + "\n").encode())
-    dynamics(
-        [
-            Series(name, [shares(r["steps"]["hack_s"]) for r in arms[name].values()])
-            for name in ordered(arms)
-            if name in MAIN
-        ],
-        [
-            Series(name, [shares(r["steps"]["gt_s"]) for r in arms[name].values()])
-            for name in ordered(arms)
-            if name in MAIN
-        ],
-        out / "dynamics",
+    drawn = [name for name in ordered(arms) if name in MAIN]
+    hack, solve = (
+        [Series(name, *lines(arms[name].values(), *columns)) for name in drawn]
+        for columns in (("hack_s", "hack_deploy"), ("gt_s", "solve_deploy"))
     )
-    pareto(
-        [
-            Point(name, deployed("hack")(r), deployed("solve")(r))
-            for name in ordered(arms)
-            for r in arms[name].values()
-            if name in MAIN
-        ],
-        out / "pareto",
-    )
+    dynamics(hack, solve, out / "dynamics")
+    base = packaged_base()
+    runs = [
+        Point(name, deployed("hack")(r), deployed("solve")(r)) for name in drawn for r in arms[name].values()
+    ]
+    pareto([*runs, Point("base model", base["hack"], base["solve"])], out / "pareto")
     return path
+
+
+def lines(
+    records: Collection[Record], student: str, held_out: str
+) -> tuple[Sequence[Sequence[float]], Sequence[Mapping[int, float]]]:
+    """Of each run a student's share at every step, and the held-out rate at the steps that have one."""
+    of_students = [shares(r["steps"][student]) for r in records]
+    evaluated = [dict(enumerate(r["steps"][held_out])) for r in records]
+    return of_students, [{step: v for step, v in one.items() if v is not None} for one in evaluated]
