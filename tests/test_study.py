@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from projected_grpo.study_report import (
     emergence_table,
     filled,
     leave_out_table,
+    sections,
     write_report,
 )
 from projected_grpo.study_verdicts import (
@@ -374,6 +376,16 @@ def test_a_pages_tables_are_renewed_and_its_words_left():
     ):
         with pytest.raises(UserError, match=r"markers at <!-- .* -->: expected <!-- NAME -->"):
             filled(wrong, runs)
+
+
+def test_the_results_page_and_its_tables_are_those_of_the_records(tmp_path):
+    docs = Path(__file__).parents[1] / "docs"
+    records = read_records(plan("nano", docs / "results" / "nano"))
+    page = (docs / "results.md").read_text()
+    assert filled(page, records) == page, "just study-nano-report"
+    assert set(re.findall("<!-- ([a-z-]+) -->", page)) == set(sections(records))
+    tables = write_report(records, tmp_path)
+    assert tables.read_bytes() == (docs / "results" / "nano" / "tables.md").read_bytes()
 
 
 def study_command(folder: Path, *more: str, steps: int = 1) -> list[str]:
