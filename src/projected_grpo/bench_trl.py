@@ -94,5 +94,8 @@ def trl_steps(work: Work, prompts: Sequence[str], between: Callable[[], object])
             callbacks=[clock],
         )
         trainer.train()
-        peak = measured_peak(lambda: trainer.compute_loss(trainer.model, trainer.batch).backward(), (device,))
+        knobs = [p for p in trainer.model.parameters() if p.requires_grad]
+        peak = measured_peak(
+            lambda: torch.autograd.grad(trainer.compute_loss(trainer.model, trainer.batch), knobs), (device,)
+        )
     return RivalFigures(clock.seconds, peak)

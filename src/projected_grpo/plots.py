@@ -335,6 +335,8 @@ def _figure(width: float, height: float) -> Figure:
 def _save(figure: Figure, path: Path) -> None:
     """As `path`.png and `path`.svg."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_name(path.name + ".png"), dpi=120)
-    with rc_context({"svg.hashsalt": "projected_grpo"}):  # the same file for the same numbers
-        figure.savefig(path.with_name(path.name + ".svg"), metadata={"Date": None})
+    # The same file for the same numbers, whichever version of the library drew it.
+    figure.savefig(path.with_name(path.name + ".png"), dpi=120, metadata={"Software": None})
+    with rc_context({"svg.hashsalt": "projected_grpo"}):
+        unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(path.with_name(path.name + ".svg"), metadata=unsaid)

@@ -36,6 +36,14 @@ MAIN = (  # in the pictures
     *("none", "gt_only", "erase", "erase+haar", "erase+oracle_pairs"),
     *("route", "route+haar", "route2", "route2+haar"),
 )
+COMPARED = (  # looked at after A1's tables, beside the controls that arms name
+    ("erase+oracle_pairs", "erase+haar"),
+    ("erase+corpus_tasks", "erase+oracle_pairs"),
+    ("erase+corpus_wordings", "erase+oracle_pairs"),
+    ("route2+oracle_pairs", "route2+haar"),
+    ("route2+no_labels", "route2+random_parking"),
+    ("route2+no_labels_haar", "route2+random_parking"),
+)
 MARKER = re.compile("<!-- (end of |)([a-z-]+) -->")
 
 
@@ -103,13 +111,17 @@ def arms_table(arms: Arms, *, explored: bool = False) -> str:
 
 def controls_table(arms: Arms) -> str:
     """Each arm minus each of its controls, deployed, paired by seed: what the direction itself does."""
+    return differences_table(arms, [(arm.controls, arm.name) for arm in STUDIES["nano"] if arm.controls])
+
+
+def differences_table(arms: Arms, pairs: Sequence[tuple[str, str]]) -> str:
+    """One arm minus another, deployed, paired by seed."""
     rows = []
-    for control in (arm for arm in STUDIES["nano"] if arm.controls):
-        if control.name in arms and control.controls in arms:
-            pair = arms[control.controls], arms[control.name]
-            hack, solve = (paired(*pair, deployed(key)) for key in ("hack", "solve"))
-            rows.append([control.controls, control.name, hack.n if hack else 0, shown(hack), shown(solve)])
-    return markdown(["arm", "minus its control", "seeds", "Δ hack", "Δ solve"], rows)
+    for name, other in pairs:
+        if name in arms and other in arms:
+            hack, solve = (paired(arms[name], arms[other], deployed(key)) for key in ("hack", "solve"))
+            rows.append([name, other, hack.n if hack else 0, shown(hack), shown(solve)])
+    return markdown(["arm", "minus", "seeds", "Δ hack", "Δ solve"], rows)
 
 
 def leave_out_table(arms: Arms, folds: str = "erase+without", whole: str = "erase") -> str:
@@ -192,6 +204,7 @@ def sections(records: Sequence[Record]) -> dict[str, tuple[str, str]]:
         "controls": ("Arms minus their controls, as deployed", controls_table(arms)),
         "leave-one-out": ("One mode left out of the pairs", leave_out_table(arms)),
         "explored": ("Exploratory arms (docs/spec.md, A5)", arms_table(arms, explored=True)),
+        "explored-differences": ("Exploratory: further differences", differences_table(arms, COMPARED)),
         "explored-leave-one-out": (
             "Exploratory: one mode left out of the oracle pairs",
             leave_out_table(arms, "erase+oracle_without", "erase+oracle_pairs"),
