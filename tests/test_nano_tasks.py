@@ -29,7 +29,7 @@ from projected_grpo.nano_tasks import (
     tamperings,
     templates,
 )
-from projected_grpo.pairs import load_pairs, packaged_pairs
+from projected_grpo.pairs import PACKAGED, load_pairs, packaged_pairs
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import MODES, ORIGINAL_PHRASE, Grader
 from projected_grpo.sandbox import Sandbox
@@ -409,7 +409,7 @@ def test_the_oracle_pairs_are_the_corpus_own_but_no_problem(pair_sets, problems)
 
 
 def test_the_packaged_sets_are_the_same_bytes_every_time():
-    for name in ("core", "nano", "nano-oracle", "nano-solving"):
+    for name in PACKAGED:
         assert packaged_pairs(name) == packaged_pairs(name)
         digest = hashlib.blake2b(packaged_pairs(name), digest_size=16).hexdigest()
         assert load_pairs(Path(name)).digest == digest

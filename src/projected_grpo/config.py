@@ -237,7 +237,7 @@ class BasisConfig:
     """An explicit basis file, extracted if missing; else one named after model, pairs and settings."""
     vhack_pairs_path: Path | None = None
     """Pair JSON used at extraction and at every refresh, or a packaged set: `core` (the default), `nano`,
-    `nano-oracle`, `nano-solving`, or a placebo set (docs/pairs.md)."""
+    `nano-oracle`, or another set of docs/pairs.md."""
     vhack_pairs_modes: tuple[EnvMode, ...] = ()
     """Use only the pairs of these modes (default: all), to leave a mode out."""
     leave_out: str = ""
