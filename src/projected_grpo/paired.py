@@ -47,6 +47,11 @@ def step_mean(name: str) -> Metric:
     return lambda r: mean_or_nan([v for v in r["steps"][name] if v is not None])
 
 
+def where_measured(values: Sequence[float | None]) -> dict[int, float]:
+    """A column of a run's steps, at the steps that have it."""
+    return {step: value for step, value in enumerate(values) if value is not None}
+
+
 def mean_or_nan(values: Sequence[float]) -> float:
     """The mean; NaN of none."""
     return fmean(values) if values else math.nan

@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
 from projected_grpo.outcome import read_heldout
-from projected_grpo.paired import shares
+from projected_grpo.paired import shares, where_measured
 from projected_grpo.plots import (
     COSINES,
     Bar,
@@ -195,8 +195,7 @@ def any_above_zero(line: Series) -> bool:
 
 def at_steps(run: Run, column: str) -> dict[int, float]:
     """A column at the steps that have it."""
-    values: list[Any] = run.values(column)
-    return {step: value for step, value in enumerate(values) if value is not None}
+    return where_measured(run.values(column))
 
 
 def mean_at_steps(runs: Iterable[Run], column: str) -> dict[int, float]:

@@ -200,14 +200,14 @@ def plan(
             raise UserError(f"--arms {name}: not in this study; it has {', '.join(known)}")
     smaller = [f"--steps={steps}"] if steps else []
     smaller += [f"--final-n-prompts={final_n_prompts}"] if final_n_prompts else []
-    runs, defaults = [], settings(TrainConfig(preset=study))
+    runs, nano, defaults = [], nano_data(), settings(TrainConfig(preset=study))
     for arm in STUDIES[study]:
         if arms and arm.name not in arms:
             continue
         chosen = replace(arm, options=(*arm.options, *smaller))
         cfg = parse([study, *chosen.options])
         validate(cfg)
-        data = data_digest(str(cfg.basis.vhack_pairs_path))
+        data = data_digest(nano, str(cfg.basis.vhack_pairs_path))
         for seed in range(FIRST_SEED, FIRST_SEED + min(arm.seeds, max_seeds or arm.seeds)):
             cfg = replace(cfg, run=replace(cfg.run, seed=seed))
             runs.append(
@@ -218,14 +218,20 @@ def plan(
     return sorted(runs, key=lambda run: (run.arm.later, run.seed))
 
 
-def data_digest(pairs: str) -> str:
-    """Hash of the packaged nano data, and of a pair set that is not part of it: a run that would read
-    something else is another run.
-    """
+def nano_data() -> "hashlib.blake2b":
+    """The hash so far of a run's data: what is packaged for nano."""
     digest = hashlib.blake2b(digest_size=8)
     with as_file(files("projected_grpo") / "data" / NANO) as folder:
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in NOT_READ):
             digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return digest
+
+
+def data_digest(nano: "hashlib.blake2b", pairs: str) -> str:
+    """Hash of the nano data, and of a pair set that is not part of it: a run that would read something else
+    is another run.
+    """
+    digest = nano.copy()
     if pairs not in PAIRS_OF_NANO:
         digest.update(packaged_pairs(pairs))
     return digest.hexdigest()

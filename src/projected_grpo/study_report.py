@@ -25,6 +25,7 @@ from projected_grpo.paired import (
     shares,
     step_mean,
     trained,
+    where_measured,
 )
 from projected_grpo.plots import Point, Series, dynamics, pareto
 from projected_grpo.results import mean_sem
@@ -268,5 +269,4 @@ def lines(
 ) -> tuple[Sequence[Sequence[float]], Sequence[Mapping[int, float]]]:
     """Of each run a student's share at every step, and the held-out rate at the steps that have one."""
     of_students = [shares(r["steps"][student]) for r in records]
-    evaluated = [dict(enumerate(r["steps"][held_out])) for r in records]
-    return of_students, [{step: v for step, v in one.items() if v is not None} for one in evaluated]
+    return of_students, [where_measured(r["steps"][held_out]) for r in records]
