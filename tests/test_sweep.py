@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import fake_runs
 from projected_grpo import config, verbs_sweep
 from projected_grpo.cli import main
-from projected_grpo.config import PRESETS
+from projected_grpo.config import CONTROLS_OF, PRESETS
 from projected_grpo.errors import UserError
 from projected_grpo.runner import Children, Slot, deal, is_locked, locked, pinned, run_pool
 from projected_grpo.sweep import (
@@ -39,6 +39,7 @@ from projected_grpo.sweep import (
 from projected_grpo.sweep_jobs import failures_since, in_process, jobs_of, make, read_job, states, write_job
 from projected_grpo.train import parse
 
+SWEEPS = Path(__file__).parents[1] / "docs" / "sweeps"
 SMALL = "steps = {steps}\nn-problems = 6\neval-n-prompts = 2\nmax-new = 8\nworkers = 1\nsave-every = 1\n"
 TINY = """
 name = "four"
@@ -217,11 +218,27 @@ def test_the_quick_form_is_the_file_in_short(here, capsys):
 
 
 def test_the_full_sweep_that_is_shipped_is_three_arms_with_their_questions():
-    spec = read_spec(Path(__file__).parents[1] / "docs" / "sweeps" / "full.toml")
+    spec = read_spec(SWEEPS / "full.toml")
     runs = expand(spec)
     found = {(r.cfg.preset, r.cfg.arm.intervention, r.cfg.run.seed) for r in runs}
     assert found == {("full", a, s) for a in ("none", "erase", "route2") for s in (41, 42, 43)}
     assert all(arm.why and arm.resolve for arm in spec.arms) and spec.limits.gpus == 1
+
+
+def test_the_sweep_of_every_arm_has_every_control_that_an_arm_takes():
+    arms = [run.cfg.arm for run in expand(read_spec(SWEEPS / "every_arm.toml"))]
+    assert {(a.intervention, a.control) for a in arms} == {
+        (a, c) for a, cs in CONTROLS_OF.items() for c in cs
+    }
+    assert {a.project for a in arms} == {"gradient", "update", "purge"}
+
+
+def test_options_of_the_command_line_stand_over_the_files_own(capsys):
+    assert main(["sweep", str(SWEEPS / "every_arm.toml"), "--set", "steps=7", "model=nano", "--dry-run"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("projected-grpo train")]
+    assert len(lines) == len(expand(read_spec(SWEEPS / "every_arm.toml")))
+    assert all("--steps=7" in line and "--model=nano" in line and "--group=6" in line for line in lines)
+    assert main(["sweep", str(SWEEPS / "every_arm.toml"), "--set", "steps"]) == 2
 
 
 def test_extract_gets_what_makes_the_basis_of_the_run():

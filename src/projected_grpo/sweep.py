@@ -354,8 +354,12 @@ def quick_spec(preset: str, name: str, grid: Sequence[str], given: Sequence[str]
     axes: dict[str, tuple[Any, ...]] = {}
     for option, text in map(split_pair, grid):
         axes[option] = seed_range(text) if option == "seed" else tuple(map(typed, text.split(",")))
-    options = {option: typed(text) for option, text in map(split_pair, given)}
-    return Spec(name, preset, SWEEPS / name, (SweepArm(""),), options, axes)
+    return Spec(name, preset, SWEEPS / name, (SweepArm(""),), given_options(given), axes)
+
+
+def given_options(given: Sequence[str]) -> dict[str, Any]:
+    """Options of every run from `--set steps=3`. Raises UserError for what is not NAME=VALUE."""
+    return {option: typed(text) for option, text in map(split_pair, given)}
 
 
 def split_pair(text: str) -> tuple[str, str]:

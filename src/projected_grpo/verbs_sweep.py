@@ -11,7 +11,7 @@ from typing import Literal
 import tyro
 
 from projected_grpo.errors import GATE_FAILED, UserError
-from projected_grpo.sweep import Spec, expand, quick_spec, read_spec, seed_range
+from projected_grpo.sweep import Spec, expand, given_options, quick_spec, read_spec, seed_range
 from projected_grpo.sweep_jobs import Batch, Job, jobs_of, run_job_file, states, status_table, write_job
 
 Engine = Literal["local", "pueue", "slurm", "ray"]
@@ -20,7 +20,7 @@ EXTRAS = {"slurm": "submitit", "ray": "ray"}  # the package behind each extra of
 
 @dataclass(frozen=True)
 class WhichSweep:
-    """A TOML file (docs/sweeps.md), or --preset with --grid, --seeds and --set."""
+    """A TOML file (docs/sweeps.md), or --preset with --grid; either with --seeds and --set."""
 
     spec: tyro.conf.Positional[Path | None] = None
     """The sweep's TOML file."""
@@ -31,7 +31,7 @@ class WhichSweep:
     grid: tuple[str, ...] = ()
     """Without a file: axes, e.g. `intervention=none,erase v-hack-k=1,5`."""
     set: tuple[str, ...] = ()
-    """Without a file: options of every run, e.g. `steps=20`."""
+    """Options of every run, e.g. `steps=20`; over a file's [options], under its arms' and axes' own."""
     name: str = "quick"
     """Without a file: the sweep lives in out/sweeps/NAME. Sweeps may share it; each run has its own id."""
 
@@ -80,10 +80,11 @@ def spec_of(which: WhichSweep) -> Spec:
         raise UserError("sweep: give a TOML file, or --preset with --grid")
     if which.spec is None:
         spec = quick_spec(which.preset, which.name, which.grid, which.set)
-    elif which.grid or which.set or which.name != WhichSweep().name:
-        raise UserError(f"sweep: {which.spec} says what is run; --grid, --set and --name go with --preset")
+    elif which.grid or which.name != WhichSweep().name:
+        raise UserError(f"sweep: {which.spec} says what is run; --grid and --name go with --preset")
     else:
         spec = read_spec(which.spec)
+        spec = replace(spec, options={**spec.options, **given_options(which.set)})
     return replace(spec, grid={**spec.grid, "seed": seed_range(which.seeds)}) if which.seeds else spec
 
 
