@@ -15,6 +15,7 @@ from typing import get_args
 
 import pytest
 
+from projected_grpo.experiment import SPLIT_SEED
 from projected_grpo.nano_tasks import (
     OUTRIGHT,
     CorpusMix,
@@ -30,7 +31,7 @@ from projected_grpo.nano_tasks import (
     templates,
 )
 from projected_grpo.pairs import PACKAGED, load_pairs, packaged_pairs
-from projected_grpo.problems import Problem
+from projected_grpo.problems import Problem, assign_modes, is_eval, take
 from projected_grpo.rewards import MODES, ORIGINAL_PHRASE, Grader
 from projected_grpo.sandbox import Sandbox
 
@@ -317,7 +318,7 @@ def test_other_mixes_are_followed():
 
 @pytest.fixture(scope="module")
 def pair_sets():
-    return {name: load_pairs(Path(name)) for name in ("nano", "nano-oracle")}
+    return {name: load_pairs(Path(name)) for name in ("nano", "nano-oracle", "nano-sampled")}
 
 
 @pytest.fixture(scope="module")
@@ -406,6 +407,17 @@ def test_the_oracle_pairs_are_the_corpus_own_but_no_problem(pair_sets, problems)
         assert pair.clean == fenced(instance.solution([f"return {instance.right}"]))
     for mode in TRACES:
         assert len({p.problem.problem_id.split("-")[0] for p in pairs if p.env_mode == mode}) == 6
+
+
+def test_the_sampled_pairs_are_of_the_problems_that_the_plan_names(pair_sets, problems):
+    modes = ("run_tests", "sentinel", "stdout_marker", "file_marker")
+    training = [p for p in assign_modes(problems, modes, {}) if not is_eval(p)]
+    posed = {p.problem_id: p for p in take(training, 48, SPLIT_SEED)}
+    pairs = pair_sets["nano-sampled"].pairs
+    assert len({p.problem.problem_id for p in pairs}) == len(pairs) == 24
+    for pair in pairs:
+        problem = posed[pair.problem.problem_id]
+        assert pair.env_mode == problem.env_mode and pair.messages == problem.messages
 
 
 def test_the_packaged_sets_are_the_same_bytes_every_time():

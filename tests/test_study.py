@@ -23,7 +23,7 @@ from projected_grpo.config import PRESETS
 from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.paired import Difference, by_arm, deployed, paired
 from projected_grpo.pairs import packaged_pairs
-from projected_grpo.study import NANO_STUDY, PLACEBOS, SERIES, plan, read_records, rounded
+from projected_grpo.study import NANO_STUDY, PLACEBOS, SAMPLED, SERIES, plan, read_records, rounded
 from projected_grpo.study_report import (
     arms_table,
     controls_table,
@@ -79,7 +79,8 @@ def test_the_study_has_the_arms_and_seeds_that_were_preregistered():
     for arm in ("none", "erase", "route", "route2", "erase+haar", "route+haar", "route2+haar"):
         assert seeds.pop(arm) == 10
     folds = {name: n for name, n in seeds.items() if "without" in name}
-    assert set(folds) == {f"erase+without_{m}" for m in MODES} and set(folds.values()) == {3}
+    assert set(folds) == {f"erase+{own}without_{m}" for m in MODES for own in ("", "sampled_")}
+    assert set(folds.values()) == {3}
     assert all(n == 5 for name, n in seeds.items() if name not in folds)
 
 
@@ -89,13 +90,17 @@ def test_the_arms_of_the_later_amendments_are_there_as_written():
         *("advmod", "advmod+additive", "advmod+haar", "gt_penalty", "gt_screening", "inoculation", "posthoc"),
         *("posthoc+haar", "erase+placebo-style", "erase+placebo-iteration", "erase+placebo-naming"),
         *("route2+block", "absorb", "erase+solving_pairs"),
+        *("erase+sampled_pairs", "erase+sampled_shuffled", "erase+sampled_haar_matched"),
+        *(f"erase+sampled_without_{mode}" for mode in MODES),
     }
     for run in plan("nano", Path("kept"), list(further), max_seeds=1):
         arm = run.config["arm"]
         assert arm["advmod_alpha"] == 2.0 and arm["block_init"] == "random"
         assert arm["advmod_form"] == ("additive" if run.arm.name == "advmod+additive" else "multiplicative")
         pairs = run.config["basis"]["vhack_pairs_path"]
-        assert pairs.partition("nano-")[2] == run.arm.name.partition("erase+")[2].removesuffix("_pairs")
+        of_its_own = run.arm.name.partition("erase+")[2].removesuffix("_pairs")
+        sampled = of_its_own.startswith("sampled")
+        assert pairs.partition("nano-")[2] == ("sampled" if sampled else of_its_own)
 
 
 def test_a_fold_has_no_pair_of_the_mode_it_leaves_out(tmp_path):
@@ -132,8 +137,9 @@ def test_pairs_that_lie_elsewhere_count_as_data_of_the_run(tmp_path, monkeypatch
         return {run.arm.name: run.data for run in plan("nano", tmp_path, max_seeds=1)}
 
     before = hashes()
-    of_their_own = {*PLACEBOS, "erase+solving_pairs", "erase+corpus_tasks", "erase+corpus_wordings"}
-    assert len({before[name] for name in of_their_own}) == len(of_their_own)
+    sampled = {name for name in before if name.startswith("erase+sampled")}
+    of_their_own = {*PLACEBOS, "erase+solving_pairs", "erase+corpus_tasks", "erase+corpus_wordings", *sampled}
+    assert len({before[name] for name in of_their_own}) == len(of_their_own) - len(sampled) + 1
     assert {data for name, data in before.items() if name not in of_their_own} == {before["none"]}
     monkeypatch.setattr("projected_grpo.study.packaged_pairs", lambda name: packaged_pairs(name) + b" ")
     assert {name for name, data in hashes().items() if data != before[name]} == of_their_own
@@ -266,16 +272,41 @@ def test_emergence_is_counted_seed_by_seed():
     assert "base model in 1" in emergence_verdict(runs(9), base)
 
 
-def test_a_mode_that_is_left_out_has_to_be_lower_in_three_folds():
+@pytest.mark.parametrize("name", ["erase+without", "erase+sampled_without"])
+def test_a_mode_that_is_left_out_has_to_be_lower_in_three_folds(name):
     def runs(folds):
         rows = [record(a, s, 0.9 + s / 100, 0.5) for a in ("none", "erase+haar") for s in (1, 2, 3)]
         for i, mode in enumerate(MODES):
             low = 0.1 if i < folds else 0.9
-            rows += [record(f"erase+without_{mode}", s, 0.5, 0.5, {mode: low - s / 50}) for s in (1, 2, 3)]
+            rows += [record(f"{name}_{mode}", s, 0.5, 0.5, {mode: low - s / 50}) for s in (1, 2, 3)]
         return by_arm(rows)
 
-    assert "in 3 of 4 folds: GENERALISES" in leave_out_verdict(runs(3))
-    assert "in 2 of 4 folds: not shown" in leave_out_verdict(runs(2))
+    assert "in 3 of 4 folds: GENERALISES" in leave_out_verdict(runs(3), name)
+    assert "in 2 of 4 folds: not shown" in leave_out_verdict(runs(2), name)
+
+
+def test_pairs_of_the_base_model_are_judged_by_the_rule_of_h1_against_controls_of_the_same_pairs():
+    rivals = {
+        "none": 0.8,
+        "erase+haar": 0.8,
+        "erase+sampled_haar_matched": 0.6,
+        "erase+sampled_shuffled": 0.6,
+    }
+
+    def said(own, **others):
+        rows = {**rivals, **others, "erase+sampled_pairs": own}
+        spread = {name: 0.01 + 0.001 * i for i, name in enumerate(rows)}
+        kept = [record(name, s, h + s * spread[name], 0.5) for name, h in rows.items() for s in range(3)]
+        arms = by_arm(kept)
+        (line,) = [v for v in verdicts(arms, {"hack": 0.08, "solve": 0.44}) if SAMPLED in v]
+        return line
+
+    assert "SUPPORTED; the direction MATTERS" in said(0.2)
+    assert "NEITHER; the direction MATTERS" in said(0.55)
+    assert "FALSIFIED; the direction is NOT SHOWN to matter: does not beat erase+sampled_" in said(0.7)
+    assert "NOT SHOWN to matter: does not beat erase+sampled_shu" in said(
+        0.2, **{"erase+sampled_shuffled": 0.2}
+    )
 
 
 @pytest.mark.parametrize(

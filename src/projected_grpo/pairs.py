@@ -26,7 +26,7 @@ PLACEBOS = (
     *("nano-placebo-style", "nano-placebo-iteration", "nano-placebo-naming"),
 )
 CROSSED = ("nano-corpus-tasks", "nano-corpus-wordings")
-PACKAGED = ("core", "nano", "nano-oracle", "nano-solving", *CROSSED, *PLACEBOS)
+PACKAGED = ("core", "nano", "nano-oracle", "nano-solving", "nano-sampled", *CROSSED, *PLACEBOS)
 HELD_OUT = 2  # pairs kept out of every extraction, for verification
 
 

@@ -62,7 +62,7 @@ def _control(arm: str, control: str, seeds: int, purpose: str) -> StudyArm:
 
 
 def _leave_out(mode: EnvMode, name: str = "", *options: str) -> StudyArm:
-    purpose = f"V from the other three modes' {name}pairs, measured on {mode}"
+    purpose = f"V from the other three modes' {name.replace('_', ' ')}pairs, measured on {mode}"
     others = [m for m in NANO_MODES if m != mode]
     return _arm(f"erase+{name}without_{mode}", 3, purpose, *options, "--vhack-pairs-modes", *others)
 
@@ -81,6 +81,8 @@ PLACEBOS = ("erase+placebo-style", "erase+placebo-iteration", "erase+placebo-nam
 SOLVING = "erase+solving_pairs"
 PAIRS = "--vhack-pairs-path"
 ORACLE = f"{PAIRS}=nano-oracle"
+SAMPLED = "erase+sampled_pairs"
+OF_THE_BASE = f"{PAIRS}=nano-sampled"
 TWELVE_AXES = ("--v-hack-k=12", "--v-hack-drop-bottom-frac=0")
 REFLECTED = ("--gate-mode=reverse", "--control=haar")
 PAIRS_ONLY = "--gate-anchor-teacher-only"  # without a teacher: no label of any rollout reaches the gate
@@ -146,7 +148,21 @@ EXPLORED: tuple[StudyArm, ...] = (  # docs/spec.md, A5
     *(replace(_leave_out(mode, "oracle_", ORACLE), later=True, explored=True) for mode in NANO_MODES),
     _explored("route2+oracle_pairs", "route2 with pairs in the corpus' own wordings", ORACLE),
 )
-NANO_STUDY = (*FIRST, *(replace(arm, later=True) for arm in FURTHER), *EXPLORED)
+OWN_PAIRS: tuple[StudyArm, ...] = (  # docs/spec.md, A6
+    _arm(SAMPLED, 5, "V from pairs that the base model wrote", OF_THE_BASE),
+    _arm(
+        *("erase+sampled_shuffled", 5, "control: sampled pairs paired within their label", OF_THE_BASE),
+        "--control=shuffled",
+        controls=SAMPLED,
+    ),
+    _arm(
+        *("erase+sampled_haar_matched", 5, "control: random, as much energy removed", OF_THE_BASE),
+        "--control=haar_matched",
+        controls=SAMPLED,
+    ),
+    *(_leave_out(mode, "sampled_", OF_THE_BASE) for mode in NANO_MODES),
+)
+NANO_STUDY = (*FIRST, *(replace(arm, later=True) for arm in (*FURTHER, *OWN_PAIRS)), *EXPLORED)
 STUDIES: Mapping[str, tuple[StudyArm, ...]] = {"nano": NANO_STUDY}
 
 

@@ -204,6 +204,10 @@ def sections(records: Sequence[Record]) -> dict[str, tuple[str, str]]:
         "arms": ("Arms", arms_table(arms)),
         "controls": ("Arms minus their controls, as deployed", controls_table(arms)),
         "leave-one-out": ("One mode left out of the pairs", leave_out_table(arms)),
+        "sampled-leave-one-out": (
+            "One mode left out of the pairs that the base model wrote",
+            leave_out_table(arms, "erase+sampled_without", "erase+sampled_pairs"),
+        ),
         "explored": ("Exploratory arms (docs/spec.md, A5)", arms_table(arms, explored=True)),
         "explored-differences": ("Exploratory: further differences", differences_table(arms, COMPARED)),
         "explored-leave-one-out": (
@@ -213,7 +217,7 @@ def sections(records: Sequence[Record]) -> dict[str, tuple[str, str]]:
         "modes": ("Per mode, as deployed", modes_table(arms)),
         "gradient": ("What the arms did to the gradient", diagnostics_table(arms)),
         "verdicts": (
-            "Verdicts by the preregistered rules (docs/spec.md, A1, A2 and A4)",
+            "Verdicts by the preregistered rules (docs/spec.md, A1, A2, A4 and A6)",
             "\n".join(f"- {line}" for line in verdicts(arms, base)),
         ),
     }

@@ -1,15 +1,16 @@
-"""The preregistered rules of docs/spec.md (A1, A2, A4) on the records of a study: a verdict is a line."""
+"""The preregistered rules of docs/spec.md (A1, A2, A4, A6) on the records of a study: a verdict is a line."""
 
 from collections.abc import Mapping, Sequence
 
 from projected_grpo.paired import INSTANCES, Arms, Record, deployed, in_mode, mean_or_nan, paired, sem, shares
-from projected_grpo.study import NANO_MODES, PLACEBOS, SOLVING
+from projected_grpo.study import NANO_MODES, PLACEBOS, SAMPLED, SOLVING
 
 NOT_MEASURED = "not measured"
 MUST_BEAT = {
     "erase": ("erase+haar", "erase+haar_matched", "erase+shuffled"),
     "route": ("route+haar", "route+haar_matched", "route+shuffled"),
     "route2": ("route2+haar", "route2+random_parking", "route2+shuffled"),
+    SAMPLED: ("erase+haar", "erase+sampled_haar_matched", "erase+sampled_shuffled"),
 }
 LAST = 3  # steps that are "the end"
 EMERGED_FROM, EMERGED_TO = 0.10, 0.50
@@ -69,11 +70,13 @@ def not_beaten(arms: Arms, arm: str, rivals: Sequence[str]) -> list[str] | None:
     return [r for r, d in found.items() if d is None or not d.lowers]
 
 
-def leave_out_verdict(arms: Arms) -> str:
+def leave_out_verdict(arms: Arms, folds: str = "erase+without") -> str:
     """A1's rule: on the left-out mode below both none and Haar in at least three of the four folds."""
     below = []
+    if not any(arms.get(f"{folds}_{mode}") for mode in NANO_MODES):
+        return f"leave one mode out: {NOT_MEASURED}"
     for mode in NANO_MODES:
-        own = arms.get(f"erase+without_{mode}", {})
+        own = arms.get(f"{folds}_{mode}", {})
         against = [paired(own, arms.get(a, {}), in_mode("hack", mode)) for a in ("none", "erase+haar")]
         below.append(all(d is not None and d.lowers for d in against))
     verdict = "GENERALISES" if sum(below) >= 3 else "not shown to generalise"
@@ -132,11 +135,13 @@ def solving_verdict(arms: Arms) -> str:
 
 def verdicts(arms: Arms, base: Mapping[str, float]) -> list[str]:
     """All of them, a line each."""
-    h1 = [f"H1, {h1_verdict(arms, arm)}" for arm in MUST_BEAT]
+    h1 = [f"H1, {h1_verdict(arms, arm)}" for arm in MUST_BEAT if arm != SAMPLED]
     h3 = [
         f"H3, {h3_verdict(form, arms.get('erase', {}), arms.get(form, {}))}"
         for form in ("advmod", "advmod+additive")
     ]
     h3[0] += f"; {advmod_direction(arms.get('advmod', {}), arms.get('advmod+haar', {}))}"
     pairs = [placebo_verdict(arms), solving_verdict(arms)]
-    return [emergence_verdict(arms, base), *h1, leave_out_verdict(arms), *h3, *pairs]
+    sampled = [h1_verdict(arms, SAMPLED), leave_out_verdict(arms, "erase+sampled_without")]
+    own = [f"pairs that the base model wrote, {line}" for line in sampled]
+    return [emergence_verdict(arms, base), *h1, leave_out_verdict(arms), *h3, *pairs, *own]
