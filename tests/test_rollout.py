@@ -20,6 +20,7 @@ from projected_grpo.rollout import (
     collate,
     completion_logps,
     generate,
+    left_padded,
     pick_tokens,
     positions,
     sample,
@@ -128,23 +129,50 @@ def test_a_stream_does_not_touch_or_follow_the_global_generator():
 # Batches
 
 
-def test_collate_pads_prompts_left_and_completions_right():
+def test_collate_pads_on_the_right_and_marks_completions():
     batch = collate([Rollout((1, 2), (3, 4, 5), ""), Rollout((6, 7, 8), (9,), "")], 0, CPU)
-    assert batch.ids.tolist() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 0, 0]]
-    assert batch.attention.tolist() == [[False, True, True, True, True, True], [True] * 4 + [False] * 2]
+    assert batch.ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 0]]
+    assert batch.answers.tolist() == [[False] * 2 + [True] * 3, [False] * 3 + [True, False]]
+    assert batch.before.tolist() == [[False] + [True] * 3 + [False], [False] * 2 + [True] + [False] * 2]
     assert batch.completion.tolist() == [[True] * 3, [True, False, False]]
-    assert batch.completion_ids.tolist() == [[3, 4, 5], [9, 0, 0]]
-    assert positions(batch.attention).tolist() == [[0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 3, 3]]
+    assert batch.answer_ids.tolist() == [3, 4, 5, 9]
+    assert batch.spread(torch.tensor([0.3, 0.4, 0.5, 0.9])).tolist() == [
+        pytest.approx([0.3, 0.4, 0.5]),
+        pytest.approx([0.9, 0, 0]),
+    ]
 
 
-def test_collate_tells_a_real_pad_token_from_padding():
+def test_left_padded_prompts_end_at_one_column():
+    ids, attention = left_padded([(1, 2), (6, 7, 8), ()], 0, CPU)
+    assert ids.tolist() == [[0, 1, 2], [6, 7, 8], [0, 0, 0]]
+    assert attention.tolist() == [[False, True, True], [True] * 3, [False] * 3]
+    assert positions(attention).tolist() == [[0, 0, 1], [0, 1, 2], [0, 0, 0]]
+    assert left_padded([()], 5, CPU)[0].tolist() == [[5]]
+
+
+def test_padding_is_told_from_a_real_pad_token():
     batch = collate([Rollout((0, 0), (0,), ""), Rollout((1, 1, 1), (1, 1), "")], 0, CPU)
-    assert batch.attention.tolist() == [[False, True, True, True, False], [True] * 5]
+    assert batch.answers.tolist() == [[False, False, True, False, False], [False] * 3 + [True] * 2]
+    assert left_padded([(0, 0), (1, 1, 1)], 0, CPU)[1].tolist() == [[False, True, True], [True] * 3]
 
 
-def test_an_empty_completion_has_one_masked_column():
+def test_an_empty_completion_has_one_masked_column_and_an_empty_prompt_is_refused():
     batch = collate([Rollout((1, 2), (), "")], 0, CPU)
-    assert batch.completion.tolist() == [[False]]
+    assert batch.completion.tolist() == [[False]] and not batch.before.any()
+    with pytest.raises(ValueError, match="no prompt"):
+        collate([Rollout((), (1,), "")], 0, CPU)
+
+
+def test_batches_without_a_left_edge_ask_for_no_mask(small_model):
+    """With one, sdpa takes slower kernels and more memory: what right padding is for."""
+    seen = []
+    model = small_model("qwen3")
+    handle = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    rollouts = [Rollout((1, 2), (3, 4, 5), ""), Rollout((6, 7, 8), (9,), "")]
+    with torch.no_grad():
+        completion_logps(model, collate(rollouts, 0, CPU))
+    handle.remove()
+    assert len(seen) == 1 and seen[0].get("attention_mask") is None and seen[0].get("position_ids") is None
 
 
 def slow_logps(model: nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
@@ -160,14 +188,15 @@ def slow_logps(model: nn.Module, prompt: Sequence[int], completion: Sequence[int
     [("qwen3", 1e-10), ("qwen2", 1e-10), ("llama", 1e-10), ("qwen3_5", 1e-5), ("qwen3_next", 1e-5)],
 )
 def test_completion_logps_do_not_depend_on_padding(small_model, family, atol):
-    model = small_model(family)
+    model = small_model(family).requires_grad_(False)
     completions = [(3, 1, 4, 1, 5, 9), (2,), (6, 5, 3, 5), (8, 9, 7)]
     rollouts = [Rollout(p, c, "") for p, c in zip(PROMPTS, completions, strict=True)]
     with torch.no_grad():
-        together = completion_logps(model, collate(rollouts, 0, CPU))
-    for row, rollout in zip(together, rollouts, strict=True):
+        together = [completion_logps(model, collate(rollouts, 0, CPU), chunk) for chunk in (None, 3)]
+    for row, in_chunks, rollout in zip(*together, rollouts, strict=True):
         expected = slow_logps(model, rollout.prompt_ids, rollout.completion_ids)
         torch.testing.assert_close(row[: len(expected)], expected, rtol=0, atol=atol)
+        torch.testing.assert_close(in_chunks, row, rtol=0, atol=atol)
         assert not row[len(expected) :].any()
 
 

@@ -34,7 +34,7 @@ from projected_grpo.pools import NO_TEACHER
 from projected_grpo.problems import load_problems
 from projected_grpo.ranks import ALONE, Ranks
 from projected_grpo.rewards import Grade, Grader, Task
-from projected_grpo.rollout import Rollout, collate, positions, stream_seed
+from projected_grpo.rollout import Rollout, collate, left_padded, stream_seed
 from projected_grpo.rundir import start_state
 from projected_grpo.step import TrainState, train_step
 
@@ -287,15 +287,14 @@ def bench_generation(work: Work) -> dict[str, Any]:
     prompts = bench_prompt_ids(work, chat.tokenizer)
     seeds = [[stream_seed(work.seed, i, j) for j in range(work.group)] for i in range(len(prompts))]
     sampling = bench_config(work, Path()).sampling
-    heads = collate(
-        [Rollout(p, (), "") for p in prompts for _ in range(work.group)], chat.pad_id, policy.device
-    )
+    every = [p for p in prompts for _ in range(work.group)]
+    ids, attention = left_padded(every, chat.pad_id, policy.device)
     model: Any = policy.model
 
     def floor() -> None:
         model.generate(
-            heads.ids[:, :-1],
-            attention_mask=heads.attention[:, :-1].long(),
+            ids,
+            attention_mask=attention.long(),
             max_new_tokens=work.max_new,
             min_new_tokens=work.max_new,
             do_sample=True,
@@ -308,7 +307,7 @@ def bench_generation(work: Work) -> dict[str, Any]:
         chat.sampler(policy, prompts, seeds, sampling, chat.stop, chat.pad_id)
 
     seconds = alternated({"ours": ours, "floor": floor}, policy.devices, work.steps)
-    tokens = len(heads.ids) * work.max_new
+    tokens = len(ids) * work.max_new
     return {
         "ours_s": seconds["ours"],
         "floor_s": seconds["floor"],
@@ -401,8 +400,6 @@ def frozen_pass(
         embedded = table(batch.ids).detach().requires_grad_()
         out = model(
             inputs_embeds=embedded,
-            attention_mask=batch.attention.long(),
-            position_ids=positions(batch.attention),
             logits_to_keep=batch.completion.shape[1] + 1,
             use_cache=False,
         )

@@ -28,7 +28,7 @@ from projected_grpo.extract_vhack_grad import PairGrads, pair_rollouts, relabell
 from projected_grpo.grpo import microbatches
 from projected_grpo.pairs import Pair
 from projected_grpo.proj import haar_basis, mean_difference
-from projected_grpo.rollout import Rollout, collate, positions, stream_seed
+from projected_grpo.rollout import Rollout, collate, stream_seed
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,9 @@ def completion_states(
     with policy.merge(policy.deltas()):
         for index in microbatches(rollouts, range(len(rollouts)), tokens_per_microbatch):
             batch = collate([rollouts[i] for i in index], pad_id, policy.device)
-            out = model.base_model(
-                input_ids=batch.ids,
-                attention_mask=batch.attention.long(),
-                position_ids=positions(batch.attention),
-                output_hidden_states=True,
-                use_cache=False,
-            )
-            states = out.hidden_states[block][:, -batch.completion.shape[1] :].float().cpu()
-            for i, own, there in zip(index, states, batch.completion.cpu(), strict=True):
+            out = model.base_model(input_ids=batch.ids, output_hidden_states=True, use_cache=False)
+            states = out.hidden_states[block].float().cpu()
+            for i, own, there in zip(index, states, batch.answers.cpu(), strict=True):
                 last[i], mean[i] = own[there][-1], own[there].mean(0)
     return States(torch.stack(last), torch.stack(mean))
 

@@ -64,7 +64,7 @@ class Shape:
 class Load:
     """One microbatch: `rows` rollouts of `max_new` tokens behind `prompts` prompts of `prompt_tokens`.
 
-    shared: each prompt is run once. padded: prompts differ in length, so attention takes a mask.
+    shared: each prompt is run once. padded: prompts differ in length, so those take a mask in attention.
     """
 
     rows: int
@@ -131,7 +131,7 @@ def kept_by_layer(shape: Shape, load: Load) -> int:
     head, answer = load.prompt_tokens - 1, load.max_new
     if not load.shared:
         length = load.prompt_tokens + answer
-        attention = kept_by_attention(shape, load.rows, length, length, load.padded)
+        attention = kept_by_attention(shape, load.rows, length, length, masked=False)
         return load.rows * length * kept_per_token(shape) + attention
     tokens = load.prompts * head + load.rows * answer
     before = kept_by_attention(shape, load.prompts, head, head, load.padded)

@@ -42,31 +42,48 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded prompts and right-padded completions, so that completions start at one column."""
+    """Rollouts, right-padded. `answers` marks completions' columns, `completion` what is real of T columns.
+
+    Attention looks back only, so nothing real ever sees padding that comes behind it, and no mask is needed;
+    with one, sdpa would copy keys to every head and leave out the kernels that skip what lies ahead.
+    """
 
     ids: Int[Tensor, "b L"]
-    attention: Bool[Tensor, "b L"]
+    answers: Bool[Tensor, "b L"]
     completion: Bool[Tensor, "b T"]
 
     @property
-    def completion_ids(self) -> Int[Tensor, "b T"]:
-        """The last T columns."""
-        return self.ids[:, -self.completion.shape[1] :]
+    def answer_ids(self) -> Int[Tensor, " tokens"]:
+        """Completion tokens of all rows, one row behind the other."""
+        return self.ids[self.answers]
+
+    @property
+    def before(self) -> Bool[Tensor, "b L"]:
+        """The columns whose states predict the completion tokens."""
+        return self.answers.roll(-1, dims=1)
+
+    def spread(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, "b T"]:
+        """Values of the completion tokens at their places, 0 on padding."""
+        return values.new_zeros(self.completion.shape).masked_scatter(self.completion, values)
 
 
 @dataclass(frozen=True)
 class SharedBatch:
     """Prompts held once, however many completions follow each.
 
-    `prefix` is every prompt but its last token, left-padded; rollout i continues prompt `owner[i]`; its `ids`
-    are that last token and the completion, right-padded.
+    `prefix` is every prompt but its last token, left-padded; rollout i continues prompt `owner[i]`; `tails`
+    are that last token and the completions.
     """
 
     prefix: Int[Tensor, "p W"]
     prefix_attention: Bool[Tensor, "p W"]
     owner: Int[Tensor, " b"]
-    completion: Bool[Tensor, "b T"]
-    ids: Int[Tensor, "b T+1"]
+    tails: Batch
+
+    @property
+    def completion(self) -> Bool[Tensor, "b T"]:
+        """What is real of the completions."""
+        return self.tails.completion
 
 
 def stream_seed(*coordinates: int | str) -> int:
@@ -81,17 +98,32 @@ def uniforms(seed: int, count: int) -> Float[Tensor, " count"]:
 
 
 def collate(rollouts: Sequence[Rollout], pad_id: int, device: torch.device) -> Batch:
-    """Pad rollouts into one batch."""
-    width = max(1, max(len(r.prompt_ids) for r in rollouts))
+    """Pad rollouts into one batch. Raises ValueError for one without a prompt: nothing predicts its start."""
+    rows = [r.prompt_ids + r.completion_ids for r in rollouts]
     length = max(1, max(len(r.completion_ids) for r in rollouts))
-    ids = torch.full((len(rollouts), width + length), pad_id)
+    ids = torch.full((len(rows), max(map(len, rows))), pad_id)
+    answers = torch.zeros_like(ids, dtype=torch.bool)
+    completion = torch.zeros(len(rows), length, dtype=torch.bool)
+    for row, (rollout, tokens) in enumerate(zip(rollouts, rows, strict=True)):
+        if not rollout.prompt_ids:
+            raise ValueError("a rollout has no prompt")
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        answers[row, len(rollout.prompt_ids) : len(tokens)] = True
+        completion[row, : len(rollout.completion_ids)] = True
+    return Batch(ids.to(device), answers.to(device), completion.to(device))
+
+
+def left_padded(
+    prompts: Sequence[tuple[int, ...]], pad_id: int, device: torch.device
+) -> tuple[Int[Tensor, "p W"], Bool[Tensor, "p W"]]:
+    """Prompts that end at one column, so that all can be continued there, and which tokens are real."""
+    width = max(1, max(map(len, prompts)))
+    ids = torch.full((len(prompts), width), pad_id)
     attention = torch.zeros_like(ids, dtype=torch.bool)
-    for row, rollout in enumerate(rollouts):
-        tokens = torch.tensor(rollout.prompt_ids + rollout.completion_ids)
-        start = width - len(rollout.prompt_ids)
-        ids[row, start : start + len(tokens)] = tokens
-        attention[row, start : start + len(tokens)] = True
-    return Batch(ids.to(device), attention.to(device), attention[:, width:].to(device))
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        attention[row, width - len(prompt) :] = True
+    return ids.to(device), attention.to(device)
 
 
 def collate_shared(
@@ -105,10 +137,10 @@ def collate_shared(
     prompts = {part: rollout.prompt_ids for part, rollout in zip(parts, rollouts, strict=True)}
     if any(prompts[part] != r.prompt_ids for part, r in zip(parts, rollouts, strict=True)):
         raise ValueError("rollouts of one part have different prompts")
-    heads = collate([Rollout(prompts[part][:-1], (), "") for part in names], pad_id, device)
+    prefix, real = left_padded([prompts[part][:-1] for part in names], pad_id, device)
     tails = collate([Rollout(r.prompt_ids[-1:], r.completion_ids, "") for r in rollouts], pad_id, device)
     owner = torch.tensor([names.index(part) for part in parts], device=device)
-    return SharedBatch(heads.ids[:, :-1], heads.attention[:, :-1], owner, tails.completion, tails.ids)
+    return SharedBatch(prefix, real, owner, tails)
 
 
 def positions(attention: Bool[Tensor, "b L"]) -> Int[Tensor, "b L"]:
@@ -192,45 +224,35 @@ def has_bare_head(model: nn.Module) -> bool:
 
 
 def chunked_logps(
-    model: nn.Module,
-    states: Float[Tensor, "b T d"],
-    ids: Int[Tensor, "b T"],
-    mask: Bool[Tensor, "b T"],
-    chunk: int,
-) -> Float[Tensor, "b T"]:
-    """Log-probability of each id that the last hidden state before it gives, nats; 0 outside the mask.
+    model: nn.Module, states: Float[Tensor, "tokens d"], ids: Int[Tensor, " tokens"], chunk: int
+) -> Float[Tensor, " tokens"]:
+    """Log-probability of each id under the last hidden state before it, nats, `chunk` of them at a time.
 
-    The output layer runs on the mask's positions only, `chunk` of them at a time. Gradients reach the states;
-    ValueError for an output layer that is trained itself.
+    Gradients reach the states; ValueError for an output layer that is trained itself.
     """
     parts: Any = model
     head = parts.get_output_embeddings()
     if head.weight.requires_grad:
         raise ValueError("the output layer is trained: its gradient needs whole logits")
-    logps = _HeadLogps.apply(states[mask], head.weight, head.bias, ids[mask], chunk)
-    return logps.new_zeros(mask.shape).masked_scatter(mask, logps)
+    logps: Tensor = _HeadLogps.apply(states, head.weight, head.bias, ids, chunk)
+    return logps
 
 
 def completion_logps(model: nn.Module, batch: Batch, chunk: int | None = None) -> Float[Tensor, "b T"]:
     """Log-probability of each completion token, nats, at temperature 1; 0 on padding.
 
-    The output layer runs on completion positions only (whole-sequence logits were a 4 GiB spike on Qwen3-4B),
-    and on `chunk` of them at a time if it is given.
+    The output layer runs on the columns from the first completion on (whole-sequence logits were a 4 GiB
+    spike on Qwen3-4B), or, `chunk` of them at a time if it is given, on completion tokens only.
     """
-    keep = batch.completion.shape[1] + 1
-    inputs = {
-        "input_ids": batch.ids,
-        "attention_mask": batch.attention.long(),
-        "position_ids": positions(batch.attention),
-        "use_cache": False,
-    }
     if chunk is not None:
         base: Any = model.base_model
-        states = base(**inputs).last_hidden_state[:, -keep:-1]
-        return chunked_logps(model, states, batch.completion_ids, batch.completion, chunk)
-    logits = model(**inputs, logits_to_keep=keep).logits
-    logps = per_token_logps(logits[:, :-1], batch.completion_ids)
-    return logps * batch.completion  # padding has finite logits, so 0 * them is 0
+        states = base(input_ids=batch.ids, use_cache=False).last_hidden_state
+        return batch.spread(chunked_logps(model, states[batch.before], batch.answer_ids, chunk))
+    before = batch.before
+    first = int(before.any(0).float().argmax())
+    keep = before.shape[1] - first
+    logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=keep).logits
+    return batch.spread(per_token_logps(logits[before[:, first:]][None], batch.answer_ids[None])[0])
 
 
 def can_share(model: nn.Module) -> bool:
@@ -254,11 +276,15 @@ def shared_logps(policy: Policy, batch: SharedBatch, chunk: int | None = None) -
     )
     head.past_key_values.reorder_cache(batch.owner)
     before = batch.prefix_attention[batch.owner]
-    fed = torch.cat([before.new_ones(len(before), 1), batch.completion[:, :-1]], dim=1)
+    tails = batch.tails
+    steps = torch.arange(tails.ids.shape[1] - 1, device=before.device)
+    fed = before.new_ones(
+        len(before), len(steps)
+    )  # padding behind a completion too: nothing real looks ahead
     inputs = {
-        "input_ids": batch.ids[:, :-1],
+        "input_ids": tails.ids[:, :-1],
         "attention_mask": torch.cat([before, fed], dim=1).long(),
-        "position_ids": before.sum(1, keepdim=True) + positions(fed),
+        "position_ids": before.sum(1, keepdim=True) + steps,
         "past_key_values": head.past_key_values,
         "use_cache": True,
     }
@@ -266,9 +292,10 @@ def shared_logps(policy: Policy, batch: SharedBatch, chunk: int | None = None) -
         if chunk is not None:
             base: Any = policy.model.base_model
             states = base(**inputs).last_hidden_state
-            return chunked_logps(policy.model, states, batch.ids[:, 1:], batch.completion, chunk)
+            picked = states[tails.before[:, :-1]]
+            return tails.spread(chunked_logps(policy.model, picked, tails.answer_ids, chunk))
         logits = policy.model(**inputs).logits
-    return per_token_logps(logits, batch.ids[:, 1:]) * batch.completion
+    return per_token_logps(logits, tails.ids[:, 1:]) * tails.completion
 
 
 def pick_tokens(
@@ -307,10 +334,9 @@ def generate(
     n, max_new = draws.shape
     if sum(copies) != n or len(copies) != len(prompts):
         raise ValueError(f"{n} rows do not match copies {list(copies)} of {len(prompts)} prompts")
-    prefix = collate([Rollout(p, (), "") for p in prompts], pad_id, device)
-    attention = prefix.attention[:, :-1]  # collate leaves one column for a completion
+    prefix, attention = left_padded(prompts, pad_id, device)
     out = model(
-        input_ids=prefix.ids[:, :-1],
+        input_ids=prefix,
         attention_mask=attention.long(),
         position_ids=positions(attention),
         logits_to_keep=1,
