@@ -73,7 +73,7 @@ ORDER = (
         "verbs_grading",
         "verbs_pairs",
     ),
-    *("verbs_evaluate", "verbs_study", "verbs_results", "verbs_sweep", "verbs_probe", "cli"),
+    *("intervals", "verbs_evaluate", "verbs_study", "verbs_results", "verbs_sweep", "verbs_probe", "cli"),
 )
 LONGEST = 80
 LONGEST_BY_NAME = {"train_step": 60}

@@ -13,9 +13,10 @@ __version__ = "0.1.0"
 
 # While a module runs under its hook, jaxtyping has whatever is then imported for the first time look for
 # bytecode under the hook's name: three thousand modules of libraries would be compiled once more (each time,
-# where Python may not write bytecode). So they come first; matplotlib, which `train` does without, does not.
+# where Python may not write bytecode). So they come first, but for what `train` does without: matplotlib,
+# scipy.stats.
 BEFORE_THE_HOOK = (
-    *("torch", "beartype.door", "beartype.vale", "scipy.stats", "tyro", "loguru"),
+    *("torch", "beartype.door", "beartype.vale", "tyro", "loguru"),
     *("transformers.generation.utils", "transformers.models.qwen3.modeling_qwen3"),
     *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
 )

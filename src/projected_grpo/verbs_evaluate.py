@@ -25,7 +25,7 @@ from projected_grpo.config import (
     env_modes,
 )
 from projected_grpo.errors import UserError
-from projected_grpo.evaluate import Bootstrap, Evaluation, Figure, evaluate, figures
+from projected_grpo.evaluate import Evaluation, evaluate
 from projected_grpo.experiment import (
     SPLIT_SEED,
     Chat,
@@ -35,6 +35,7 @@ from projected_grpo.experiment import (
     sampler_opener,
 )
 from projected_grpo.export import check_out, export, read_facts
+from projected_grpo.intervals import Bootstrap, Figure, figures
 from projected_grpo.models import encode_chat
 from projected_grpo.pools import join, load_pool
 from projected_grpo.problems import (
