@@ -237,7 +237,7 @@ def test_options_of_the_command_line_stand_over_the_files_own(capsys):
     assert main(["sweep", str(SWEEPS / "every_arm.toml"), "--set", "steps=7", "model=nano", "--dry-run"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("projected-grpo train")]
     assert len(lines) == len(expand(read_spec(SWEEPS / "every_arm.toml")))
-    assert all("--steps=7" in line and "--model=nano" in line and "--group=6" in line for line in lines)
+    assert all("--steps=7" in line and "--model=nano" in line and "--group=4" in line for line in lines)
     assert main(["sweep", str(SWEEPS / "every_arm.toml"), "--set", "steps"]) == 2
 
 
