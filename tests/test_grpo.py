@@ -694,6 +694,13 @@ def test_a_model_without_such_layers_is_told_so():
         pass
 
 
+@pytest.mark.parametrize("parts", [None, [0, 0]])
+def test_completions_without_a_token_have_no_gradient(policy, parts):
+    empty = [Rollout((5, 6, 7), (), ""), Rollout((5, 6, 7), (), "")]
+    got = per_rollout_grads(policy, empty, torch.ones(2), LossConfig(), 4, 0, parts=parts)
+    assert got.rows and not any(rows.any() for rows in got.rows.values())
+
+
 # Out of memory
 
 

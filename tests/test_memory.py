@@ -13,8 +13,10 @@ from projected_grpo import bench_growth, memory, rollout
 from projected_grpo.antipasto import wrap
 from projected_grpo.bench_model import SIZES, Work, bench_model, loss_pass, nudge_knobs, open_bench_chat
 from projected_grpo.cli import main
-from projected_grpo.config import PRESETS, ModelConfig
+from projected_grpo.config import PRESETS, LossConfig, ModelConfig
+from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.memory import Load, Shape, loss_memory, measured_peak, shape_of
+from projected_grpo.rollout import Rollout
 
 CPU = torch.device("cpu")
 MODEL = {
@@ -49,6 +51,22 @@ def test_the_formula_is_within_a_tenth_of_what_is_counted(monkeypatch, dtype, wa
     nudge_knobs(chat)
     parts = None if way == "apart" else [i // 4 for i in range(8)]
     run, predicted = loss_pass(work, chat, parts)
+    assert predicted == pytest.approx(measured_peak(run, [CPU]), rel=0.1)
+
+
+@pytest.mark.parametrize("chunk", [2**26, 2**16])
+def test_the_formula_knows_of_prompts_of_different_lengths(monkeypatch, chunk):
+    monkeypatch.setattr(rollout, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(memory, "CHUNK_LOGITS", chunk)
+    chat = open_bench_chat(Work(ModelConfig(model="random-0.3m", device="cpu", svd_cache=None)), MODEL)
+    nudge_knobs(chat)
+    rollouts = [Rollout(tuple(range(n)), tuple(range(48)), "") for n in (16, 48, 80, 112)]
+    loss = LossConfig(tokens_per_microbatch=4096)
+
+    def run() -> None:
+        per_rollout_grads(chat.policy, rollouts, torch.ones(4), loss, 48, chat.pad_id)
+
+    predicted = memory.predicted_peak(chat.policy.model, rollouts, loss)
     assert predicted == pytest.approx(measured_peak(run, [CPU]), rel=0.1)
 
 

@@ -129,17 +129,16 @@ def test_a_stream_does_not_touch_or_follow_the_global_generator():
 # Batches
 
 
-def test_collate_pads_on_the_right_and_marks_completions():
+def test_collate_pads_on_the_right_and_knows_where_completions_are():
     batch = collate([Rollout((1, 2), (3, 4, 5), ""), Rollout((6, 7, 8), (9,), "")], 0, CPU)
     assert batch.ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 0]]
-    assert batch.answers.tolist() == [[False] * 2 + [True] * 3, [False] * 3 + [True, False]]
-    assert batch.before.tolist() == [[False] + [True] * 3 + [False], [False] * 2 + [True] + [False] * 2]
     assert batch.completion.tolist() == [[True] * 3, [True, False, False]]
-    assert batch.answer_ids.tolist() == [3, 4, 5, 9]
-    assert batch.spread(torch.tensor([0.3, 0.4, 0.5, 0.9])).tolist() == [
-        pytest.approx([0.3, 0.4, 0.5]),
-        pytest.approx([0.9, 0, 0]),
-    ]
+    assert batch.answers.tolist() == [3, 4, 5, 9] and batch.first == 1
+    columns = torch.arange(10.0).reshape(2, 5, 1)
+    assert batch.at_answers(columns)[:, 0].tolist() == [2, 3, 4, 8]
+    assert batch.before_answers(columns)[:, 0].tolist() == [1, 2, 3, 7]
+    assert torch.equal(batch.before_answers(columns[:, 1:], 1), batch.before_answers(columns))
+    assert batch.spread(torch.tensor([1.0, 2, 3, 4])).tolist() == [[1, 2, 3], [4, 0, 0]]
 
 
 def test_left_padded_prompts_end_at_one_column():
@@ -152,25 +151,27 @@ def test_left_padded_prompts_end_at_one_column():
 
 def test_padding_is_told_from_a_real_pad_token():
     batch = collate([Rollout((0, 0), (0,), ""), Rollout((1, 1, 1), (1, 1), "")], 0, CPU)
-    assert batch.answers.tolist() == [[False, False, True, False, False], [False] * 3 + [True] * 2]
+    assert batch.completion.tolist() == [[True, False], [True, True]] and batch.answers.tolist() == [0, 1, 1]
     assert left_padded([(0, 0), (1, 1, 1)], 0, CPU)[1].tolist() == [[False, True, True], [True] * 3]
 
 
 def test_an_empty_completion_has_one_masked_column_and_an_empty_prompt_is_refused():
     batch = collate([Rollout((1, 2), (), "")], 0, CPU)
-    assert batch.completion.tolist() == [[False]] and not batch.before.any()
+    assert batch.completion.tolist() == [[False]] and batch.ids.shape == (1, 3)
     with pytest.raises(ValueError, match="no prompt"):
         collate([Rollout((), (1,), "")], 0, CPU)
 
 
-def test_batches_without_a_left_edge_ask_for_no_mask(small_model):
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_without_padding_on_the_left_no_mask_is_asked_for(small_model, chunk):
     """With one, sdpa takes slower kernels and more memory: what right padding is for."""
     seen = []
-    model = small_model("qwen3")
-    handle = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    model = small_model("qwen3").requires_grad_(False)
+    handle = model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
     rollouts = [Rollout((1, 2), (3, 4, 5), ""), Rollout((6, 7, 8), (9,), "")]
-    with torch.no_grad():
-        completion_logps(model, collate(rollouts, 0, CPU))
+    completion_logps(model, collate(rollouts, 0, CPU), chunk)
     handle.remove()
     assert len(seen) == 1 and seen[0].get("attention_mask") is None and seen[0].get("position_ids") is None
 
@@ -189,12 +190,13 @@ def slow_logps(model: nn.Module, prompt: Sequence[int], completion: Sequence[int
 )
 def test_completion_logps_do_not_depend_on_padding(small_model, family, atol):
     model = small_model(family).requires_grad_(False)
-    completions = [(3, 1, 4, 1, 5, 9), (2,), (6, 5, 3, 5), (8, 9, 7)]
+    completions = [(3, 1, 4, 1, 5, 9), (2,), (), (8, 9, 7)]
     rollouts = [Rollout(p, c, "") for p, c in zip(PROMPTS, completions, strict=True)]
     with torch.no_grad():
         together = [completion_logps(model, collate(rollouts, 0, CPU), chunk) for chunk in (None, 3)]
     for row, in_chunks, rollout in zip(*together, rollouts, strict=True):
-        expected = slow_logps(model, rollout.prompt_ids, rollout.completion_ids)
+        expected = slow_logps(model, rollout.prompt_ids, rollout.completion_ids or (0,))
+        expected = expected[: len(rollout.completion_ids)]
         torch.testing.assert_close(row[: len(expected)], expected, rtol=0, atol=atol)
         torch.testing.assert_close(in_chunks, row, rtol=0, atol=atol)
         assert not row[len(expected) :].any()

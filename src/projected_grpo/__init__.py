@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 # While a module runs under its hook, jaxtyping has whatever is then imported for the first time look for
 # bytecode under the hook's name: three thousand modules of libraries would be compiled once more (each time,
-# where Python may not write bytecode). So they come first, but for what `train` does without: matplotlib,
+# where Python may not write bytecode). So they come first, but for what train.py does without: matplotlib,
 # scipy.stats.
 BEFORE_THE_HOOK = (
     *("torch", "beartype.door", "beartype.vale", "tyro", "loguru"),

@@ -79,9 +79,9 @@ def completion_states(
         for index in microbatches(rollouts, range(len(rollouts)), tokens_per_microbatch):
             batch = collate([rollouts[i] for i in index], pad_id, policy.device)
             out = model.base_model(input_ids=batch.ids, output_hidden_states=True, use_cache=False)
-            states = out.hidden_states[block].float().cpu()
-            for i, own, there in zip(index, states, batch.answers.cpu(), strict=True):
-                last[i], mean[i] = own[there][-1], own[there].mean(0)
+            states = batch.at_answers(out.hidden_states[block]).float().cpu()
+            for i, own in zip(index, states.split(batch.completion.sum(1).tolist()), strict=True):
+                last[i], mean[i] = own[-1], own.mean(0)
     return States(torch.stack(last), torch.stack(mean))
 
 

@@ -259,16 +259,16 @@ def _scorer(
 ) -> _Scorer:
     if shared:
         once = collate_shared(rollouts, parts, pad_id, policy.device)
-        chunk = _chunk(policy, once.completion)
+        chunk = _chunk(policy, once.completion.numel())
         return _Scorer(partial(shared_logps, policy, once, chunk), once.completion, sorted(set(parts)))
     batch = collate(rollouts, pad_id, policy.device)
-    chunk = _chunk(policy, batch.completion)
+    chunk = _chunk(policy, len(batch.ids) * (batch.ids.shape[1] - batch.first))
     return _Scorer(partial(completion_logps, policy.model, batch, chunk), batch.completion, parts)
 
 
-def _chunk(policy: Policy, completion: Bool[Tensor, "b T"]) -> int | None:
+def _chunk(policy: Policy, tokens: int) -> int | None:
     with policy.bind(None):
-        return head_chunk(policy.model, completion.numel())
+        return head_chunk(policy.model, tokens)
 
 
 def _microbatch(

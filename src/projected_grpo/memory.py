@@ -64,7 +64,8 @@ class Shape:
 class Load:
     """One microbatch: `rows` rollouts of `max_new` tokens behind `prompts` prompts of `prompt_tokens`.
 
-    shared: each prompt is run once. padded: prompts differ in length, so those take a mask in attention.
+    shared: each prompt is run once. padded: prompts that are run once differ in length, so attention takes a
+    mask in them. uneven: by how much prompts that are run per rollout differ; logits begin at the shortest.
     """
 
     rows: int
@@ -74,6 +75,7 @@ class Load:
     shared: bool = True
     padded: bool = True
     grad_checkpoint: bool = False
+    uneven: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,10 @@ def loss_memory(shape: Shape, load: Load) -> Memory:
     if load.grad_checkpoint:
         kept = shape.layers * tokens * d * w
         inside += layer
-    if answers * shape.vocabulary <= CHUNK_LOGITS:
+    columns = answers if load.shared else load.rows * (load.max_new + load.uneven + 1)
+    if columns * shape.vocabulary <= CHUNK_LOGITS:
         logits = 2 * FLOAT * answers * shape.vocabulary  # and their exponentials
-        slopes = 2 * logits
+        slopes = max(2 * logits, logits + FLOAT * columns * shape.vocabulary)
     else:
         logits = 2 * FLOAT * (CHUNK_LOGITS // shape.vocabulary) * shape.vocabulary + 2 * answers * d * w
         slopes = 0
@@ -187,6 +190,7 @@ def predicted_peak(
             shared=shared,
             padded=len(lengths) > 1,
             grad_checkpoint=loss.grad_checkpoint,
+            uneven=max(lengths) - min(lengths),
         )
         peaks.append(loss_memory(shape, load).total)
     return max(peaks)

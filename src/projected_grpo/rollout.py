@@ -8,6 +8,7 @@ before it, and rows may share a batch, leave it early or be resumed; the others 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -42,25 +43,33 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rollouts, right-padded. `answers` marks completions' columns, `completion` what is real of T columns.
+    """Rollouts, right-padded; `rows` and `columns` are the places of completion tokens, row after row.
 
     Attention looks back only, so nothing real ever sees padding that comes behind it, and no mask is needed;
-    with one, sdpa would copy keys to every head and leave out the kernels that skip what lies ahead.
+    with one, sdpa would copy keys to every head and leave out the kernels that skip what lies ahead. Places
+    are made before anything is on a device, which would have to be waited for.
     """
 
     ids: Int[Tensor, "b L"]
-    answers: Bool[Tensor, "b L"]
+    rows: Int[Tensor, " tokens"]
+    columns: Int[Tensor, " tokens"]
     completion: Bool[Tensor, "b T"]
+    """What is real of the completions, left-aligned."""
+    first: int
+    """The first column that predicts a completion token."""
 
     @property
-    def answer_ids(self) -> Int[Tensor, " tokens"]:
+    def answers(self) -> Int[Tensor, " tokens"]:
         """Completion tokens of all rows, one row behind the other."""
-        return self.ids[self.answers]
+        return self.ids[self.rows, self.columns]
 
-    @property
-    def before(self) -> Bool[Tensor, "b L"]:
-        """The columns whose states predict the completion tokens."""
-        return self.answers.roll(-1, dims=1)
+    def at_answers(self, states: Float[Tensor, "b C d"]) -> Float[Tensor, "tokens d"]:
+        """Of every column's states (or of the first C columns'), those at completion tokens."""
+        return states[self.rows, self.columns]
+
+    def before_answers(self, states: Float[Tensor, "b C d"], skipped: int = 0) -> Float[Tensor, "tokens d"]:
+        """Of the states (or logits) of columns from `skipped` on, those that predict completion tokens."""
+        return states[self.rows, self.columns - 1 - skipped]
 
     def spread(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, "b T"]:
         """Values of the completion tokens at their places, 0 on padding."""
@@ -99,18 +108,20 @@ def uniforms(seed: int, count: int) -> Float[Tensor, " count"]:
 
 def collate(rollouts: Sequence[Rollout], pad_id: int, device: torch.device) -> Batch:
     """Pad rollouts into one batch. Raises ValueError for one without a prompt: nothing predicts its start."""
-    rows = [r.prompt_ids + r.completion_ids for r in rollouts]
-    length = max(1, max(len(r.completion_ids) for r in rollouts))
-    ids = torch.full((len(rows), max(map(len, rows))), pad_id)
-    answers = torch.zeros_like(ids, dtype=torch.bool)
-    completion = torch.zeros(len(rows), length, dtype=torch.bool)
-    for row, (rollout, tokens) in enumerate(zip(rollouts, rows, strict=True)):
-        if not rollout.prompt_ids:
-            raise ValueError("a rollout has no prompt")
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        answers[row, len(rollout.prompt_ids) : len(tokens)] = True
-        completion[row, : len(rollout.completion_ids)] = True
-    return Batch(ids.to(device), answers.to(device), completion.to(device))
+    starts = [len(r.prompt_ids) for r in rollouts]
+    counts = [len(r.completion_ids) for r in rollouts]
+    if not all(starts):
+        raise ValueError("a rollout has no prompt")
+    width = max(start + max(1, count) for start, count in zip(starts, counts, strict=True))
+    ids = torch.full((len(rollouts), width), pad_id)
+    completion = torch.zeros(len(rollouts), max(1, *counts), dtype=torch.bool)
+    for row, rollout in enumerate(rollouts):
+        ids[row, : starts[row] + counts[row]] = torch.tensor(rollout.prompt_ids + rollout.completion_ids)
+        completion[row, : counts[row]] = True
+    rows, offsets = completion.nonzero(as_tuple=True)
+    columns = torch.tensor(starts)[rows] + offsets
+    to = partial(torch.Tensor.to, device=device)
+    return Batch(to(ids), to(rows), to(columns), to(completion), min(starts) - 1)
 
 
 def left_padded(
@@ -247,12 +258,11 @@ def completion_logps(model: nn.Module, batch: Batch, chunk: int | None = None) -
     if chunk is not None:
         base: Any = model.base_model
         states = base(input_ids=batch.ids, use_cache=False).last_hidden_state
-        return batch.spread(chunked_logps(model, states[batch.before], batch.answer_ids, chunk))
-    before = batch.before
-    first = int(before.any(0).float().argmax())
-    keep = before.shape[1] - first
+        return batch.spread(chunked_logps(model, batch.before_answers(states), batch.answers, chunk))
+    keep = batch.ids.shape[1] - batch.first
     logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=keep).logits
-    return batch.spread(per_token_logps(logits[before[:, first:]][None], batch.answer_ids[None])[0])
+    picked = batch.before_answers(logits, batch.first)
+    return batch.spread(per_token_logps(picked[None], batch.answers[None])[0])
 
 
 def can_share(model: nn.Module) -> bool:
@@ -278,12 +288,10 @@ def shared_logps(policy: Policy, batch: SharedBatch, chunk: int | None = None) -
     before = batch.prefix_attention[batch.owner]
     tails = batch.tails
     steps = torch.arange(tails.ids.shape[1] - 1, device=before.device)
-    fed = before.new_ones(
-        len(before), len(steps)
-    )  # padding behind a completion too: nothing real looks ahead
     inputs = {
         "input_ids": tails.ids[:, :-1],
-        "attention_mask": torch.cat([before, fed], dim=1).long(),
+        # Of the cached prompts' padding alone: nothing real looks ahead at what is behind a completion.
+        "attention_mask": torch.cat([before, before.new_ones(len(before), len(steps))], dim=1).long(),
         "position_ids": before.sum(1, keepdim=True) + steps,
         "past_key_values": head.past_key_values,
         "use_cache": True,
@@ -292,8 +300,8 @@ def shared_logps(policy: Policy, batch: SharedBatch, chunk: int | None = None) -
         if chunk is not None:
             base: Any = policy.model.base_model
             states = base(**inputs).last_hidden_state
-            picked = states[tails.before[:, :-1]]
-            return tails.spread(chunked_logps(policy.model, picked, tails.answer_ids, chunk))
+            picked = tails.before_answers(states)
+            return tails.spread(chunked_logps(policy.model, picked, tails.answers, chunk))
         logits = policy.model(**inputs).logits
     return per_token_logps(logits, tails.ids[:, 1:]) * tails.completion
 

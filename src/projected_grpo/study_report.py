@@ -30,7 +30,7 @@ from projected_grpo.paired import (
 from projected_grpo.plots import Point, Series, dynamics, pareto
 from projected_grpo.results import mean_sem
 from projected_grpo.runlog import write_atomically
-from projected_grpo.study import NANO_MODES, STUDIES
+from projected_grpo.study import NANO_MODES, SAMPLED, STUDIES
 from projected_grpo.study_verdicts import verdicts
 
 MAIN = (  # in the pictures
@@ -112,7 +112,8 @@ def arms_table(arms: Arms, *, explored: bool = False) -> str:
 
 def controls_table(arms: Arms) -> str:
     """Each arm minus each of its controls, deployed, paired by seed: what the direction itself does."""
-    return differences_table(arms, [(arm.controls, arm.name) for arm in STUDIES["nano"] if arm.controls])
+    named = [(arm.controls, arm.name) for arm in STUDIES["nano"] if arm.controls]
+    return differences_table(arms, [*named, (SAMPLED, "erase+haar")])
 
 
 def differences_table(arms: Arms, pairs: Sequence[tuple[str, str]]) -> str:

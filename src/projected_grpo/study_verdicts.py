@@ -72,9 +72,9 @@ def not_beaten(arms: Arms, arm: str, rivals: Sequence[str]) -> list[str] | None:
 
 def leave_out_verdict(arms: Arms, folds: str = "erase+without") -> str:
     """A1's rule: on the left-out mode below both none and Haar in at least three of the four folds."""
-    below = []
-    if not any(arms.get(f"{folds}_{mode}") for mode in NANO_MODES):
+    if not all(arms.get(f"{folds}_{mode}") for mode in NANO_MODES):
         return f"leave one mode out: {NOT_MEASURED}"
+    below = []
     for mode in NANO_MODES:
         own = arms.get(f"{folds}_{mode}", {})
         against = [paired(own, arms.get(a, {}), in_mode("hack", mode)) for a in ("none", "erase+haar")]
