@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +212,25 @@ def test_checking_shapes_leaves_the_bytecode_of_libraries_alone():
     assert not {"scipy.stats", "matplotlib"} & {*listing}  # what only other verbs need
     # Of three thousand; the rest are small ones that are not worth a name in BEFORE_THE_HOOK.
     assert len(listing) - len(ours) < 60, sorted(set(listing) - set(ours))
+
+
+def test_a_run_with_checked_shapes_leaves_no_bytecode_that_others_cannot_load(tmp_path):
+    """`python -m` loads its module past the place where jaxtyping's hook names bytecode of its own."""
+    copy = tmp_path / "projected_grpo"
+    shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    plain = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {
+        "PYTHONPATH": str(tmp_path),
+        "PROJECTED_GRPO_CHECK_SHAPES": "0",
+    }
+    command = [sys.executable, "-m", "projected_grpo.train", "--help"]
+    for env in (plain | {"PROJECTED_GRPO_CHECK_SHAPES": "1"}, plain):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    cached = {path.name for path in (copy / "__pycache__").iterdir()}
+    assert {name.count("jaxtyping") for name in cached if name.startswith("proj.")} == {
+        0,
+        1,
+    }  # both ran in here
 
 
 HOSTS = ("github.com", "www.w3.org")  # any other, by name or number, is refused

@@ -5,7 +5,10 @@
 """
 
 import os
+import sys
 from importlib import import_module
+from itertools import pairwise
+from pkgutil import iter_modules
 
 from jaxtyping import install_import_hook
 
@@ -24,4 +27,8 @@ BEFORE_THE_HOOK = (
 if os.environ.get("PROJECTED_GRPO_CHECK_SHAPES") == "1":
     for library in BEFORE_THE_HOOK:
         import_module(library)
-    install_import_hook("projected_grpo", "beartype.beartype")
+    # What `python -m` runs is loaded past the part of the hook that gives its bytecode a name of its own: a
+    # later run without checks would find it and could not load it. So that one module goes unchecked.
+    run_by_name = {word for flag, word in pairwise(sys.orig_argv) if flag == "-m"}
+    own = [f"{__name__}.{module.name}" for module in iter_modules(__path__)]
+    install_import_hook([name for name in own if name not in run_by_name], "beartype.beartype")

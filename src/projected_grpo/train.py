@@ -1,4 +1,4 @@
-"""The training verb: loop, evaluate, write, and the command line."""
+"""The training verb: its loop, evaluations, files and command line."""
 
 import math
 import os
