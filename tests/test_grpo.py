@@ -616,13 +616,17 @@ def test_chunks_of_the_output_layer_change_nothing(small_model, monkeypatch, fam
 
 
 def test_a_loss_that_fits_into_one_chunk_is_the_models_own_logits(policy, rollouts, monkeypatch):
+    live = [r for r, a in zip(rollouts, ADVANTAGES, strict=True) if a]
+    shortest = min(len(r.prompt_ids) for r in live)
+    columns = 1 + max(len(r.prompt_ids) + len(r.completion_ids) for r in live) - shortest
+    needed = len(live) * columns * 48
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "CHUNK_LOGITS", 32 * 48)  # 4 rollouts of 8 padded tokens
+        patch.setattr(scoring, "CHUNK_LOGITS", needed)
         patch.setattr(scoring, "chunked_logps", None)
         exact = grads(policy, rollouts, LossConfig())
     usual = grads(policy, rollouts, LossConfig())
     assert all(torch.equal(exact.rows[m], usual.rows[m]) for m in usual.rows)
-    monkeypatch.setattr(scoring, "CHUNK_LOGITS", 32 * 48 - 1)
+    monkeypatch.setattr(scoring, "CHUNK_LOGITS", needed - 1)
     monkeypatch.setattr(scoring, "chunked_logps", None)
     with pytest.raises(TypeError):
         grads(policy, rollouts, LossConfig())

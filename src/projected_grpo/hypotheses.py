@@ -12,7 +12,7 @@ from statistics import fmean
 from projected_grpo.compare import baseline
 from projected_grpo.paired import Record
 from projected_grpo.results import VANILLA, Groups, Run, Setting, mean_sem
-from projected_grpo.study_verdicts import MUST_BEAT, NOT_MEASURED, advmod_direction, h1_verdict, h3_verdict
+from projected_grpo.study_verdicts import H1_ARMS, NOT_MEASURED, advmod_direction, h1_verdict, h3_verdict
 
 H4_RATE, H4_STEPS, H4_WINDOW = 0.30, 200, 5
 
@@ -34,10 +34,10 @@ def verdicts(groups: Groups) -> list[Verdict]:
         own = {setting: seeds for setting, seeds in groups.items() if setting.context == context}
         title = next(iter(own)).title
         for options, arms in families(own).items():
-            h1 = [h1_verdict(arms, arm) for arm in MUST_BEAT if arm in arms]
+            h1 = [h1_verdict(arms, arm) for arm in H1_ARMS if arm in arms]
             found += [Verdict("H1", title, options, text) for text in h1]
-        if not any(setting.study_name in MUST_BEAT for setting in own):
-            found.append(Verdict("H1", title, "", f"{', '.join(MUST_BEAT)}: {NOT_MEASURED}"))
+        if not any(setting.study_name in H1_ARMS for setting in own):
+            found.append(Verdict("H1", title, "", f"{', '.join(H1_ARMS)}: {NOT_MEASURED}"))
         found += [Verdict("H3", title, options, text) for options, text in h3_verdicts(own)]
         found += [
             Verdict("H4", title, s.label, h4_verdict(runs)) for s, runs in own.items() if s.arm == VANILLA

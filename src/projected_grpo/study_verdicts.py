@@ -6,6 +6,7 @@ from projected_grpo.paired import INSTANCES, Arms, Record, deployed, in_mode, me
 from projected_grpo.study import NANO_MODES, PLACEBOS, SAMPLED, SOLVING
 
 NOT_MEASURED = "not measured"
+H1_ARMS = ("erase", "route", "route2")
 MUST_BEAT = {
     "erase": ("erase+haar", "erase+haar_matched", "erase+shuffled"),
     "route": ("route+haar", "route+haar_matched", "route+shuffled"),
@@ -135,7 +136,7 @@ def solving_verdict(arms: Arms) -> str:
 
 def verdicts(arms: Arms, base: Mapping[str, float]) -> list[str]:
     """All of them, a line each."""
-    h1 = [f"H1, {h1_verdict(arms, arm)}" for arm in MUST_BEAT if arm != SAMPLED]
+    h1 = [f"H1, {h1_verdict(arms, arm)}" for arm in H1_ARMS]
     h3 = [
         f"H3, {h3_verdict(form, arms.get('erase', {}), arms.get(form, {}))}"
         for form in ("advmod", "advmod+additive")
