@@ -64,11 +64,14 @@ class Batch:
         return self.ids[self.rows, self.columns]
 
     def at_answers(self, states: Float[Tensor, "b C d"]) -> Float[Tensor, "tokens d"]:
-        """Of every column's states (or of the first C columns'), those at completion tokens."""
+        """Of every column's states, those at completion tokens."""
         return states[self.rows, self.columns]
 
     def before_answers(self, states: Float[Tensor, "b C d"], skipped: int = 0) -> Float[Tensor, "tokens d"]:
-        """Of the states (or logits) of columns from `skipped` on, those that predict completion tokens."""
+        """Of the states (or logits) of columns from `skipped` on, those that predict completion tokens.
+
+        The last column predicts none and may be missing.
+        """
         return states[self.rows, self.columns - 1 - skipped]
 
     def spread(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, "b T"]:
