@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import signal
 import time
 from concurrent.futures import Future
 from dataclasses import asdict, replace
@@ -23,6 +24,7 @@ from projected_grpo.rewards import (
     file_reports_pass,
     main_program,
     next_programs,
+    own_doing,
     stdout_reports_pass,
 )
 from projected_grpo.sandbox import Limits, Outcome, Sandbox
@@ -479,6 +481,24 @@ def test_an_endless_loop_is_paid_for_once():
     with Sandbox(1, Limits(wall_s=20.0, cpu_s=1)) as sandbox:
         grader, task = Grader(sandbox, remembered=8), make_task("gt_only")
         assert grader.submit(task, loop).result() is grader.submit(task, loop).result()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "own"),
+    [
+        (Outcome("ok"), True),
+        (Outcome("crash", exit_code=-signal.SIGSEGV), True),
+        (Outcome("worker_died"), False),
+        (
+            Outcome("timeout", exit_code=-signal.SIGKILL, cpu_s=7.0),
+            False,
+        ),  # 8 are allowed: it was kept waiting
+        (Outcome("timeout", exit_code=-signal.SIGKILL, cpu_s=7.9), True),
+        (Outcome("timeout", exit_code=-signal.SIGXCPU, cpu_s=7.0), True),  # the kernel's clocks disagree
+    ],
+)
+def test_a_time_limit_is_the_programs_own_doing_if_it_used_the_time(outcome, own):
+    assert own_doing(outcome, Limits(cpu_s=8)) is own
 
 
 @needs_data

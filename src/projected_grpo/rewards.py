@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -253,7 +254,8 @@ class _Known:
 def own_doing(outcome: Outcome, limits: Limits) -> bool:
     """Whether what happened to a program was its own doing, as far as can be told, and not the machine's."""
     if outcome.status == "timeout":
-        return outcome.cpu_s >= SPENT * limits.cpu_s
+        # The kernel limits CPU time by another clock than it reports: its signal counts, whatever cpu_s says.
+        return outcome.exit_code == -signal.SIGXCPU or outcome.cpu_s >= SPENT * limits.cpu_s
     return outcome.status != "worker_died"
 
 
