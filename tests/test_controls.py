@@ -26,11 +26,13 @@ from projected_grpo.extract_vhack_grad import (
     flipped,
     haar_like,
     in_use,
+    pair_grads,
     random_frames,
     refresh,
     relabelled,
     select,
     with_random_v,
+    without_contrast,
 )
 from projected_grpo.models import encode_chat
 from projected_grpo.pairs import Pair, PairSet
@@ -307,11 +309,11 @@ def test_no_difference_of_one_label_holds_the_contrast(control):
     common = torch.eye(r)[0]
     for strength in (0.5, 2.0, 8.0):
         grads = PairGrads({"m": strength * common + noise[0]}, {"m": strength * common + noise[1]})
-        real = select(extract(grads, BasisConfig(), {}), 5, 0.0)
+        real = select(extract(grads, BasisConfig(), {}).axes, 5, 0.0)
         overlaps = []
         for seed in range(12):
             made = extract(relabelled(grads, control, seed), BasisConfig(), {})
-            V = select(made, 5, 0.0).V["m"]
+            V = select(made.axes, 5, 0.0).V["m"]
             overlaps.append(float((V @ common).norm() ** 2))
         assert sum(overlaps) / 12 < 2.5 * 5 / r  # a random subspace has k / r
         assert strength < 2 or float((real.V["m"] @ common).norm() ** 2) > 0.6
@@ -352,7 +354,7 @@ def same_basis(one: HackBasis, other: HackBasis) -> bool:
 
 
 def test_haar_like_has_the_shapes_of_the_real_basis_and_nothing_else_of_it():
-    basis = select(made_up(), 3, 0.4)
+    basis = select(made_up().axes, 3, 0.4)
     control = haar_like(basis, 4, 1)
     assert len({len(V) for V in basis.V.values()}) > 1
     for m, V in basis.V.items():
@@ -368,7 +370,7 @@ def test_haar_like_has_the_shapes_of_the_real_basis_and_nothing_else_of_it():
 
 def test_an_axis_more_or_less_leaves_the_other_random_ones_where_they_are():
     """The noise floor moves at every refresh; the control must not become a new one each time."""
-    basis = select(made_up(), 4, 0.0)
+    basis = select(made_up().axes, 4, 0.0)
     fewer = HackBasis({m: V[:2] for m, V in basis.V.items()}, basis.v_grad)
     whole, part = haar_like(basis, 4, 1), haar_like(fewer, 4, 1)
     for m in basis.V:
@@ -376,7 +378,7 @@ def test_an_axis_more_or_less_leaves_the_other_random_ones_where_they_are():
 
 
 def test_flipped_reverses_everything_and_twice_is_nothing():
-    basis = select(made_up(), 3, 0.25)
+    basis = select(made_up().axes, 3, 0.25)
     control = flipped(basis)
     for m, V in basis.V.items():
         assert torch.equal(control.V[m], -V) and torch.equal(control.v_grad[m], -basis.v_grad[m])
@@ -386,11 +388,13 @@ def test_flipped_reverses_everything_and_twice_is_nothing():
 
 
 BASIS_CONTROLS = {
-    "haar": lambda made, cfg: haar_like(select(made, 3, 0.25), 3, 7),
-    "flipped": lambda made, cfg: flipped(select(made, 3, 0.25)),
-    "shuffled": lambda made, cfg: select(extract(relabelled(made.grads, "shuffled", 7), cfg, {}), 3, 0.25),
+    "haar": lambda made, cfg: haar_like(select(made.axes, 3, 0.25), 3, 7),
+    "flipped": lambda made, cfg: flipped(select(made.axes, 3, 0.25)),
+    "shuffled": lambda made, cfg: select(
+        extract(relabelled(made.grads, "shuffled", 7), cfg, {}).axes, 3, 0.25
+    ),
     "clean_clean": lambda made, cfg: select(
-        extract(relabelled(made.grads, "clean_clean", 7), cfg, {}), 3, 0.25
+        extract(relabelled(made.grads, "clean_clean", 7), cfg, {}).axes, 3, 0.25
     ),
 }
 
@@ -399,19 +403,24 @@ BASIS_CONTROLS = {
 def test_in_use_puts_the_control_in_the_place_of_the_basis(control):
     made, cfg = made_up(), BasisConfig(v_hack_extract_top_k=5, v_hack_k=3)
     arm = ArmConfig("route2", control=control)
-    plain, got = select(made, 3, 0.25), in_use(made, cfg, arm, 7)
+
+    def used(seed):
+        return in_use(without_contrast(made, cfg, arm, seed).axes, cfg, arm, seed)
+
+    plain, got = select(made.axes, 3, 0.25), used(7)
     assert same_basis(got, BASIS_CONTROLS.get(control, lambda *_: plain)(made, cfg))
     assert same_basis(got, plain) == (control not in BASIS_CONTROLS)
-    assert same_basis(got, in_use(made, cfg, arm, 7))
+    assert same_basis(got, used(7))
     moves = control in ("haar", "shuffled", "clean_clean")
-    assert same_basis(got, in_use(made, cfg, arm, 8)) != moves
+    assert same_basis(got, used(8)) != moves
 
 
 def test_the_older_random_v_takes_its_own_seed():
     made, arm = made_up(), ArmConfig("route2", route2_random_v_seed=5)
     for seed in (1, 2):
         assert same_basis(
-            in_use(made, BasisConfig(v_hack_k=3), arm, seed), with_random_v(select(made, 3, 0.25), 5)
+            in_use(made.axes, BasisConfig(v_hack_k=3), arm, seed),
+            with_random_v(select(made.axes, 3, 0.25), 5),
         )
 
 
@@ -435,11 +444,26 @@ TOY = PairSet(
 )
 
 
+@pytest.mark.parametrize("control", ["none", "haar", "flipped", "shuffled", "clean_clean"])
+def test_a_refresh_finds_what_an_extraction_at_those_knobs_would(tiny_policy, tiny, control):
+    for layer in tiny_policy.layers.values():
+        layer.delta_s.data.fill_(0.3)
+    arm, stop, cfg = ArmConfig("erase", control=control), tiny[1].eos_token_id, BasisConfig()
+    got = refresh(tiny_policy, tiny[1], stop, TOY, cfg, LossConfig(), arm, 3)
+    pairs, _ = TOY.split()
+    made = extract(pair_grads(tiny_policy, tiny[1], pairs, LossConfig(), stop), cfg, {})
+    expected = in_use(without_contrast(made, cfg, arm, 3).axes, cfg, arm, 3)
+    assert {m: len(V) for m, V in got.V.items()} == {m: len(V) for m, V in expected.V.items()}
+    for m, V in expected.V.items():
+        torch.testing.assert_close(got.V[m].T @ got.V[m], V.T @ V, rtol=0, atol=1e-3)
+        torch.testing.assert_close(got.v_grad[m], expected.v_grad[m], rtol=0, atol=1e-4)
+
+
 def test_a_refresh_keeps_the_random_directions(tiny_policy, tiny):
     def again(control):
         arm = ArmConfig("erase", control=control)
         stop = tiny[1].eos_token_id
-        return refresh(tiny_policy, tiny[1], stop, TOY, BasisConfig(), LossConfig(), arm, {}, 3)
+        return refresh(tiny_policy, tiny[1], stop, TOY, BasisConfig(), LossConfig(), arm, 3)
 
     before = {control: again(control) for control in ("none", "flipped", "haar")}
     for layer in tiny_policy.layers.values():

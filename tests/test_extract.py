@@ -25,7 +25,9 @@ from projected_grpo.extract_vhack_grad import (
     initial_gate,
     load_extraction,
     obtain,
+    pair_differences,
     pair_grads,
+    principal_axes,
     refresh,
     save_extraction,
     select,
@@ -105,6 +107,21 @@ def test_pair_gradients_are_nll_differences(double_policy, tiny, length_norm, mo
             assert torch.allclose(got.differences()[m][i].double() * scale, gradient, rtol=1e-4, atol=1e-6), m
 
 
+@pytest.mark.parametrize("length_norm", [True, False])
+@pytest.mark.parametrize("grad_checkpoint", [True, False], ids=["not shared", "shared"])
+def test_differences_alone_are_those_of_the_sides(double_policy, tiny, length_norm, grad_checkpoint):
+    """Though a pair's completions then follow one run of their prompt, and batches fall elsewhere."""
+    for m, delta in random_deltas(double_policy).items():
+        double_policy.layers[m].delta_s.data.copy_(delta)
+    loss = replace(LOSS, tokens_per_microbatch=96, grad_checkpoint=grad_checkpoint)
+    arguments = (double_policy, tiny[1], PAIRS.pairs, loss, tiny[1].eos_token_id)
+    expected = pair_grads(*arguments, length_norm=length_norm).differences()
+    got = pair_differences(*arguments, length_norm=length_norm)
+    assert list(got) == list(expected)
+    for m, D in expected.items():
+        assert torch.allclose(got[m], D, rtol=1e-5, atol=1e-6 * float(D.abs().max())), m
+
+
 def test_one_pair_does_not_change_anothers_gradient(double_policy, tiny):
     """Whatever shares its batch; up to the loss's common denominator."""
     stop = tiny[1].eos_token_id
@@ -120,7 +137,7 @@ def test_a_descent_step_along_v_grad_makes_hacks_likelier(double_policy, tiny):
     policy, tokenizer = double_policy, tiny[1]
     stop = tokenizer.eos_token_id
     grads = pair_grads(policy, tokenizer, PAIRS.pairs, LOSS, stop)
-    basis = select(extract(grads, BasisConfig(), {}), 5, 0.0)
+    basis = select(principal_axes(grads.differences(), BasisConfig()), 5, 0.0)
 
     def margin(step):
         deltas = {m: -step * basis.v_grad[m].double() for m in policy.layers}
@@ -144,9 +161,9 @@ def test_extraction_spans_the_pairs_differences(tiny_policy, tiny):
     made = extract(grads, BasisConfig(v_hack_extract_top_k=3), {})
     for m, D in grads.differences().items():
         _, S, Vh = np.linalg.svd(D.double().numpy(), full_matrices=False)
-        assert made.V[m].shape == (3, D.shape[1])
-        assert np.allclose(made.S[m], S[:3], rtol=1e-3)
-        assert np.allclose(made.V[m].T @ made.V[m], Vh[:3].T @ Vh[:3], atol=1e-3)
+        assert made.axes.V[m].shape == (3, D.shape[1])
+        assert np.allclose(made.axes.S[m], S[:3], rtol=1e-3)
+        assert np.allclose(made.axes.V[m].T @ made.axes.V[m], Vh[:3].T @ Vh[:3], atol=1e-3)
 
 
 def test_mean_difference_mode_has_one_unit_direction(tiny_policy, tiny):
@@ -154,8 +171,8 @@ def test_mean_difference_mode_has_one_unit_direction(tiny_policy, tiny):
     made = extract(grads, BasisConfig(v_hack_mean_diff=True), {})
     for m, D in grads.differences().items():
         mean = D.double().mean(0)
-        assert torch.allclose(made.V[m][0].double(), mean / mean.norm(), atol=1e-5)
-        assert made.S[m].tolist() == pytest.approx([float(mean.norm())], rel=1e-5)
+        assert torch.allclose(made.axes.V[m][0].double(), mean / mean.norm(), atol=1e-5)
+        assert made.axes.S[m].tolist() == pytest.approx([float(mean.norm())], rel=1e-5)
 
 
 def test_a_module_that_pairs_do_not_reach_is_refused():
@@ -184,15 +201,15 @@ def made_up(rng, modules=4, pairs=6, r=8) -> Extraction:
 @given(seed=st.integers(0, 999), k=st.integers(1, 6), drop=st.floats(0, 0.99))
 def test_the_noise_floor_against_a_loop(seed, k, drop):
     made = made_up(np.random.default_rng(seed))
-    pooled = [float(s) for S in made.S.values() for s in S[:k]]
+    pooled = [float(s) for S in made.axes.S.values() for s in S[:k]]
     floor = np.quantile(pooled, drop)
     assume_clear = all(abs(s - floor) > 1e-5 * floor or s == floor for s in pooled)
-    basis = select(made, k, drop)
+    basis = select(made.axes, k, drop)
     expected = {}
-    for m, S in made.S.items():
+    for m, S in made.axes.S.items():
         kept = [i for i in range(min(k, len(S))) if float(S[i]) >= floor]
         if kept:
-            expected[m] = made.V[m][kept]
+            expected[m] = made.axes.V[m][kept]
     if assume_clear:
         assert list(basis.V) == sorted(expected)  # not in the order of the dict: a file does not keep it
         assert all(torch.equal(basis.V[m], expected[m]) for m in expected)
@@ -203,7 +220,7 @@ def test_the_noise_floor_against_a_loop(seed, k, drop):
 
 def test_v_grad_is_the_unit_mean_difference():
     made = made_up(np.random.default_rng(0))
-    basis = select(made, 2, 0.0)
+    basis = select(made.axes, 2, 0.0)
     for m, D in made.grads.differences().items():
         mean = D.double().mean(0)
         assert torch.allclose(basis.v_grad[m].double(), mean / mean.norm(), atol=1e-6)
@@ -226,8 +243,8 @@ def test_a_basis_file_comes_back_as_it_was(saved):
     back = load_extraction(path, meta, CPU)
     assert back.meta == meta
     for name in ("V", "S"):
-        assert {m: t.tolist() for m, t in getattr(back, name).items()} == {
-            m: t.tolist() for m, t in getattr(made, name).items()
+        assert {m: t.tolist() for m, t in getattr(back.axes, name).items()} == {
+            m: t.tolist() for m, t in getattr(made.axes, name).items()
         }
     for m, D in made.grads.differences().items():
         assert torch.equal(back.grads.differences()[m], D)
@@ -338,7 +355,7 @@ def test_obtain_extracts_once_and_then_reuses(tiny_policy, tiny, tmp_path, monke
     monkeypatch.setattr(extract_vhack_grad, "pair_grads", None)  # calling it would fail
     again, same = obtain(*arguments)
     assert same == path and path.stat().st_mtime_ns == before.st_mtime_ns
-    assert all(torch.equal(again.V[m], V) for m, V in made.V.items())
+    assert all(torch.equal(again.axes.V[m], V) for m, V in made.axes.V.items())
 
 
 def test_obtain_takes_an_explicit_path_and_refuses_another_runs_file(tiny_policy, tiny, tmp_path):
@@ -361,7 +378,7 @@ def test_obtain_takes_an_explicit_path_and_refuses_another_runs_file(tiny_policy
 
 
 def test_random_v_is_unit_seeded_and_leaves_the_axes():
-    basis = select(made_up(np.random.default_rng(2)), 3, 0.0)
+    basis = select(made_up(np.random.default_rng(2)).axes, 3, 0.0)
     one, same, other = (with_random_v(basis, seed) for seed in (1, 1, 2))
     for m, v in one.v_grad.items():
         assert float(v.norm()) == pytest.approx(1, abs=1e-5)
@@ -383,7 +400,7 @@ def test_in_use_gives_the_control_where_it_is_asked_for():
     made = made_up(np.random.default_rng(3))
     cfg = BasisConfig(v_hack_k=2, v_hack_drop_bottom_frac=0.0)
     plain, control = (
-        in_use(made, cfg, ArmConfig(intervention="route2", route2_random_v_seed=s), 0) for s in (None, 4)
+        in_use(made.axes, cfg, ArmConfig(intervention="route2", route2_random_v_seed=s), 0) for s in (None, 4)
     )
     assert all(len(V) == 2 for V in plain.V.values())
     for m in plain.V:
@@ -393,7 +410,7 @@ def test_in_use_gives_the_control_where_it_is_asked_for():
 
 def test_the_gate_starts_at_the_pairs_own_cosines():
     made = made_up(np.random.default_rng(4))
-    basis = select(made, 2, 0.0)
+    basis = select(made.axes, 2, 0.0)
     gate = initial_gate(basis, made.grads)
     for m, v in basis.v_grad.items():
         v = v.double().numpy()
@@ -406,8 +423,8 @@ def test_the_gate_starts_at_the_pairs_own_cosines():
 
 
 def test_refresh_sees_the_deployed_policy(tiny_policy, tiny):
-    stop, meta = tiny[1].eos_token_id, {}
-    arguments = (tiny_policy, tiny[1], stop, PAIRS, BasisConfig(), LOSS, ArmConfig(), meta, 0)
+    stop = tiny[1].eos_token_id
+    arguments = (tiny_policy, tiny[1], stop, PAIRS, BasisConfig(), LOSS, ArmConfig(), 0)
     at_zero = refresh(*arguments)
     for layer in tiny_policy.layers.values():
         layer.delta_hack.data.fill_(3.0)
@@ -427,7 +444,7 @@ def test_refresh_sees_the_deployed_policy(tiny_policy, tiny):
 def test_refresh_leaves_a_random_v_alone(tiny_policy, tiny):
     arm = ArmConfig(intervention="route2", route2_random_v_seed=3)
     cfg = BasisConfig(v_hack_drop_bottom_frac=0.0)
-    arguments = (tiny_policy, tiny[1], tiny[1].eos_token_id, PAIRS, cfg, LOSS, arm, {}, 0)
+    arguments = (tiny_policy, tiny[1], tiny[1].eos_token_id, PAIRS, cfg, LOSS, arm, 0)
     before = refresh(*arguments)
     for layer in tiny_policy.layers.values():
         layer.delta_s.data.fill_(0.3)
@@ -451,7 +468,7 @@ def planted(rng, *, strength, modules=30, r=32):
     def halves(D):
         return PairGrads(D, {m: torch.zeros_like(x) for m, x in D.items()})
 
-    return select(extract(halves(used), BasisConfig(), {}), 5, 0.0), halves(held)
+    return select(principal_axes(halves(used).differences(), BasisConfig()), 5, 0.0), halves(held)
 
 
 def test_a_planted_direction_generalises():

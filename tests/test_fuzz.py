@@ -17,7 +17,7 @@ from projected_grpo.antipasto import wrap
 from projected_grpo.checkpoint import load_knobs, read_state, restore_state, save_knobs, save_state
 from projected_grpo.config import PRESETS, from_json, to_json, validate
 from projected_grpo.errors import UserError
-from projected_grpo.extract_vhack_grad import Extraction, PairGrads, load_extraction, save_extraction
+from projected_grpo.extract_vhack_grad import Axes, Extraction, PairGrads, load_extraction, save_extraction
 from projected_grpo.grading import read_completions
 from projected_grpo.pairs import load_pairs
 from projected_grpo.pools import join, load_pool
@@ -184,7 +184,7 @@ def whole(policy, tmp_path_factory):
     meta = {"schema": "x", "top_k": 2}
     S = {m: torch.ones(2) for m in names}
     grads = PairGrads(*({m: axes + sign for m, axes in V.items()} for sign in (1, -1)))
-    save_extraction(folder / "basis", Extraction(V, S, grads, meta))
+    save_extraction(folder / "basis", Extraction(Axes(V, S, grads.differences()), grads, meta))
     device = torch.device("cpu")
     return {
         "knobs": ((folder / "knobs").read_bytes(), lambda path: load_knobs(path, policy)),

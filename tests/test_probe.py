@@ -10,7 +10,7 @@ from fake_runs import config, summary
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, to_json
 from projected_grpo.errors import GATE_FAILED
-from projected_grpo.extract_vhack_grad import Extraction, PairGrads, save_extraction
+from projected_grpo.extract_vhack_grad import Axes, Extraction, PairGrads, save_extraction
 from projected_grpo.probe import RunFiles, gate_a, gate_b, gate_c, gate_d
 
 PRESET = PRESETS["nano"][1]
@@ -171,7 +171,12 @@ def write_run(folder, files):
 def write_basis(path, rows):
     grads = PairGrads({"m": torch.tensor(rows)}, {"m": torch.zeros(2, 3)})
     V = torch.eye(3)[:1]
-    save_extraction(path, Extraction({"m": V}, {"m": torch.ones(1)}, grads, {"model": "tiny-random"}))
+    save_extraction(
+        path,
+        Extraction(
+            Axes({"m": V}, {"m": torch.ones(1)}, grads.differences()), grads, {"model": "tiny-random"}
+        ),
+    )
     return str(path)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.antipasto import Policy
-from projected_grpo.config import ArmConfig, LossConfig
+from projected_grpo.config import RELABELLED, ArmConfig, LossConfig
 from projected_grpo.extract_vhack_grad import PairGrads, pair_rollouts, relabelled
 from projected_grpo.grpo import microbatches
 from projected_grpo.pairs import Pair
@@ -108,7 +108,7 @@ def direction(
         generator = torch.Generator().manual_seed(stream_seed(seed, "haar-concept"))
         return haar_basis(1, hack.shape[1], generator)[0]
     contrast = PairGrads({"h": hack}, {"h": -clean})
-    if arm.control in ("shuffled", "clean_clean"):
+    if arm.control in RELABELLED:
         contrast = relabelled(contrast, arm.control, seed)
     unit = mean_difference(contrast.differences()["h"])
     return -unit if arm.control == "flipped" else unit

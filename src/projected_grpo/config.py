@@ -35,6 +35,7 @@ GateMode = Literal["one_sided", "no_gate", "reverse"]
 Control = Literal[
     "none", "haar", "haar_matched", "shuffled", "clean_clean", "flipped", "random_parking", "shrink"
 ]
+RELABELLED: frozenset[Control] = frozenset(("shuffled", "clean_clean"))  # need both sides of every pair
 Detector = Literal["C", "D", "E"]
 SandboxMode = Literal["auto", "strict"]
 EnvMode = Literal[

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.antipasto import Policy, content_hash, tensor_hash
 from projected_grpo.block import Start, direction_start, random_start
-from projected_grpo.config import ArmConfig, BasisConfig, Control, LossConfig, has_block
+from projected_grpo.config import RELABELLED, ArmConfig, BasisConfig, Control, LossConfig, has_block
 from projected_grpo.errors import UserError
 from projected_grpo.grpo import over_ranks, own_share, per_rollout_grads
 from projected_grpo.models import encode_chat
@@ -60,11 +60,19 @@ class PairGrads:
 
 
 @dataclass(frozen=True)
-class Extraction:
-    """What a basis file holds: all saved axes V with singular values S, the pair gradients, its metadata."""
+class Axes:
+    """Principal axes V of each module's pair differences, with their singular values S."""
 
     V: Mapping[str, Float[Tensor, "k r"]]
     S: Mapping[str, Float[Tensor, " k"]]
+    differences: Mapping[str, Float[Tensor, "pairs r"]]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What a basis file holds: all saved axes, the pair gradients, its metadata."""
+
+    axes: Axes
     grads: PairGrads
     meta: Mapping[str, Any]
 
@@ -77,15 +85,47 @@ def pair_grads(
     stop_id: int,
     *,
     length_norm: bool = False,
-    ablate_quarantine: bool = True,
     ranks: Ranks = ALONE,
 ) -> PairGrads:
-    """Gradients of all pairs through the training loss, at the deployed knobs unless told otherwise.
+    """Gradients of all pairs, both sides of each, through the training loss at the deployed knobs.
 
     With `ranks`, which all must call, each process runs its share of them.
     """
     rollouts = pair_rollouts(tokenizer, pairs, stop_id)
-    advantage = torch.tensor([1.0, -1.0] * len(pairs))
+    rows = _gradients(policy, rollouts, range(len(rollouts)), loss, stop_id, length_norm, ranks)
+    return PairGrads(
+        hack={m: g[0::2].contiguous() for m, g in rows.items()},
+        clean={m: g[1::2].contiguous() for m, g in rows.items()},
+    )
+
+
+def pair_differences(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    loss: LossConfig,
+    stop_id: int,
+    *,
+    length_norm: bool = False,
+    ranks: Ranks = ALONE,
+) -> dict[str, Float[Tensor, "pairs r"]]:
+    """`pair_grads(...).differences()`: where no side is asked for, a pair's prompt is run once, not twice."""
+    rollouts = pair_rollouts(tokenizer, pairs, stop_id)
+    pair = [i // 2 for i in range(len(rollouts))]
+    return _gradients(policy, rollouts, pair, loss, stop_id, length_norm, ranks)
+
+
+def _gradients(
+    policy: Policy,
+    rollouts: Sequence[Rollout],
+    parts: Sequence[int],
+    loss: LossConfig,
+    stop_id: int,
+    length_norm: bool,
+    ranks: Ranks,
+) -> dict[str, Float[Tensor, "parts r"]]:
+    """Gradients of hacks and cleans, in turn, at the deployed knobs, added up by part."""
+    advantage = torch.tensor([1.0, -1.0] * (len(rollouts) // 2))
     settings = LossConfig(
         unbiased=not length_norm,
         clip=loss.clip,
@@ -95,14 +135,17 @@ def pair_grads(
         grad_checkpoint=loss.grad_checkpoint,
     )
     longest = max(len(r.completion_ids) for r in rollouts)
-    deltas = policy.deltas(ablate_quarantine=ablate_quarantine)
-    own = own_share(ranks, rollouts, advantage)
-    got = per_rollout_grads(policy, rollouts, own, settings, longest, stop_id, deltas=deltas)
-    got = over_ranks(ranks, got)
-    return PairGrads(
-        hack={m: rows[0::2].float().contiguous() for m, rows in got.rows.items()},
-        clean={m: rows[1::2].float().contiguous() for m, rows in got.rows.items()},
+    got = per_rollout_grads(
+        policy,
+        rollouts,
+        own_share(ranks, rollouts, advantage),
+        settings,
+        longest,
+        stop_id,
+        deltas=policy.deltas(ablate_quarantine=True),
+        parts=parts,
     )
+    return {m: rows.float() for m, rows in over_ranks(ranks, got).rows.items()}
 
 
 def pair_rollouts(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], stop_id: int) -> list[Rollout]:
@@ -117,8 +160,12 @@ def pair_rollouts(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], sto
 
 
 def extract(grads: PairGrads, cfg: BasisConfig, meta: Mapping[str, Any]) -> Extraction:
+    """What a basis file will hold. Errors as of `principal_axes`."""
+    return Extraction(principal_axes(grads.differences(), cfg), grads, meta)
+
+
+def principal_axes(differences: Mapping[str, Float[Tensor, "pairs r"]], cfg: BasisConfig) -> Axes:
     """Directions of every module. UserError if pair gradients are all 0, FloatingPointError if not finite."""
-    differences = grads.differences()
     if not all(bool(D.isfinite().all()) for D in differences.values()):
         raise FloatingPointError("a pair gradient is not finite")
     dead = [m for m, D in differences.items() if not bool(D.any())]
@@ -132,28 +179,27 @@ def extract(grads: PairGrads, cfg: BasisConfig, meta: Mapping[str, Any]) -> Extr
             V[m], S[m] = mean_difference(D)[None], D.mean(0).norm()[None]
         else:
             V[m], S[m] = svd_basis(D, cfg.v_hack_extract_top_k, cfg.v_hack_tau_axis)
-    return Extraction(V, S, grads, meta)
+    return Axes(V, S, differences)
 
 
-def select(extraction: Extraction, k: int, drop_bottom_frac: float) -> HackBasis:
+def select(axes: Axes, k: int, drop_bottom_frac: float) -> HackBasis:
     """The basis in use: top k axes, then a noise floor over all modules' axes together.
 
     The floor is the given quantile of the kept singular values; modules left without an axis are absent.
     Raises UserError if nothing is left.
     """
-    S = {m: s[:k] for m, s in extraction.S.items()}
+    S = {m: s[:k] for m, s in axes.S.items()}
     pooled = torch.cat(list(S.values()))
     floor = (
         torch.quantile(pooled.double(), drop_bottom_frac) if drop_bottom_frac > 0 else pooled.new_zeros(())
     )
-    differences = extraction.grads.differences()
     # Sorted, because figures are means over modules, and a file does not keep the order of extraction.
-    V = {m: extraction.V[m][:k][S[m] >= floor].contiguous() for m in sorted(S) if bool((S[m] >= floor).any())}
+    V = {m: axes.V[m][:k][S[m] >= floor].contiguous() for m in sorted(S) if bool((S[m] >= floor).any())}
     if not V:
         raise UserError("the hack basis is empty; lower --v-hack-drop-bottom-frac or --v-hack-tau-axis")
-    for m, axes in V.items():
-        assert_orthonormal(axes, m)
-    return HackBasis(V, {m: mean_difference(differences[m]) for m in V})
+    for m, rows in V.items():
+        assert_orthonormal(rows, m)
+    return HackBasis(V, {m: mean_difference(axes.differences[m]) for m in V})
 
 
 def relabelled(grads: PairGrads, control: Control, seed: int) -> PairGrads:
@@ -284,8 +330,8 @@ def default_path(out_dir: Path, model: str, pairs: PairSet, meta: Mapping[str, A
 def save_extraction(path: Path, extraction: Extraction) -> None:
     """Write a basis file atomically."""
     tensors: dict[str, Tensor] = {}
-    for m in extraction.V:
-        tensors |= {f"V/{m}": extraction.V[m], f"S/{m}": extraction.S[m]}
+    for m, V in extraction.axes.V.items():
+        tensors |= {f"V/{m}": V, f"S/{m}": extraction.axes.S[m]}
         tensors |= {f"hack/{m}": extraction.grads.hack[m], f"clean/{m}": extraction.grads.clean[m]}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     meta = dict(extraction.meta)
@@ -319,7 +365,8 @@ def load_extraction(path: Path, expected: Mapping[str, Any], device: torch.devic
         parts.setdefault(kind, {})[module] = tensor
     if len(parts) > 4 or len({frozenset(modules) for modules in parts.values()}) != 1:
         raise UserError(f"{path}: tensors are missing from it; delete it to extract again")
-    return Extraction(parts["V"], parts["S"], PairGrads(parts["hack"], parts["clean"]), meta)
+    grads = PairGrads(parts["hack"], parts["clean"])
+    return Extraction(Axes(parts["V"], parts["S"], grads.differences()), grads, meta)
 
 
 def _short(value: object) -> str:
@@ -369,29 +416,31 @@ def refresh(
     cfg: BasisConfig,
     loss: LossConfig,
     arm: ArmConfig,
-    meta: Mapping[str, Any],
     seed: int,
     ranks: Ranks = ALONE,
 ) -> HackBasis:
     """Extract again at the current deployed knobs (quarantine ablated); random directions stay the same."""
     used, _ = pairs.split()
-    grads = pair_grads(
-        policy, tokenizer, used, loss, stop_id, length_norm=cfg.v_hack_length_norm, ranks=ranks
-    )
-    return in_use(extract(grads, cfg, meta), cfg, arm, seed)
+    arguments = (policy, tokenizer, used, loss, stop_id)
+    length_norm = cfg.v_hack_length_norm
+    if arm.control in RELABELLED:
+        grads = pair_grads(*arguments, length_norm=length_norm, ranks=ranks)
+        differences = relabelled(grads, arm.control, seed).differences()
+    else:
+        differences = pair_differences(*arguments, length_norm=length_norm, ranks=ranks)
+    return in_use(principal_axes(differences, cfg), cfg, arm, seed)
 
 
 def without_contrast(extraction: Extraction, cfg: BasisConfig, arm: ArmConfig, seed: int) -> Extraction:
     """The extraction from relabelled pairs where --control asks for it, else as it is."""
-    if arm.control not in ("shuffled", "clean_clean"):
+    if arm.control not in RELABELLED:
         return extraction
     return extract(relabelled(extraction.grads, arm.control, seed), cfg, extraction.meta)
 
 
-def in_use(extraction: Extraction, cfg: BasisConfig, arm: ArmConfig, seed: int) -> HackBasis:
-    """The basis a run projects with: `select`, and what --control puts in its place."""
-    extraction = without_contrast(extraction, cfg, arm, seed)
-    basis = select(extraction, cfg.v_hack_k, cfg.v_hack_drop_bottom_frac)
+def in_use(axes: Axes, cfg: BasisConfig, arm: ArmConfig, seed: int) -> HackBasis:
+    """The basis a run projects with: `select`, and what other controls put in its place."""
+    basis = select(axes, cfg.v_hack_k, cfg.v_hack_drop_bottom_frac)
     if arm.control == "haar":
         return haar_like(basis, cfg.v_hack_k, seed)
     if arm.control == "flipped":

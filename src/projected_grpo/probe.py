@@ -185,7 +185,7 @@ def read_basis(path: Path) -> tuple[str, dict[str, float]]:
     if not path.exists():
         raise UserError(f"gate A: {path} is not there; extract the basis first")
     extraction = load_extraction(path, {}, torch.device("cpu"))
-    differences = extraction.grads.differences()
+    differences = extraction.axes.differences
     return str(extraction.meta.get("model")), {m: float(D.norm()) for m, D in differences.items()}
 
 

@@ -423,14 +423,13 @@ def start_state(exp: Experiment) -> TrainState:
         cfg.model.model,
         cfg.run.out_dir,
     )
-    basis = in_use(extraction, cfg.basis, cfg.arm, cfg.run.seed)
+    extraction = without_contrast(extraction, cfg.basis, cfg.arm, cfg.run.seed)
+    basis = in_use(extraction.axes, cfg.basis, cfg.arm, cfg.run.seed)
     axes = sum(len(V) for V in basis.V.values())
     logger.info(
         "hack basis {}: {} axes in {} of {} modules", path, axes, len(basis.V), len(chat.policy.layers)
     )
-    gate = None
-    if cfg.arm.intervention == "route2":
-        gate = initial_gate(basis, without_contrast(extraction, cfg.basis, cfg.arm, cfg.run.seed).grads)
+    gate = initial_gate(basis, extraction.grads) if cfg.arm.intervention == "route2" else None
     chat.policy.give_blocks(block_starts(chat.policy, basis, cfg.arm, cfg.run.seed))
     o = cfg.optim
     optimizer = torch.optim.AdamW(

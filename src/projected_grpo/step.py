@@ -82,7 +82,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     basis: HackBasis
     gate: GateState | None
-    meta: Mapping[str, Any]  # of the basis, for refreshes
+    meta: Mapping[str, Any]  # of the basis file
     frames: Mapping[str, Tensor] = field(default_factory=dict)  # drawn by the seed, so not saved
     concept: Concept | None = None  # of an arm whose rewards hang on hidden states
     step: int = 0
@@ -331,7 +331,6 @@ def maybe_refresh(exp: Experiment, state: TrainState) -> float | None:
         exp.cfg.basis,
         exp.cfg.loss,
         exp.cfg.arm,
-        state.meta,
         exp.cfg.run.seed,
         exp.ranks,
     )

@@ -46,11 +46,11 @@ def extract_verb(options: ExtractOptions) -> int:
         options.model.model,
         options.out_dir,
     )
-    basis = select(extraction, options.basis.v_hack_k, options.basis.v_hack_drop_bottom_frac)
+    basis = select(extraction.axes, options.basis.v_hack_k, options.basis.v_hack_drop_bottom_frac)
     axes = sum(len(V) for V in basis.V.values())
-    dead = sum(not bool(D.any()) for D in extraction.grads.differences().values())
+    dead = sum(not bool(D.any()) for D in extraction.axes.differences.values())
     print(
-        f"{path}: {len(extraction.V)} modules, {dead} with zero norm (must be 0); "
+        f"{path}: {len(extraction.axes.V)} modules, {dead} with zero norm (must be 0); "
         f"in use: {axes} axes of {len(basis.V)} modules"
     )
     return 0
@@ -64,7 +64,7 @@ def verify_verb(options: ExtractOptions) -> int:
     extraction, path = obtain(
         chat.policy, chat.tokenizer, chat.stop_id, pairs, options.basis, loss, model, options.out_dir
     )
-    basis = select(extraction, options.basis.v_hack_k, options.basis.v_hack_drop_bottom_frac)
+    basis = select(extraction.axes, options.basis.v_hack_k, options.basis.v_hack_drop_bottom_frac)
     held_out = pairs.split()[1]
     length_norm = options.basis.v_hack_length_norm
     grads = pair_grads(chat.policy, chat.tokenizer, held_out, loss, chat.stop_id, length_norm=length_norm)
