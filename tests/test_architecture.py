@@ -27,6 +27,7 @@ ORDER = (
         "antipasto",
         "placement",
         "models",
+        "kvcache",
         "rollout",
         "sampler_vllm",
         "problems",

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from projected_grpo.antipasto import Policy, wrap
 from projected_grpo.config import SamplingConfig
+from projected_grpo.kvcache import RoomyLayer, reserve
 from projected_grpo.rollout import (
     Completion,
     Rollout,
@@ -282,6 +284,57 @@ def test_the_model_is_run_on_fewer_rows_once_rows_have_ended(small_model):
 def test_generate_refuses_rows_that_do_not_match_the_copies(tiny):
     with pytest.raises(ValueError, match="copies"):
         generate(tiny[0], PROMPTS[:2], [1, 1], random_draws(3, 4), SAMPLING, STOPS, 0)
+
+
+@given(
+    st.lists(st.one_of(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.integers(1, 3)), max_size=8),
+    st.data(),
+)
+def test_a_cache_with_room_holds_what_the_one_that_copies_holds(actions, data):
+    """Over any sequence of rows kept (a list) and tokens written (a number)."""
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    plain, roomy = DynamicCache(), DynamicCache()
+    states = torch.randn(2, 3, 2, 4, 5)  # layers, rows, heads, tokens, width
+    for layer in range(2):
+        plain.update(states[layer], -states[layer], layer)
+        roomy.update(states[layer], -states[layer], layer)
+    first = torch.tensor([0, 0, 1, 2, 2, 2])
+    plain.reorder_cache(first)
+    reserve(roomy, first, sum(action for action in actions if isinstance(action, int)))
+    assert all(isinstance(layer, RoomyLayer) for layer in roomy.layers)
+    rows = 6
+    for action in actions:
+        if isinstance(action, list):
+            kept = torch.tensor([row for row in action if row < rows] or [0])
+            plain.reorder_cache(kept)
+            roomy.reorder_cache(kept)
+            rows = len(kept)
+            continue
+        for layer in range(2):
+            new = torch.randn(rows, 2, action, 5)
+            pairs = zip(roomy.update(new, -new, layer), plain.update(new, -new, layer), strict=True)
+            assert all(torch.equal(got, expected) for got, expected in pairs)
+    assert roomy.get_seq_length() == plain.get_seq_length()
+    for got, expected in zip(roomy.layers, plain.layers, strict=True):
+        assert torch.equal(got.keys, expected.keys) and torch.equal(got.values, expected.values)
+    with pytest.raises(IndexError, match="for a cache of"):
+        roomy.update(torch.zeros(rows, 2, 1, 5), torch.zeros(rows, 2, 1, 5), 0)
+
+
+def test_decoding_writes_into_the_room_it_was_given(small_model):
+    """No key is copied to make room for another, until rows leave the batch."""
+    places: list[int] = []
+
+    def note(module, args, kwargs):
+        layer = kwargs["past_key_values"].layers[0] if kwargs.get("past_key_values") is not None else None
+        if isinstance(layer, RoomyLayer):
+            places.append(layer.keys.data_ptr())
+
+    model = small_model("qwen3")
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    generate(model, PROMPTS, [2] * 4, random_draws(8, 12), SAMPLING, frozenset(), 0)
+    handle.remove()
+    assert len(places) == 11 and len(set(places)) == 1
 
 
 # Sampling from a policy

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from projected_grpo.antipasto import Policy
 from projected_grpo.config import SamplingConfig
+from projected_grpo.kvcache import reserve
 from projected_grpo.proj import per_token_logps
 
 Completion = tuple[tuple[int, ...], Float[Tensor, " t"]]  # token ids and their log-probabilities, nats
@@ -355,7 +356,7 @@ def generate(
     )
     cache, logits = out.past_key_values, out.logits[:, -1]
     repeat = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies)).to(device)
-    cache.reorder_cache(repeat)
+    reserve(cache, repeat, max_new - 1)
     attention, logits = attention[repeat], logits[repeat]
     stops = torch.tensor(sorted(stop), device=device)
     draws = draws.to(device, torch.float32)
