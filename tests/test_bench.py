@@ -18,6 +18,7 @@ from projected_grpo.bench import (
     bench_grader,
     bench_table,
     benchmark_work,
+    plain_subprocesses,
     pool_work,
     single,
 )
@@ -53,6 +54,18 @@ def test_a_report_without_quick_responses_is_a_table_too():
     report = bench_grader([(make_task("gt_only"), fenced(BUSY))], QUICK)
     assert report["baseline"] == {"responses": 0} and report["without_slow"] == {"responses": 0}
     assert "plain" not in bench_table(report)
+
+
+def test_without_a_sample_no_plain_subprocess_runs(monkeypatch):
+    monkeypatch.setattr("projected_grpo.bench.plain_subprocesses", lambda scripts: pytest.fail("it ran"))
+    report = bench_grader([(make_task("gt_only"), fenced(CANONICAL))], replace(QUICK, baseline_sample=0))
+    assert report["baseline"] == {"responses": 0}
+
+
+def test_plain_subprocesses_leave_nothing_where_they_were_started(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain_subprocesses(["open('result.txt', 'w').write('PASS')", "import os; os.rmdir(os.getcwd())"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_loops_none_is_run():
@@ -120,8 +133,11 @@ def test_the_verb_takes_a_pool_and_writes_json(tmp_path, monkeypatch, capsys):
     arguments = ["--pool", str(tmp_path), "--workers", "2", "--loops", "3", "--loop-limit", "0.5"]
     assert cli.main(["bench", "grader", *arguments, "--json", str(out)]) == 0
     assert [(task.problem_id, task.env_mode) for task, _ in seen["work"]] == [(problem.problem_id, "gt_only")]
-    assert seen["settings"] == asdict(bench.BenchSettings(2, 1, 20, 3, 0.5))
+    assert seen["settings"] == asdict(bench.BenchSettings(2, 1, 0, 3, 0.5))  # nothing runs uncontained
     assert json.loads(out.read_text())["responses"] == 1 and "1 responses" in capsys.readouterr().out
+    for more, sample in ((["--pool", str(tmp_path), "--baseline-sample=1"], 1), (["--limit=1"], 20)):
+        assert cli.main(["bench", "grader", *more]) == 0
+        assert seen["settings"]["baseline_sample"] == sample
 
 
 def test_a_pool_of_other_problems_is_a_users_mistake(tmp_path, capsys):

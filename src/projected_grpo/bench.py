@@ -4,9 +4,11 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -109,7 +111,8 @@ def bench_grader(work: Work, settings: BenchSettings) -> dict[str, Any]:
     own = [max(0.0, one.cpu_s - empty_s[len(one.programs)]) for one in singles]
     slow = [i for i, seconds in enumerate(own) if seconds > SLOW_S]
     quick = [i for i in range(len(work)) if i not in set(slow)]
-    sample = quick[:: max(1, len(quick) // settings.baseline_sample)][: settings.baseline_sample]
+    asked = min(settings.baseline_sample, len(quick))
+    sample = quick[:: len(quick) // asked][:asked] if asked else []
     return {
         "responses": len(work),
         "programs": sum(len(one.programs) for one in singles),
@@ -281,15 +284,18 @@ def baseline(
 
 
 def plain_subprocesses(scripts: Sequence[str]) -> float:
-    """Seconds that plain interpreters take for the scripts, one after another; on stdin, as -c is limited."""
-    started = time.monotonic()
-    for script in scripts:
-        try:
+    """Seconds that plain interpreters take for the scripts, one after another; on stdin, as -c is limited.
+
+    Nothing contains them, but that they begin in a folder of their own, which goes with what they left in it.
+    """
+    command = [sys.executable, "-"]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        started = time.monotonic()
+        for script in scripts:
             data = script.encode(errors="replace")
-            subprocess.run([sys.executable, "-"], input=data, capture_output=True, timeout=10, check=False)
-        except subprocess.TimeoutExpired:
-            continue
-    return time.monotonic() - started
+            with suppress(subprocess.TimeoutExpired):
+                subprocess.run(command, input=data, cwd=folder, capture_output=True, timeout=10, check=False)
+        return time.monotonic() - started
 
 
 def as_script(program: Program, code: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from loguru import logger
 
 from projected_grpo.bench import BenchSettings, bench_grader, bench_table, benchmark_work, pool_work
 from projected_grpo.checkpoint import load_knobs
@@ -38,6 +39,8 @@ from projected_grpo.pools import (
 from projected_grpo.poolsample import PoolSampling, sample_pool
 from projected_grpo.problems import Problem, assign_modes, is_eval, load_problems, take
 from projected_grpo.runlog import write_atomically, write_json
+
+PLAIN_SAMPLE = 20  # canonical solutions that plain subprocesses run beside the grader
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,9 @@ class BenchGraderOptions:
     """Grader processes of the parallel measurement; 0 is one per core."""
     repeats: int = 1
     """Passes over the work for each throughput; the best counts."""
-    baseline_sample: int = 20
-    """How many responses plain subprocesses run, one program after another."""
+    baseline_sample: int | None = None
+    """How many responses plain subprocesses run, one program after another and without containment: 20 of the
+    canonical solutions, or, unless this says so, none of a pool, whose programs may do anything."""
     loops: int = 4
     """How many endless loops are graded at once."""
     loop_limit: float = 0.0
@@ -241,9 +245,12 @@ def bench_grader_verb(options: BenchGraderOptions) -> int:
         work = pool_work(problems, join(load_pool(options.pool), problems), options.limit)
         if not work:
             raise UserError(f"{options.pool}: no overlap with the problems of {options.problems.problems}")
-    settings = BenchSettings(
-        options.workers, options.repeats, options.baseline_sample, options.loops, options.loop_limit
-    )
+    baseline = options.baseline_sample
+    if baseline is None:
+        baseline = PLAIN_SAMPLE if options.pool is None else 0
+    settings = BenchSettings(options.workers, options.repeats, baseline, options.loops, options.loop_limit)
+    if options.pool is not None and baseline:
+        logger.warning("plain subprocesses will run programs of this pool without containment")
     report = bench_grader(work, settings)
     print(bench_table(report))
     if options.json is not None:
