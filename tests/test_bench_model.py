@@ -94,6 +94,8 @@ def test_each_verb_writes_its_figures(verb, tmp_path, capsys):
         assert figures["shared_prompt_over_floor"] == figures["shared_prompt_s"] / figures["floor_s"]
         assert all(figures[f"{name}_peak_gb"] > 0 for name in ("per_rollout", "shared_prompt"))
         assert all(figures[f"{name}_predicted_gb"] > 0 for name in ("per_rollout", "shared_prompt"))
+    if verb == "extraction":
+        assert figures["differences_over_floor"] == figures["differences_s"] / figures["floor_s"]
     assert "tiny-random" in capsys.readouterr().out
 
 

@@ -24,7 +24,7 @@ from projected_grpo.bench import machine
 from projected_grpo.config import EMBEDDED, FAST, Intervention, ModelConfig, TrainConfig, validate
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Chat, Data, Experiment, SamplerOpener, own_sampler, sampler_opener
-from projected_grpo.extract_vhack_grad import pair_grads, pair_rollouts
+from projected_grpo.extract_vhack_grad import pair_differences, pair_grads, pair_rollouts
 from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.memory import measured_peak, predicted_peak
 from projected_grpo.models import load_model, pick_devices, stop_ids
@@ -407,13 +407,18 @@ def frozen_pass(
 
 
 def bench_extraction(work: Work) -> dict[str, Any]:
-    """Gradients of the packaged pairs, beside the frozen base's forward and backward on the same tokens."""
+    """Gradients of the packaged pairs' sides (an extraction) and of their differences alone (a refresh).
+
+    Beside the frozen base's forward and backward on the same tokens.
+    """
     chat = open_bench_chat(work)
     pairs = load_pairs(None).split()[0]
     loss = bench_config(work, Path()).loss
     rollouts = pair_rollouts(chat.tokenizer, pairs, chat.stop_id)
+    arguments = (chat.policy, chat.tokenizer, pairs, loss, chat.stop_id)
     functions: dict[str, Callable[[], object]] = {
-        "ours": lambda: pair_grads(chat.policy, chat.tokenizer, pairs, loss, chat.stop_id),
+        "ours": lambda: pair_grads(*arguments),
+        "differences": lambda: pair_differences(*arguments),
         "floor": lambda: frozen_pass(
             chat.policy.model, rollouts, chat.pad_id, chat.policy.device, work.tokens_per_microbatch
         ),
@@ -433,12 +438,11 @@ def bench_svd(work: Work) -> dict[str, Any]:
 
 
 def over_floor(functions: Mapping[str, Callable[[], object]], work: Work, chat: Chat) -> dict[str, Any]:
-    """Median seconds of `ours` and `floor` in turns, and their ratio."""
+    """Median seconds of each in turns, and their ratios to `floor`."""
     seconds = alternated(functions, chat.policy.devices, work.steps)
-    return {
-        "ours_s": seconds["ours"],
-        "floor_s": seconds["floor"],
-        "over_floor": seconds["ours"] / seconds["floor"],
+    ratios = {name: s / seconds["floor"] for name, s in seconds.items() if name != "floor"}
+    return {f"{name}_s": s for name, s in seconds.items()} | {
+        "over_floor" if name == "ours" else f"{name}_over_floor": ratio for name, ratio in ratios.items()
     }
 
 

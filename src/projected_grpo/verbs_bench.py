@@ -100,7 +100,7 @@ def bench_backward_verb(options: BenchOptions) -> int:
 
 
 def bench_extraction_verb(options: BenchOptions) -> int:
-    """Pair gradients, beside the frozen base model's forward and backward on the same tokens."""
+    """Gradients of pairs, and of their differences alone, beside the frozen base's forward and backward."""
     return measure(options, bench_extraction)
 
 
