@@ -29,6 +29,7 @@ ORDER = (
         "models",
         "kvcache",
         "rollout",
+        "prefix",
         "sampler_vllm",
         "problems",
         "pairs",

@@ -458,9 +458,8 @@ def test_posthoc_takes_out_what_learning_to_hack_put_in_and_nothing_of_the_oppos
     policy, chat = exp.chat.policy, exp.chat
     untrained = hack_minus_clean(exp, policy.deltas())
     for _ in range(3):
-        grads = pair_grads(
-            policy, chat.tokenizer, exp.pairs.split()[0], LossConfig(), chat.stop_id, ablate_quarantine=False
-        ).differences()
+        pairs, _ = exp.pairs.split()
+        grads = pair_grads(policy, chat.tokenizer, pairs, LossConfig(), chat.stop_id).differences()
         for m, layer in policy.layers.items():
             layer.delta_s.data -= (
                 0.02 * direction_of_training * torch.nn.functional.normalize(grads[m].mean(0), dim=0)

@@ -91,9 +91,9 @@ def test_each_verb_writes_its_figures(verb, tmp_path, capsys):
     assert seconds and all(value > 0 for value in seconds.values())
     assert figures["model"] == "tiny-random" and figures["max_new"] == 3 and "git_commit" in figures
     if verb == "backward":
-        assert figures["shared_prompt_over_floor"] == figures["shared_prompt_s"] / figures["floor_s"]
-        assert all(figures[f"{name}_peak_gb"] > 0 for name in ("per_rollout", "shared_prompt"))
-        assert all(figures[f"{name}_predicted_gb"] > 0 for name in ("per_rollout", "shared_prompt"))
+        assert figures["per_group_over_floor"] == figures["per_group_s"] / figures["floor_s"]
+        assert all(figures[f"{name}_peak_gb"] > 0 for name in ("per_rollout", "per_group"))
+        assert all(figures[f"{name}_predicted_gb"] > 0 for name in ("per_rollout", "per_group"))
     if verb == "extraction":
         assert figures["differences_over_floor"] == figures["differences_s"] / figures["floor_s"]
     assert "tiny-random" in capsys.readouterr().out

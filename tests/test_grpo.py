@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from projected_grpo import grpo
+from projected_grpo import antipasto, grpo
 from projected_grpo import rollout as scoring
 from projected_grpo.antipasto import Policy, wrap
 from projected_grpo.config import LossConfig
@@ -502,7 +502,7 @@ def test_bfloat16_weights_give_float32_rows(small_model):
     assert float(cosine) > 0.9
 
 
-# Parts: sums over rollouts that share a prompt, which is run once
+# Prompts that are run once, and parts: rows that are sums over rollouts
 
 PARTS = (0, 1, 0, 2, 2, 0)
 
@@ -517,7 +517,14 @@ def with_common_prompts(rollouts: Sequence[Rollout]) -> list[Rollout]:
 @pytest.mark.parametrize("budget", [1, 25, 16384])
 @pytest.mark.parametrize("loss", [LossConfig(), LossConfig(unbiased=False, beta=0.3)])
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "qwen3_5"])
-def test_a_parts_row_is_the_sum_of_its_rollouts_rows(small_model, family, loss, budget):
+@pytest.mark.parametrize(
+    "parts",
+    [None, PARTS, (0, 1, 2, 3, 3, 0), (0, 1, 1, 0, 1, 0)],
+    ids=["a row each", "by prompt", "two of a prompt", "across prompts"],
+)
+def test_rows_are_sums_of_what_each_rollout_gives_by_itself(
+    small_model, monkeypatch, family, loss, budget, parts
+):
     policy = wrap(small_model(family), None)
     generator = torch.Generator().manual_seed(1)
     for layer in policy.layers.values():
@@ -525,40 +532,60 @@ def test_a_parts_row_is_the_sum_of_its_rollouts_rows(small_model, family, loss, 
     rollouts = with_common_prompts([Rollout(p, c, "") for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
     A = torch.tensor((1.0, -0.5, 0.25, -1.25, 2.0, 0.0), dtype=torch.float64)
     loss = replace(loss, tokens_per_microbatch=budget)
-    single = per_rollout_grads(policy, rollouts, A, loss, MAX_NEW, 0, with_reference=True)
-    shared = per_rollout_grads(policy, rollouts, A, loss, MAX_NEW, 0, with_reference=True, parts=PARTS)
-    assert shared.first.tolist() == [0, 1, 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "can_share", lambda model: False)
+        single = per_rollout_grads(policy, rollouts, A, loss, MAX_NEW, 0, with_reference=True)
+    shared = per_rollout_grads(policy, rollouts, A, loss, MAX_NEW, 0, with_reference=True, parts=parts)
+    parts = range(6) if parts is None else parts
+    assert shared.first.tolist() == [parts.index(part) for part in range(max(parts) + 1)]
     relative = 1e-4 if family == "qwen3_5" else 1e-7  # the gated delta rule computes in float32 inside
     assert shared.loss == pytest.approx(single.loss, rel=relative)
     for m, rows in shared.rows.items():
         for part, row in enumerate(rows):
-            expected = sum(single.rows[m][i] for i, p in enumerate(PARTS) if p == part)
-            torch.testing.assert_close(row, expected, rtol=0, atol=relative * float(expected.norm()))
+            expected = sum(single.rows[m][i] for i, p in enumerate(parts) if p == part)
+            scale = float(single.rows[m].norm())
+            torch.testing.assert_close(row, expected, rtol=0, atol=relative * scale)
     for name in ("logp", "ref_logp", "kl", "gap"):
         torch.testing.assert_close(
             getattr(shared, name), getattr(single, name), rtol=1e-4, atol=1e-5, equal_nan=True
         )
 
 
-def test_a_shared_prompt_is_run_once(policy, monkeypatch):
+@pytest.mark.parametrize("parts", [None, (0, 0, 0, 0, 0)])
+def test_a_shared_prompt_is_run_once(policy, monkeypatch, parts):
     rollouts = [Rollout((5, 6, 7, 8), c, "") for c in COMPLETIONS]
     fed: list[tuple[int, ...]] = []
     monkeypatch.setattr(
-        policy.model,
+        policy.model.base_model,
         "forward",
-        lambda *a, _run=policy.model.forward, **k: (fed.append(tuple(k["input_ids"].shape)), _run(*a, **k))[
-            1
-        ],
+        lambda *a, _run=policy.model.base_model.forward, **k: (
+            fed.append(tuple(k["input_ids"].shape)),
+            _run(*a, **k),
+        )[1],
     )
     A = torch.ones(5, dtype=torch.float64)
-    per_rollout_grads(policy, rollouts, A, LossConfig(), MAX_NEW, 0, parts=(0, 0, 0, 0, 0))
+    per_rollout_grads(policy, rollouts, A, LossConfig(), MAX_NEW, 0, parts=parts)
     assert fed == [(1, 3), (5, 8)]  # the prompt but for its last token; that token and 8 - 1 of completion
 
 
-def test_rollouts_of_one_part_must_have_one_prompt(policy):
-    rollouts = [Rollout((5, 6), (1, 2), ""), Rollout((5, 7), (1, 2), "")]
-    with pytest.raises(ValueError, match="different prompts"):
-        per_rollout_grads(policy, rollouts, torch.ones(2), LossConfig(), MAX_NEW, 0, parts=(0, 0))
+def test_the_products_of_a_prompt_are_made_once(policy, monkeypatch):
+    """However many backward passes go through it."""
+    made: list[tuple[int, ...]] = []
+    real, (layer,) = (
+        torch.nn.functional.linear,
+        [layer for name, layer in policy.layers.items() if name.endswith("0.mlp.down_proj")],
+    )
+
+    def linear(x, weight, bias=None):
+        if weight.data_ptr() == layer.Vh.data_ptr():
+            made.append(tuple(x.shape[:2]))
+        return real(x, weight, bias)
+
+    monkeypatch.setattr(antipasto.F, "linear", linear)
+    rollouts = [Rollout((5, 6, 7, 8), c, "") for c in COMPLETIONS]
+    per_rollout_grads(policy, rollouts, torch.ones(5).double(), LossConfig(), MAX_NEW, 0)
+    assert made == [(5, 8), (1, 3)]
+    assert not any(layer.repeated for layer in policy.layers.values())
 
 
 # The output layer in chunks
@@ -600,12 +627,9 @@ def test_chunks_of_the_output_layer_change_nothing(small_model, monkeypatch, fam
         sizes = in_chunks(patch, policy, tokens)
         chunked = per_rollout_grads(policy, found, A, loss, MAX_NEW, 0, parts=parts)
     answers = sum(len(r.completion_ids) for r in found)
-    prompts = (
-        3 if parts and family != "qwen3_5" else 0
-    )  # shared: one position each, whose logits nobody reads
     looked = 8  # to see that the logits are the output layer's own
-    assert sum(sizes) == 2 * (answers + prompts) + looked, "policy and reference, and no padding"
-    assert sorted(sizes)[-2] <= max(tokens, prompts)
+    assert sum(sizes) == 2 * answers + looked, "policy and reference, and no padding"
+    assert sorted(sizes)[-2] <= tokens
     relative = 1e-5 if family == "qwen3_5" else 1e-9  # the gated delta rule computes in float32 inside
     assert chunked.loss == pytest.approx(whole.loss, rel=relative)
     for m, rows in chunked.rows.items():

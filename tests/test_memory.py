@@ -39,7 +39,8 @@ def test_the_profiler_counts_what_is_alive_at_once():
 
 
 @pytest.mark.parametrize(
-    ("way", "chunk"), [("shared", 2**26), ("shared", 2**16), ("apart", 2**26), ("checkpointed", 2**16)]
+    ("way", "chunk"),
+    [("summed", 2**26), ("summed", 2**16), ("each", 2**26), ("each", 2**16), ("checkpointed", 2**16)],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_formula_is_within_a_tenth_of_what_is_counted(monkeypatch, dtype, way, chunk):
@@ -49,7 +50,7 @@ def test_the_formula_is_within_a_tenth_of_what_is_counted(monkeypatch, dtype, wa
     work = Work(model, 2, 4, 48, 48, grad_checkpoint=way == "checkpointed")
     chat = open_bench_chat(work, MODEL)
     nudge_knobs(chat)
-    parts = None if way == "apart" else [i // 4 for i in range(8)]
+    parts = None if way == "each" else [i // 4 for i in range(8)]
     run, predicted = loss_pass(work, chat, parts)
     assert predicted == pytest.approx(measured_peak(run, [CPU]), rel=0.1)
 

@@ -106,7 +106,7 @@ def test_tied_weights_stay_one(small_model):
 def test_memory_is_predicted_for_the_fullest_device(small_model):
     model = small_model("qwen3", torch.float32)
     rollouts, loss = [Rollout((1, 2, 3), (4, 5), "")] * 2, LossConfig()
-    load = Load(rows=2, prompts=2, prompt_tokens=3, max_new=2, shared=False, padded=False)
+    load = Load(rows=2, prompts=1, prompt_tokens=3, max_new=2, padded=False)
     assert predicted_peak(model, rollouts, loss) == loss_memory(shape_of(model), load).total
     place(model, (CPU, META))
     assert (

@@ -71,15 +71,18 @@ class _TangentLinear(torch.autograd.Function):
     def forward(ctx, x, rows, moved, weight, layer):  # type: ignore[no-untyped-def]  # torch's own signature
         moved = None if moved is None else moved[0].to(x.device)
         ctx.save_for_backward(x, weight, layer.U, layer.Vh, moved)
-        ctx.block, ctx.home = layer.block, rows.device
+        ctx.layer, ctx.home, ctx.projected = layer, rows.device, None
         return F.linear(x, weight, layer.base.bias)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight, U, Vh, moved = ctx.saved_tensors
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        grad_rows = (F.linear(x, Vh) * (grad @ U)).sum(1)
-        grad_moved = None if moved is None else ctx.block.row_gradients(x, grad, moved)
+        projected = F.linear(x, Vh) if ctx.projected is None else ctx.projected
+        if ctx.layer.repeated:
+            ctx.projected = projected
+        grad_rows = (projected * (grad @ U)).sum(1)
+        grad_moved = None if moved is None else ctx.layer.block.row_gradients(x, grad, moved)
         at_home = (None if g is None else g.to(ctx.home) for g in (grad_rows, grad_moved))
         return grad_x, *at_home, None, None
 
@@ -104,6 +107,7 @@ class AdaptedLinear(nn.Module):
         self.bound: Tensor | None = None
         self.bound_block: Tensor | None = None
         self.tangent = False  # what is bound is merged into the weight already
+        self.repeated = False  # a backward pass will come again: Vh x is kept
 
     def bind(
         self,
@@ -251,6 +255,17 @@ class Policy:
         finally:
             for layer in self.layers.values():
                 layer.tangent = False
+
+    @contextmanager
+    def repeated_backward(self) -> Iterator[None]:
+        """Run backward passes through one graph, all of which but the first find Vh x."""
+        for layer in self.layers.values():
+            layer.repeated = True
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.repeated = False
 
     @contextmanager
     def repeat(self, index: Int[Tensor, " n"]) -> Iterator[None]:

@@ -342,7 +342,7 @@ def loss_pass(work: Work, chat: Chat, parts: Sequence[int] | None) -> tuple[Call
     def run() -> None:
         per_rollout_grads(chat.policy, rollouts, advantage, loss, work.max_new, chat.pad_id, parts=parts)
 
-    return run, predicted_peak(chat.policy.model, rollouts, loss, parts)
+    return run, predicted_peak(chat.policy.model, rollouts, loss)
 
 
 def by_group(work: Work) -> list[int]:
@@ -367,7 +367,7 @@ def bench_backward(work: Work) -> dict[str, Any]:
     nudge_knobs(chat)
     passes = {
         "per_rollout": loss_pass(work, chat, None),
-        "shared_prompt": loss_pass(work, chat, by_group(work)),
+        "per_group": loss_pass(work, chat, by_group(work)),
     }
     rollouts = random_rollouts(work, chat)
     functions: dict[str, Callable[[], object]] = {
@@ -382,7 +382,7 @@ def bench_backward(work: Work) -> dict[str, Any]:
     return {
         **{f"{name}_s": value for name, value in seconds.items()},
         "per_rollout_over_floor": seconds["per_rollout"] / floor,
-        "shared_prompt_over_floor": seconds["shared_prompt"] / floor,
+        "per_group_over_floor": seconds["per_group"] / floor,
         **{f"{name}_peak_gb": value for name, value in peaks.items()},
         **{f"{name}_predicted_gb": predicted / 1e9 for name, (_, predicted) in passes.items()},
     } | describe(work, chat)

@@ -148,8 +148,7 @@ class LossConfig:
     """Padded tokens per forward-backward pass."""
     grad_checkpoint: bool = False
     """Keep each layer's input alone for the backward pass and run the layer again there: a fraction of the
-    memory (docs/benchmarks.md) for another forward pass. Prompts are then run once per rollout, not per
-    group."""
+    memory (docs/benchmarks.md) for another forward pass. Each rollout then has a run of its prompt."""
 
 
 @dataclass(frozen=True)

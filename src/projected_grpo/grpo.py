@@ -31,12 +31,13 @@ from functools import partial
 import torch
 from jaxtyping import Bool, Float, Int
 from loguru import logger
-from torch import Tensor
+from torch import Tensor, nn
 
 from projected_grpo.antipasto import Policy
 from projected_grpo.config import LossConfig
 from projected_grpo.errors import UserError
 from projected_grpo.models import checkpointed
+from projected_grpo.prefix import SharedPass, shared_logps
 from projected_grpo.ranks import Ranks
 from projected_grpo.rollout import (
     Rollout,
@@ -45,7 +46,6 @@ from projected_grpo.rollout import (
     collate_shared,
     completion_logps,
     head_chunk,
-    shared_logps,
 )
 
 STD_FLOOR = 1e-4  # added to the std in classic GRPO, as TRL does
@@ -128,20 +128,21 @@ def k3(logp: Float[Tensor, "b T"], ref: Float[Tensor, "b T"]) -> Float[Tensor, "
 
 
 def microbatches(
-    rollouts: Sequence[Rollout], which: Sequence[int], budget: int, parts: Sequence[int] | None = None
+    rollouts: Sequence[Rollout], which: Sequence[int], budget: int, prompts: Sequence[int] | None = None
 ) -> Iterator[list[int]]:
     """Split indices into batches of at most `budget` padded tokens (one rollout at least), longest first.
 
-    With `parts` a batch holds the prompt of each part once, and rollouts of a part follow each other.
+    With `prompts`, a number for each rollout's, a batch holds each prompt once, and those who follow one
+    prompt come one after the other.
     """
-    parts = range(len(rollouts)) if parts is None else parts
+    prompts = range(len(rollouts)) if prompts is None else prompts
     lengths = {i: len(rollouts[i].prompt_ids) + len(rollouts[i].completion_ids) for i in which}
     longest: dict[int, int] = {}
     for i in which:
-        longest[parts[i]] = max(lengths[i], longest.get(parts[i], 0))
+        longest[prompts[i]] = max(lengths[i], longest.get(prompts[i], 0))
     batch: list[int] = []
-    for i in sorted(which, key=lambda i: (-longest[parts[i]], parts[i], -lengths[i])):
-        if batch and _padded_tokens(rollouts, parts, [*batch, i]) > budget:
+    for i in sorted(which, key=lambda i: (-longest[prompts[i]], prompts[i], -lengths[i])):
+        if batch and _padded_tokens(rollouts, prompts, [*batch, i]) > budget:
             yield batch
             batch = []
         batch.append(i)
@@ -149,10 +150,10 @@ def microbatches(
         yield batch
 
 
-def _padded_tokens(rollouts: Sequence[Rollout], parts: Sequence[int], batch: Sequence[int]) -> int:
+def _padded_tokens(rollouts: Sequence[Rollout], prompts: Sequence[int], batch: Sequence[int]) -> int:
     width = max(len(rollouts[i].prompt_ids) for i in batch)
     length = max(len(rollouts[i].completion_ids) for i in batch)
-    return width * len({parts[i] for i in batch}) + length * len(batch)
+    return width * len({prompts[i] for i in batch}) + length * len(batch)
 
 
 def per_rollout_grads(
@@ -170,28 +171,28 @@ def per_rollout_grads(
     """Gradient of the loss for every rollout, from one forward and one backward per microbatch.
 
     With `parts`, a number for each rollout from 0 up without gaps, there is a row per part instead, the sum
-    over its rollouts; their prompt, which must be the same, is then run once where the model allows it (all
-    read its cache, which layers under `loss.grad_checkpoint` do not take). Rollouts with advantage 0 are not
-    run and add nothing. The gradient is taken at `deltas` (default: the policy as trained); no parameter's
-    `.grad` is touched. A microbatch that does not fit into memory is run in halves, which changes nothing but
-    rounding; UserError if a single rollout does not fit.
+    over its rollouts. A prompt that several rollouts follow is run once where the model allows it (all read
+    its cache, which layers under `loss.grad_checkpoint` do not take; prefix.py). Rollouts with advantage 0
+    are not run and add nothing. The gradient is taken at `deltas` (default: the policy as trained); no
+    parameter's `.grad` is touched. A microbatch that does not fit into memory is run in halves, which changes
+    nothing but rounding; UserError if a single rollout does not fit.
     """
     deltas = policy.deltas() if deltas is None else deltas
     n = len(rollouts)
     parts = range(n) if parts is None else parts
     first = torch.tensor([parts.index(part) for part in range(max(parts) + 1)])
-    shared = len(first) < n and can_share(policy.model) and not loss.grad_checkpoint
+    prompts = prompt_numbers(rollouts) if shares_prompts(policy.model, rollouts, loss) else range(n)
     rows = {m: delta.new_zeros(len(first), len(delta)) for m, delta in deltas.items()}
     figures = torch.full((4, n), float("nan"))
     total = 0.0
     live = [i for i, a in enumerate(advantage.tolist()) if a != 0]
     budget = loss.tokens_per_microbatch
-    waiting = list(microbatches(rollouts, live, budget, parts if shared else None))[::-1]
+    waiting = list(microbatches(rollouts, live, budget, prompts))[::-1]
     while waiting:
         index = waiting.pop()
         batch, own = [rollouts[i] for i in index], [parts[i] for i in index]
         try:
-            scorer = _scorer(policy, batch, own, pad_id, shared)
+            scorer = _scorer(policy, batch, own, pad_id, len({prompts[i] for i in index}) < len(index))
             with checkpointed(policy.model) if loss.grad_checkpoint else nullcontext():
                 value, gradients, measured = _microbatch(
                     policy, batch, scorer, advantage[index], loss, n, max_new, deltas, with_reference
@@ -245,25 +246,73 @@ def over_ranks(ranks: Ranks, grads: RolloutGrads) -> RolloutGrads:
     return RolloutGrads(summed, grads.first, sum(losses), *figures)
 
 
+def prompt_numbers(rollouts: Sequence[Rollout]) -> list[int]:
+    """A number per rollout, the same where the prompt is."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return [numbers.setdefault(r.prompt_ids, len(numbers)) for r in rollouts]
+
+
+def shares_prompts(model: nn.Module, rollouts: Sequence[Rollout], loss: LossConfig) -> bool:
+    """Whether the loss runs a prompt once for all rollouts that follow it."""
+    return (
+        len({r.prompt_ids for r in rollouts}) < len(rollouts)
+        and not loss.grad_checkpoint
+        and can_share(model)
+    )
+
+
+Backward = Callable[[Float[Tensor, ""]], Mapping[str, Float[Tensor, "rows _"]]]
+
+
 @dataclass(frozen=True)
 class _Scorer:
-    """What gives completions' log-probabilities under the deltas bound by then; the part of each row."""
+    """Two ways to completions' log-probabilities, and the part of each row of the gradients.
 
-    logps: Callable[[], Float[Tensor, "b T"]]
+    `logps` gives them under what is bound by then, without gradients. `run` takes leaves, a row per entry of
+    `parts`, and gives them with what takes a value that was made of them to its gradients by the leaves.
+    """
+
     completion: Bool[Tensor, "b T"]
     parts: Sequence[int]
+    logps: Callable[[], Float[Tensor, "b T"]]
+    run: Callable[[Mapping[str, Tensor]], tuple[Float[Tensor, "b T"], Backward]]
 
 
 def _scorer(
     policy: Policy, rollouts: Sequence[Rollout], parts: Sequence[int], pad_id: int, shared: bool
 ) -> _Scorer:
-    if shared:
-        once = collate_shared(rollouts, parts, pad_id, policy.device)
-        chunk = _chunk(policy, once.completion.numel())
-        return _Scorer(partial(shared_logps, policy, once, chunk), once.completion, sorted(set(parts)))
+    return (_with_prompts_once if shared else _each_with_its_prompt)(policy, rollouts, parts, pad_id)
+
+
+def _with_prompts_once(
+    policy: Policy, rollouts: Sequence[Rollout], parts: Sequence[int], pad_id: int
+) -> _Scorer:
+    batch = collate_shared(rollouts, pad_id, policy.device)
+    chunk = _chunk(policy, batch.completion.numel())
+    names = sorted(set(parts))
+    own = [names.index(part) for part in parts]
+
+    def run(leaves: Mapping[str, Tensor]) -> tuple[Tensor, Backward]:
+        done = SharedPass(policy, batch, leaves, own, chunk)
+        return done.logp, done.gradients
+
+    return _Scorer(batch.completion, names, partial(shared_logps, policy, batch, chunk), run)
+
+
+def _each_with_its_prompt(
+    policy: Policy, rollouts: Sequence[Rollout], parts: Sequence[int], pad_id: int
+) -> _Scorer:
     batch = collate(rollouts, pad_id, policy.device)
     chunk = _chunk(policy, len(batch.ids) * (batch.ids.shape[1] - batch.first))
-    return _Scorer(partial(completion_logps, policy.model, batch, chunk), batch.completion, parts)
+    logps = partial(completion_logps, policy.model, batch, chunk)
+
+    def run(leaves: Mapping[str, Tensor]) -> tuple[Tensor, Backward]:
+        def backward(value: Tensor) -> dict[str, Tensor]:
+            return dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
+
+        return logps(), backward
+
+    return _Scorer(batch.completion, parts, torch.no_grad()(logps), run)
 
 
 def _chunk(policy: Policy, tokens: int) -> int | None:
@@ -281,23 +330,23 @@ def _microbatch(
     max_new: int,
     deltas: Mapping[str, Float[Tensor, " r"]],
     with_reference: bool,
-) -> tuple[float, dict[str, Float[Tensor, "rows r"]], Float[Tensor, "4 b"]]:
+) -> tuple[float, Mapping[str, Float[Tensor, "rows _"]], Float[Tensor, "4 b"]]:
     """These rollouts' share of the loss, its gradient for each row, and figures per rollout."""
     ref = None
     if with_reference or loss.beta > 0:
-        with torch.no_grad(), policy.bind(None):
+        with policy.bind(None):
             ref = scorer.logps()
     with policy.rows(deltas, len(scorer.parts)) as leaves:
-        logp = scorer.logps()
+        logp, backward = scorer.run(leaves)
         old = _old_logps(rollouts, logp)
         per_token = -_objective(logp, old, advantage.to(logp), loss)
         if loss.beta > 0 and ref is not None:
             per_token = per_token + loss.beta * k3(logp, ref)
         weights = _token_weights(scorer.completion, loss, n, max_new)
         value = (per_token * scorer.completion * weights).sum()
-        gradients = torch.autograd.grad(value, list(leaves.values()))
+        gradients = backward(value)
     figures = _per_rollout_figures(logp.detach(), old, ref, scorer.completion).cpu()
-    return float(value.detach()), dict(zip(leaves, gradients, strict=True)), figures
+    return float(value.detach()), gradients, figures
 
 
 def _objective(

@@ -15,9 +15,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from projected_grpo.config import LossConfig
-from projected_grpo.grpo import microbatches
+from projected_grpo.grpo import microbatches, prompt_numbers, shares_prompts
 from projected_grpo.placement import outermost_layers
-from projected_grpo.rollout import CHUNK_LOGITS, Rollout, can_share
+from projected_grpo.rollout import CHUNK_LOGITS, Rollout
 
 FLOAT = 4  # bytes of float32, in which norms, log-probabilities and knobs are computed
 
@@ -169,25 +169,23 @@ def loss_memory(shape: Shape, load: Load) -> Memory:
     return Memory(kept, max(cache + logits, slopes, inside), merged)
 
 
-def predicted_peak(
-    model: nn.Module, rollouts: Sequence[Rollout], loss: LossConfig, parts: Sequence[int] | None = None
-) -> int:
+def predicted_peak(model: nn.Module, rollouts: Sequence[Rollout], loss: LossConfig) -> int:
     """Bytes above the resting model that the largest microbatch of a step needs, all advantages non-zero.
 
     Of a model over several devices: at most so many on any of them.
     """
     shape = replace(shape_of(model), layers=layers_together(model))
-    shared = parts is not None and can_share(model) and not loss.grad_checkpoint
-    names = parts if shared and parts is not None else range(len(rollouts))
+    names = prompt_numbers(rollouts) if shares_prompts(model, rollouts, loss) else range(len(rollouts))
     peaks = []
     for index in microbatches(rollouts, range(len(rollouts)), loss.tokens_per_microbatch, names):
+        prompts = len({names[i] for i in index})
         lengths = {len(rollouts[i].prompt_ids) for i in index}
         load = Load(
             rows=len(index),
-            prompts=len({names[i] for i in index}),
+            prompts=prompts,
             prompt_tokens=max(lengths),
             max_new=max(len(rollouts[i].completion_ids) for i in index),
-            shared=shared,
+            shared=prompts < len(index),
             padded=len(lengths) > 1,
             grad_checkpoint=loss.grad_checkpoint,
             uneven=max(lengths) - min(lengths),

@@ -141,20 +141,12 @@ def left_padded(
     return ids.to(device), attention.to(device)
 
 
-def collate_shared(
-    rollouts: Sequence[Rollout], parts: Sequence[int], pad_id: int, device: torch.device
-) -> SharedBatch:
-    """Pad rollouts into one batch that holds the prompt of each part once.
-
-    Rollouts of one part have the same prompt; `owner` counts parts in ascending order.
-    """
-    names = sorted(set(parts))
-    prompts = {part: rollout.prompt_ids for part, rollout in zip(parts, rollouts, strict=True)}
-    if any(prompts[part] != r.prompt_ids for part, r in zip(parts, rollouts, strict=True)):
-        raise ValueError("rollouts of one part have different prompts")
-    prefix, real = left_padded([prompts[part][:-1] for part in names], pad_id, device)
+def collate_shared(rollouts: Sequence[Rollout], pad_id: int, device: torch.device) -> SharedBatch:
+    """Pad rollouts into one batch that holds each prompt once, in the order in which they come."""
+    prompts = list(dict.fromkeys(r.prompt_ids for r in rollouts))
+    prefix, real = left_padded([prompt[:-1] for prompt in prompts], pad_id, device)
     tails = collate([Rollout(r.prompt_ids[-1:], r.completion_ids, "") for r in rollouts], pad_id, device)
-    owner = torch.tensor([names.index(part) for part in parts], device=device)
+    owner = torch.tensor([prompts.index(r.prompt_ids) for r in rollouts], device=device)
     return SharedBatch(prefix, real, owner, tails)
 
 
@@ -274,40 +266,6 @@ def can_share(model: nn.Module) -> bool:
     config: Any = model.config
     kinds = getattr(config.get_text_config(), "layer_types", None) or ("full_attention",)
     return set(kinds) == {"full_attention"}
-
-
-def shared_logps(policy: Policy, batch: SharedBatch, chunk: int | None = None) -> Float[Tensor, "b T"]:
-    """`completion_logps` with each prompt run once; gradients reach it from all completions that follow it.
-
-    Bound rows are one per part.
-    """
-    head = policy.model(
-        input_ids=batch.prefix,
-        attention_mask=batch.prefix_attention.long(),
-        position_ids=positions(batch.prefix_attention),
-        logits_to_keep=1,
-        use_cache=True,
-    )
-    head.past_key_values.reorder_cache(batch.owner)
-    before = batch.prefix_attention[batch.owner]
-    tails = batch.tails
-    steps = torch.arange(tails.ids.shape[1] - 1, device=before.device)
-    inputs = {
-        "input_ids": tails.ids[:, :-1],
-        # Of the cached prompts' padding alone: nothing real looks ahead at what is behind a completion.
-        "attention_mask": torch.cat([before, before.new_ones(len(before), len(steps))], dim=1).long(),
-        "position_ids": before.sum(1, keepdim=True) + steps,
-        "past_key_values": head.past_key_values,
-        "use_cache": True,
-    }
-    with policy.repeat(batch.owner):
-        if chunk is not None:
-            base: Any = policy.model.base_model
-            states = base(**inputs).last_hidden_state
-            picked = tails.before_answers(states)
-            return tails.spread(chunked_logps(policy.model, picked, tails.answers, chunk))
-        logits = policy.model(**inputs).logits
-    return per_token_logps(logits, tails.ids[:, 1:]) * tails.completion
 
 
 def pick_tokens(
