@@ -64,7 +64,7 @@ def test_without_a_sample_no_plain_subprocess_runs(monkeypatch):
 
 def test_plain_subprocesses_leave_nothing_where_they_were_started(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plain_subprocesses(["open('result.txt', 'w').write('PASS')", "import os; os.rmdir(os.getcwd())"])
+    plain_subprocesses(["import os; os.rmdir(os.getcwd())", "open('result.txt', 'w').write('PASS')"])
     assert not list(tmp_path.iterdir())
 
 

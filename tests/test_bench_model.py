@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from projected_grpo import cli
+from projected_grpo import bench_model, cli
 from projected_grpo.bench_model import (
     WARM_UP,
     RandomGrader,
@@ -21,6 +21,7 @@ from projected_grpo.bench_model import (
     random_rollouts,
 )
 from projected_grpo.config import ModelConfig
+from projected_grpo.pairs import load_pairs
 from projected_grpo.problems import load_problems
 
 SMALL = ("--model", "tiny-random", "--prompts-per-step", "2", "--group", "2", "--prompt-tokens", "12")
@@ -83,7 +84,9 @@ def test_the_rival_and_we_take_turns(work, intervention):
 
 
 @pytest.mark.parametrize("verb", ["step", "generation", "backward", "extraction", "svd"])
-def test_each_verb_writes_its_figures(verb, tmp_path, capsys):
+def test_each_verb_writes_its_figures(verb, tmp_path, monkeypatch, capsys):
+    pairs = load_pairs(None)
+    monkeypatch.setattr(bench_model, "load_pairs", lambda path: replace(pairs, pairs=pairs.pairs[:5]))
     out = tmp_path / "figures.json"
     assert cli.main(["bench", verb, *SMALL, "--json", str(out)]) == 0
     figures = json.loads(out.read_text())

@@ -110,7 +110,7 @@ def test_pair_gradients_are_nll_differences(double_policy, tiny, length_norm, mo
 @pytest.mark.parametrize("length_norm", [True, False])
 @pytest.mark.parametrize("grad_checkpoint", [True, False], ids=["not shared", "shared"])
 def test_differences_alone_are_those_of_the_sides(double_policy, tiny, length_norm, grad_checkpoint):
-    """Though a pair's completions then follow one run of their prompt, and batches fall elsewhere."""
+    """Though their gradients go back through a pair's prompt together."""
     for m, delta in random_deltas(double_policy).items():
         double_policy.layers[m].delta_s.data.copy_(delta)
     loss = replace(LOSS, tokens_per_microbatch=96, grad_checkpoint=grad_checkpoint)

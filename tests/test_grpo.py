@@ -588,6 +588,41 @@ def test_the_products_of_a_prompt_are_made_once(policy, monkeypatch):
     assert not any(layer.repeated for layer in policy.layers.values())
 
 
+def test_prompts_run_once_are_rounded_no_more_in_half_precision(small_model, monkeypatch):
+    """Unmerged layers: rows of both ways are as near to those in float64."""
+    rollouts = [Rollout((5, 6, 7, 8, 9), c, "") for c in COMPLETIONS]
+    A = torch.tensor((1.0, -0.5, 1.0, -1.25, 2.0))
+    exact, half = (wrap(small_model("qwen3", dtype), None) for dtype in (torch.float64, torch.bfloat16))
+    expected = per_rollout_grads(exact, rollouts, A.double(), LossConfig(), MAX_NEW, 0).rows
+    shared = per_rollout_grads(half, rollouts, A, LossConfig(), MAX_NEW, 0).rows
+    monkeypatch.setattr(grpo, "can_share", lambda model: False)
+    apart = per_rollout_grads(half, rollouts, A, LossConfig(), MAX_NEW, 0).rows
+
+    def error(found):
+        return sum(float((found[m].double() - rows).norm() ** 2) for m, rows in expected.items())
+
+    assert error(shared) < 1.5 * error(apart)
+    assert error(shared) < 0.1 * sum(float(rows.norm() ** 2) for rows in expected.values())
+
+
+def test_a_first_layer_whose_keys_hang_on_no_knob_is_no_obstacle(monkeypatch):
+    """As in Phi-3, whose queries, keys and values are one Linear that is not adapted."""
+    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Phi3Config(**sizes, num_key_value_heads=2, vocab_size=48, pad_token_id=0)
+    for layers in (1, 2):  # with one, no key hangs on a knob
+        config.num_hidden_layers, config.layer_types = layers, ["full_attention"] * layers
+        torch.manual_seed(0)
+        policy = wrap(transformers.Phi3ForCausalLM(config).double().eval(), None)
+        rollouts = [Rollout((5, 6, 7), c, "") for c in COMPLETIONS]
+        A = torch.tensor((1.0, -0.5, 1.0, -1.25, 2.0), dtype=torch.float64)
+        got = per_rollout_grads(policy, rollouts, A, LossConfig(), MAX_NEW, 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(grpo, "can_share", lambda model: False)
+            expected = per_rollout_grads(policy, rollouts, A, LossConfig(), MAX_NEW, 0)
+        for m, rows in expected.rows.items():
+            torch.testing.assert_close(got.rows[m], rows, rtol=0, atol=1e-7 * float(rows.norm()))
+
+
 # The output layer in chunks
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from devices import MixedDevices, devices
-from projected_grpo import rollout
+from projected_grpo import grpo, rollout
 from projected_grpo.antipasto import Policy, unwrap, wrap
 from projected_grpo.block import random_start
 from projected_grpo.cli import main
@@ -169,12 +169,15 @@ def outcome(policy: Policy, way: str) -> dict[str, object]:
         ("qwen3", torch.float32, "shared"),
         ("qwen3", torch.float32, "checkpointed"),
         ("qwen3", torch.bfloat16, "apart"),  # where rows are added unmerged
+        ("qwen3", torch.bfloat16, "a row each"),
         ("qwen3_5", torch.float32, "apart"),
     ],
 )
 def test_two_devices_compute_what_one_does_bit_for_bit(monkeypatch, small_model, family, dtype, way):
     if way == "checkpointed":
         monkeypatch.setattr(rollout, "CHUNK_LOGITS", 2 * 48)  # the output layer two tokens at a time
+    if way == "apart":
+        monkeypatch.setattr(grpo, "can_share", lambda model: False)
     one = outcome(policy_on(small_model(family, dtype), ONE), way)
     with devices():
         policy = policy_on(small_model(family, dtype), TWO)

@@ -79,8 +79,7 @@ class _TangentLinear(torch.autograd.Function):
         x, weight, U, Vh, moved = ctx.saved_tensors
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         projected = F.linear(x, Vh) if ctx.projected is None else ctx.projected
-        if ctx.layer.repeated:
-            ctx.projected = projected
+        ctx.projected = projected if ctx.layer.repeated else None
         grad_rows = (projected * (grad @ U)).sum(1)
         grad_moved = None if moved is None else ctx.layer.block.row_gradients(x, grad, moved)
         at_home = (None if g is None else g.to(ctx.home) for g in (grad_rows, grad_moved))

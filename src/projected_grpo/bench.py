@@ -286,16 +286,18 @@ def baseline(
 def plain_subprocesses(scripts: Sequence[str]) -> float:
     """Seconds that plain interpreters take for the scripts, one after another; on stdin, as -c is limited.
 
-    Nothing contains them, but that they begin in a folder of their own, which goes with what they left in it.
+    Nothing contains them, but that each begins in a folder of its own, which goes with what was left in it.
     """
     command = [sys.executable, "-"]
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        started = time.monotonic()
-        for script in scripts:
-            data = script.encode(errors="replace")
-            with suppress(subprocess.TimeoutExpired):
-                subprocess.run(command, input=data, cwd=folder, capture_output=True, timeout=10, check=False)
-        return time.monotonic() - started
+    started = time.monotonic()
+    for script in scripts:
+        data = script.encode(errors="replace")
+        with (
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+            suppress(subprocess.TimeoutExpired),
+        ):
+            subprocess.run(command, input=data, cwd=folder, capture_output=True, timeout=10, check=False)
+    return time.monotonic() - started
 
 
 def as_script(program: Program, code: str) -> str:

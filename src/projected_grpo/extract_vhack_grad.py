@@ -109,7 +109,7 @@ def pair_differences(
     length_norm: bool = False,
     ranks: Ranks = ALONE,
 ) -> dict[str, Float[Tensor, "pairs r"]]:
-    """`pair_grads(...).differences()`: where no side is asked for, a pair's prompt is run once, not twice."""
+    """`pair_grads(...).differences()`, with one backward pass through a pair's prompt for two."""
     rollouts = pair_rollouts(tokenizer, pairs, stop_id)
     pair = [i // 2 for i in range(len(rollouts))]
     return _gradients(policy, rollouts, pair, loss, stop_id, length_norm, ranks)
@@ -439,7 +439,10 @@ def without_contrast(extraction: Extraction, cfg: BasisConfig, arm: ArmConfig, s
 
 
 def in_use(axes: Axes, cfg: BasisConfig, arm: ArmConfig, seed: int) -> HackBasis:
-    """The basis a run projects with: `select`, and what other controls put in its place."""
+    """The basis a run projects with: `select`, and what a control puts in its place.
+
+    Controls in RELABELLED are in the axes already (`without_contrast`, `refresh`).
+    """
     basis = select(axes, cfg.v_hack_k, cfg.v_hack_drop_bottom_frac)
     if arm.control == "haar":
         return haar_like(basis, cfg.v_hack_k, seed)

@@ -168,7 +168,7 @@ def per_rollout_grads(
     with_reference: bool = False,
     parts: Sequence[int] | None = None,
 ) -> RolloutGrads:
-    """Gradient of the loss for every rollout, from one forward and one backward per microbatch.
+    """Gradient of the loss for every rollout, from one forward pass of each prompt and completion.
 
     With `parts`, a number for each rollout from 0 up without gaps, there is a row per part instead, the sum
     over its rollouts. A prompt that several rollouts follow is run once where the model allows it (all read

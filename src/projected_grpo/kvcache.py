@@ -1,4 +1,4 @@
-"""A key-value cache with room for the tokens to come, so that a decoding step copies one token and not all.
+"""A key-value cache with room for the tokens to come: a decoding step writes one token behind the others.
 
 transformers' own dynamic cache joins old and new tokens into a new tensor at every step; its static one has
 attention look at the empty places too.
@@ -12,7 +12,9 @@ from transformers.cache_utils import DynamicLayer
 
 
 class RoomyLayer(DynamicLayer):
-    """Rows of a layer's cache, in tensors that have room for this many more tokens; for decoding only.
+    """Rows of a layer's cache, in tensors that have room for this many more tokens.
+
+    For decoding: tokens are appended and rows chosen, and nothing else is done.
 
     `keys` and `values` are views of what is written so far. IndexError when the room is used up.
     """
@@ -66,6 +68,9 @@ def reserve(cache: Any, rows: Int[Tensor, " n"], room: int) -> None:
 
     Layers of other kinds (a window, a state) hold little, and stay of their kind.
     """
+    if not hasattr(cache, "layers"):  # a model's own kind of cache, in early releases of transformers 5
+        cache.reorder_cache(rows)
+        return
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[i] = RoomyLayer(layer, rows, room)

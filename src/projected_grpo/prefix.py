@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from projected_grpo.antipasto import Policy
 from projected_grpo.proj import per_token_logps
@@ -88,39 +89,48 @@ class SharedPass:
         with policy.bind(self.prompt_leaves):
             cache = run_prompts(policy, batch)
         self.states: list[Tensor] = []  # of the prompts
-        self.copies: list[Tensor] = []  # of each rollout's prompt
+        self.edges: list[GradientEdge] = []  # of each rollout's copy of them, which is not kept
         for layer in cache.layers:
-            mine = [states.detach()[batch.owner.to(states.device)] for states in (layer.keys, layer.values)]
-            self.states += [layer.keys, layer.values]
-            self.copies += [states.requires_grad_() for states in mine]
-            layer.keys, layer.values = mine
+            layer.keys, layer.values = self._copied(layer.keys), self._copied(layer.values)
         with policy.repeat(torch.tensor(parts, device=policy.device)):
             self.logp = run_completions(policy, batch, cache, chunk)
 
+    def _copied(self, states: Float[Tensor, "p heads W d"]) -> Float[Tensor, "b heads W d"]:
+        copies = states.detach().requires_grad_()[torch.tensor(self.owner, device=states.device)]
+        if states.requires_grad:  # of a layer behind an adapted one
+            self.states.append(states)
+            self.edges.append(get_gradient_edge(copies))
+        return copies
+
     def gradients(self, value: Float[Tensor, ""]) -> dict[str, Float[Tensor, "rows _"]]:
         """d value / d leaves, where value is a function of `logp`; once."""
-        found = torch.autograd.grad(value, [*self.leaves.values(), *self.copies])
+        inputs: list[Any] = [*self.leaves.values(), *self.edges]  # torch's types want one kind
+        found = torch.autograd.grad(value, inputs)
         out = dict(zip(self.leaves, found, strict=False))
-        of_copies = found[len(out) :]
-        turns = list(self._turns())
-        with self.policy.repeated_backward() if len(turns) > 1 else nullcontext():
-            for turn in turns:
-                seeds = [
-                    self._added_up(states, g, turn) for states, g in zip(self.states, of_copies, strict=True)
-                ]
-                through = torch.autograd.grad(
-                    self.states,
-                    list(self.prompt_leaves.values()),
-                    seeds,
-                    retain_graph=turn is not turns[-1],
-                    allow_unused=True,  # what the last layer does behind its keys and values
-                )
-                prompts, rows = zip(*sorted({(self.owner[i], self.parts[i]) for i in turn}), strict=True)
-                for name, rows_of_prompts in zip(out, through, strict=True):
-                    if rows_of_prompts is not None:
-                        index = torch.tensor(rows, device=rows_of_prompts.device)
-                        out[name].index_add_(0, index, rows_of_prompts[list(prompts)])
+        turns = list(self._turns()) if self.states else []
+        for turn in turns:
+            last = turn is turns[-1]
+            with nullcontext() if last else self.policy.repeated_backward():
+                through = self._through_prompts(found[len(out) :], turn, keep_graph=not last)
+            prompts, rows = zip(*sorted({(self.owner[i], self.parts[i]) for i in turn}), strict=True)
+            for name, rows_of_prompts in zip(out, through, strict=True):
+                if rows_of_prompts is not None:
+                    index = torch.tensor(rows, device=rows_of_prompts.device)
+                    out[name].index_add_(0, index, rows_of_prompts[list(prompts)])
         return out
+
+    def _through_prompts(
+        self, of_copies: Sequence[Tensor], turn: Sequence[int], *, keep_graph: bool
+    ) -> tuple[Float[Tensor, "p _"] | None, ...]:
+        """Gradients by the prompts' leaves of what these rollouts' copies pass on; None where none comes."""
+        owner = torch.tensor([self.owner[i] for i in turn])
+        seeds = [
+            torch.zeros_like(states).index_add_(0, owner.to(g.device), g[list(turn)])
+            for states, g in zip(self.states, of_copies, strict=True)
+        ]
+        # The last layer's leaves but for its keys and values are not used.
+        leaves = list(self.prompt_leaves.values())
+        return torch.autograd.grad(self.states, leaves, seeds, retain_graph=keep_graph, allow_unused=True)
 
     def _turns(self) -> Iterator[list[int]]:
         """Rollouts by backward pass through the prompts: of a prompt, those of one part each time."""
@@ -131,9 +141,3 @@ class SharedPass:
         place = [parts_of[p].index(k) for p, k in zip(self.owner, self.parts, strict=True)]
         for turn in range(max(place) + 1):
             yield [i for i, at in enumerate(place) if at == turn]
-
-    def _added_up(
-        self, states: Float[Tensor, "p heads W d"], g: Float[Tensor, "b heads W d"], turn: Sequence[int]
-    ) -> Float[Tensor, "p heads W d"]:
-        owner = torch.tensor([self.owner[i] for i in turn], device=g.device)
-        return torch.zeros_like(states).index_add_(0, owner, g[list(turn)])

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -298,6 +299,11 @@ def evaluate_held_out(exp: Experiment, problems: Sequence[Problem], *, ablate_qu
 
 def parse(argv: Sequence[str]) -> TrainConfig:
     """Read the command line of the training verb; tyro exits with code 2 on bad usage."""
+    return _parsed(tuple(argv))
+
+
+@lru_cache(512)  # tyro takes a fifth of a second, and a study's plan is a hundred command lines
+def _parsed(argv: tuple[str, ...]) -> TrainConfig:
     return tyro.extras.overridable_config_cli(
         dict(PRESETS),
         prog="projected-grpo train",
