@@ -1,5 +1,6 @@
 """`projected-grpo VERB ...`: one dispatcher; each verb is a frozen dataclass of options and a function."""
 
+import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -145,4 +146,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what is imported by now stays: collections, and the end of the process, need not walk it
     sys.exit(main())

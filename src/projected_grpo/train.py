@@ -1,5 +1,6 @@
 """The training verb: its loop, evaluations, files and command line."""
 
+import gc
 import math
 import os
 import signal
@@ -326,4 +327,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what is imported by now stays: collections, and the end of the process, need not walk it
     sys.exit(main())
