@@ -181,7 +181,7 @@ def per_rollout_grads(
     n = len(rollouts)
     parts = range(n) if parts is None else parts
     first = torch.tensor([parts.index(part) for part in range(max(parts) + 1)])
-    prompts = prompt_numbers(rollouts) if shares_prompts(policy.model, rollouts, loss) else range(n)
+    prompts = prompt_numbers(policy.model, rollouts, loss)
     rows = {m: delta.new_zeros(len(first), len(delta)) for m, delta in deltas.items()}
     figures = torch.full((4, n), float("nan"))
     total = 0.0
@@ -246,19 +246,12 @@ def over_ranks(ranks: Ranks, grads: RolloutGrads) -> RolloutGrads:
     return RolloutGrads(summed, grads.first, sum(losses), *figures)
 
 
-def prompt_numbers(rollouts: Sequence[Rollout]) -> list[int]:
-    """A number per rollout, the same where the prompt is."""
+def prompt_numbers(model: nn.Module, rollouts: Sequence[Rollout], loss: LossConfig) -> Sequence[int]:
+    """A number per rollout, the same for those whose prompt the loss runs once."""
+    if loss.grad_checkpoint or not can_share(model):
+        return range(len(rollouts))
     numbers: dict[tuple[int, ...], int] = {}
     return [numbers.setdefault(r.prompt_ids, len(numbers)) for r in rollouts]
-
-
-def shares_prompts(model: nn.Module, rollouts: Sequence[Rollout], loss: LossConfig) -> bool:
-    """Whether the loss runs a prompt once for all rollouts that follow it."""
-    return (
-        len({r.prompt_ids for r in rollouts}) < len(rollouts)
-        and not loss.grad_checkpoint
-        and can_share(model)
-    )
 
 
 Backward = Callable[[Float[Tensor, ""]], Mapping[str, Float[Tensor, "rows _"]]]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from projected_grpo.config import LossConfig
-from projected_grpo.grpo import microbatches, prompt_numbers, shares_prompts
+from projected_grpo.grpo import microbatches, prompt_numbers
 from projected_grpo.placement import outermost_layers
 from projected_grpo.rollout import CHUNK_LOGITS, Rollout
 
@@ -175,7 +175,7 @@ def predicted_peak(model: nn.Module, rollouts: Sequence[Rollout], loss: LossConf
     Of a model over several devices: at most so many on any of them.
     """
     shape = replace(shape_of(model), layers=layers_together(model))
-    names = prompt_numbers(rollouts) if shares_prompts(model, rollouts, loss) else range(len(rollouts))
+    names = prompt_numbers(model, rollouts, loss)
     peaks = []
     for index in microbatches(rollouts, range(len(rollouts)), loss.tokens_per_microbatch, names):
         prompts = len({names[i] for i in index})

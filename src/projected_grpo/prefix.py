@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -91,12 +91,15 @@ class SharedPass:
         self.states: list[Tensor] = []  # of the prompts
         self.edges: list[GradientEdge] = []  # of each rollout's copy of them, which is not kept
         for layer in cache.layers:
-            layer.keys, layer.values = self._copied(layer.keys), self._copied(layer.values)
+            layer.keys = self._copied(layer.keys, batch.owner)
+            layer.values = self._copied(layer.values, batch.owner)
         with policy.repeat(torch.tensor(parts, device=policy.device)):
             self.logp = run_completions(policy, batch, cache, chunk)
 
-    def _copied(self, states: Float[Tensor, "p heads W d"]) -> Float[Tensor, "b heads W d"]:
-        copies = states.detach().requires_grad_()[torch.tensor(self.owner, device=states.device)]
+    def _copied(
+        self, states: Float[Tensor, "p heads W d"], owner: Int[Tensor, " b"]
+    ) -> Float[Tensor, "b heads W d"]:
+        copies = states.detach().requires_grad_()[owner.to(states.device)]
         if states.requires_grad:  # of a layer behind an adapted one
             self.states.append(states)
             self.edges.append(get_gradient_edge(copies))

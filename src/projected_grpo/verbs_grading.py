@@ -40,8 +40,6 @@ from projected_grpo.poolsample import PoolSampling, sample_pool
 from projected_grpo.problems import Problem, assign_modes, is_eval, load_problems, take
 from projected_grpo.runlog import write_atomically, write_json
 
-PLAIN_SAMPLE = 20  # canonical solutions that plain subprocesses run beside the grader
-
 
 @dataclass(frozen=True)
 class GraderOptions:
@@ -247,7 +245,7 @@ def bench_grader_verb(options: BenchGraderOptions) -> int:
             raise UserError(f"{options.pool}: no overlap with the problems of {options.problems.problems}")
     baseline = options.baseline_sample
     if baseline is None:
-        baseline = PLAIN_SAMPLE if options.pool is None else 0
+        baseline = BenchSettings.baseline_sample if options.pool is None else 0
     settings = BenchSettings(options.workers, options.repeats, baseline, options.loops, options.loop_limit)
     if options.pool is not None and baseline:
         logger.warning("plain subprocesses will run programs of this pool without containment")
