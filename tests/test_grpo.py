@@ -518,12 +518,17 @@ def with_common_prompts(rollouts: Sequence[Rollout]) -> list[Rollout]:
 @pytest.mark.parametrize("loss", [LossConfig(), LossConfig(unbiased=False, beta=0.3)])
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "qwen3_5"])
 @pytest.mark.parametrize(
-    "parts",
-    [None, PARTS, (0, 1, 2, 3, 3, 0), (0, 1, 1, 0, 1, 0)],
+    ("parts", "first"),
+    [
+        (None, [0, 1, 2, 3, 4, 5]),
+        (PARTS, [0, 1, 3]),
+        ((0, 1, 2, 3, 3, 0), [0, 1, 2, 3]),
+        ((0, 1, 1, 0, 1, 0), [0, 1]),
+    ],
     ids=["a row each", "by prompt", "two of a prompt", "across prompts"],
 )
 def test_rows_are_sums_of_what_each_rollout_gives_by_itself(
-    small_model, monkeypatch, family, loss, budget, parts
+    small_model, monkeypatch, family, loss, budget, parts, first
 ):
     policy = wrap(small_model(family), None)
     generator = torch.Generator().manual_seed(1)
@@ -537,14 +542,15 @@ def test_rows_are_sums_of_what_each_rollout_gives_by_itself(
         single = per_rollout_grads(policy, rollouts, A, loss, MAX_NEW, 0, with_reference=True)
     shared = per_rollout_grads(policy, rollouts, A, loss, MAX_NEW, 0, with_reference=True, parts=parts)
     parts = range(6) if parts is None else parts
-    assert shared.first.tolist() == [parts.index(part) for part in range(max(parts) + 1)]
+    assert shared.first.tolist() == first
     relative = 1e-4 if family == "qwen3_5" else 1e-7  # the gated delta rule computes in float32 inside
     assert shared.loss == pytest.approx(single.loss, rel=relative)
     for m, rows in shared.rows.items():
         for part, row in enumerate(rows):
             expected = sum(single.rows[m][i] for i, p in enumerate(parts) if p == part)
-            scale = float(single.rows[m].norm())
-            torch.testing.assert_close(row, expected, rtol=0, atol=relative * scale)
+            # Norms compute in float32 inside: a small row of many is rounded as the large ones are.
+            scale = single.rows[m] if len(first) == 6 else expected
+            torch.testing.assert_close(row, expected, rtol=0, atol=relative * float(scale.norm()))
     for name in ("logp", "ref_logp", "kl", "gap"):
         torch.testing.assert_close(
             getattr(shared, name), getattr(single, name), rtol=1e-4, atol=1e-5, equal_nan=True
