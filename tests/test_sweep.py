@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -306,6 +307,27 @@ def test_a_pool_makes_everything_and_tells_what_failed():
     failed = run_pool(range(6), odd_fails, slots, Children(), name=str, desc="test")
     assert sorted(failed) == [1, 3, 5] and sorted(n for n, _ in seen) == list(range(6))
     assert {slot for _, slot in seen} <= set(slots)
+
+
+def test_a_signal_that_does_not_wake_the_main_thread_ends_the_pool_too():
+    children, told_to_end = Children(), []
+
+    def signalled(item, slot):  # as the kernel may choose: the main thread goes on waiting
+        time.sleep(0.3)  # by now it waits
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        deadline = time.monotonic() + 20
+        while not children.ended and time.monotonic() < deadline:
+            time.sleep(0.01)
+        told_to_end.append(children.ended)
+        return ""
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_pool([0], signalled, [Slot()], children, name=str, desc="test")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert told_to_end == [True]
 
 
 # Making one run

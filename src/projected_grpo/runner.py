@@ -6,7 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,10 @@ from tqdm import tqdm
 from projected_grpo.errors import UserError
 
 Item = TypeVar("Item")
+
+# A signal that another thread takes, or that comes just before a wait begins, does not end that wait: Python
+# acts on it when the main thread runs again.
+LONGEST_WAIT_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -177,16 +181,17 @@ def run_pool(
     ):
         try:  # from the first start on: an interruption must find what runs by then
             futures = {pool.submit(in_a_slot, item): item for item in todo}
-            for future in as_completed(futures):
-                item = futures[future]
-                try:
-                    why = future.result()
-                except (OSError, UserError) as error:
-                    why = str(error)
-                if why:
-                    failed.append(item)
-                    logger.error("{} failed; {}", name(item), why)
-                bar.update()
+            while futures:
+                for future in wait(futures, LONGEST_WAIT_S, FIRST_COMPLETED).done:
+                    item = futures.pop(future)
+                    try:
+                        why = future.result()
+                    except (OSError, UserError) as error:
+                        why = str(error)
+                    if why:
+                        failed.append(item)
+                        logger.error("{} failed; {}", name(item), why)
+                    bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             children.end()
