@@ -145,6 +145,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-if __name__ == "__main__":
+def console() -> int:
+    """`projected-grpo VERB ...` as a process of its own."""
     gc.freeze()  # what is imported by now stays: collections, and the end of the process, need not walk it
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(console())
