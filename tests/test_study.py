@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from projected_grpo import cli
+from projected_grpo import cli, study_verdicts
 from projected_grpo.config import PRESETS
 from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.paired import Difference, by_arm, deployed, paired
@@ -270,6 +270,25 @@ def test_emergence_is_counted_seed_by_seed():
     assert "0 of 10" in emergence_verdict(runs(10), base | {"solve": 0.1})
     assert "0.1 in 1 of 1 seeds" in emergence_verdict(runs(9), base)
     assert "base model in 1" in emergence_verdict(runs(9), base)
+
+
+def test_the_page_tells_what_the_records_of_other_samplings_tell(monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "results.md").read_text()
+    kept = Path(__file__).parents[1] / "docs" / "results" / "samplings"
+    arms = by_arm([json.loads(path.read_text()) for path in kept.glob("*_seed*.json")])
+    assert len(arms) == 8 and all(set(runs) == set(range(41, 46)) for runs in arms.values())
+    verdicts = {}
+    for own in ("sampled-98", "sampled-99"):
+        rivals = ("erase+haar", f"{own}+haar_matched", f"{own}+shuffled")
+        found = [paired(arms[own], arms[r], deployed("hack")) for r in ("none", *rivals)]
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {own} |")]
+        assert row.endswith(" | " + " | ".join(map(str, found)) + " |")
+        monkeypatch.setitem(study_verdicts.MUST_BEAT, own, rivals)
+        verdicts[own] = h1_verdict(arms, own)
+    assert verdicts["sampled-98"].endswith(
+        "SUPPORTED; the direction is NOT SHOWN to matter: does not beat sampled-98+shuffled"
+    )
+    assert "SUPPORTED; the direction MATTERS" in verdicts["sampled-99"]
 
 
 @pytest.mark.parametrize("name", ["erase+without", "erase+sampled_without"])

@@ -24,6 +24,7 @@ from projected_grpo import config, verbs_sweep
 from projected_grpo.cli import main
 from projected_grpo.config import CONTROLS_OF, PRESETS
 from projected_grpo.errors import UserError
+from projected_grpo.pairs import load_pairs
 from projected_grpo.runner import Children, Slot, deal, is_locked, locked, pinned, run_pool
 from projected_grpo.sweep import (
     Limits,
@@ -232,6 +233,18 @@ def test_the_sweep_of_every_arm_has_every_control_that_an_arm_takes():
         (a, c) for a, cs in CONTROLS_OF.items() for c in cs
     }
     assert {a.project for a in arms} == {"gradient", "update", "purge"}
+
+
+def test_each_sampling_that_is_swept_is_there_with_its_controls():
+    runs = expand(read_spec(SWEEPS / "samplings.toml"))
+    asked = {(r.cfg.basis.vhack_pairs_path, r.cfg.arm.control) for r in runs if r.cfg.arm.control != "haar"}
+    files = sorted((SWEEPS.parent / "results" / "samplings").glob("9*.json"))
+    sampled = {path: len(load_pairs(path).pairs) for path in files}
+    assert sampled == {files[0]: 31, files[1]: 26}
+    kept = [path.relative_to(SWEEPS.parents[1]) for path in files]
+    controls = set(product(kept, ("none", "shuffled", "haar_matched")))
+    assert asked == {(Path("nano"), "none"), *controls}
+    assert {r.cfg.run.seed for r in runs} == set(range(41, 46)) and len(runs) == 40
 
 
 def test_options_of_the_command_line_stand_over_the_files_own(capsys):
