@@ -1,5 +1,6 @@
 """The commands from end to end: files and fields that other people's scripts read, exit codes, bad input."""
 
+import gc
 import json
 import math
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections import Counter
 from contextlib import ExitStack, chdir
 from dataclasses import fields
+from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
 
@@ -580,3 +582,13 @@ def test_resume_takes_no_other_option(finished, capsys):
 def test_a_tag_that_is_no_folder_name_is_refused(capsys):
     assert main(["train", "smoke", "--out-tag=a/b"]) == 2
     assert capsys.readouterr().err.startswith("error: --out-tag")
+
+
+def test_the_installed_script_is_the_same_command_line(monkeypatch, capsys):
+    (script,) = entry_points(group="console_scripts", name="projected-grpo")
+    monkeypatch.setattr(sys, "argv", ["projected-grpo", "no-such-verb"])
+    try:
+        assert script.load()() == 2
+    finally:
+        gc.unfreeze()
+    assert capsys.readouterr().err.startswith("error: unknown verb no-such-verb")

@@ -22,15 +22,17 @@ from projected_grpo import cli, study_verdicts
 from projected_grpo.config import PRESETS
 from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.paired import Difference, by_arm, deployed, paired
-from projected_grpo.pairs import packaged_pairs
+from projected_grpo.pairs import load_pairs, packaged_pairs
 from projected_grpo.study import NANO_STUDY, PLACEBOS, SAMPLED, SERIES, plan, read_records, rounded
 from projected_grpo.study_report import (
     arms_table,
+    cell,
     controls_table,
     emergence_table,
     filled,
     leave_out_table,
     sections,
+    shown,
     write_report,
 )
 from projected_grpo.study_verdicts import (
@@ -280,9 +282,12 @@ def test_the_page_tells_what_the_records_of_other_samplings_tell(monkeypatch):
     verdicts = {}
     for own in ("sampled-98", "sampled-99"):
         rivals = ("erase+haar", f"{own}+haar_matched", f"{own}+shuffled")
-        found = [paired(arms[own], arms[r], deployed("hack")) for r in ("none", *rivals)]
-        (row,) = [line for line in page.splitlines() if line.startswith(f"| {own} |")]
-        assert row.endswith(" | " + " | ".join(map(str, found)) + " |")
+        hack, solve = deployed("hack"), deployed("solve")
+        differences = [paired(arms[own], arms["none"], key) for key in (hack, solve)]
+        differences += [paired(arms[own], arms[rival], hack) for rival in rivals]
+        pairs = len(load_pairs(kept / f"{own.removeprefix('sampled-')}.json").pairs)
+        cells = [own, pairs, *(cell(arms[own], key) for key in (hack, solve)), *map(shown, differences)]
+        assert f"| {' | '.join(map(str, cells))} |" in page.splitlines()
         monkeypatch.setitem(study_verdicts.MUST_BEAT, own, rivals)
         verdicts[own] = h1_verdict(arms, own)
     assert verdicts["sampled-98"].endswith(
