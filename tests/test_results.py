@@ -260,6 +260,9 @@ def test_against_another_arm(tmp_path, capsys):
     assert (
         "--against erace: no run of that arm; there are projected, projected-haar" in capsys.readouterr().err
     )
+    for nothing_paired in (["--table=headline"], ["--table=modes"], ["--falsify"]):
+        assert cli.main(["results", str(tmp_path), *nothing_paired, "--against=erase+haar"]) == 2
+        assert "--table paired" in capsys.readouterr().err
 
 
 # Forms

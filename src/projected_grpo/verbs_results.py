@@ -29,7 +29,8 @@ class ResultsOptions:
     """rates: student and held-out rates; headline: the preregistered schema; paired: differences per seed
     with bootstrap intervals; modes: held-out rates per mode."""
     against: str | None = None
-    """Arm that paired differences are taken from (default: vanilla), by either of its names."""
+    """Arm that paired differences are taken from (default: vanilla), by either of its names. For --table
+    paired, or all of them."""
     format: Format = "markdown"
     """csv and json hold one row per figure."""
     out: Path | None = None
@@ -66,6 +67,8 @@ def results_verb(options: ResultsOptions) -> int:
     runs = read_runs(options.runs)
     groups = grouped(runs if options.falsify else finished(runs))
     if options.against is not None:
+        if options.falsify or options.table not in ("all", "paired"):
+            raise UserError("--against is for paired differences: give --table paired, or no --table")
         check_arm(groups, options.against)
     text = falsify_text(groups, options.format) if options.falsify else tables_text(groups, options)
     if options.out is None:
