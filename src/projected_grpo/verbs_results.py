@@ -64,11 +64,11 @@ class ReportOptions:
 
 def results_verb(options: ResultsOptions) -> int:
     """Tables over seeds of every setting: rates, headline, paired differences, modes; or verdicts."""
+    if options.against is not None and (options.falsify or options.table not in ("all", "paired")):
+        raise UserError("--against is for paired differences: give --table paired, or no --table")
     runs = read_runs(options.runs)
     groups = grouped(runs if options.falsify else finished(runs))
     if options.against is not None:
-        if options.falsify or options.table not in ("all", "paired"):
-            raise UserError("--against is for paired differences: give --table paired, or no --table")
         check_arm(groups, options.against)
     text = falsify_text(groups, options.format) if options.falsify else tables_text(groups, options)
     if options.out is None:
