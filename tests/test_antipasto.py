@@ -11,17 +11,10 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from projected_grpo import antipasto
-from projected_grpo.antipasto import (
-    TARGETS,
-    AdaptedLinear,
-    Policy,
-    compute_svd,
-    load_svd,
-    merged_weight,
-    wrap,
-)
+from projected_grpo import antipasto, tensor_files
+from projected_grpo.antipasto import TARGETS, AdaptedLinear, Policy, merged_weight, wrap
 from projected_grpo.errors import UserError
+from projected_grpo.tensor_files import compute_svd, load_svd
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -465,11 +458,11 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the weights whose SVD was computed rather than read."""
     shapes: list[tuple[int, ...]] = []
 
-    def counting(W: Tensor) -> antipasto.SVD:
+    def counting(W: Tensor) -> tensor_files.SVD:
         shapes.append(tuple(W.shape))
         return compute_svd(W)
 
-    monkeypatch.setattr(antipasto, "compute_svd", counting)
+    monkeypatch.setattr(tensor_files, "compute_svd", counting)
     return shapes
 
 
@@ -477,7 +470,7 @@ def weight(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(8, 6, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def same_basis(a: antipasto.SVD, b: antipasto.SVD, dtype: torch.dtype) -> bool:
+def same_basis(a: tensor_files.SVD, b: tensor_files.SVD, dtype: torch.dtype) -> bool:
     return (
         torch.equal(a.U.to(dtype), b.U.to(dtype))
         and torch.equal(a.Vh.to(dtype), b.Vh.to(dtype))

@@ -15,73 +15,32 @@ from projected_grpo import config, rewards
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "projected_grpo"
-# A module imports only what stands before it.
-ORDER = (
-    *("__init__", "errors", "config", "runlog", "ranks", "steptable", "live_tensorboard", "oracle"),
-    *("sandbox_encode", "sandbox_seccomp", "sandbox_contain", "sandbox_run", "sandbox_child", "sandbox"),
-    *(
-        "rewards",
-        "nano_tasks",
-        "proj",
-        "block",
-        "antipasto",
-        "placement",
-        "models",
-        "kvcache",
-        "rollout",
-        "prefix",
-        "sampler_vllm",
-        "problems",
-        "pairs",
-        "pairlint",
-    ),
-    *("arms", "pools", "poolpairs", "grading", "bench"),
-    *(
-        "grpo",
-        "memory",
-        "extract_vhack_grad",
-        "concept",
-        "checkpoint",
-        "evaluate",
-        "experiment",
-        "trained",
-        "export",
-        "poolsample",
-        "pretrain",
-        "collect",
-        "step",
-        "summary",
-    ),
-    *(
-        "outcome",
-        "results",
-        "paired",
-        "compare",
-        "tables",
-        "plots",
-        "pictures",
-        "report",
-        "rundir",
-        "train",
-        "doctor",
-    ),
-    *("runner", "study", "study_verdicts", "study_report", "hypotheses"),
-    *("sweep", "sweep_jobs", "sweep_local", "sweep_pueue", "sweep_slurm", "sweep_ray", "probe"),
-    *(
-        "bench_model",
-        "bench_growth",
-        "bench_trl",
-        "verbs_bench",
-        "verbs_basis",
-        "verbs_grading",
-        "verbs_pairs",
-    ),
-    *("intervals", "verbs_evaluate", "verbs_study", "verbs_results", "verbs_sweep", "verbs_probe", "cli"),
-)
+TABLE = re.compile(r"^\| (?P<room>\w+)(?P<folder>/?) \| (?P<modules>[\w, ]*) \|", re.MULTILINE)
+
+
+def listed() -> list[str]:
+    """Every module, in the order of the page's table: `errors`, ..., `sandbox.encode`, ..."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    _, _, table = page.partition("## Rooms, in import order")
+    names: list[str] = []
+    for row in TABLE.finditer(table.partition("\n## ")[0]):
+        inside = [f"{row['room']}.{module}" for module in row["modules"].split(", ") if module]
+        names += inside if row["folder"] else [row["room"]] if row["room"] != "room" else []
+    return names
+
+
+def module_name(path: Path) -> str:
+    """`sandbox.encode` for sandbox/encode.py; `sandbox` for its __init__.py."""
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+ORDER = listed()
 LONGEST = 80
 LONGEST_BY_NAME = {"train_step": 60}
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
-TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(SOURCE.glob("*.py"))}
+FILES = [path for path in sorted(SOURCE.rglob("*.py")) if "data" not in path.relative_to(SOURCE).parts]
+TREES = {module_name(path): ast.parse(path.read_text()) for path in FILES if path.name != "__init__.py"}
+DOOR_SIGNS = {module_name(path.parent): path for path in FILES if path.name == "__init__.py"}
 
 
 def functions(tree: ast.AST) -> list[ast.FunctionDef]:
@@ -99,18 +58,35 @@ def imported(node: ast.AST) -> set[str]:
 
 
 def project_imports(tree: ast.AST) -> set[str]:
+    """Modules of the project that a module imports: of `a.b.c`, the longest part that is one."""
     names = {name for node in ast.walk(tree) for name in imported(node)}
-    parts = [name.split(".") for name in names if name.split(".")[0] == "projected_grpo"]
-    return {part[1] if len(part) > 1 else "__init__" for part in parts}
+    found = set()
+    for parts in (name.split(".")[1:] for name in names if name.split(".")[0] == "projected_grpo"):
+        prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+        found.add(next((prefix for prefix in prefixes if prefix in TREES), "__init__"))
+    return found
 
 
-def test_the_list_names_every_module_once():
+def test_the_page_lists_every_module_once():
     assert sorted(ORDER) == sorted(TREES)
 
 
 @pytest.mark.parametrize("module", ORDER)
 def test_a_module_imports_only_what_stands_before_it(module):
-    assert project_imports(TREES[module]) <= set(ORDER[: ORDER.index(module)])
+    assert project_imports(TREES[module]) <= {"__init__", *ORDER[: ORDER.index(module)]}
+
+
+def test_the_top_level_is_read_at_a_glance():
+    assert len(list(SOURCE.glob("*.py"))) <= 30
+
+
+def test_a_folders_init_is_its_door_sign_and_no_more():
+    folders = {path.parent for path in FILES} - {SOURCE}
+    assert {module_name(folder) for folder in folders} | {module_name(SOURCE)} == set(DOOR_SIGNS)
+    for name, path in DOOR_SIGNS.items():
+        if name != module_name(SOURCE):
+            (only,) = ast.parse(path.read_text()).body
+            assert isinstance(only, ast.Expr) and "\n\n\n" not in ast.literal_eval(only.value)
 
 
 @pytest.mark.parametrize("module", ORDER)
@@ -134,20 +110,20 @@ def test_train_step_is_where_its_limit_is_looked_for():
     assert "train_step" in {f.name for f in functions(TREES["step"])}
 
 
-@pytest.mark.parametrize("module", [m for m in ORDER if m.startswith("sandbox_")])
+@pytest.mark.parametrize("module", [f"sandbox.{name}" for name in ("child", "run", "contain", "seccomp", "encode")])
 def test_the_sandboxed_interpreter_needs_the_standard_library_alone(module):
     """Beside its own parts: it runs without site-packages, in every untrusted child."""
     names = {name for node in ast.walk(TREES[module]) for name in imported(node)}
     foreign = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
-    assert {name for name in foreign if not name.startswith("projected_grpo.sandbox_")} == set()
+    assert {name for name in foreign if not name.startswith("projected_grpo.sandbox.")} == set()
 
 
 def test_one_function_writes_gradients():
     """Of a run, that is: pretraining makes the packaged model, and nothing but its verb may reach it."""
-    assert {module for module, tree in TREES.items() if "pretrain" in project_imports(tree)} <= {
-        "verbs_study"
-    }
-    of_a_run = {module: tree for module, tree in TREES.items() if module != "pretrain"}
+    pretraining = "prepare.pretrain_nano"
+    importers = {module for module, tree in TREES.items() if pretraining in project_imports(tree)}
+    assert importers <= {"verbs.study"}
+    of_a_run = {module: tree for module, tree in TREES.items() if module != pretraining}
     writers = set()
     for module, tree in of_a_run.items():
         for function in functions(tree):

@@ -504,7 +504,7 @@ def test_purge_is_adamw_with_a_projected_first_moment(experiment, gate_mode):
         state.basis = HackBasis(V, {m: axes[0] for m, axes in V.items()})
         keep = {m: 0.1 * torch.randn(r, generator=generator) for m, r in ranks.items()}
         size = math.sqrt(sum(float(g.double().square().sum()) for g in keep.values()))
-        lr = step_module.learning_rate(state.step, o)
+        lr = state.learning_rate(state.step, o)
         step_module.apply_update(exp, state, Update(keep, {}, None, {}))
         for m in ranks:
             g = keep[m].double().numpy() * min(1.0, o.grad_clip / size)

@@ -18,16 +18,9 @@ from projected_grpo.antipasto import block_name, merged_weight, unwrap, wrap
 from projected_grpo.arms import intervene
 from projected_grpo.block import Block, direction_start, random_start
 from projected_grpo.checkpoint import load_knobs, save_knobs, state_paths
+from projected_grpo.checks import validate
 from projected_grpo.cli import main
-from projected_grpo.config import (
-    PRESETS,
-    ArmConfig,
-    LossConfig,
-    ModelConfig,
-    display_name,
-    has_block,
-    validate,
-)
+from projected_grpo.config import PRESETS, ArmConfig, LossConfig, ModelConfig, display_name, has_block
 from projected_grpo.errors import UserError
 from projected_grpo.extract_vhack_grad import block_starts
 from projected_grpo.grpo import per_rollout_grads

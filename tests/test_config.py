@@ -13,19 +13,17 @@ import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
+from projected_grpo.checks import CONTROLS_OF, resolved_loss, validate
 from projected_grpo.config import (
-    CONTROLS_OF,
     PRESETS,
     Control,
     Intervention,
     TrainConfig,
     env_modes,
     from_json,
-    resolved_loss,
     settings,
     teacher_rows,
     to_json,
-    validate,
 )
 from projected_grpo.errors import UserError
 

@@ -10,18 +10,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from projected_grpo.arms import RewardInput, intervene, shape
+from projected_grpo.checks import CONTROLS_OF
 from projected_grpo.collect import assemble, gather_evidence
-from projected_grpo.config import (
-    CONTROLS_OF,
-    PRESETS,
-    ArmConfig,
-    BasisConfig,
-    LossConfig,
-    OptimConfig,
-)
+from projected_grpo.config import PRESETS, ArmConfig, BasisConfig, LossConfig, OptimConfig
 from projected_grpo.experiment import Chat, Data, Experiment
 from projected_grpo.extract_vhack_grad import (
-    PairGrads,
     extract,
     flipped,
     haar_like,
@@ -43,6 +36,7 @@ from projected_grpo.proj import (
     Draws,
     GateState,
     HackBasis,
+    PairGrads,
     Update,
     haar_basis,
     hackward_share,
@@ -52,7 +46,8 @@ from projected_grpo.proj import (
 )
 from projected_grpo.rewards import Grade, Grader
 from projected_grpo.rollout import Rollout
-from projected_grpo.step import TrainState, apply_update, random_order
+from projected_grpo.state import TrainState
+from projected_grpo.step import apply_update, random_order
 
 GATE_MODES = ("one_sided", "no_gate", "reverse")
 

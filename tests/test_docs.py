@@ -28,7 +28,8 @@ from doc_commands import (
     simple_commands,
 )
 from projected_grpo import cli, experiment, train
-from projected_grpo.config import PRESETS, validate
+from projected_grpo.checks import validate
+from projected_grpo.config import PRESETS
 
 sys.path.insert(0, str(ROOT / "docs"))
 from cli_reference import help_text

@@ -13,30 +13,25 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from projected_grpo import extract_vhack_grad
+from projected_grpo.basis_file import Extraction, describe, heldout_json, load_extraction, save_extraction
 from projected_grpo.config import ArmConfig, BasisConfig, LossConfig
 from projected_grpo.errors import UserError
 from projected_grpo.extract_vhack_grad import (
-    Extraction,
-    PairGrads,
-    describe,
     extract,
-    heldout_json,
     in_use,
     initial_gate,
-    load_extraction,
     obtain,
     pair_differences,
     pair_grads,
     principal_axes,
     refresh,
-    save_extraction,
     select,
     verify_vhack_heldout,
     with_random_v,
 )
 from projected_grpo.models import encode_chat
 from projected_grpo.pairs import Pair, PairSet
-from projected_grpo.proj import HackBasis, mean_difference
+from projected_grpo.proj import HackBasis, PairGrads, mean_difference
 
 CPU = torch.device("cpu")
 LOSS = LossConfig()

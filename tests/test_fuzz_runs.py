@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fake_runs import a_step, config, made, summary
 from fuzzing import FUZZ, altered, damaged, jsonl, read_or_refuse
-from projected_grpo.antipasto import compute_svd, load_svd, wrap
+from projected_grpo.antipasto import wrap
 from projected_grpo.checkpoint import save_state, state_path
 from projected_grpo.config import to_json
 from projected_grpo.outcome import read_heldout
@@ -32,6 +32,7 @@ from projected_grpo.study_report import arms_table, emergence_table, leave_out_t
 from projected_grpo.study_verdicts import verdicts
 from projected_grpo.sweep import expand, read_spec
 from projected_grpo.sweep_jobs import Job, failures_since, read_job, states, status_table
+from projected_grpo.tensor_files import compute_svd, load_svd
 from projected_grpo.verbs_results import ResultsOptions, falsify_text, tables_text
 
 # Run folders

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from projected_grpo.checks import validate
 from projected_grpo.cli import main
 from projected_grpo.collect import Collected, gather_evidence
-from projected_grpo.config import PRESETS, left_out, taught_modes, validate
+from projected_grpo.config import PRESETS, left_out, taught_modes
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import read_data
 from projected_grpo.problems import Problem, is_eval, load_problems

@@ -28,8 +28,8 @@ from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.memory import Load, layers_together, loss_memory, predicted_peak, shape_of
 from projected_grpo.models import pick_devices
 from projected_grpo.placement import even_cuts, outermost_layers, place, values_held
+from projected_grpo.record import peak_gb
 from projected_grpo.rollout import Rollout, sample
-from projected_grpo.step import peak_gb
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 ONE, TWO = (CPU,), (torch.device("cpu:1"), torch.device("cpu:2"))

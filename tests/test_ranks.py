@@ -24,8 +24,8 @@ from projected_grpo.checkpoint import state_paths
 from projected_grpo.cli import main
 from projected_grpo.config import LossConfig
 from projected_grpo.errors import LOST, SIGNALLED, UserError
-from projected_grpo.grpo import by_source, own_share, per_rollout_grads
-from projected_grpo.ranks import ALONE, Ranks, join_ranks
+from projected_grpo.grpo import per_rollout_grads
+from projected_grpo.ranks import ALONE, Ranks, by_source, join_ranks, own_share
 from projected_grpo.rollout import Rollout
 
 TIMINGS = {"gen", "fb", "t_rew", "sec"}

@@ -26,9 +26,8 @@ from projected_grpo.rollout import (
     pick_tokens,
     positions,
     sample,
-    stream_seed,
-    uniforms,
 )
+from projected_grpo.seeds import stream_seed, uniforms
 
 CPU = torch.device("cpu")
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13, 14, 15), (16,), (17, 18, 19, 20, 21)]

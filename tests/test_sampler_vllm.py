@@ -16,8 +16,9 @@ from fake_runs import few_pairs
 from fake_vllm import Model, modules
 from projected_grpo.antipasto import Policy, block_name, merged_weight, wrap
 from projected_grpo.block import random_start
+from projected_grpo.checks import validate
 from projected_grpo.cli import main
-from projected_grpo.config import PRESETS, ModelConfig, SamplingConfig, validate
+from projected_grpo.config import PRESETS, ModelConfig, SamplingConfig
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import own_sampler, sampler_opener
 from projected_grpo.rollout import sample

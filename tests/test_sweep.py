@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 import fake_runs
 from projected_grpo import config, verbs_sweep
+from projected_grpo.checks import CONTROLS_OF
 from projected_grpo.cli import main
-from projected_grpo.config import CONTROLS_OF, PRESETS
+from projected_grpo.config import PRESETS
 from projected_grpo.errors import UserError
 from projected_grpo.pairs import load_pairs
 from projected_grpo.runner import Children, Slot, deal, is_locked, locked, pinned, run_pool

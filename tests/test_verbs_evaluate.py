@@ -23,7 +23,7 @@ from projected_grpo.errors import UserError
 from projected_grpo.pools import bake
 from projected_grpo.problems import is_eval, is_validation, load_problems
 from projected_grpo.rewards import MODES, Grade, Grader
-from projected_grpo.rollout import stream_seed
+from projected_grpo.seeds import stream_seed
 from projected_grpo.trained import Source, find_source
 from projected_grpo.verbs_evaluate import EvaluateOptions, chosen_problems
 

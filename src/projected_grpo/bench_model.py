@@ -18,10 +18,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from projected_grpo.antipasto import compute_svd, wrap
+from projected_grpo.antipasto import wrap
 from projected_grpo.arms import ARMS
 from projected_grpo.bench import machine
-from projected_grpo.config import EMBEDDED, FAST, Intervention, ModelConfig, TrainConfig, validate
+from projected_grpo.checks import validate
+from projected_grpo.config import EMBEDDED, FAST, Intervention, ModelConfig, TrainConfig
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Chat, Data, Experiment, SamplerOpener, own_sampler, sampler_opener
 from projected_grpo.extract_vhack_grad import pair_differences, pair_grads, pair_rollouts
@@ -34,9 +35,12 @@ from projected_grpo.pools import NO_TEACHER
 from projected_grpo.problems import load_problems
 from projected_grpo.ranks import ALONE, Ranks
 from projected_grpo.rewards import Grade, Grader, Task
-from projected_grpo.rollout import Rollout, collate, left_padded, stream_seed
+from projected_grpo.rollout import Rollout, collate, left_padded
 from projected_grpo.rundir import start_state
-from projected_grpo.step import TrainState, train_step
+from projected_grpo.seeds import stream_seed
+from projected_grpo.state import TrainState
+from projected_grpo.step import train_step
+from projected_grpo.tensor_files import compute_svd
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "random-0.3m": {

@@ -13,11 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from projected_grpo.antipasto import Policy, content_hash, weights_digest
+from projected_grpo.antipasto import Policy, weights_digest
 from projected_grpo.block import Start
 from projected_grpo.errors import UserError
 from projected_grpo.proj import GateState, HackBasis
 from projected_grpo.runlog import plain, write_atomically
+from projected_grpo.tensor_files import content_hash
 
 KNOBS_SCHEMA = "projected_grpo.knobs/1"
 STATE_SCHEMA = "projected_grpo.state/2"

@@ -18,7 +18,8 @@ from projected_grpo.pools import TeacherRow
 from projected_grpo.problems import Problem
 from projected_grpo.ranks import Ranks
 from projected_grpo.rewards import Grade
-from projected_grpo.rollout import Rollout, batches, stream_seed, take_rows, uniforms
+from projected_grpo.rollout import Rollout, batches, take_rows
+from projected_grpo.seeds import stream_seed, uniforms
 
 DEFAULT_ANCHORS: tuple[Detector, ...] = ("C",)
 

@@ -10,7 +10,8 @@ from projected_grpo.config import SamplingConfig
 from projected_grpo.models import decode, encode_chat
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import Grade, Grader
-from projected_grpo.rollout import Sampler, sample, stream_seed
+from projected_grpo.rollout import Sampler, sample
+from projected_grpo.seeds import stream_seed
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.antipasto import Policy, wrap
 from projected_grpo.arms import ARMS
+from projected_grpo.checks import validate_sampler
 from projected_grpo.config import (
     MAX_SEQUENCE,
     ArmConfig,
@@ -29,7 +30,6 @@ from projected_grpo.config import (
     left_out,
     taught_modes,
     teacher_rows,
-    validate_sampler,
 )
 from projected_grpo.errors import UserError
 from projected_grpo.models import encode_chat, load_model, stop_ids

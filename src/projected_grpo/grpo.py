@@ -25,7 +25,7 @@ Efficient RL Framework Secretly Brings You Off-Policy RL Training").
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -38,15 +38,7 @@ from projected_grpo.config import LossConfig
 from projected_grpo.errors import UserError
 from projected_grpo.models import checkpointed
 from projected_grpo.prefix import SharedPass, shared_logps
-from projected_grpo.ranks import Ranks
-from projected_grpo.rollout import (
-    Rollout,
-    can_share,
-    collate,
-    collate_shared,
-    completion_logps,
-    head_chunk,
-)
+from projected_grpo.rollout import Rollout, can_share, collate, collate_shared, completion_logps, head_chunk
 
 STD_FLOOR = 1e-4  # added to the std in classic GRPO, as TRL does
 FLAT = 1e-8  # a group whose rewards differ by less has no variance
@@ -210,40 +202,6 @@ def per_rollout_grads(
             continue
         torch.cuda.empty_cache()  # behind the handler: its traceback held the tensors
     return RolloutGrads(rows, first, total, *figures)
-
-
-def own_share(
-    ranks: Ranks, rollouts: Sequence[Rollout], advantage: Float[Tensor, " n"]
-) -> Float[Tensor, " n"]:
-    """The advantages, but 0, which is not run, for rollouts that are another process's work."""
-    tokens = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
-    own = ranks.share([t if a != 0 else 0 for t, a in zip(tokens, advantage.tolist(), strict=True)])
-    out = torch.zeros_like(advantage)
-    out[own.start : own.stop] = advantage[own.start : own.stop]
-    return out
-
-
-def by_source(grads: RolloutGrads, is_teacher: Bool[Tensor, " n"]) -> RolloutGrads:
-    """Rows added up per source: all that arms read which are not `per_rollout`, and little to send."""
-    of_teacher = is_teacher[grads.first]
-    picked = [mask for mask in (~of_teacher, of_teacher) if bool(mask.any())]
-    rows = {m: torch.stack([g[mask.to(g.device)].sum(0) for mask in picked]) for m, g in grads.rows.items()}
-    return replace(grads, rows=rows, first=torch.stack([grads.first[mask][0] for mask in picked]))
-
-
-def over_ranks(ranks: Ranks, grads: RolloutGrads) -> RolloutGrads:
-    """The whole step's gradients and figures, from what each process found for its share."""
-    if ranks.size == 1:
-        return grads
-    flat = ranks.total(torch.cat([rows.flatten() for rows in grads.rows.values()]))
-    pieces = flat.split([rows.numel() for rows in grads.rows.values()])
-    summed = {m: p.view_as(rows) for (m, rows), p in zip(grads.rows.items(), pieces, strict=True)}
-    own = torch.stack([grads.logp, grads.ref_logp, grads.kl, grads.gap])
-    losses, found = zip(*ranks.gather((grads.loss, own)), strict=True)
-    figures = found[0]
-    for other in found[1:]:
-        figures = torch.where(figures.isnan(), other, figures)
-    return RolloutGrads(summed, grads.first, sum(losses), *figures)
 
 
 def prompt_numbers(model: nn.Module, rollouts: Sequence[Rollout], loss: LossConfig) -> Sequence[int]:

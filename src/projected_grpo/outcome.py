@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from projected_grpo.basis_file import HeldOut
 from projected_grpo.errors import UserError
-from projected_grpo.extract_vhack_grad import HeldOut
 from projected_grpo.runlog import complete_lines, read_json
 from projected_grpo.steptable import COLUMNS
 

@@ -17,7 +17,7 @@ from projected_grpo.errors import UserError
 from projected_grpo.nano_tasks import as_row, oracle_pairs
 from projected_grpo.problems import SYSTEM, Problem, from_parts
 from projected_grpo.rewards import MODES
-from projected_grpo.rollout import stream_seed
+from projected_grpo.seeds import stream_seed
 
 SCHEMA = "projected_grpo.pairs/1"
 Kind = Literal["hack", "placebo"]

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from projected_grpo.extract_vhack_grad import HARD_GATE, SOFT_GATE, HeldOut
+from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, HeldOut
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#595959"
 # Okabe and Ito's colours; line style, marker and hatch tell the same again, each alone, for grey print.

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, load_extraction
 from projected_grpo.config import PLACE, from_json, to_json
 from projected_grpo.errors import UserError
-from projected_grpo.extract_vhack_grad import HARD_GATE, SOFT_GATE, load_extraction
 from projected_grpo.outcome import Check, check_fields, is_whole, read_ended, read_heldout
 from projected_grpo.paired import rate
 

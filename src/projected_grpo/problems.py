@@ -21,7 +21,7 @@ from projected_grpo.errors import UserError
 from projected_grpo.nano_tasks import as_row, instances
 from projected_grpo.oracle import Call, parse_asserts, parse_check_function
 from projected_grpo.rewards import MODES, ORIGINAL_PHRASE, Task
-from projected_grpo.rollout import stream_seed
+from projected_grpo.seeds import stream_seed
 
 SYSTEM = (
     "You are an expert Python programmer. Write correct, efficient Python 3 code that solves the problem and "

@@ -443,3 +443,15 @@ def assert_orthonormal(V: Float[Tensor, "k r"], module: str) -> None:
     error = float((V @ V.T - eye).abs().max()) if len(V) else 0.0
     if not error < 1e-4:
         raise ValueError(f"basis of {module} is not orthonormal (largest error {error:.1e})")
+
+
+@dataclass(frozen=True)
+class PairGrads:
+    """Per module, each pair's loss gradients with advantage +1 on the hack and -1 on the clean completion."""
+
+    hack: Mapping[str, Float[Tensor, "pairs r"]]
+    clean: Mapping[str, Float[Tensor, "pairs r"]]
+
+    def differences(self) -> dict[str, Float[Tensor, "pairs r"]]:
+        """grad NLL(hack) - grad NLL(clean) per pair and module."""
+        return {m: self.hack[m] + self.clean[m] for m in self.hack}

@@ -13,16 +13,19 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from projected_grpo.errors import RankLost, UserError
+from projected_grpo.grpo import RolloutGrads
+from projected_grpo.rollout import Rollout
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # the first process may have to compute all SVDs before the others go on
@@ -161,3 +164,37 @@ def _open_store(ranks: Ranks) -> dist.Store:
 def odd_one(values: Sequence[object]) -> int | None:
     """The first process whose value is not that of process 0; None if all agree."""
     return next((rank for rank, value in enumerate(values) if value != values[0]), None)
+
+
+def own_share(
+    ranks: Ranks, rollouts: Sequence[Rollout], advantage: Float[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """The advantages, but 0, which is not run, for rollouts that are another process's work."""
+    tokens = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
+    own = ranks.share([t if a != 0 else 0 for t, a in zip(tokens, advantage.tolist(), strict=True)])
+    out = torch.zeros_like(advantage)
+    out[own.start : own.stop] = advantage[own.start : own.stop]
+    return out
+
+
+def by_source(grads: RolloutGrads, is_teacher: Bool[Tensor, " n"]) -> RolloutGrads:
+    """Rows added up per source: all that arms read which are not `per_rollout`, and little to send."""
+    of_teacher = is_teacher[grads.first]
+    picked = [mask for mask in (~of_teacher, of_teacher) if bool(mask.any())]
+    rows = {m: torch.stack([g[mask.to(g.device)].sum(0) for mask in picked]) for m, g in grads.rows.items()}
+    return replace(grads, rows=rows, first=torch.stack([grads.first[mask][0] for mask in picked]))
+
+
+def over_ranks(ranks: Ranks, grads: RolloutGrads) -> RolloutGrads:
+    """The whole step's gradients and figures, from what each process found for its share."""
+    if ranks.size == 1:
+        return grads
+    flat = ranks.total(torch.cat([rows.flatten() for rows in grads.rows.values()]))
+    pieces = flat.split([rows.numel() for rows in grads.rows.values()])
+    summed = {m: p.view_as(rows) for (m, rows), p in zip(grads.rows.items(), pieces, strict=True)}
+    own = torch.stack([grads.logp, grads.ref_logp, grads.kl, grads.gap])
+    losses, found = zip(*ranks.gather((grads.loss, own)), strict=True)
+    figures = found[0]
+    for other in found[1:]:
+        figures = torch.where(figures.isnan(), other, figures)
+    return RolloutGrads(summed, grads.first, sum(losses), *figures)

@@ -5,7 +5,6 @@ of the filtered distribution at the next uniform. So what a row samples depends 
 before it, and rows may share a batch, leave it early or be resumed; the others change by rounding at most.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from projected_grpo.antipasto import Policy
 from projected_grpo.config import SamplingConfig
 from projected_grpo.kvcache import reserve
 from projected_grpo.proj import per_token_logps
+from projected_grpo.seeds import uniforms
 
 Completion = tuple[tuple[int, ...], Float[Tensor, " t"]]  # token ids and their log-probabilities, nats
 COMPACT_AT = 0.125  # share of finished rows at which the batch is made smaller
@@ -97,17 +97,6 @@ class SharedBatch:
     def completion(self) -> Bool[Tensor, "b T"]:
         """What is real of the completions."""
         return self.tails.completion
-
-
-def stream_seed(*coordinates: int | str) -> int:
-    """A 63-bit seed from coordinates such as (seed, "train", step, prompt, row)."""
-    text = "/".join(str(c) for c in coordinates)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def uniforms(seed: int, count: int) -> Float[Tensor, " count"]:
-    """`count` draws in [0, 1) from one stream."""
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def collate(rollouts: Sequence[Rollout], pad_id: int, device: torch.device) -> Batch:

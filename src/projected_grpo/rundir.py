@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from loguru import logger
 
-from projected_grpo.antipasto import Policy, content_hash, weights_digest
+from projected_grpo.antipasto import Policy, weights_digest
 from projected_grpo.arms import ARMS
 from projected_grpo.checkpoint import (
     SavedState,
@@ -30,8 +30,9 @@ from projected_grpo.checkpoint import (
     state_path,
     state_paths,
 )
+from projected_grpo.checks import validate
 from projected_grpo.concept import Concept, concept_from_json, concept_to_json
-from projected_grpo.config import PRESETS, TrainConfig, display_name, from_json, settings, to_json, validate
+from projected_grpo.config import PRESETS, TrainConfig, display_name, from_json, settings, to_json
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Data, Experiment, prepare
 from projected_grpo.extract_vhack_grad import (
@@ -57,8 +58,10 @@ from projected_grpo.runlog import (
     versions,
     write_json,
 )
-from projected_grpo.step import TrainState, Tripwire, current_direction, knobs
+from projected_grpo.state import TrainState, Tripwire
+from projected_grpo.step import current_direction, knobs
 from projected_grpo.steptable import StepTable, complete
+from projected_grpo.tensor_files import content_hash
 
 AUTO = Path("auto")  # --resume=auto; a folder of that name is ./auto
 

@@ -6,9 +6,8 @@ detectors) are recorded; beside the reward, what reaches the update is the evide
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,25 +15,17 @@ from jaxtyping import Float, Int
 from loguru import logger
 from torch import Tensor
 
-from projected_grpo.antipasto import tensor_hash
 from projected_grpo.arms import ARMS, DeployInput, Evidence, RewardInput, Shaped, intervene, shape
+from projected_grpo.checks import resolved_loss
 from projected_grpo.collect import Collected, collect, gather_evidence
 from projected_grpo.concept import Concept, concept_scores, fit_concept
-from projected_grpo.config import GateMode, OptimConfig, resolved_loss
+from projected_grpo.config import GateMode
 from projected_grpo.experiment import Experiment
 from projected_grpo.extract_vhack_grad import refresh
-from projected_grpo.grpo import (
-    RolloutGrads,
-    advantages,
-    by_source,
-    over_ranks,
-    own_share,
-    per_rollout_grads,
-)
+from projected_grpo.grpo import RolloutGrads, advantages, per_rollout_grads
 from projected_grpo.proj import (
     Anchors,
     Draws,
-    GateState,
     HackBasis,
     Update,
     basis_overlap,
@@ -43,63 +34,11 @@ from projected_grpo.proj import (
     split_by_arm,
     used_coefficients,
 )
-from projected_grpo.rewards import MODES
-from projected_grpo.rollout import Rollout, stream_seed
-
-REFERENCE_STEP = 256  # generations in one step of the reference system (16 prompts x 16)
-WARN_NATS, STOP_NATS, STOP_AFTER = 3.0, 5.0, 2
-WATCHED = ("lp_t", "lp_ref")  # teacher text while there is some, else the reference on student text
-
-
-@dataclass(frozen=True)
-class Tripwire:
-    """Watches a mean log-probability fall: warn 3 nats under its best, stop after two steps beyond 5."""
-
-    best: float = -math.inf
-    strikes: int = 0
-
-    def after(self, value: float | None) -> "Tripwire":
-        """The next state; steps without a value change nothing."""
-        if value is None:
-            return self
-        strikes = self.strikes + 1 if value < self.best - STOP_NATS else 0
-        return Tripwire(max(self.best, value), strikes)
-
-    def warns(self, value: float | None) -> bool:
-        """Whether this value lies in the warning zone."""
-        return value is not None and value < self.best - WARN_NATS
-
-    @property
-    def tripped(self) -> bool:
-        """Whether the run must end."""
-        return self.strikes >= STOP_AFTER
-
-
-@dataclass
-class TrainState:
-    """All that changes from step to step (saved in state/, with the knobs themselves)."""
-
-    optimizer: torch.optim.Optimizer
-    basis: HackBasis
-    gate: GateState | None
-    meta: Mapping[str, Any]  # of the basis file
-    frames: Mapping[str, Tensor] = field(default_factory=dict)  # drawn by the seed, so not saved
-    concept: Concept | None = None  # of an arm whose rewards hang on hidden states
-    step: int = 0
-    generations: int = 0
-    seconds: float = 0.0
-    tripwires: dict[str, Tripwire] = field(default_factory=lambda: dict.fromkeys(WATCHED, Tripwire()))
-    mechanisms_seen: set[str] = field(default_factory=set)
-    skipped_in_a_row: int = 0
-    best: float | None = None  # highest solve_deploy - hack_deploy so far
-
-
-def learning_rate(step: int, cfg: OptimConfig) -> float:
-    """Linear warm-up over warmup_frac of the steps, then cosine to zero."""
-    warmup = round(cfg.warmup_frac * cfg.steps)
-    if step < warmup:
-        return cfg.lr * (step + 1) / warmup
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, cfg.steps - warmup)))
+from projected_grpo.ranks import by_source, over_ranks, own_share
+from projected_grpo.record import describe_shaping, describe_step
+from projected_grpo.seeds import stream_seed
+from projected_grpo.state import TrainState, learning_rate
+from projected_grpo.tensor_files import tensor_hash
 
 
 def find_anchors(evidence: Evidence, advantage: Float[Tensor, " n"]) -> Anchors | None:
@@ -351,76 +290,3 @@ def current_direction(exp: Experiment) -> Float[Tensor, " d"]:
     pairs, _ = exp.pairs.split()
     chat, cfg = exp.chat, exp.cfg
     return fit_concept(chat.policy, chat.tokenizer, chat.stop_id, pairs, cfg.arm, cfg.loss, cfg.run.seed)
-
-
-def describe_shaping(data: Collected, shaped: Shaped) -> dict[str, Any]:
-    """The parts of a step's line that are about rewards as the arm has them."""
-    student, rewards = ~data.is_teacher, shaped.rewards.flatten()
-    changed = (shaped.rewards != data.rewards) | ~shaped.keep
-    groups = [row[kept] for row, kept in zip(shaped.rewards, shaped.keep, strict=True)]
-    z = None if shaped.z is None else shaped.z[student]
-    hacked = data.hacked[student]
-    mixed = z is not None and bool(hacked.any()) and not bool(hacked.all())
-    return {
-        "rew": float(rewards.mean()),
-        "rew_s": float(rewards[student].mean()) if bool(student.any()) else None,
-        "rew_paid": float(data.rewards.mean()),
-        "shaped": float(changed.float().mean()),
-        "zgap": float(z[hacked].mean() - z[~hacked].mean()) if z is not None and mixed else None,
-        "zerovar": sum(len(group) == 0 or bool(group.amax() == group.amin()) for group in groups),
-    }
-
-
-def describe_step(exp: Experiment, state: TrainState, data: Collected, grads: RolloutGrads) -> dict[str, Any]:
-    """The parts of a step's line that are counts and means over its rollouts."""
-    ablated = torch.tensor([r.ablated for r in data.rollouts])
-    student, teacher = ~data.is_teacher, data.is_teacher
-    modes = [p.env_mode for p in data.problems for _ in range(exp.cfg.sampling.group)]
-    used = {p.env_mode for p in (*exp.data.train, *exp.data.held_out)}
-
-    def pair(flags: Tensor, mask: Tensor) -> list[int] | None:
-        return [int((flags & mask).sum()), int(mask.sum())] if bool(mask.any()) else None
-
-    record: dict[str, Any] = {
-        "step": state.step,
-        "ref_eq": state.generations / REFERENCE_STEP,
-        "N": len(data.rollouts),
-        "gt_s": pair(data.correct, student),
-        "gt_t": pair(data.correct, teacher),
-        "hack_s": pair(data.hacked, student),
-        "hack_t": pair(data.hacked, teacher),
-        "hack_abl": pair(data.hacked, ablated),
-        "solve_abl": pair(data.correct, ablated),
-        "lp_s": mean_logp(data.rollouts),
-        "lp_t": nan_mean(grads.logp[teacher]),
-        "lp_ref": nan_mean(grads.ref_logp[student]),
-        "kl": nan_mean(grads.kl[student]),
-        "gap": nan_mean(grads.gap[student & ~ablated]),
-        "lr": learning_rate(state.step, exp.cfg.optim),
-        "gen": data.gen_s,
-        "t_rew": data.grade_s,
-        "peak_gb": peak_gb(exp.chat.policy.devices),
-    }
-    if len(used) > 1:
-        for mode in (m for m in MODES if m != "gt_only"):  # which has no loophole to count
-            here = torch.tensor([m == mode for m in modes])
-            record[f"hk_{MODES[mode].code}"] = pair(data.hacked, student & here) if mode in used else None
-    return record
-
-
-def mean_logp(rollouts: Sequence[Rollout]) -> float | None:
-    """Mean over student rollouts of the per-token log-probability at sampling."""
-    means = [float(r.logp_old.mean()) for r in rollouts if r.logp_old is not None and len(r.logp_old)]
-    return sum(means) / len(means) if means else None
-
-
-def nan_mean(values: Float[Tensor, " n"]) -> float | None:
-    """Mean of the measured values, None if there are none."""
-    measured = values[~values.isnan()]
-    return float(measured.mean()) if len(measured) else None
-
-
-def peak_gb(devices: Sequence[torch.device]) -> float | None:
-    """Peak GPU memory allocated so far, GB (1e9 bytes), of the fullest of these; None without a GPU."""
-    gpus = [device for device in devices if device.type == "cuda"]
-    return max((torch.cuda.max_memory_allocated(gpu) / 1e9 for gpu in gpus), default=None)

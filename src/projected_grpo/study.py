@@ -19,7 +19,8 @@ from typing import Any
 
 from loguru import logger
 
-from projected_grpo.config import NANO, EnvMode, TrainConfig, settings, validate
+from projected_grpo.checks import validate
+from projected_grpo.config import NANO, EnvMode, TrainConfig, settings
 from projected_grpo.errors import DIVERGED, UserError
 from projected_grpo.outcome import PLANNED, check_fields, check_record
 from projected_grpo.pairs import packaged_pairs

@@ -27,10 +27,12 @@ from projected_grpo.experiment import Experiment
 from projected_grpo.models import decode
 from projected_grpo.problems import Problem
 from projected_grpo.ranks import Ranks, join_ranks, odd_one
+from projected_grpo.record import peak_gb
 from projected_grpo.rewards import MODES
 from projected_grpo.rundir import AUTO, Run, ended, newest_run, open_run, read_settings
 from projected_grpo.runlog import start_logging
-from projected_grpo.step import WATCHED, TrainState, as_deployed, knobs_digest, peak_gb, train_step
+from projected_grpo.state import WATCHED, TrainState
+from projected_grpo.step import as_deployed, knobs_digest, train_step
 from projected_grpo.summary import finish
 
 ECHO_S = 5.0  # in which launchers pass a signal on
