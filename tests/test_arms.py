@@ -18,19 +18,11 @@ from safetensors.torch import load_file
 
 from fake_runs import few_pairs
 from projected_grpo import step as step_module
-from projected_grpo.arms import (
-    ARMS,
-    DeployInput,
-    Evidence,
-    LabelLeak,
-    RewardInput,
-    Shaped,
-    hackward_part,
-    intervene,
-    shape,
-    standardised,
-    strongest_label,
-)
+from projected_grpo.arms.erase import hackward_part
+from projected_grpo.arms.gate import Anchors, GateState
+from projected_grpo.arms.rivals import standardised
+from projected_grpo.arms.stages import DeployInput, Evidence, LabelLeak, RewardInput, Shaped, Update
+from projected_grpo.arms.table import ARMS, intervene, shape, strongest_label
 from projected_grpo.checkpoint import state_paths
 from projected_grpo.cli import main
 from projected_grpo.collect import collect, gather_evidence, monitored, rollout_rows
@@ -47,7 +39,7 @@ from projected_grpo.experiment import Experiment, prepare, prompted
 from projected_grpo.extract_vhack_grad import pair_grads, pair_rollouts
 from projected_grpo.grpo import advantages
 from projected_grpo.pairs import load_pairs
-from projected_grpo.proj import Anchors, GateState, HackBasis, Update, haar_basis
+from projected_grpo.proj import HackBasis, haar_basis
 from projected_grpo.rollout import collate, completion_logps
 from projected_grpo.rundir import start_state
 from projected_grpo.step import as_deployed, knobs, train_step

@@ -15,16 +15,17 @@ from torch.func import functional_call
 
 from fake_runs import few_pairs
 from projected_grpo.antipasto import block_name, merged_weight, unwrap, wrap
-from projected_grpo.arms import intervene
+from projected_grpo.arms.absorb import block_starts
+from projected_grpo.arms.gate import Anchors, GateState
+from projected_grpo.arms.table import intervene
 from projected_grpo.block import Block, direction_start, random_start
 from projected_grpo.checkpoint import load_knobs, save_knobs, state_paths
 from projected_grpo.checks import validate
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, ArmConfig, LossConfig, ModelConfig, display_name, has_block
 from projected_grpo.errors import UserError
-from projected_grpo.extract_vhack_grad import block_starts
 from projected_grpo.grpo import per_rollout_grads
-from projected_grpo.proj import Anchors, GateState, HackBasis, haar_basis
+from projected_grpo.proj import HackBasis, haar_basis
 from projected_grpo.rollout import Rollout
 from projected_grpo.rundir import start_from
 from projected_grpo.trained import find_source, open_source

@@ -9,45 +9,33 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from projected_grpo.arms import RewardInput, intervene, shape
+from projected_grpo.arms.controls import (
+    flipped,
+    haar_like,
+    matched_removal,
+    random_frames,
+    random_order,
+    relabelled,
+    with_random_v,
+)
+from projected_grpo.arms.erase import split_by_arm
+from projected_grpo.arms.gate import Anchors, Draws, GateState
+from projected_grpo.arms.stages import RewardInput, Update
+from projected_grpo.arms.table import intervene, shape
 from projected_grpo.checks import CONTROLS_OF
 from projected_grpo.collect import assemble, gather_evidence
 from projected_grpo.config import PRESETS, ArmConfig, BasisConfig, LossConfig, OptimConfig
 from projected_grpo.experiment import Chat, Data, Experiment
-from projected_grpo.extract_vhack_grad import (
-    extract,
-    flipped,
-    haar_like,
-    in_use,
-    pair_grads,
-    random_frames,
-    refresh,
-    relabelled,
-    select,
-    with_random_v,
-    without_contrast,
-)
+from projected_grpo.extract_vhack_grad import extract, in_use, pair_grads, refresh, select, without_contrast
 from projected_grpo.models import encode_chat
 from projected_grpo.pairs import Pair, PairSet
 from projected_grpo.pools import NO_TEACHER, TeacherRow
 from projected_grpo.problems import load_problems
-from projected_grpo.proj import (
-    Anchors,
-    Draws,
-    GateState,
-    HackBasis,
-    PairGrads,
-    Update,
-    haar_basis,
-    hackward_share,
-    matched_removal,
-    project_delta_S_grad,
-    split_by_arm,
-)
+from projected_grpo.proj import HackBasis, PairGrads, haar_basis, hackward_share, project_delta_S_grad
 from projected_grpo.rewards import Grade, Grader
 from projected_grpo.rollout import Rollout
 from projected_grpo.state import TrainState
-from projected_grpo.step import apply_update, random_order
+from projected_grpo.step import apply_update
 
 GATE_MODES = ("one_sided", "no_gate", "reverse")
 

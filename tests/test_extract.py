@@ -13,13 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from projected_grpo import extract_vhack_grad
+from projected_grpo.arms.controls import with_random_v
+from projected_grpo.arms.gate import initial_gate
 from projected_grpo.basis_file import Extraction, describe, heldout_json, load_extraction, save_extraction
 from projected_grpo.config import ArmConfig, BasisConfig, LossConfig
 from projected_grpo.errors import UserError
 from projected_grpo.extract_vhack_grad import (
     extract,
     in_use,
-    initial_gate,
     obtain,
     pair_differences,
     pair_grads,
@@ -27,7 +28,6 @@ from projected_grpo.extract_vhack_grad import (
     refresh,
     select,
     verify_vhack_heldout,
-    with_random_v,
 )
 from projected_grpo.models import encode_chat
 from projected_grpo.pairs import Pair, PairSet

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fuzzing import FUZZ, altered, damaged, jsonl, read_or_refuse
 from projected_grpo.antipasto import wrap
+from projected_grpo.arms.gate import GateState
 from projected_grpo.basis_file import Axes, Extraction, load_extraction, save_extraction
 from projected_grpo.checkpoint import load_knobs, read_state, restore_state, save_knobs, save_state
 from projected_grpo.checks import validate
@@ -23,7 +24,7 @@ from projected_grpo.grading import read_completions
 from projected_grpo.pairs import load_pairs
 from projected_grpo.pools import join, load_pool
 from projected_grpo.problems import load_problems
-from projected_grpo.proj import GateState, HackBasis, PairGrads
+from projected_grpo.proj import HackBasis, PairGrads
 from projected_grpo.runlog import read_json
 
 # JSON and JSONL

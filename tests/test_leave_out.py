@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from projected_grpo.arms.route2 import find_anchors
 from projected_grpo.checks import validate
 from projected_grpo.cli import main
 from projected_grpo.collect import Collected, gather_evidence
@@ -16,7 +17,6 @@ from projected_grpo.problems import Problem, is_eval, load_problems
 from projected_grpo.rewards import Grade, Grader
 from projected_grpo.rollout import Rollout
 from projected_grpo.sandbox import Sandbox
-from projected_grpo.step import find_anchors
 
 SMOKE = PRESETS["smoke"][1]
 MODES_USED = ("run_tests", "sentinel")

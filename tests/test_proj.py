@@ -11,11 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from projected_grpo.arms import ARMS, intervene
+from projected_grpo.arms.gate import Anchors, GateState, update_gate
+from projected_grpo.arms.table import ARMS, intervene
 from projected_grpo.config import ArmConfig, GateMode, Intervention
 from projected_grpo.proj import (
-    Anchors,
-    GateState,
     HackBasis,
     assert_orthonormal,
     basis_overlap,
@@ -28,7 +27,6 @@ from projected_grpo.proj import (
     project_delta_S_grad,
     row_cosines,
     svd_basis,
-    update_gate,
 )
 
 GATE_MODES = get_args(GateMode)

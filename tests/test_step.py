@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from fake_runs import few_pairs
 from projected_grpo import step as step_module
 from projected_grpo import train as train_module
+from projected_grpo.arms.gate import GateState
+from projected_grpo.arms.route2 import find_anchors
 from projected_grpo.checkpoint import state_paths
 from projected_grpo.checks import CONTROLS_OF
 from projected_grpo.cli import main
@@ -33,12 +35,11 @@ from projected_grpo.config import MAX_SEQUENCE, PRESETS, OptimConfig
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import fit_prompts, prepare, read_data
 from projected_grpo.pools import TeacherRow
-from projected_grpo.proj import GateState
 from projected_grpo.rewards import Grade, Grader
 from projected_grpo.rollout import sample
 from projected_grpo.rundir import start_digest, start_state
 from projected_grpo.state import Tripwire, learning_rate
-from projected_grpo.step import as_deployed, find_anchors, knobs, loss_grads, train_step
+from projected_grpo.step import as_deployed, knobs, loss_grads, train_step
 from projected_grpo.steptable import complete
 from projected_grpo.train import final_evaluations
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from projected_grpo.antipasto import wrap
-from projected_grpo.arms import ARMS
+from projected_grpo.arms.table import ARMS
 from projected_grpo.bench import machine
 from projected_grpo.checks import validate
 from projected_grpo.config import EMBEDDED, FAST, Intervention, ModelConfig, TrainConfig

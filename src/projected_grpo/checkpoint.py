@@ -14,9 +14,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from projected_grpo.antipasto import Policy, weights_digest
+from projected_grpo.arms.gate import GateState
 from projected_grpo.block import Start
 from projected_grpo.errors import UserError
-from projected_grpo.proj import GateState, HackBasis
+from projected_grpo.proj import HackBasis
 from projected_grpo.runlog import plain, write_atomically
 from projected_grpo.tensor_files import content_hash
 

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from projected_grpo.arms import ARMS, Evidence
+from projected_grpo.arms.stages import Evidence
+from projected_grpo.arms.table import ARMS
 from projected_grpo.config import Detector, EnvMode, TrainConfig, left_out, teacher_rows
 from projected_grpo.experiment import Experiment
 from projected_grpo.models import decode

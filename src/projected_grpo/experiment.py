@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.antipasto import Policy, wrap
-from projected_grpo.arms import ARMS
+from projected_grpo.arms.table import ARMS
 from projected_grpo.checks import validate_sampler
 from projected_grpo.config import (
     MAX_SEQUENCE,

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.antipasto import Policy
+from projected_grpo.arms.controls import flipped, haar_like, relabelled, with_random_v
 from projected_grpo.basis_file import (
     Axes,
     Extraction,
@@ -29,25 +30,21 @@ from projected_grpo.basis_file import (
     load_extraction,
     save_extraction,
 )
-from projected_grpo.block import Start, direction_start, random_start
-from projected_grpo.config import RELABELLED, ArmConfig, BasisConfig, Control, LossConfig, has_block
+from projected_grpo.config import RELABELLED, ArmConfig, BasisConfig, LossConfig
 from projected_grpo.errors import UserError
 from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.models import encode_chat
 from projected_grpo.pairs import Pair, PairSet
 from projected_grpo.proj import (
-    GateState,
     HackBasis,
     PairGrads,
     assert_orthonormal,
-    haar_basis,
     mean_difference,
     row_cosines,
     svd_basis,
 )
 from projected_grpo.ranks import ALONE, Ranks, over_ranks, own_share
 from projected_grpo.rollout import Rollout
-from projected_grpo.seeds import stream_seed
 
 
 def pair_grads(
@@ -173,96 +170,6 @@ def select(axes: Axes, k: int, drop_bottom_frac: float) -> HackBasis:
     for m, rows in V.items():
         assert_orthonormal(rows, m)
     return HackBasis(V, {m: mean_difference(axes.differences[m]) for m in V})
-
-
-def relabelled(grads: PairGrads, control: Control, seed: int) -> PairGrads:
-    """Pair gradients without the contrast: differences of completions of one kind, either way round.
-
-    `clean_clean` sets every clean completion against another; `shuffled` does so with half of the pairs and
-    sets hacks against hacks in the rest. (Labels dealt out at random would not do: differences that keep the
-    contrast, with either sign, leave its axis on top of an uncentred SVD.)
-    A clean row is a gradient at advantage -1, so one that stands for a hack changes sign.
-    """
-    n = len(next(iter(grads.hack.values())))
-    generator = torch.Generator().manual_seed(stream_seed(seed, control))
-    order = torch.randperm(n, generator=generator)
-    partner = order[(order.argsort() + 1) % n]  # a single cycle, so that nothing meets itself
-    side = torch.where(torch.rand(n, 1, generator=generator) < 0.5, -1.0, 1.0)
-    side[0] = -side[1]  # all alike, the differences around the cycle would cancel
-    hacks = torch.randperm(n, generator=generator)[:, None] < (n // 2 if control == "shuffled" else 0)
-
-    def likelier(m: str) -> Float[Tensor, "n r"]:
-        return side.to(grads.hack[m]) * torch.where(hacks, grads.hack[m], -grads.clean[m])
-
-    def rival(m: str) -> Float[Tensor, "n r"]:
-        own = torch.where(hacks, -grads.hack[m][partner], grads.clean[m][partner])
-        return side.to(grads.hack[m]) * own
-
-    return PairGrads({m: likelier(m) for m in grads.hack}, {m: rival(m) for m in grads.hack})
-
-
-def haar_like(basis: HackBasis, k: int, seed: int) -> HackBasis:
-    """Random orthonormal rows of the same shapes, and random unit vectors, the same for the same seed.
-
-    Rows are the first of k, so that a module whose noise floor moves keeps its directions.
-    """
-
-    def rows(m: str, V: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(stream_seed(seed, "haar-basis", m))
-        return haar_basis(k, V.shape[1], generator)[: len(V)].to(V).contiguous()
-
-    return with_random_v(HackBasis({m: rows(m, V) for m, V in basis.V.items()}, basis.v_grad), seed)
-
-
-def random_frames(policy: Policy, seed: int) -> dict[str, Float[Tensor, "r r"]]:
-    """A whole Haar-random frame per module, for `matched_removal`; the same for the same seed."""
-    return {
-        m: haar_basis(r, r, torch.Generator().manual_seed(stream_seed(seed, "frame", m))).to(policy.device)
-        for m, r in policy.ranks.items()
-    }
-
-
-def block_starts(policy: Policy, basis: HackBasis, arm: ArmConfig, seed: int) -> dict[str, Start]:
-    """Where each module's block begins, by --block-init; none for an arm without blocks.
-
-    Modules that have no axes in the basis begin at random. Raises UserError for a rank above a module's.
-    """
-    if not has_block(arm):
-        return {}
-    starts = {}
-    for m, layer in policy.layers.items():
-        if arm.block_rank > policy.ranks[m]:
-            raise UserError(f"--block-rank {arm.block_rank}: {m} has only rank {policy.ranks[m]}")
-        if arm.block_init == "direction" and m in basis.V:
-            V = basis.V[m].to(layer.U.device)
-            starts[m] = direction_start(layer.U, layer.Vh, V, arm.block_rank)
-        else:
-            generator = torch.Generator().manual_seed(stream_seed(seed, "block", m))
-            starts[m] = random_start(len(layer.U), layer.Vh.shape[1], arm.block_rank, generator)
-    return starts
-
-
-def flipped(basis: HackBasis) -> HackBasis:
-    """Every direction reversed: what made hacks likelier now counts as what makes them less likely."""
-    return HackBasis({m: -V for m, V in basis.V.items()}, {m: -v for m, v in basis.v_grad.items()})
-
-
-def with_random_v(basis: HackBasis, seed: int) -> HackBasis:
-    """The control of route2: Haar-random unit vectors in place of v_grad, the same for the same seed."""
-
-    def unit(m: str, v: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(stream_seed(seed, "haar", m))
-        return haar_basis(1, len(v), generator)[0].to(v)
-
-    return HackBasis(basis.V, {m: unit(m, v) for m, v in basis.v_grad.items()})
-
-
-def initial_gate(basis: HackBasis, grads: PairGrads) -> GateState:
-    """route2's running means before any rollout: the pairs' own cosines with v_grad."""
-    return GateState(
-        hack={m: float(row_cosines(grads.hack[m].to(v), v).mean()) for m, v in basis.v_grad.items()},
-        clean={m: float(row_cosines(-grads.clean[m].to(v), v).mean()) for m, v in basis.v_grad.items()},
-    )
 
 
 def obtain(

@@ -22,19 +22,17 @@ sqrt(k / 2r) on average in square, because half of the coefficients are negative
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from statistics import fmean
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from projected_grpo.config import ArmConfig, GateMode, Mask
+from projected_grpo.config import GateMode
 
 Action = Literal["measure", "erase", "route"]
-EMA = 0.9  # of route2's running anchor cosines
 
 
 @dataclass(frozen=True)
@@ -55,57 +53,6 @@ class Projection:
     cin: Float[Tensor, ""]
     cout: Float[Tensor, ""]
     fired: Float[Tensor, ""]
-
-
-@dataclass(frozen=True)
-class Anchors:
-    """What route2 may know of the rollouts: labelled hack, labelled clean, or neither, and the sign of A."""
-
-    hack: Bool[Tensor, " n"]
-    clean: Bool[Tensor, " n"]
-    advantage_sign: Float[Tensor, " n"]
-
-
-@dataclass(frozen=True)
-class GateState:
-    """route2's running mean cosine with v_grad over hack and clean anchors, per module of the basis."""
-
-    hack: Mapping[str, float]
-    clean: Mapping[str, float]
-
-    def tau(self, module: str) -> float:
-        """Threshold of a module: the midpoint of both running means."""
-        return (self.hack[module] + self.clean[module]) / 2
-
-    def covering(self, modules: Sequence[str]) -> "GateState":
-        """The state for these modules; one that was below the noise floor starts at the others' mean."""
-
-        def fill(known: Mapping[str, float]) -> dict[str, float]:
-            mean = fmean(known.values())
-            return {m: known.get(m, mean) for m in modules}
-
-        return GateState(fill(self.hack), fill(self.clean))
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What the controls draw: a Haar-random orthonormal frame per module, and an order of the rollouts."""
-
-    frames: Mapping[str, Float[Tensor, "r r"]] = field(default_factory=dict)
-    order: Int[Tensor, " n"] | None = None
-
-
-@dataclass(frozen=True)
-class Update:
-    """What an arm decided: gradients of delta_s and quarantine, the next gate state, figures for the log."""
-
-    keep: Mapping[str, Float[Tensor, " r"]]
-    park: Mapping[str, Float[Tensor, " q"]]
-    gate: GateState | None
-    stats: Mapping[str, float | None]
-    shrink: Mapping[str, Float[Tensor, ""]] = field(
-        default_factory=dict
-    )  # share of the realised change to park
 
 
 def per_token_logps(logits: Float[Tensor, "b t v"], ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
@@ -174,194 +121,9 @@ def split(
     )
 
 
-def matched_removal(
-    g: Float[Tensor, " r"],
-    size: Float[Tensor, ""],
-    frame: Float[Tensor, "r r"],
-    gate_mode: GateMode,
-) -> Float[Tensor, " r"]:
-    """A component of g of norm `size` in a random subspace: the frame's first axes, as many as it takes.
-
-    The control for "it merely removes more gradient". The last axis is taken in part, to meet the norm;
-    where the whole frame has less to give, all of it is taken and scaled up.
-    """
-    used = used_coefficients(frame @ g, gate_mode)
-    energy = used.square()
-    before = energy.cumsum(0) - energy
-    share = ((size.square() - before) / energy.clamp_min(torch.finfo(g.dtype).tiny)).clamp(0, 1)
-    removed = (used * share.sqrt()) @ frame
-    norm = removed.norm()
-    return torch.where(norm > 0, removed * (size / norm), torch.zeros_like(g))  # the frame may have none
-
-
 def row_cosines(rows: Float[Tensor, "n r"], v: Float[Tensor, " r"]) -> Float[Tensor, " n"]:
     """Cosine of each row with the unit vector v; 0 for a zero row."""
     return (rows @ v) / rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
-
-
-def update_gate(gate: GateState, cosines: Mapping[str, Float[Tensor, " n"]], anchors: Anchors) -> GateState:
-    """Move the running means towards this step's anchors (EMA 0.9); unchanged where a kind has no anchor.
-
-    A row is the gradient of A * log-likelihood, so a hack with A < 0 points away from the hack: the sign of A
-    is divided out, which makes every anchor vote for "making this rollout likelier". Rows with A = 0 carry no
-    gradient and do not vote.
-    """
-
-    def moved(old: Mapping[str, float], mask: Bool[Tensor, " n"]) -> dict[str, float]:
-        voting = mask & (anchors.advantage_sign != 0)
-        if not bool(voting.any()):
-            return dict(old)
-        means = torch.stack([(c * anchors.advantage_sign)[voting].mean() for c in cosines.values()]).tolist()
-        return {m: EMA * old[m] + (1 - EMA) * mean for m, mean in zip(cosines, means, strict=True)}
-
-    return GateState(hack=moved(gate.hack, anchors.hack), clean=moved(gate.clean, anchors.clean))
-
-
-@dataclass(frozen=True)
-class ArmInput:
-    """All that an arm may look at: per-rollout gradients, their sum, the basis, settings, route2's memory."""
-
-    rows: Mapping[str, Float[Tensor, "n r"]]
-    total: dict[str, Float[Tensor, " r"]]
-    basis: HackBasis
-    settings: ArmConfig
-    anchors: Anchors | None = None
-    gate: GateState | None = None
-    draws: Draws = Draws()
-    block: Mapping[str, Float[Tensor, "n p"]] = field(default_factory=dict)
-
-    @property
-    def parkable(self) -> Mapping[str, Float[Tensor, "n q"]]:
-        """Rows of the quarantine: of its blocks, or of delta_hack, which are those of delta_s."""
-        return self.block or self.rows
-
-
-def measured(
-    update: Update,
-    rows: Mapping[str, Float[Tensor, "n r"]],
-    total: Mapping[str, Float[Tensor, " r"]],
-    basis: HackBasis,
-    is_teacher: Bool[Tensor, " n"],
-    split: bool,
-) -> Update:
-    """The update with the figures that every arm has; `split`: of student and teacher rows apart, too.
-
-    A row is a rollout's gradient, or the sum over rollouts of one source.
-    """
-    stats = _cosine_stats(total, update.keep, basis)
-    if split:
-        by_source = {
-            "cos_pre_s": {m: rows[m][~is_teacher].sum(0) for m in basis.V},
-            "cos_pre_t": {m: rows[m][is_teacher].sum(0) for m in basis.V},
-        }
-        stats |= {name: mean_hackward_share(g, basis) for name, g in by_source.items()}
-    stats |= {"q_egy": parked_share(update.keep, update.park)}
-    return replace(update, stats=stats | dict(update.stats))
-
-
-def arm_none(x: ArmInput) -> Update:
-    """Vanilla, and every arm that acts elsewhere: the gradient as it is."""
-    return Update(keep=x.total, park={}, gate=x.gate, stats={})
-
-
-def arm_erase(x: ArmInput) -> Update:
-    """Projected: the hack-ward component is dropped."""
-    splits = _project_all(x)
-    return Update(keep=x.total | {m: s.keep for m, s in splits.items()}, park={}, gate=x.gate, stats={})
-
-
-def arm_route(x: ArmInput) -> Update:
-    """Routing: the hack-ward component trains the quarantine."""
-    splits = _project_all(x)
-    keep = x.total | {m: s.keep for m, s in splits.items()}
-    return shrunk(x, Update(keep, {m: s.park for m, s in splits.items()}, x.gate, {}))
-
-
-def arm_route2(x: ArmInput) -> Update:
-    """Routing of whole rollouts, module by module, by a threshold calibrated on anchors."""
-    if x.anchors is None or x.gate is None:
-        raise ValueError("route2 needs anchors and a gate state")
-    cosines = {m: row_cosines(x.rows[m], v) for m, v in x.basis.v_grad.items()}
-    gate = update_gate(x.gate, cosines, x.anchors)
-    flagged = {m: (c > gate.tau(m)) | x.anchors.hack for m, c in cosines.items()}
-    parked = {m: flagged.get(m, x.anchors.hack) for m in x.rows}  # forcing needs no direction
-    live = x.anchors.advantage_sign != 0
-    if x.settings.control == "random_parking":
-        parked = {m: _dealt_again(f, live, x.draws) for m, f in parked.items()}
-    park = {m: (x.parkable[m] * _all_but("keep", f, x.settings)[:, None]).sum(0) for m, f in parked.items()}
-    keep = {m: (x.rows[m] * _all_but("route", f, x.settings)[:, None]).sum(0) for m, f in parked.items()}
-    residual = [row_cosines(keep[m][None], v)[0] for m, v in x.basis.v_grad.items()]
-    stats = {
-        "tau": fmean(gate.tau(m) for m in flagged),
-        "hkgap": fmean(gate.hack[m] - gate.clean[m] for m in flagged),
-        "resid": float(torch.stack(residual).mean()),
-        "fired": float(torch.stack([f[live].float().mean() for f in flagged.values()]).mean()),
-    }
-    return shrunk(x, Update(keep=keep, park=park, gate=gate, stats=stats))
-
-
-def _all_but(mask: Mask, flagged: Bool[Tensor, " n"], settings: ArmConfig) -> Bool[Tensor, " n"]:
-    """The rollouts that have another mask: all but `keep` train the quarantine, all but `route` delta_s."""
-    return torch.where(flagged, settings.mask_flagged != mask, settings.mask_unflagged != mask)
-
-
-def arm_absorb(x: ArmInput) -> Update:
-    """No gate: everything trains both knobs, so that the quarantine takes what it takes fastest."""
-    return Update(x.total, {m: rows.sum(0) for m, rows in x.parkable.items()}, x.gate, {})
-
-
-def shrunk(x: ArmInput, update: Update) -> Update:
-    """Under the control `shrink`: vanilla's gradient, and the share of each realised change to park instead.
-
-    AdamW ignores the scale of a gradient, so a gradient that is shrunk would shrink nothing.
-    """
-    if x.settings.control != "shrink":
-        return update
-    share = {
-        m: parked.norm() / (parked.norm() + update.keep[m].norm()).clamp_min(torch.finfo(parked.dtype).tiny)
-        for m, parked in update.park.items()
-    }
-    return replace(update, keep=x.total, park={}, shrink=share)
-
-
-def _dealt_again(flags: Bool[Tensor, " n"], live: Bool[Tensor, " n"], draws: Draws) -> Bool[Tensor, " n"]:
-    """As many flags among the rows that carry gradient, in the step's random order, alike in all modules."""
-    if draws.order is None:
-        raise ValueError("random_parking needs an order of the rollouts")
-    candidates = draws.order[live[draws.order]]
-    dealt = torch.zeros_like(flags)
-    dealt[candidates[: int((flags & live).sum())]] = True
-    return dealt
-
-
-def split_by_arm(
-    g: Float[Tensor, " r"],
-    V: Float[Tensor, "k r"],
-    settings: ArmConfig,
-    frame: Float[Tensor, "r r"] | None = None,
-) -> Projection:
-    """One module's split under erase or route with their settings; haar_matched removes as much at random."""
-    action: Action = "route" if settings.intervention == "route" else "erase"
-    gate_mode, preserve = settings.gate_mode, settings.preserve_magnitude
-    real = project_delta_S_grad(
-        g,
-        V,
-        action,
-        gate_mode=gate_mode,
-        overshoot=settings.project_overshoot,
-        preserve_magnitude=preserve,
-    )
-    if settings.control != "haar_matched":
-        return real
-    if frame is None:
-        raise ValueError("haar_matched needs a random frame")
-    return split(g, V, matched_removal(g, real.removed.norm(), frame, gate_mode), action, preserve)
-
-
-def _project_all(x: ArmInput) -> dict[str, Projection]:
-    if x.settings.project == "update":  # then it is the realised change that is split, after AdamW
-        return {}
-    return {m: split_by_arm(x.total[m], V, x.settings, x.draws.frames.get(m)) for m, V in x.basis.V.items()}
 
 
 def mean_hackward_share(g: Mapping[str, Tensor], basis: HackBasis) -> float | None:
@@ -372,20 +134,6 @@ def mean_hackward_share(g: Mapping[str, Tensor], basis: HackBasis) -> float | No
         return None
     share, live = torch.stack(shares), torch.stack(norms) > 0
     return float(share[live].mean()) if bool(live.any()) else None
-
-
-def _cosine_stats(
-    total: Mapping[str, Tensor], keep: Mapping[str, Tensor], basis: HackBasis
-) -> dict[str, float | None]:
-    if not basis.V:
-        return dict.fromkeys(("cos_pre", "cos_post", "cos_null", "fired"))
-    fired = [(V @ total[m] > 0).float().mean() for m, V in basis.V.items()]
-    return {
-        "cos_pre": mean_hackward_share(total, basis),
-        "cos_post": mean_hackward_share(keep, basis),
-        "cos_null": fmean(null_share(V) for V in basis.V.values()),
-        "fired": float(torch.stack(fired).mean()),
-    }
 
 
 def parked_share(keep: Mapping[str, Tensor], park: Mapping[str, Tensor]) -> float:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from projected_grpo.arms import Shaped
+from projected_grpo.arms.stages import Shaped
 from projected_grpo.collect import Collected
 from projected_grpo.experiment import Experiment
 from projected_grpo.grpo import RolloutGrads

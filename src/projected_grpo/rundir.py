@@ -18,7 +18,10 @@ import torch
 from loguru import logger
 
 from projected_grpo.antipasto import Policy, weights_digest
-from projected_grpo.arms import ARMS
+from projected_grpo.arms.absorb import block_starts
+from projected_grpo.arms.controls import random_frames
+from projected_grpo.arms.gate import initial_gate
+from projected_grpo.arms.table import ARMS
 from projected_grpo.checkpoint import (
     SavedState,
     knobs_meta,
@@ -35,14 +38,7 @@ from projected_grpo.concept import Concept, concept_from_json, concept_to_json
 from projected_grpo.config import PRESETS, TrainConfig, display_name, from_json, settings, to_json
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Data, Experiment, prepare
-from projected_grpo.extract_vhack_grad import (
-    block_starts,
-    in_use,
-    initial_gate,
-    obtain,
-    random_frames,
-    without_contrast,
-)
+from projected_grpo.extract_vhack_grad import in_use, obtain, without_contrast
 from projected_grpo.ranks import Ranks, odd_one
 from projected_grpo.runlog import (
     JsonlLog,

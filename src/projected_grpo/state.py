@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from projected_grpo.arms.gate import GateState
 from projected_grpo.concept import Concept
 from projected_grpo.config import OptimConfig
-from projected_grpo.proj import GateState, HackBasis
+from projected_grpo.proj import HackBasis
 
 WARN_NATS, STOP_NATS, STOP_AFTER = 3.0, 5.0, 2
 WATCHED = ("lp_t", "lp_ref")  # teacher text while there is some, else the reference on student text

@@ -11,11 +11,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from loguru import logger
 from torch import Tensor
 
-from projected_grpo.arms import ARMS, DeployInput, Evidence, RewardInput, Shaped, intervene, shape
+from projected_grpo.arms.controls import random_order
+from projected_grpo.arms.erase import split_by_arm
+from projected_grpo.arms.gate import Draws
+from projected_grpo.arms.route2 import find_anchors
+from projected_grpo.arms.stages import DeployInput, Evidence, RewardInput, Shaped, Update
+from projected_grpo.arms.table import ARMS, intervene, shape
 from projected_grpo.checks import resolved_loss
 from projected_grpo.collect import Collected, collect, gather_evidence
 from projected_grpo.concept import Concept, concept_scores, fit_concept
@@ -23,34 +28,11 @@ from projected_grpo.config import GateMode
 from projected_grpo.experiment import Experiment
 from projected_grpo.extract_vhack_grad import refresh
 from projected_grpo.grpo import RolloutGrads, advantages, per_rollout_grads
-from projected_grpo.proj import (
-    Anchors,
-    Draws,
-    HackBasis,
-    Update,
-    basis_overlap,
-    mean_hackward_share,
-    parked_share,
-    split_by_arm,
-    used_coefficients,
-)
+from projected_grpo.proj import HackBasis, basis_overlap, mean_hackward_share, parked_share, used_coefficients
 from projected_grpo.ranks import by_source, over_ranks, own_share
 from projected_grpo.record import describe_shaping, describe_step
-from projected_grpo.seeds import stream_seed
 from projected_grpo.state import TrainState, learning_rate
 from projected_grpo.tensor_files import tensor_hash
-
-
-def find_anchors(evidence: Evidence, advantage: Float[Tensor, " n"]) -> Anchors | None:
-    """route2's labelled rows: the teacher's by stored label, the student's by weak detectors if allowed."""
-    if evidence.taught is None:
-        return None
-    hacks = evidence.taught if evidence.detected is None else evidence.taught | evidence.detected
-    return Anchors(
-        hack=hacks.to(advantage.device),
-        clean=(evidence.is_teacher & ~evidence.taught).to(advantage.device),
-        advantage_sign=advantage.sign(),
-    )
 
 
 def parts_by_source(data: Collected) -> list[int]:
@@ -170,13 +152,6 @@ def as_deployed(exp: Experiment, state: TrainState) -> Iterator[None]:
             for m, (delta_s, delta_hack) in before.items():
                 layers[m].delta_s.copy_(delta_s)
                 layers[m].delta_hack.copy_(delta_hack)
-
-
-def random_order(n: int, seed: int, step: int) -> Int[Tensor, " n"]:
-    """A permutation of a step's rollouts, for the controls."""
-    return torch.randperm(
-        n, generator=torch.Generator().manual_seed(stream_seed(seed, "order-of-rows", step))
-    )
 
 
 def knobs_digest(exp: Experiment) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 from loguru import logger
 from tabulate import tabulate
 
-from projected_grpo.arms import ARMS, as_it_is, as_paid, nothing, strongest_label
+from projected_grpo.arms.stages import as_it_is, as_paid, nothing
+from projected_grpo.arms.table import ARMS, strongest_label
 from projected_grpo.config import TrainConfig, display_name, has_block, left_out, taught_modes
 from projected_grpo.evaluate import Evaluation
 from projected_grpo.experiment import Experiment

@@ -1,0 +1,66 @@
+"""Arms erase, route and posthoc: the hack-ward component is dropped, routed, or removed at deployment."""
+
+from dataclasses import replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from projected_grpo.arms.controls import matched_removal, shrunk
+from projected_grpo.arms.stages import ArmInput, DeployInput, Update
+from projected_grpo.config import ArmConfig
+from projected_grpo.proj import Action, Projection, project_delta_S_grad, split
+
+
+def arm_erase(x: ArmInput) -> Update:
+    """Projected: the hack-ward component is dropped."""
+    splits = _project_all(x)
+    return Update(keep=x.total | {m: s.keep for m, s in splits.items()}, park={}, gate=x.gate, stats={})
+
+
+def arm_route(x: ArmInput) -> Update:
+    """Routing: the hack-ward component trains the quarantine."""
+    splits = _project_all(x)
+    keep = x.total | {m: s.keep for m, s in splits.items()}
+    return shrunk(x, Update(keep, {m: s.park for m, s in splits.items()}, x.gate, {}))
+
+
+def split_by_arm(
+    g: Float[Tensor, " r"],
+    V: Float[Tensor, "k r"],
+    settings: ArmConfig,
+    frame: Float[Tensor, "r r"] | None = None,
+) -> Projection:
+    """One module's split under erase or route with their settings; haar_matched removes as much at random."""
+    action: Action = "route" if settings.intervention == "route" else "erase"
+    gate_mode, preserve = settings.gate_mode, settings.preserve_magnitude
+    real = project_delta_S_grad(
+        g,
+        V,
+        action,
+        gate_mode=gate_mode,
+        overshoot=settings.project_overshoot,
+        preserve_magnitude=preserve,
+    )
+    if settings.control != "haar_matched":
+        return real
+    if frame is None:
+        raise ValueError("haar_matched needs a random frame")
+    return split(g, V, matched_removal(g, real.removed.norm(), frame, gate_mode), action, preserve)
+
+
+def _project_all(x: ArmInput) -> dict[str, Projection]:
+    if x.settings.project == "update":  # then it is the realised change that is split, after AdamW
+        return {}
+    return {m: split_by_arm(x.total[m], V, x.settings, x.draws.frames.get(m)) for m, V in x.basis.V.items()}
+
+
+def hackward_part(x: DeployInput) -> dict[str, Float[Tensor, " r"]]:
+    """The part of delta_s that training put there in the direction of V, by --gate-mode and --control.
+
+    V points along gradients whose *descent* makes hacks likelier, and a descent step moves delta_s by minus
+    the gradient: the hack-ward part of delta_s is minus that of -delta_s.
+    """
+    settings = replace(x.settings, preserve_magnitude=False)
+    return {
+        m: -split_by_arm(-x.delta_s[m], V, settings, x.frames.get(m)).removed for m, V in x.basis.V.items()
+    }

@@ -1,0 +1,58 @@
+"""Arm route2: whole rollouts are routed to the quarantine, module by module, by a threshold on a cosine."""
+
+from statistics import fmean
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from projected_grpo.arms.controls import shrunk, shuffle_flags
+from projected_grpo.arms.gate import Anchors, update_gate
+from projected_grpo.arms.stages import ArmInput, Evidence, Kind, Update
+from projected_grpo.config import ArmConfig, Mask
+from projected_grpo.proj import row_cosines
+
+
+def arm_route2(x: ArmInput) -> Update:
+    """Routing of whole rollouts, module by module, by a threshold calibrated on anchors."""
+    if x.anchors is None or x.gate is None:
+        raise ValueError("route2 needs anchors and a gate state")
+    cosines = {m: row_cosines(x.rows[m], v) for m, v in x.basis.v_grad.items()}
+    gate = update_gate(x.gate, cosines, x.anchors)
+    flagged = {m: (c > gate.tau(m)) | x.anchors.hack for m, c in cosines.items()}
+    parked = {m: flagged.get(m, x.anchors.hack) for m in x.rows}  # forcing needs no direction
+    live = x.anchors.advantage_sign != 0
+    if x.settings.control == "random_parking":
+        parked = {m: shuffle_flags(f, live, x.draws) for m, f in parked.items()}
+    park = {m: (x.parkable[m] * _all_but("keep", f, x.settings)[:, None]).sum(0) for m, f in parked.items()}
+    keep = {m: (x.rows[m] * _all_but("route", f, x.settings)[:, None]).sum(0) for m, f in parked.items()}
+    residual = [row_cosines(keep[m][None], v)[0] for m, v in x.basis.v_grad.items()]
+    stats = {
+        "tau": fmean(gate.tau(m) for m in flagged),
+        "hkgap": fmean(gate.hack[m] - gate.clean[m] for m in flagged),
+        "resid": float(torch.stack(residual).mean()),
+        "fired": float(torch.stack([f[live].float().mean() for f in flagged.values()]).mean()),
+    }
+    return shrunk(x, Update(keep=keep, park=park, gate=gate, stats=stats))
+
+
+def _all_but(mask: Mask, flagged: Bool[Tensor, " n"], settings: ArmConfig) -> Bool[Tensor, " n"]:
+    """The rollouts that have another mask: all but `keep` train the quarantine, all but `route` delta_s."""
+    return torch.where(flagged, settings.mask_flagged != mask, settings.mask_unflagged != mask)
+
+
+def reads_anchors(settings: ArmConfig) -> frozenset[Kind]:
+    """The teacher's stored labels, and weak detectors on student text unless they are switched off."""
+    return frozenset({"teacher"} if settings.gate_anchor_teacher_only else {"teacher", "detectors"})
+
+
+def find_anchors(evidence: Evidence, advantage: Float[Tensor, " n"]) -> Anchors | None:
+    """route2's labelled rows: the teacher's by stored label, the student's by weak detectors if allowed."""
+    if evidence.taught is None:
+        return None
+    hacks = evidence.taught if evidence.detected is None else evidence.taught | evidence.detected
+    return Anchors(
+        hack=hacks.to(advantage.device),
+        clean=(evidence.is_teacher & ~evidence.taught).to(advantage.device),
+        advantage_sign=advantage.sign(),
+    )
