@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from projected_grpo import bench_model, cli
-from projected_grpo.bench_model import (
+from projected_grpo import cli
+from projected_grpo.bench import step as bench_model
+from projected_grpo.bench.step import (
     WARM_UP,
     RandomGrader,
     RivalFigures,

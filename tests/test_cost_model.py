@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from projected_grpo.bench_model import Work, open_bench_chat
+from projected_grpo.bench.step import Work, open_bench_chat
 from projected_grpo.config import ModelConfig
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "cost_model.py"

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from projected_grpo import bench_growth, memory, rollout
+from projected_grpo import memory, rollout
 from projected_grpo.antipasto import wrap
-from projected_grpo.bench_model import SIZES, Work, bench_model, loss_pass, nudge_knobs, open_bench_chat
+from projected_grpo.bench import growth as bench_growth
+from projected_grpo.bench.step import SIZES, Work, bench_model, loss_pass, nudge_knobs, open_bench_chat
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, LossConfig, ModelConfig
 from projected_grpo.grpo import per_rollout_grads

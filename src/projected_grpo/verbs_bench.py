@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from tabulate import tabulate
 
-from projected_grpo.bench_growth import bench_growth
-from projected_grpo.bench_model import (
+from projected_grpo.bench.growth import bench_growth
+from projected_grpo.bench.step import (
     Rival,
     Work,
     bench_backward,
@@ -71,7 +71,7 @@ def rival(name: str) -> Rival | None:
     if name == "none":
         return None
     try:
-        module = importlib.import_module("projected_grpo.bench_trl")
+        module = importlib.import_module("projected_grpo.bench.trl")
     except ModuleNotFoundError as error:
         raise UserError(f"--vs {name}: {error.name} is not installed; pip install -e '.[bench]'") from error
     steps: Rival = module.trl_steps

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from projected_grpo.bench_model import (
+from projected_grpo.bench.step import (
     SIZES,
     Work,
     alternated,

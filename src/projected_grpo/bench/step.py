@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from projected_grpo.antipasto import wrap
 from projected_grpo.arms.table import ARMS
-from projected_grpo.bench import machine
+from projected_grpo.bench.grader import machine
 from projected_grpo.checks import validate
 from projected_grpo.config import EMBEDDED, FAST, Intervention, ModelConfig, TrainConfig
 from projected_grpo.errors import UserError

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from projected_grpo.bench_model import WARM_UP, RivalFigures, Work, bench_model, synchronise
+from projected_grpo.bench.step import WARM_UP, RivalFigures, Work, bench_model, synchronise
 from projected_grpo.memory import measured_peak
 
 RANK = 32
