@@ -23,12 +23,12 @@ from projected_grpo.checkpoint import load_knobs, save_knobs, state_paths
 from projected_grpo.checks import validate
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, ArmConfig, LossConfig, ModelConfig, display_name, has_block
+from projected_grpo.deploy.trained import find_source, open_source
 from projected_grpo.errors import UserError
 from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.proj import HackBasis, haar_basis
 from projected_grpo.rollout import Rollout
 from projected_grpo.rundir import start_from
-from projected_grpo.trained import find_source, open_source
 from test_checkpoint import edit
 
 K = 3

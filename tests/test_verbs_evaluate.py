@@ -19,12 +19,12 @@ from fake_runs import few_pairs
 from projected_grpo.checkpoint import state_paths
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, from_json
+from projected_grpo.deploy.trained import Source, find_source
 from projected_grpo.errors import UserError
 from projected_grpo.pools import bake
 from projected_grpo.problems import is_eval, is_validation, load_problems
 from projected_grpo.rewards import MODES, Grade, Grader
 from projected_grpo.seeds import stream_seed
-from projected_grpo.trained import Source, find_source
 from projected_grpo.verbs_evaluate import EvaluateOptions, chosen_problems
 
 GROUP, PROMPTS, MAX_NEW = 3, 4, 6
