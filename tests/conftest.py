@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.antipasto import Policy, wrap
 from projected_grpo.config import TINY_RANDOM, ModelConfig
-from projected_grpo.models import load_model
+from projected_grpo.engine.models import load_model
 from projected_grpo.problems import Problem, load_problems
 
 torch.set_num_threads(1)

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from projected_grpo.rollout import pick_tokens
+from projected_grpo.engine.generate import pick_tokens
 from projected_grpo.seeds import uniforms
 
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | dict.fromkeys(

@@ -11,7 +11,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from projected_grpo import antipasto, tensor_files
+from projected_grpo import tensor_files
 from projected_grpo.antipasto import TARGETS, AdaptedLinear, Policy, merged_weight, wrap
 from projected_grpo.errors import UserError
 from projected_grpo.tensor_files import compute_svd, load_svd

@@ -110,7 +110,9 @@ def test_train_step_is_where_its_limit_is_looked_for():
     assert "train_step" in {f.name for f in functions(TREES["step"])}
 
 
-@pytest.mark.parametrize("module", [f"sandbox.{name}" for name in ("child", "run", "contain", "seccomp", "encode")])
+@pytest.mark.parametrize(
+    "module", [f"sandbox.{name}" for name in ("child", "run", "contain", "seccomp", "encode")]
+)
 def test_the_sandboxed_interpreter_needs_the_standard_library_alone(module):
     """Beside its own parts: it runs without site-packages, in every untrusted child."""
     names = {name for node in ast.walk(TREES[module]) for name in imported(node)}

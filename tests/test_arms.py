@@ -35,12 +35,13 @@ from projected_grpo.concept import (
     direction,
 )
 from projected_grpo.config import INOCULATION, PRESETS, ArmConfig, Control, Intervention, LossConfig
+from projected_grpo.engine.batch import collate
+from projected_grpo.engine.logps import completion_logps
 from projected_grpo.experiment import Experiment, prepare, prompted
 from projected_grpo.extract_vhack_grad import pair_grads, pair_rollouts
 from projected_grpo.grpo import advantages
 from projected_grpo.pairs import load_pairs
 from projected_grpo.proj import HackBasis, haar_basis
-from projected_grpo.rollout import collate, completion_logps
 from projected_grpo.rundir import start_state
 from projected_grpo.step import as_deployed, knobs, train_step
 

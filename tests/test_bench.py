@@ -58,7 +58,9 @@ def test_a_report_without_quick_responses_is_a_table_too():
 
 
 def test_without_a_sample_no_plain_subprocess_runs(monkeypatch):
-    monkeypatch.setattr("projected_grpo.bench.grader.plain_subprocesses", lambda scripts: pytest.fail("it ran"))
+    monkeypatch.setattr(
+        "projected_grpo.bench.grader.plain_subprocesses", lambda scripts: pytest.fail("it ran")
+    )
     report = bench_grader([(make_task("gt_only"), fenced(CANONICAL))], replace(QUICK, baseline_sample=0))
     assert report["baseline"] == {"responses": 0}
 

@@ -17,6 +17,7 @@ from projected_grpo.arms.controls import with_random_v
 from projected_grpo.arms.gate import initial_gate
 from projected_grpo.basis_file import Extraction, describe, heldout_json, load_extraction, save_extraction
 from projected_grpo.config import ArmConfig, BasisConfig, LossConfig
+from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
 from projected_grpo.extract_vhack_grad import (
     extract,
@@ -29,7 +30,6 @@ from projected_grpo.extract_vhack_grad import (
     select,
     verify_vhack_heldout,
 )
-from projected_grpo.models import encode_chat
 from projected_grpo.pairs import Pair, PairSet
 from projected_grpo.proj import HackBasis, PairGrads, mean_difference
 

@@ -11,21 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from projected_grpo import antipasto, grpo
-from projected_grpo import rollout as scoring
+from projected_grpo import antipasto
 from projected_grpo.antipasto import Policy, wrap
 from projected_grpo.config import LossConfig
+from projected_grpo.engine import logps as scoring
+from projected_grpo.engine import scorer
+from projected_grpo.engine.batch import collate
+from projected_grpo.engine.models import checkpointed
+from projected_grpo.engine.scorer import microbatches
 from projected_grpo.errors import UserError
 from projected_grpo.grpo import (
     RolloutGrads,
     advantages,
     k3,
-    microbatches,
     per_rollout_grads,
     surrogate,
     truncated_surrogate,
 )
-from projected_grpo.models import checkpointed
 from projected_grpo.rollout import Rollout
 
 # Advantages
@@ -538,7 +540,7 @@ def test_rows_are_sums_of_what_each_rollout_gives_by_itself(
     A = torch.tensor((1.0, -0.5, 0.25, -1.25, 2.0, 0.0), dtype=torch.float64)
     loss = replace(loss, tokens_per_microbatch=budget)
     with monkeypatch.context() as patch:
-        patch.setattr(grpo, "can_share", lambda model: False)
+        patch.setattr(scorer, "can_share", lambda model: False)
         single = per_rollout_grads(policy, rollouts, A, loss, MAX_NEW, 0, with_reference=True)
     shared = per_rollout_grads(policy, rollouts, A, loss, MAX_NEW, 0, with_reference=True, parts=parts)
     parts = range(6) if parts is None else parts
@@ -601,7 +603,7 @@ def test_prompts_run_once_are_rounded_no_more_in_half_precision(small_model, mon
     exact, half = (wrap(small_model("qwen3", dtype), None) for dtype in (torch.float64, torch.bfloat16))
     expected = per_rollout_grads(exact, rollouts, A.double(), LossConfig(), MAX_NEW, 0).rows
     shared = per_rollout_grads(half, rollouts, A, LossConfig(), MAX_NEW, 0).rows
-    monkeypatch.setattr(grpo, "can_share", lambda model: False)
+    monkeypatch.setattr(scorer, "can_share", lambda model: False)
     apart = per_rollout_grads(half, rollouts, A, LossConfig(), MAX_NEW, 0).rows
 
     def error(found):
@@ -623,7 +625,7 @@ def test_a_first_layer_whose_keys_hang_on_no_knob_is_no_obstacle(monkeypatch):
         A = torch.tensor((1.0, -0.5, 1.0, -1.25, 2.0), dtype=torch.float64)
         got = per_rollout_grads(policy, rollouts, A, LossConfig(), MAX_NEW, 0)
         with monkeypatch.context() as patch:
-            patch.setattr(grpo, "can_share", lambda model: False)
+            patch.setattr(scorer, "can_share", lambda model: False)
             expected = per_rollout_grads(policy, rollouts, A, LossConfig(), MAX_NEW, 0)
         for m, rows in expected.rows.items():
             torch.testing.assert_close(got.rows[m], rows, rtol=0, atol=1e-7 * float(rows.norm()))
@@ -714,7 +716,7 @@ def test_a_model_that_caps_its_logits_is_not_chunked(monkeypatch, cap):
 
 def test_an_output_layer_that_is_trained_is_not_chunked(small_model):
     model = small_model("qwen3")
-    batch = scoring.collate([Rollout((5, 6), (7, 8), "")], 0, torch.device("cpu"))
+    batch = collate([Rollout((5, 6), (7, 8), "")], 0, torch.device("cpu"))
     with pytest.raises(ValueError, match="output layer is trained"):
         scoring.completion_logps(model, batch, chunk=1)
 
@@ -776,7 +778,7 @@ def test_completions_without_a_token_have_no_gradient(policy, parts):
 def starved(patch, where: str, rows: int):
     """Memory for microbatches of at most `rows` rollouts, short in the forward or in the backward pass."""
     counts = []
-    real_forward, real_backward = grpo.completion_logps, torch.autograd.grad
+    real_forward, real_backward = scorer.completion_logps, torch.autograd.grad
 
     def forward(model, batch, chunk):
         counts.append(len(batch.ids))
@@ -789,7 +791,7 @@ def starved(patch, where: str, rows: int):
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
         return real_backward(*arguments, **options)
 
-    patch.setattr(grpo, "completion_logps", forward)
+    patch.setattr(scorer, "completion_logps", forward)
     patch.setattr(torch.autograd, "grad", backward)
     return counts
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from projected_grpo import memory, rollout
 from projected_grpo.antipasto import wrap
 from projected_grpo.bench import growth as bench_growth
 from projected_grpo.bench.step import SIZES, Work, bench_model, loss_pass, nudge_knobs, open_bench_chat
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, LossConfig, ModelConfig
+from projected_grpo.engine import logps, memory
+from projected_grpo.engine.memory import Load, Shape, loss_memory, measured_peak, shape_of
 from projected_grpo.grpo import per_rollout_grads
-from projected_grpo.memory import Load, Shape, loss_memory, measured_peak, shape_of
 from projected_grpo.rollout import Rollout
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def test_the_profiler_counts_what_is_alive_at_once():
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_formula_is_within_a_tenth_of_what_is_counted(monkeypatch, dtype, way, chunk):
-    monkeypatch.setattr(rollout, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(logps, "CHUNK_LOGITS", chunk)
     monkeypatch.setattr(memory, "CHUNK_LOGITS", chunk)
     model = ModelConfig(model="random-0.3m", device="cpu", dtype=dtype, svd_cache=None)
     work = Work(model, 2, 4, 48, 48, grad_checkpoint=way == "checkpointed")
@@ -58,7 +58,7 @@ def test_the_formula_is_within_a_tenth_of_what_is_counted(monkeypatch, dtype, wa
 
 @pytest.mark.parametrize("chunk", [2**26, 2**16])
 def test_the_formula_knows_of_prompts_of_different_lengths(monkeypatch, chunk):
-    monkeypatch.setattr(rollout, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(logps, "CHUNK_LOGITS", chunk)
     monkeypatch.setattr(memory, "CHUNK_LOGITS", chunk)
     chat = open_bench_chat(Work(ModelConfig(model="random-0.3m", device="cpu", svd_cache=None)), MODEL)
     nudge_knobs(chat)

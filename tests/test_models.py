@@ -5,18 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from projected_grpo import models
 from projected_grpo.config import TINY_RANDOM, ModelConfig
+from projected_grpo.engine import models
+from projected_grpo.engine.models import encode_chat, load_model, render_chat, stop_ids
+from projected_grpo.engine.placement import pick_attention, pick_device, pick_dtype
 from projected_grpo.errors import UserError
-from projected_grpo.models import (
-    encode_chat,
-    load_model,
-    pick_attention,
-    pick_device,
-    pick_dtype,
-    render_chat,
-    stop_ids,
-)
 
 CHAT = [{"role": "system", "content": "Write Python."}, {"role": "user", "content": "Add two numbers."}]
 

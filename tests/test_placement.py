@@ -17,19 +17,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 from devices import MixedDevices, devices
-from projected_grpo import grpo, rollout
 from projected_grpo.antipasto import Policy, unwrap, wrap
 from projected_grpo.block import random_start
 from projected_grpo.cli import main
 from projected_grpo.concept import completion_states
 from projected_grpo.config import LossConfig, SamplingConfig
+from projected_grpo.engine import logps, scorer
+from projected_grpo.engine.generate import sample
+from projected_grpo.engine.memory import Load, layers_together, loss_memory, predicted_peak, shape_of
+from projected_grpo.engine.placement import even_cuts, outermost_layers, pick_devices, place, values_held
 from projected_grpo.errors import UserError
 from projected_grpo.grpo import per_rollout_grads
-from projected_grpo.memory import Load, layers_together, loss_memory, predicted_peak, shape_of
-from projected_grpo.models import pick_devices
-from projected_grpo.placement import even_cuts, outermost_layers, place, values_held
 from projected_grpo.record import peak_gb
-from projected_grpo.rollout import Rollout, sample
+from projected_grpo.rollout import Rollout
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 ONE, TWO = (CPU,), (torch.device("cpu:1"), torch.device("cpu:2"))
@@ -175,9 +175,9 @@ def outcome(policy: Policy, way: str) -> dict[str, object]:
 )
 def test_two_devices_compute_what_one_does_bit_for_bit(monkeypatch, small_model, family, dtype, way):
     if way == "checkpointed":
-        monkeypatch.setattr(rollout, "CHUNK_LOGITS", 2 * 48)  # the output layer two tokens at a time
+        monkeypatch.setattr(logps, "CHUNK_LOGITS", 2 * 48)  # the output layer two tokens at a time
     if way == "apart":
-        monkeypatch.setattr(grpo, "can_share", lambda model: False)
+        monkeypatch.setattr(scorer, "can_share", lambda model: False)
     one = outcome(policy_on(small_model(family, dtype), ONE), way)
     with devices():
         policy = policy_on(small_model(family, dtype), TWO)

@@ -12,9 +12,9 @@ from projected_grpo.checkpoint import save_knobs
 from projected_grpo.cli import main
 from projected_grpo.collect import assemble, pick_teacher
 from projected_grpo.config import PRESETS
+from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Chat, Data, Experiment
-from projected_grpo.models import encode_chat
 from projected_grpo.pairlint import grade_pairs, lint
 from projected_grpo.pairs import load_pairs
 from projected_grpo.poolpairs import Wanted, mine

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from projected_grpo.arms.gate import Anchors, GateState, update_gate
 from projected_grpo.arms.table import ARMS, intervene
 from projected_grpo.config import ArmConfig, GateMode, Intervention
+from projected_grpo.engine.logps import per_token_logps
 from projected_grpo.proj import (
     HackBasis,
     assert_orthonormal,
@@ -23,7 +24,6 @@ from projected_grpo.proj import (
     mean_difference,
     mean_hackward_share,
     null_share,
-    per_token_logps,
     project_delta_S_grad,
     row_cosines,
     svd_basis,

@@ -14,19 +14,10 @@ from transformers import DynamicCache
 
 from projected_grpo.antipasto import Policy, wrap
 from projected_grpo.config import SamplingConfig
-from projected_grpo.kvcache import RoomyLayer, reserve
-from projected_grpo.rollout import (
-    Completion,
-    Rollout,
-    batches,
-    collate,
-    completion_logps,
-    generate,
-    left_padded,
-    pick_tokens,
-    positions,
-    sample,
-)
+from projected_grpo.engine.batch import collate, left_padded, positions
+from projected_grpo.engine.generate import RoomyLayer, generate, pick_tokens, reserve, sample
+from projected_grpo.engine.logps import completion_logps
+from projected_grpo.rollout import Completion, Rollout, batches
 from projected_grpo.seeds import stream_seed, uniforms
 
 CPU = torch.device("cpu")

@@ -19,9 +19,9 @@ from projected_grpo.block import random_start
 from projected_grpo.checks import validate
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, ModelConfig, SamplingConfig
+from projected_grpo.engine.generate import sample
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import own_sampler, sampler_opener
-from projected_grpo.rollout import sample
 from projected_grpo.verbs_grading import PoolSampleOptions, sampled_with
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13, 14, 15), (16,), (17, 18, 19, 20, 21)]
@@ -29,7 +29,7 @@ SEEDS = [[1, 2**63 - 1], [3], [], [4, 5]]
 SAMPLING = SamplingConfig(max_new=8, temperature=0.7, top_k=20, top_p=0.9)
 STOP = frozenset(range(0, 2048, 9))
 VLLM = ModelConfig(device="cpu", sampler="vllm")
-OURS = "projected_grpo.sampler_vllm"
+OURS = "projected_grpo.engine.vllm"
 STEPS = 2
 TRAIN = (
     *("train", "smoke", "--n-problems=6", "--eval-n-prompts=1", "--max-new=8", "--workers=1", "--group=3"),

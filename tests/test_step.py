@@ -32,11 +32,11 @@ from projected_grpo.collect import (
     teacher_rollout,
 )
 from projected_grpo.config import MAX_SEQUENCE, PRESETS, OptimConfig
+from projected_grpo.engine.generate import sample
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import fit_prompts, prepare, read_data
 from projected_grpo.pools import TeacherRow
 from projected_grpo.rewards import Grade, Grader
-from projected_grpo.rollout import sample
 from projected_grpo.rundir import start_digest, start_state
 from projected_grpo.state import Tripwire, learning_rate
 from projected_grpo.step import as_deployed, knobs, loss_grads, train_step

@@ -13,8 +13,8 @@ from torch import Tensor
 from projected_grpo.arms.stages import Evidence
 from projected_grpo.arms.table import ARMS
 from projected_grpo.config import Detector, EnvMode, TrainConfig, left_out, teacher_rows
+from projected_grpo.engine.models import decode
 from projected_grpo.experiment import Experiment
-from projected_grpo.models import decode
 from projected_grpo.pools import TeacherRow
 from projected_grpo.problems import Problem
 from projected_grpo.ranks import Ranks

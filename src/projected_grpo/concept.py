@@ -25,11 +25,12 @@ from transformers import PreTrainedTokenizerBase
 from projected_grpo.antipasto import Policy
 from projected_grpo.arms.controls import relabelled
 from projected_grpo.config import RELABELLED, ArmConfig, LossConfig
+from projected_grpo.engine.batch import collate
+from projected_grpo.engine.scorer import microbatches
 from projected_grpo.extract_vhack_grad import pair_rollouts
-from projected_grpo.grpo import microbatches
 from projected_grpo.pairs import Pair
 from projected_grpo.proj import PairGrads, haar_basis, mean_difference
-from projected_grpo.rollout import Rollout, collate
+from projected_grpo.rollout import Rollout
 from projected_grpo.seeds import stream_seed
 
 

@@ -20,8 +20,8 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from projected_grpo import train
 from projected_grpo.checks import validate
 from projected_grpo.config import NANO, PRESETS, TINY_RANDOM, SandboxMode, TrainConfig
+from projected_grpo.engine.placement import pick_devices
 from projected_grpo.errors import GATE_FAILED, MISTAKES
-from projected_grpo.models import pick_devices
 from projected_grpo.pairs import chosen_pairs
 from projected_grpo.pools import join, load_pool
 from projected_grpo.problems import load_problems

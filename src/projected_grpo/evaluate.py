@@ -7,10 +7,11 @@ from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.antipasto import Policy
 from projected_grpo.config import SamplingConfig
-from projected_grpo.models import decode, encode_chat
+from projected_grpo.engine.generate import sample
+from projected_grpo.engine.models import decode, encode_chat
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import Grade, Grader
-from projected_grpo.rollout import Sampler, sample
+from projected_grpo.rollout import Sampler
 from projected_grpo.seeds import stream_seed
 
 

@@ -31,14 +31,15 @@ from projected_grpo.config import (
     taught_modes,
     teacher_rows,
 )
+from projected_grpo.engine.generate import sample
+from projected_grpo.engine.models import encode_chat, load_model, stop_ids
 from projected_grpo.errors import UserError
-from projected_grpo.models import encode_chat, load_model, stop_ids
 from projected_grpo.pairs import PairSet, chosen_pairs
 from projected_grpo.pools import NO_TEACHER, Teacher, TeacherRow, bake, join, load_pool
 from projected_grpo.problems import Problem, assign_modes, is_eval, load_problems, take
 from projected_grpo.ranks import ALONE, Ranks
 from projected_grpo.rewards import MODES, Grader
-from projected_grpo.rollout import Sampler, sample
+from projected_grpo.rollout import Sampler
 from projected_grpo.sandbox import Sandbox
 
 REMEMBERED = 4096  # grades: more than a step has
@@ -109,7 +110,7 @@ def sampler_opener(cfg: ModelConfig, processes: int = 1) -> SamplerOpener:
             f"--sampler={cfg.sampler} runs in one process; leave torchrun out, or take --sampler=own"
         )
     try:
-        engine = importlib.import_module(f"projected_grpo.sampler_{cfg.sampler}")
+        engine = importlib.import_module(f"projected_grpo.engine.{cfg.sampler}")
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != cfg.sampler:
             raise

@@ -31,9 +31,9 @@ from projected_grpo.basis_file import (
     save_extraction,
 )
 from projected_grpo.config import RELABELLED, ArmConfig, BasisConfig, LossConfig
+from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
 from projected_grpo.grpo import per_rollout_grads
-from projected_grpo.models import encode_chat
 from projected_grpo.pairs import Pair, PairSet
 from projected_grpo.proj import (
     HackBasis,

@@ -23,22 +23,21 @@ truncated weights: Ionides 2008; of another engine's rollouts, outside PPO's own
 Efficient RL Framework Secretly Brings You Off-Policy RL Training").
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from loguru import logger
-from torch import Tensor, nn
+from torch import Tensor
 
 from projected_grpo.antipasto import Policy
 from projected_grpo.config import LossConfig
+from projected_grpo.engine.models import checkpointed
+from projected_grpo.engine.scorer import Scorer, microbatches, prompt_numbers, scorer_of
 from projected_grpo.errors import UserError
-from projected_grpo.models import checkpointed
-from projected_grpo.prefix import SharedPass, shared_logps
-from projected_grpo.rollout import Rollout, can_share, collate, collate_shared, completion_logps, head_chunk
+from projected_grpo.rollout import Rollout
 
 STD_FLOOR = 1e-4  # added to the std in classic GRPO, as TRL does
 FLAT = 1e-8  # a group whose rewards differ by less has no variance
@@ -119,35 +118,6 @@ def k3(logp: Float[Tensor, "b T"], ref: Float[Tensor, "b T"]) -> Float[Tensor, "
     return difference.exp() - difference - 1
 
 
-def microbatches(
-    rollouts: Sequence[Rollout], which: Sequence[int], budget: int, prompts: Sequence[int] | None = None
-) -> Iterator[list[int]]:
-    """Split indices into batches of at most `budget` padded tokens (one rollout at least), longest first.
-
-    With `prompts`, a number for each rollout's, a batch holds each prompt once, and those who follow one
-    prompt come one after the other.
-    """
-    prompts = range(len(rollouts)) if prompts is None else prompts
-    lengths = {i: len(rollouts[i].prompt_ids) + len(rollouts[i].completion_ids) for i in which}
-    longest: dict[int, int] = {}
-    for i in which:
-        longest[prompts[i]] = max(lengths[i], longest.get(prompts[i], 0))
-    batch: list[int] = []
-    for i in sorted(which, key=lambda i: (-longest[prompts[i]], prompts[i], -lengths[i])):
-        if batch and _padded_tokens(rollouts, prompts, [*batch, i]) > budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-def _padded_tokens(rollouts: Sequence[Rollout], prompts: Sequence[int], batch: Sequence[int]) -> int:
-    width = max(len(rollouts[i].prompt_ids) for i in batch)
-    length = max(len(rollouts[i].completion_ids) for i in batch)
-    return width * len({prompts[i] for i in batch}) + length * len(batch)
-
-
 def per_rollout_grads(
     policy: Policy,
     rollouts: Sequence[Rollout],
@@ -184,7 +154,7 @@ def per_rollout_grads(
         index = waiting.pop()
         batch, own = [rollouts[i] for i in index], [parts[i] for i in index]
         try:
-            scorer = _scorer(policy, batch, own, pad_id, len({prompts[i] for i in index}) < len(index))
+            scorer = scorer_of(policy, batch, own, pad_id, len({prompts[i] for i in index}) < len(index))
             with checkpointed(policy.model) if loss.grad_checkpoint else nullcontext():
                 value, gradients, measured = _microbatch(
                     policy, batch, scorer, advantage[index], loss, n, max_new, deltas, with_reference
@@ -204,77 +174,10 @@ def per_rollout_grads(
     return RolloutGrads(rows, first, total, *figures)
 
 
-def prompt_numbers(model: nn.Module, rollouts: Sequence[Rollout], loss: LossConfig) -> Sequence[int]:
-    """A number per rollout, the same for those whose prompt the loss runs once."""
-    if loss.grad_checkpoint or not can_share(model):
-        return range(len(rollouts))
-    numbers: dict[tuple[int, ...], int] = {}
-    return [numbers.setdefault(r.prompt_ids, len(numbers)) for r in rollouts]
-
-
-Backward = Callable[[Float[Tensor, ""]], Mapping[str, Float[Tensor, "rows _"]]]
-
-
-@dataclass(frozen=True)
-class _Scorer:
-    """Two ways to completions' log-probabilities, and the part of each row of the gradients.
-
-    `logps` gives them under what is bound by then, without gradients. `run` takes leaves, a row per entry of
-    `parts`, and gives them with what takes a value that was made of them to its gradients by the leaves.
-    """
-
-    completion: Bool[Tensor, "b T"]
-    parts: Sequence[int]
-    logps: Callable[[], Float[Tensor, "b T"]]
-    run: Callable[[Mapping[str, Tensor]], tuple[Float[Tensor, "b T"], Backward]]
-
-
-def _scorer(
-    policy: Policy, rollouts: Sequence[Rollout], parts: Sequence[int], pad_id: int, shared: bool
-) -> _Scorer:
-    return (_with_prompts_once if shared else _each_with_its_prompt)(policy, rollouts, parts, pad_id)
-
-
-def _with_prompts_once(
-    policy: Policy, rollouts: Sequence[Rollout], parts: Sequence[int], pad_id: int
-) -> _Scorer:
-    batch = collate_shared(rollouts, pad_id, policy.device)
-    chunk = _chunk(policy, batch.completion.numel())
-    names = sorted(set(parts))
-    own = [names.index(part) for part in parts]
-
-    def run(leaves: Mapping[str, Tensor]) -> tuple[Tensor, Backward]:
-        done = SharedPass(policy, batch, leaves, own, chunk)
-        return done.logp, done.gradients
-
-    return _Scorer(batch.completion, names, partial(shared_logps, policy, batch, chunk), run)
-
-
-def _each_with_its_prompt(
-    policy: Policy, rollouts: Sequence[Rollout], parts: Sequence[int], pad_id: int
-) -> _Scorer:
-    batch = collate(rollouts, pad_id, policy.device)
-    chunk = _chunk(policy, len(batch.ids) * (batch.ids.shape[1] - batch.first))
-    logps = partial(completion_logps, policy.model, batch, chunk)
-
-    def run(leaves: Mapping[str, Tensor]) -> tuple[Tensor, Backward]:
-        def backward(value: Tensor) -> dict[str, Tensor]:
-            return dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
-
-        return logps(), backward
-
-    return _Scorer(batch.completion, parts, torch.no_grad()(logps), run)
-
-
-def _chunk(policy: Policy, tokens: int) -> int | None:
-    with policy.bind(None):
-        return head_chunk(policy.model, tokens)
-
-
 def _microbatch(
     policy: Policy,
     rollouts: Sequence[Rollout],
-    scorer: _Scorer,
+    scorer: Scorer,
     advantage: Float[Tensor, " b"],
     loss: LossConfig,
     n: int,

@@ -20,11 +20,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from projected_grpo.config import NANO, PRESETS
+from projected_grpo.engine.batch import collate
+from projected_grpo.engine.logps import completion_logps
+from projected_grpo.engine.models import encode_chat
 from projected_grpo.evaluate import Evaluation, evaluate
 from projected_grpo.experiment import prepare
-from projected_grpo.models import encode_chat
 from projected_grpo.nano_tasks import CorpusMix, Example, corpus
-from projected_grpo.rollout import Rollout, collate, completion_logps
+from projected_grpo.rollout import Rollout
 
 POOLED = 8  # batches that are sorted by length together
 GATES: Mapping[str, tuple[float, float]] = {

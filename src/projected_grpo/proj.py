@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from projected_grpo.config import GateMode
@@ -53,12 +53,6 @@ class Projection:
     cin: Float[Tensor, ""]
     cout: Float[Tensor, ""]
     fired: Float[Tensor, ""]
-
-
-def per_token_logps(logits: Float[Tensor, "b t v"], ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
-    """log p(ids) under logits, in nats, at least float32; no second [b, t, v] tensor of log-softmax."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - wide.logsumexp(-1)
 
 
 def used_coefficients(c: Float[Tensor, " k"], gate_mode: GateMode) -> Float[Tensor, " k"]:

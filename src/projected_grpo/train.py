@@ -21,10 +21,10 @@ from tqdm import tqdm
 from projected_grpo.checkpoint import save_knobs, state_paths
 from projected_grpo.collect import Collected, rollout_rows
 from projected_grpo.config import MAX_SEQUENCE, PRESETS, TrainConfig, display_name
+from projected_grpo.engine.models import decode
 from projected_grpo.errors import DIVERGED, LOST, MISTAKES, SIGNALLED, UNSAVED, RankLost, UserError
 from projected_grpo.evaluate import Evaluation, evaluate
 from projected_grpo.experiment import Experiment
-from projected_grpo.models import decode
 from projected_grpo.problems import Problem
 from projected_grpo.ranks import Ranks, join_ranks, odd_one
 from projected_grpo.record import peak_gb

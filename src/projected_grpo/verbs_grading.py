@@ -12,6 +12,7 @@ from loguru import logger
 from projected_grpo.bench.grader import BenchSettings, bench_grader, bench_table, benchmark_work, pool_work
 from projected_grpo.checkpoint import load_knobs
 from projected_grpo.config import EMBEDDED, ModelConfig, ProblemConfig, SandboxMode, env_modes
+from projected_grpo.engine.placement import pick_devices, pick_dtype
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import SPLIT_SEED, open_chat, open_grader, read_problems, sampler_opener
 from projected_grpo.grading import (
@@ -22,7 +23,6 @@ from projected_grpo.grading import (
     mode_table,
     read_completions,
 )
-from projected_grpo.models import pick_devices, pick_dtype
 from projected_grpo.pools import bake, join, load_pool, pool_report, report_table
 from projected_grpo.poolsample import PoolSampling, sample_pool
 from projected_grpo.problems import Problem, assign_modes, is_eval, load_problems, take

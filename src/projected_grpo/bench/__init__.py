@@ -1,2 +1,1 @@
-"""Benchmarks: our figures beside a floor or a rival measured in the same run. Imports everything of a run.
-"""
+"""Benchmarks: our figures beside a floor or a rival measured in the same run. Imports everything of a run."""

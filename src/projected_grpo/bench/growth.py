@@ -21,8 +21,8 @@ from projected_grpo.bench.step import (
     open_bench_chat,
     open_stepper,
 )
+from projected_grpo.engine.memory import measured_peak
 from projected_grpo.errors import UserError
-from projected_grpo.memory import measured_peak
 
 FACTORS = (2, 4)
 WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")

@@ -23,19 +23,20 @@ from projected_grpo.arms.table import ARMS
 from projected_grpo.bench.grader import machine
 from projected_grpo.checks import validate
 from projected_grpo.config import EMBEDDED, FAST, Intervention, ModelConfig, TrainConfig
+from projected_grpo.engine.batch import collate, left_padded
+from projected_grpo.engine.memory import measured_peak, predicted_peak
+from projected_grpo.engine.models import load_model, stop_ids
+from projected_grpo.engine.placement import pick_devices, place
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Chat, Data, Experiment, SamplerOpener, own_sampler, sampler_opener
 from projected_grpo.extract_vhack_grad import pair_differences, pair_grads, pair_rollouts
 from projected_grpo.grpo import per_rollout_grads
-from projected_grpo.memory import measured_peak, predicted_peak
-from projected_grpo.models import load_model, pick_devices, stop_ids
 from projected_grpo.pairs import load_pairs
-from projected_grpo.placement import place
 from projected_grpo.pools import NO_TEACHER
 from projected_grpo.problems import load_problems
 from projected_grpo.ranks import ALONE, Ranks
 from projected_grpo.rewards import Grade, Grader, Task
-from projected_grpo.rollout import Rollout, collate, left_padded
+from projected_grpo.rollout import Rollout
 from projected_grpo.rundir import start_state
 from projected_grpo.seeds import stream_seed
 from projected_grpo.state import TrainState

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from projected_grpo.bench.step import WARM_UP, RivalFigures, Work, bench_model, synchronise
-from projected_grpo.memory import measured_peak
+from projected_grpo.engine.memory import measured_peak
 
 RANK = 32
 

@@ -11,6 +11,7 @@ accelerate's `dispatch_model` (what `device_map` ends in) does the same with hoo
 this package, sends masks and rotary embeddings again to every layer, and does not know what adapters hold.
 """
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
@@ -140,3 +141,46 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple):
         return tuple(_moved(part, device) for part in value)
     return value.to(device) if isinstance(value, Tensor) else value
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Resolve `auto`; raises UserError for a device this machine does not have."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {wanted}: not usable here; try --device=cpu or auto") from error
+    return device
+
+
+def pick_devices(wanted: str) -> tuple[torch.device, ...]:
+    """One device, or several separated by commas. UserError for one that is not here or named twice."""
+    names = [name.strip() for name in wanted.split(",")]
+    found = [pick_device(name) for name in names]
+    if len(found) == 1:
+        return (found[0],)
+    numbered = [
+        torch.device("cuda", torch.cuda.current_device()) if d == torch.device("cuda") else d for d in found
+    ]
+    if "auto" in names or len(set(numbered)) < len(names):
+        raise UserError(f"--device {wanted}: name each device once, with its number, as in cuda:0,cuda:1")
+    return tuple(numbered)
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Resolve `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    if wanted == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+
+
+def pick_attention(wanted: str, device: torch.device) -> str:
+    """Resolve `auto`: flash-attn where installed and a GPU is there to run it, else sdpa."""
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    if wanted == "flash_attention_2" and not has_flash:
+        raise UserError("--attention flash_attention_2 needs flash-attn: pip install 'projected_grpo[gpu]'")
+    if wanted == "auto":
+        return "flash_attention_2" if has_flash and device.type == "cuda" else "sdpa"
+    return wanted

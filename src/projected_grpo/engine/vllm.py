@@ -28,9 +28,11 @@ from vllm.platforms import current_platform
 
 from projected_grpo.antipasto import AdaptedLinear, Policy, block_name, merged_weight
 from projected_grpo.config import ModelConfig, SamplingConfig
+from projected_grpo.engine.batch import collate
+from projected_grpo.engine.logps import completion_logps
+from projected_grpo.engine.placement import pick_devices
 from projected_grpo.errors import UserError
-from projected_grpo.models import pick_devices
-from projected_grpo.rollout import Completion, Rollout, collate, completion_logps
+from projected_grpo.rollout import Completion, Rollout
 
 CONTEXT = 4096  # tokens of a prompt and its completion; training has half of that, evaluations may ask more
 HOTTEST = 2.0  # temperature that vLLM takes

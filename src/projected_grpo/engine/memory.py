@@ -15,9 +15,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from projected_grpo.config import LossConfig
-from projected_grpo.grpo import microbatches, prompt_numbers
-from projected_grpo.placement import outermost_layers
-from projected_grpo.rollout import CHUNK_LOGITS, Rollout
+from projected_grpo.engine.logps import CHUNK_LOGITS
+from projected_grpo.engine.placement import outermost_layers
+from projected_grpo.engine.scorer import microbatches, prompt_numbers
+from projected_grpo.rollout import Rollout
 
 FLOAT = 4  # bytes of float32, in which norms, log-probabilities and knobs are computed
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from projected_grpo.antipasto import Policy
-from projected_grpo.proj import per_token_logps
-from projected_grpo.rollout import SharedBatch, chunked_logps, positions
+from projected_grpo.engine.batch import SharedBatch, positions
+from projected_grpo.engine.logps import chunked_logps, per_token_logps
 
 Leaves = Mapping[str, Float[Tensor, "rows _"]]
 

@@ -1,6 +1,5 @@
 """Getting a model and its tokenizer: from a folder, from the hub, or from the package."""
 
-import importlib.util
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,54 +22,11 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from projected_grpo.config import NANO, TINY_RANDOM, ModelConfig
+from projected_grpo.engine.placement import pick_attention, pick_devices, pick_dtype, place
 from projected_grpo.errors import UserError
-from projected_grpo.placement import place
 
 TINY_SEED = 0  # of the random weights: one tiny-random model for all seeds, so that its SVD is cached once
 Messages = Sequence[Mapping[str, str]]
-
-
-def pick_device(wanted: str) -> torch.device:
-    """Resolve `auto`; raises UserError for a device this machine does not have."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {wanted}: not usable here; try --device=cpu or auto") from error
-    return device
-
-
-def pick_devices(wanted: str) -> tuple[torch.device, ...]:
-    """One device, or several separated by commas. UserError for one that is not here or named twice."""
-    names = [name.strip() for name in wanted.split(",")]
-    found = [pick_device(name) for name in names]
-    if len(found) == 1:
-        return (found[0],)
-    numbered = [
-        torch.device("cuda", torch.cuda.current_device()) if d == torch.device("cuda") else d for d in found
-    ]
-    if "auto" in names or len(set(numbered)) < len(names):
-        raise UserError(f"--device {wanted}: name each device once, with its number, as in cuda:0,cuda:1")
-    return tuple(numbered)
-
-
-def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Resolve `auto`: bfloat16 on a GPU, float32 on a CPU."""
-    if wanted == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
-
-
-def pick_attention(wanted: str, device: torch.device) -> str:
-    """Resolve `auto`: flash-attn where installed and a GPU is there to run it, else sdpa."""
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    if wanted == "flash_attention_2" and not has_flash:
-        raise UserError("--attention flash_attention_2 needs flash-attn: pip install 'projected_grpo[gpu]'")
-    if wanted == "auto":
-        return "flash_attention_2" if has_flash and device.type == "cuda" else "sdpa"
-    return wanted
 
 
 def load_model(cfg: ModelConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
