@@ -20,9 +20,9 @@ from projected_grpo.checkpoint import load_knobs, read_state, restore_state, sav
 from projected_grpo.checks import validate
 from projected_grpo.config import PRESETS, from_json, to_json
 from projected_grpo.errors import UserError
-from projected_grpo.grading import read_completions
 from projected_grpo.pairs import load_pairs
 from projected_grpo.pools import join, load_pool
+from projected_grpo.prepare.grade_file import read_completions
 from projected_grpo.problems import load_problems
 from projected_grpo.proj import HackBasis, PairGrads
 from projected_grpo.runlog import read_json

@@ -16,7 +16,6 @@ import pytest
 from projected_grpo.cli import main
 from projected_grpo.config import BasisConfig, EnvMode
 from projected_grpo.errors import UserError
-from projected_grpo.pairlint import grade_pairs, lint, measure
 from projected_grpo.pairs import (
     CROSSED,
     HELD_OUT,
@@ -28,6 +27,7 @@ from projected_grpo.pairs import (
     load_pairs,
     packaged_pairs,
 )
+from projected_grpo.prepare.lint_pairs import grade_pairs, lint, measure
 from projected_grpo.problems import SYSTEM, load_problems
 from projected_grpo.rewards import MODES, Grade, Grader, extract_code
 from projected_grpo.sandbox import Sandbox

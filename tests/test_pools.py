@@ -15,9 +15,7 @@ from projected_grpo.config import PRESETS
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Chat, Data, Experiment
-from projected_grpo.pairlint import grade_pairs, lint
 from projected_grpo.pairs import load_pairs
-from projected_grpo.poolpairs import Wanted, mine
 from projected_grpo.pools import (
     NO_TEACHER,
     PoolPrompt,
@@ -30,6 +28,8 @@ from projected_grpo.pools import (
     pool_digest,
     pool_report,
 )
+from projected_grpo.prepare.lint_pairs import grade_pairs, lint
+from projected_grpo.prepare.pairs_from_pool import Wanted, mine
 from projected_grpo.problems import Problem, format_question, load_problems
 from projected_grpo.rewards import MODES, Grader
 from projected_grpo.sandbox import Sandbox

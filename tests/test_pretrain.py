@@ -15,7 +15,7 @@ from projected_grpo.config import NANO, NANO_PRESET, ModelConfig
 from projected_grpo.engine.models import encode_chat, load_model, stop_ids
 from projected_grpo.evaluate import Evaluation
 from projected_grpo.nano_tasks import CorpusMix, Example, corpus
-from projected_grpo.pretrain import (
+from projected_grpo.prepare.pretrain_nano import (
     END,
     HEADER,
     PAD,

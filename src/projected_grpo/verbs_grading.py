@@ -15,7 +15,8 @@ from projected_grpo.config import EMBEDDED, ModelConfig, ProblemConfig, SandboxM
 from projected_grpo.engine.placement import pick_devices, pick_dtype
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import SPLIT_SEED, open_chat, open_grader, read_problems, sampler_opener
-from projected_grpo.grading import (
+from projected_grpo.pools import bake, join, load_pool, pool_report, report_table
+from projected_grpo.prepare.grade_file import (
     Comparison,
     as_line,
     disagreement_tables,
@@ -23,8 +24,7 @@ from projected_grpo.grading import (
     mode_table,
     read_completions,
 )
-from projected_grpo.pools import bake, join, load_pool, pool_report, report_table
-from projected_grpo.poolsample import PoolSampling, sample_pool
+from projected_grpo.prepare.sample_pool import PoolSampling, sample_pool
 from projected_grpo.problems import Problem, assign_modes, is_eval, load_problems, take
 from projected_grpo.runlog import write_atomically, write_json
 

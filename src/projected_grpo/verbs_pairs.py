@@ -11,10 +11,10 @@ import tyro
 from projected_grpo.config import Detector, EnvMode, ProblemConfig
 from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.experiment import open_grader
-from projected_grpo.pairlint import Finding, describe, grade_pairs, lint, report
 from projected_grpo.pairs import parse_pairs, read_pairs
-from projected_grpo.poolpairs import Wanted, mine
 from projected_grpo.pools import join, load_pool, pool_digest
+from projected_grpo.prepare.lint_pairs import Finding, describe, grade_pairs, lint, report
+from projected_grpo.prepare.pairs_from_pool import Wanted, mine
 from projected_grpo.runlog import write_json
 from projected_grpo.verbs_grading import GraderOptions, with_modes
 

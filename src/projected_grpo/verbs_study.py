@@ -13,7 +13,7 @@ import tyro
 from tabulate import tabulate
 
 from projected_grpo.errors import GATE_FAILED, UserError
-from projected_grpo.pretrain import PretrainConfig, check_base, pretrain, save_model
+from projected_grpo.prepare.pretrain_nano import PretrainConfig, check_base, pretrain, save_model
 from projected_grpo.runlog import write_atomically, write_json
 from projected_grpo.study import plan, read_records, run_study
 from projected_grpo.study_report import filled, write_report

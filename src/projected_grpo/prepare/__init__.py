@@ -1,0 +1,2 @@
+"""Making and checking inputs: pairs, pools, graded files, the packaged nano model.
+"""
