@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from projected_grpo.config import PRESETS, display_name, to_json
-from projected_grpo.results import Run
+from projected_grpo.results.runs import Run
 from projected_grpo.runlog import append_jsonl, write_json
 
 SMOKE = PRESETS["smoke"][1]

@@ -16,7 +16,7 @@ from playwright.sync_api import expect, sync_playwright
 from fake_runs import a_step, made
 from hacks import CANONICAL, HACKS, WRONG, fenced
 from projected_grpo import cli
-from projected_grpo.report import FLAGS
+from projected_grpo.results.report import FLAGS
 from projected_grpo.rewards import MODES
 from projected_grpo.runlog import append_jsonl
 

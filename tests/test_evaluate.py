@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from projected_grpo.config import SamplingConfig
 from projected_grpo.engine.models import stop_ids
 from projected_grpo.evaluate import Evaluation, Rates, chunks, evaluate
-from projected_grpo.intervals import Bootstrap, cluster_interval, figures
 from projected_grpo.problems import load_problems
+from projected_grpo.results.statistics import Bootstrap, cluster_interval, figures
 from projected_grpo.rewards import Grade, Grader
 
 SAMPLING = SamplingConfig(max_new=12, temperature=1.0)

@@ -17,14 +17,14 @@ from fuzzing import FUZZ, altered, damaged, jsonl, read_or_refuse
 from projected_grpo.antipasto import wrap
 from projected_grpo.checkpoint import save_state, state_path
 from projected_grpo.config import to_json
-from projected_grpo.outcome import read_heldout
-from projected_grpo.paired import by_arm
-from projected_grpo.pictures import at_steps, heldout_files, mean_at_steps, rates, series
-from projected_grpo.plots import COSINES
 from projected_grpo.probe import check_b, check_c
 from projected_grpo.proj import HackBasis
-from projected_grpo.report import report_page
-from projected_grpo.results import finished, grouped, read_runs
+from projected_grpo.results.files import read_heldout
+from projected_grpo.results.pictures import at_steps, heldout_files, mean_at_steps, rates, series
+from projected_grpo.results.plots import COSINES
+from projected_grpo.results.report import report_page
+from projected_grpo.results.runs import finished, grouped, read_runs
+from projected_grpo.results.statistics import by_arm
 from projected_grpo.rundir import Run, newest_run, newest_state, read_settings, settings_hash
 from projected_grpo.runlog import write_json
 from projected_grpo.study import SERIES, PlannedRun, StudyArm, read_records

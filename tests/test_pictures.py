@@ -12,9 +12,9 @@ from matplotlib.image import imread
 from fake_runs import config, summary
 from projected_grpo import cli
 from projected_grpo.config import to_json
-from projected_grpo.pictures import at_steps, mean_at_steps, rates, series, vanilla_first
-from projected_grpo.plots import COLOURS, Point, frontier, look, looks
-from projected_grpo.results import VANILLA, Run, grouped
+from projected_grpo.results.pictures import at_steps, mean_at_steps, rates, series, vanilla_first
+from projected_grpo.results.plots import COLOURS, Point, frontier, look, looks
+from projected_grpo.results.runs import VANILLA, Run, grouped
 from projected_grpo.runlog import append_jsonl, write_json
 
 KINDS = ("dynamics", "pareto", "modes", "cosines", "parked")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fake_runs import a_run, made
 from hacks import CANONICAL, HACKS, WRONG
 from projected_grpo import cli
-from projected_grpo.report import FLAGS, embedded, labels, report_data, thinned, triggers
-from projected_grpo.results import read_runs
+from projected_grpo.results.report import FLAGS, embedded, labels, report_data, thinned, triggers
+from projected_grpo.results.runs import read_runs
 from projected_grpo.rewards import MODES
 from projected_grpo.runlog import append_jsonl
 

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from projected_grpo import cli, study_verdicts
 from projected_grpo.config import PRESETS
 from projected_grpo.errors import GATE_FAILED, UserError
-from projected_grpo.paired import Difference, by_arm, deployed, paired
 from projected_grpo.pairs import load_pairs, packaged_pairs
+from projected_grpo.results.statistics import Difference, by_arm, deployed, paired
 from projected_grpo.study import NANO_STUDY, PLACEBOS, SAMPLED, SERIES, plan, read_records, rounded
 from projected_grpo.study_report import (
     arms_table,

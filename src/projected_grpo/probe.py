@@ -17,8 +17,8 @@ import torch
 from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, load_extraction
 from projected_grpo.config import PLACE, from_json, to_json
 from projected_grpo.errors import UserError
-from projected_grpo.outcome import Check, check_fields, is_whole, read_ended, read_heldout
-from projected_grpo.paired import rate
+from projected_grpo.results.files import Check, check_fields, is_whole, read_ended, read_heldout
+from projected_grpo.results.statistics import rate
 
 LINEARS = {"Qwen3-4B": 252}  # adapted modules of a model, by the end of its name
 COUNTED: Mapping[str, Check] = dict.fromkeys(("step", "zerovar"), is_whole)  # at every step

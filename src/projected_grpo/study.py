@@ -22,8 +22,8 @@ from loguru import logger
 from projected_grpo.checks import validate
 from projected_grpo.config import NANO, EnvMode, TrainConfig, settings
 from projected_grpo.errors import DIVERGED, UserError
-from projected_grpo.outcome import PLANNED, check_fields, check_record
 from projected_grpo.pairs import packaged_pairs
+from projected_grpo.results.files import PLANNED, check_fields, check_record
 from projected_grpo.runlog import complete_lines, plain, read_json, write_atomically
 from projected_grpo.runner import Children, Slot, locked, run_pool
 from projected_grpo.train import parse

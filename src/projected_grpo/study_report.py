@@ -10,7 +10,9 @@ from pathlib import Path
 from tabulate import tabulate
 
 from projected_grpo.errors import UserError
-from projected_grpo.paired import (
+from projected_grpo.results.plots import Point, Series, dynamics, pareto
+from projected_grpo.results.runs import mean_sem
+from projected_grpo.results.statistics import (
     INSTANCES,
     TEMPLATES,
     Arms,
@@ -27,8 +29,6 @@ from projected_grpo.paired import (
     trained,
     where_measured,
 )
-from projected_grpo.plots import Point, Series, dynamics, pareto
-from projected_grpo.results import mean_sem
 from projected_grpo.runlog import write_atomically
 from projected_grpo.study import NANO_MODES, SAMPLED, STUDIES
 from projected_grpo.study_verdicts import verdicts

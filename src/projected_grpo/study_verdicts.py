@@ -2,7 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 
-from projected_grpo.paired import INSTANCES, Arms, Record, deployed, in_mode, mean_or_nan, paired, sem, shares
+from projected_grpo.results.statistics import (
+    INSTANCES,
+    Arms,
+    Record,
+    deployed,
+    in_mode,
+    mean_or_nan,
+    paired,
+    sem,
+    shares,
+)
 from projected_grpo.study import NANO_MODES, PLACEBOS, SAMPLED, SOLVING
 
 NOT_MEASURED = "not measured"

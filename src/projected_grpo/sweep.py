@@ -29,7 +29,7 @@ from typing import Any
 from projected_grpo.checks import validate
 from projected_grpo.config import PLACE, PRESETS, BasisConfig, LossConfig, ModelConfig, TrainConfig, settings
 from projected_grpo.errors import UserError
-from projected_grpo.outcome import check_fields, is_text
+from projected_grpo.results.files import check_fields, is_text
 from projected_grpo.train import parse
 
 SWEEPS = Path("out/sweeps")

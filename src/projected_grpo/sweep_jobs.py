@@ -22,7 +22,7 @@ from loguru import logger
 from tabulate import tabulate
 
 from projected_grpo import train
-from projected_grpo.outcome import (
+from projected_grpo.results.files import (
     Check,
     check_fields,
     check_summary,

@@ -11,7 +11,7 @@ from projected_grpo.errors import GATE_FAILED
 from projected_grpo.experiment import open_chat
 from projected_grpo.extract_vhack_grad import obtain, pair_grads, select, verify_vhack_heldout
 from projected_grpo.pairs import chosen_pairs
-from projected_grpo.plots import heldout_histogram
+from projected_grpo.results.plots import heldout_histogram
 from projected_grpo.runlog import write_json
 
 

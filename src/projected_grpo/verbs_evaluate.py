@@ -30,9 +30,9 @@ from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
 from projected_grpo.evaluate import Evaluation, evaluate
 from projected_grpo.experiment import SPLIT_SEED, Chat, give_modes, open_grader, read_problems, sampler_opener
-from projected_grpo.intervals import Bootstrap, Figure, figures
 from projected_grpo.pools import join, load_pool
 from projected_grpo.problems import Problem, digest, is_eval, is_validation, take, unhinted, with_eval_names
+from projected_grpo.results.statistics import Bootstrap, Figure, figures
 from projected_grpo.rewards import MODES, Grader
 from projected_grpo.runlog import append_jsonl, git_commit, versions, write_json
 from projected_grpo.verbs_grading import GraderOptions

@@ -5,16 +5,14 @@ numbers until their updates part, so differences are taken per seed. Their 95% i
 bootstraps of the mean (Efron 1979), scipy's.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, stdev
 
-import numpy as np
-from scipy import stats
-
 from projected_grpo.errors import UserError
-from projected_grpo.results import VANILLA, Groups, Run, Setting
+from projected_grpo.results.runs import VANILLA, Groups, Run, Setting
+from projected_grpo.results.statistics import bootstrap_interval
 
 FEWEST = 3  # seeds for an interval
 LAST_STUDENT, LAST_KL = 5, 25  # steps
@@ -57,19 +55,6 @@ class Estimate:
         if not self.against or len(self.by_seed) < FEWEST:
             return None
         return bootstrap_interval(tuple(self.by_seed.values()))
-
-
-def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95% percentile interval of the mean, the same at every call."""
-    resampled = stats.bootstrap(
-        (np.asarray(values),),
-        np.mean,
-        confidence_level=0.95,
-        method="percentile",
-        random_state=np.random.default_rng(0),
-    )
-    low, high = resampled.confidence_interval
-    return float(low), float(high)
 
 
 def of_summary(key: str) -> Metric:

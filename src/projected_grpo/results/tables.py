@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from tabulate import tabulate
 
-from projected_grpo.compare import FEWEST, Estimate
-from projected_grpo.results import Setting, mean_sem
+from projected_grpo.results.compare import FEWEST, Estimate
+from projected_grpo.results.runs import Setting, mean_sem
 
 Format = Literal["markdown", "csv", "latex", "json"]
 CONTEXT = ("preset", "model", "problems", "env_mode", "steps")

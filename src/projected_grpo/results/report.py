@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from projected_grpo.outcome import read_rollouts
-from projected_grpo.results import VANILLA, Run
+from projected_grpo.results.files import read_rollouts
+from projected_grpo.results.runs import VANILLA, Run
 from projected_grpo.rewards import FILE_STEMS, MODES, PASS_WORDS, SENTINELS, STDOUT_PHRASES
 from projected_grpo.runlog import plain
 from projected_grpo.steptable import COLUMNS

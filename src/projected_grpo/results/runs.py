@@ -12,7 +12,7 @@ from loguru import logger
 
 from projected_grpo.config import DISPLAY_NAME, PLACE, PRESETS, to_json
 from projected_grpo.errors import UserError
-from projected_grpo.outcome import check_record, read_ended
+from projected_grpo.results.files import check_record, read_ended
 from projected_grpo.runlog import read_json
 
 SHOWN = ("model", "problems", "env_mode", "steps", "intervention")  # in columns of their own

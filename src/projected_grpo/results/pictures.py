@@ -6,9 +6,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-from projected_grpo.outcome import read_heldout
-from projected_grpo.paired import shares, where_measured
-from projected_grpo.plots import (
+from projected_grpo.results.files import read_heldout
+from projected_grpo.results.plots import (
     COSINES,
     Bar,
     Point,
@@ -20,7 +19,8 @@ from projected_grpo.plots import (
     mode_bars,
     pareto,
 )
-from projected_grpo.results import VANILLA, Groups, Run
+from projected_grpo.results.runs import VANILLA, Groups, Run
+from projected_grpo.results.statistics import shares, where_measured
 
 Kind = Literal["all", "dynamics", "pareto", "modes", "cosines", "parked", "heldout"]
 HELD_OUT = ".heldout.json"

@@ -1,0 +1,2 @@
+"""Reading finished runs: their files, figures over seeds, tables, plots, the HTML report. Starts no run.
+"""
