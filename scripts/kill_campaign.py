@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from projected_grpo.checkpoint import state_paths
 from projected_grpo.cli import main
-from projected_grpo.rundir import age
+from projected_grpo.run.checkpoint import state_paths
+from projected_grpo.run.resume import age
 from projected_grpo.runlog import git_commit, write_json
 
 TIMINGS = ("gen", "fb", "t_rew", "sec")

@@ -23,7 +23,6 @@ from projected_grpo.arms.gate import Anchors, GateState
 from projected_grpo.arms.rivals import standardised
 from projected_grpo.arms.stages import DeployInput, Evidence, LabelLeak, RewardInput, Shaped, Update
 from projected_grpo.arms.table import ARMS, intervene, shape, strongest_label
-from projected_grpo.checkpoint import state_paths
 from projected_grpo.cli import main
 from projected_grpo.collect import collect, gather_evidence, monitored, rollout_rows
 from projected_grpo.concept import (
@@ -42,7 +41,8 @@ from projected_grpo.extract_vhack_grad import pair_grads, pair_rollouts
 from projected_grpo.grpo import advantages
 from projected_grpo.pairs import load_pairs
 from projected_grpo.proj import HackBasis, haar_basis
-from projected_grpo.rundir import start_state
+from projected_grpo.run.checkpoint import state_paths
+from projected_grpo.run.start import start_state
 from projected_grpo.step import as_deployed, knobs, train_step
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,6 @@ from projected_grpo.arms.absorb import block_starts
 from projected_grpo.arms.gate import Anchors, GateState
 from projected_grpo.arms.table import intervene
 from projected_grpo.block import Block, direction_start, random_start
-from projected_grpo.checkpoint import load_knobs, save_knobs, state_paths
 from projected_grpo.checks import validate
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, ArmConfig, LossConfig, ModelConfig, display_name, has_block
@@ -28,7 +27,8 @@ from projected_grpo.errors import UserError
 from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.proj import HackBasis, haar_basis
 from projected_grpo.rollout import Rollout
-from projected_grpo.rundir import start_from
+from projected_grpo.run.checkpoint import load_knobs, save_knobs, state_paths
+from projected_grpo.run.start import start_from
 from test_checkpoint import edit
 
 K = 3

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from projected_grpo.antipasto import weights_digest, wrap
 from projected_grpo.arms.gate import GateState
-from projected_grpo.checkpoint import (
+from projected_grpo.errors import UserError
+from projected_grpo.proj import HackBasis
+from projected_grpo.run.checkpoint import (
     knobs_meta,
     load_knobs,
     read_state,
@@ -24,8 +26,6 @@ from projected_grpo.checkpoint import (
     state_path,
     state_paths,
 )
-from projected_grpo.errors import UserError
-from projected_grpo.proj import HackBasis
 
 META = {"model": "tiny-random", "step": 7, "seed": 41}
 FACTS = {"step": 3, "generations": 12, "best": None, "seen": ["sentinel"]}

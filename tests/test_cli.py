@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fake_runs import few_pairs
-from projected_grpo import rundir
 from projected_grpo.cli import VERBS, main
 from projected_grpo.config import from_json, to_json
 from projected_grpo.problems import load_problems
 from projected_grpo.rewards import Grade
+from projected_grpo.run import folder as rundir
 
 # design.md section 8.
 STEP_FIELDS = (

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from projected_grpo.antipasto import unwrap, wrap
-from projected_grpo.checkpoint import knobs_meta, load_knobs, save_knobs
 from projected_grpo.config import NANO, TINY_RANDOM, ModelConfig
 from projected_grpo.deploy.export import KNOBS_FILE, export, read_facts
 from projected_grpo.deploy.trained import find_source, open_source
 from projected_grpo.engine.models import load_model, render_chat, stop_ids
 from projected_grpo.errors import UserError
+from projected_grpo.run.checkpoint import knobs_meta, load_knobs, save_knobs
 
 IDS = torch.tensor([[5, 9, 200, 31, 7, 340]])
 CPU = {"device": "cpu", "svd_cache": None}

@@ -16,7 +16,6 @@ from fuzzing import FUZZ, altered, damaged, jsonl, read_or_refuse
 from projected_grpo.antipasto import wrap
 from projected_grpo.arms.gate import GateState
 from projected_grpo.basis_file import Axes, Extraction, load_extraction, save_extraction
-from projected_grpo.checkpoint import load_knobs, read_state, restore_state, save_knobs, save_state
 from projected_grpo.checks import validate
 from projected_grpo.config import PRESETS, from_json, to_json
 from projected_grpo.errors import UserError
@@ -25,6 +24,7 @@ from projected_grpo.pools import join, load_pool
 from projected_grpo.prepare.grade_file import read_completions
 from projected_grpo.problems import load_problems
 from projected_grpo.proj import HackBasis, PairGrads
+from projected_grpo.run.checkpoint import load_knobs, read_state, restore_state, save_knobs, save_state
 from projected_grpo.runlog import read_json
 
 # JSON and JSONL

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from fake_runs import a_step, config, made, summary
 from fuzzing import FUZZ, altered, damaged, jsonl, read_or_refuse
 from projected_grpo.antipasto import wrap
-from projected_grpo.checkpoint import save_state, state_path
 from projected_grpo.config import to_json
 from projected_grpo.probe import check_b, check_c
 from projected_grpo.proj import HackBasis
@@ -25,7 +24,9 @@ from projected_grpo.results.plots import COSINES
 from projected_grpo.results.report import report_page
 from projected_grpo.results.runs import finished, grouped, read_runs
 from projected_grpo.results.statistics import by_arm
-from projected_grpo.rundir import Run, newest_run, newest_state, read_settings, settings_hash
+from projected_grpo.run.checkpoint import save_state, state_path
+from projected_grpo.run.folder import Run, settings_hash
+from projected_grpo.run.resume import newest_run, newest_state, read_settings
 from projected_grpo.runlog import write_json
 from projected_grpo.study import SERIES, PlannedRun, StudyArm, read_records
 from projected_grpo.study_report import arms_table, emergence_table, leave_out_table, modes_table

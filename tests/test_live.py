@@ -19,9 +19,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from fake_runs import few_pairs
 from projected_grpo import train as train_module
 from projected_grpo.cli import main
-from projected_grpo.live_tensorboard import LiveView, figures
+from projected_grpo.run.columns import COLUMNS, StepTable
+from projected_grpo.run.live_tensorboard import LiveView, figures
 from projected_grpo.runlog import printable, start_logging
-from projected_grpo.steptable import COLUMNS, StepTable
 
 STEPS, GONE_AFTER, COLUMNS_WIDE = 4, 3, 100
 OPTIONS = (

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from projected_grpo.checkpoint import save_knobs
 from projected_grpo.cli import main
 from projected_grpo.collect import assemble, pick_teacher
 from projected_grpo.config import PRESETS
@@ -32,6 +31,7 @@ from projected_grpo.prepare.lint_pairs import grade_pairs, lint
 from projected_grpo.prepare.pairs_from_pool import Wanted, mine
 from projected_grpo.problems import Problem, format_question, load_problems
 from projected_grpo.rewards import MODES, Grader
+from projected_grpo.run.checkpoint import save_knobs
 from projected_grpo.sandbox import Sandbox
 
 LOOPHOLES = [m for m in MODES if m != "gt_only"]

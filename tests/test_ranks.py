@@ -17,16 +17,17 @@ from safetensors.torch import load_file
 
 from fake_runs import few_pairs
 from projected_grpo import ranks as ranks_module
-from projected_grpo import rundir, train
 from projected_grpo import step as step_module
+from projected_grpo import train
 from projected_grpo.antipasto import wrap
-from projected_grpo.checkpoint import state_paths
 from projected_grpo.cli import main
 from projected_grpo.config import LossConfig
 from projected_grpo.errors import LOST, SIGNALLED, UserError
 from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.ranks import ALONE, Ranks, by_source, join_ranks, own_share
 from projected_grpo.rollout import Rollout
+from projected_grpo.run import resume
+from projected_grpo.run.checkpoint import state_paths
 
 TIMINGS = {"gen", "fb", "t_rew", "sec"}
 STEPS = 4
@@ -251,9 +252,9 @@ def test_two_processes_make_the_run_that_one_makes(alone, home, monkeypatch):
 
         codes["none"] = main(command("none2", "--intervention=none"))
         codes["erase"] = main(command("erase2", "--intervention=erase"))
-        real, rundir.start_digest = rundir.start_digest, elsewhere
+        real, resume.start_digest = resume.start_digest, elsewhere
         codes["begins elsewhere"] = main(command("elsewhere", "--intervention=none"))
-        rundir.start_digest = real
+        resume.start_digest = real
         with monkeypatch.context() as patched:
             patched.setattr(train, "knobs_digest", elsewhere)
             codes["other knobs"] = main(command("parted", "--intervention=none"))

@@ -17,12 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fake_runs import few_pairs
-from projected_grpo import checkpoint, experiment, runlog, summary
+from projected_grpo import experiment, runlog
 from projected_grpo import train as train_module
-from projected_grpo.checkpoint import state_path, state_paths
 from projected_grpo.cli import main
 from projected_grpo.errors import DIVERGED, SIGNALLED, UNSAVED
 from projected_grpo.evaluate import Rates
+from projected_grpo.run import checkpoint, summary
+from projected_grpo.run.checkpoint import state_path, state_paths
 from projected_grpo.runlog import lock_folder
 from projected_grpo.sandbox import Limits, Sandbox
 

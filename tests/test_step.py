@@ -20,7 +20,6 @@ from projected_grpo import step as step_module
 from projected_grpo import train as train_module
 from projected_grpo.arms.gate import GateState
 from projected_grpo.arms.route2 import find_anchors
-from projected_grpo.checkpoint import state_paths
 from projected_grpo.checks import CONTROLS_OF
 from projected_grpo.cli import main
 from projected_grpo.collect import (
@@ -37,10 +36,12 @@ from projected_grpo.errors import UserError
 from projected_grpo.experiment import fit_prompts, prepare, read_data
 from projected_grpo.pools import TeacherRow
 from projected_grpo.rewards import Grade, Grader
-from projected_grpo.rundir import start_digest, start_state
+from projected_grpo.run.checkpoint import state_paths
+from projected_grpo.run.columns import complete
+from projected_grpo.run.resume import start_digest
+from projected_grpo.run.start import start_state
 from projected_grpo.state import Tripwire, learning_rate
 from projected_grpo.step import as_deployed, knobs, loss_grads, train_step
-from projected_grpo.steptable import complete
 from projected_grpo.train import final_evaluations
 
 ARMS = ("none", "inoculation", "advmod", "posthoc", "erase", "route", "route2", "absorb")  # no skyline

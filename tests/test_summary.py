@@ -19,6 +19,8 @@ from projected_grpo.errors import UserError
 from projected_grpo.evaluate import Evaluation
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import MODES, Grade
+from projected_grpo.run.columns import COLUMNS, HEADER_EVERY, StepTable, cell, complete, markdown_table
+from projected_grpo.run.summary import by_mode, cue, detector_rates, rate, reading, steps_to_hack, total
 from projected_grpo.runlog import (
     JsonlLog,
     append_jsonl,
@@ -32,8 +34,6 @@ from projected_grpo.runlog import (
     write_atomically,
     write_json,
 )
-from projected_grpo.steptable import COLUMNS, HEADER_EVERY, StepTable, cell, complete, markdown_table
-from projected_grpo.summary import by_mode, cue, detector_rates, rate, reading, steps_to_hack, total
 
 SMOKE = PRESETS["smoke"][1]
 # design.md section 8.

@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fake_runs import few_pairs
-from projected_grpo.checkpoint import state_paths
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, from_json
 from projected_grpo.deploy.trained import Source, find_source
@@ -24,6 +23,7 @@ from projected_grpo.errors import UserError
 from projected_grpo.pools import bake
 from projected_grpo.problems import is_eval, is_validation, load_problems
 from projected_grpo.rewards import MODES, Grade, Grader
+from projected_grpo.run.checkpoint import state_paths
 from projected_grpo.seeds import stream_seed
 from projected_grpo.verbs_evaluate import EvaluateOptions, chosen_problems
 

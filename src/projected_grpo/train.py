@@ -18,7 +18,6 @@ import tyro
 from loguru import logger
 from tqdm import tqdm
 
-from projected_grpo.checkpoint import save_knobs, state_paths
 from projected_grpo.collect import Collected, rollout_rows
 from projected_grpo.config import MAX_SEQUENCE, PRESETS, TrainConfig, display_name
 from projected_grpo.engine.models import decode
@@ -29,11 +28,13 @@ from projected_grpo.problems import Problem
 from projected_grpo.ranks import Ranks, join_ranks, odd_one
 from projected_grpo.record import peak_gb
 from projected_grpo.rewards import MODES
-from projected_grpo.rundir import AUTO, Run, ended, newest_run, open_run, read_settings
+from projected_grpo.run.checkpoint import save_knobs, state_paths
+from projected_grpo.run.folder import Run
+from projected_grpo.run.resume import AUTO, ended, newest_run, open_run, read_settings
+from projected_grpo.run.summary import finish
 from projected_grpo.runlog import start_logging
 from projected_grpo.state import WATCHED, TrainState
 from projected_grpo.step import as_deployed, knobs_digest, train_step
-from projected_grpo.summary import finish
 
 ECHO_S = 5.0  # in which launchers pass a signal on
 

@@ -10,7 +10,6 @@ import tyro
 from loguru import logger
 
 from projected_grpo.bench.grader import BenchSettings, bench_grader, bench_table, benchmark_work, pool_work
-from projected_grpo.checkpoint import load_knobs
 from projected_grpo.config import EMBEDDED, ModelConfig, ProblemConfig, SandboxMode, env_modes
 from projected_grpo.engine.placement import pick_devices, pick_dtype
 from projected_grpo.errors import UserError
@@ -26,6 +25,7 @@ from projected_grpo.prepare.grade_file import (
 )
 from projected_grpo.prepare.sample_pool import PoolSampling, sample_pool
 from projected_grpo.problems import Problem, assign_modes, is_eval, load_problems, take
+from projected_grpo.run.checkpoint import load_knobs
 from projected_grpo.runlog import write_atomically, write_json
 
 

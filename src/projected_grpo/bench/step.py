@@ -37,7 +37,7 @@ from projected_grpo.problems import load_problems
 from projected_grpo.ranks import ALONE, Ranks
 from projected_grpo.rewards import Grade, Grader, Task
 from projected_grpo.rollout import Rollout
-from projected_grpo.rundir import start_state
+from projected_grpo.run.start import start_state
 from projected_grpo.seeds import stream_seed
 from projected_grpo.state import TrainState
 from projected_grpo.step import train_step

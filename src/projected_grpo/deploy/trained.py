@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from projected_grpo.checkpoint import knobs_meta, load_knobs, state_paths
 from projected_grpo.config import ModelConfig, TrainConfig, from_json
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Chat, SamplerOpener, open_chat, own_sampler
+from projected_grpo.run.checkpoint import knobs_meta, load_knobs, state_paths
 from projected_grpo.runlog import read_json
 
 DEPLOYED_FILE = "train.safetensors"

@@ -6,8 +6,8 @@ from typing import Any, TypeGuard
 
 from projected_grpo.basis_file import HeldOut
 from projected_grpo.errors import UserError
+from projected_grpo.run.columns import COLUMNS
 from projected_grpo.runlog import complete_lines, read_json
-from projected_grpo.steptable import COLUMNS
 
 LARGEST = 1e300  # of a figure; NaN is not below it
 Check = Callable[[object], bool]

@@ -14,8 +14,8 @@ from typing import Any
 from projected_grpo.results.files import read_rollouts
 from projected_grpo.results.runs import VANILLA, Run
 from projected_grpo.rewards import FILE_STEMS, MODES, PASS_WORDS, SENTINELS, STDOUT_PHRASES
+from projected_grpo.run.columns import COLUMNS
 from projected_grpo.runlog import plain
-from projected_grpo.steptable import COLUMNS
 
 PLACEHOLDER = "__REPORT_DATA__"
 FLAGS = (

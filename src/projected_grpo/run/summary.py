@@ -14,8 +14,8 @@ from projected_grpo.config import TrainConfig, display_name, has_block, left_out
 from projected_grpo.evaluate import Evaluation
 from projected_grpo.experiment import Experiment
 from projected_grpo.rewards import MODES
+from projected_grpo.run.columns import markdown_table
 from projected_grpo.runlog import complete_lines, write_json
-from projected_grpo.steptable import markdown_table
 
 DETECTORS = ("C", "D", "E")
 HACKING_LEVEL, HACKING_WINDOW = 0.25, 5  # when a run counts as hacking: this rate, over this many steps

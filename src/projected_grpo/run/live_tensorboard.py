@@ -17,7 +17,7 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from projected_grpo.steptable import COLUMNS
+from projected_grpo.run.columns import COLUMNS
 
 VERSION = "brain.Event:2"  # of the format, as readers expect it
 

@@ -1,0 +1,123 @@
+"""A run and its folder: begun, locked, written to, saved, found again and gone on with."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from loguru import logger
+
+from projected_grpo.concept import concept_to_json
+from projected_grpo.config import TrainConfig, settings
+from projected_grpo.experiment import Data, Experiment
+from projected_grpo.run.checkpoint import save_knobs, save_state, state_path, state_paths
+from projected_grpo.run.columns import StepTable, complete
+from projected_grpo.runlog import JsonlLog, complete_lines
+from projected_grpo.state import TrainState
+
+
+class Run:
+    """One run's folder: what the loop writes, and where. Of a run's processes, only one `writes`."""
+
+    def __init__(self, cfg: TrainConfig, folder: Path, *, writes: bool = True) -> None:
+        self.cfg, self.folder, self.writes = cfg, folder, writes
+        self.table = StepTable()
+        self.logs = {name: JsonlLog(folder / f"{name}.jsonl") for name in ("rollouts", "steps")}
+        self.unsaved = False  # the last save failed
+        self.live: Any = None  # the view that --live asks for
+
+    def knob_meta(self, step: int) -> dict[str, Any]:
+        """What a knob file says of itself."""
+        arm = self.cfg.arm.intervention
+        model, seed = self.cfg.model.model, self.cfg.run.seed
+        return {"model": model, "intervention": arm, "preset": self.cfg.preset, "seed": seed, "step": step}
+
+    def write_step(self, record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append to rollouts.jsonl and steps.jsonl, and show the row."""
+        if not self.writes:
+            return
+        for name, lines in (("rollouts", rows), ("steps", [complete(record)])):
+            try:
+                self.logs[name].append(lines)
+            except OSError as error:
+                logger.error("{} not written ({}); kept for the next save", self.logs[name].path, error)
+        if self.live is not None:
+            self.live.add(record)
+        if self.table.rows == 0:
+            logger.info("columns:\n{}", self.table.legend())
+        for line in self.table.lines(record):
+            logger.info(line)
+
+    def show_live(self, view: ModuleType | None, stack: ExitStack) -> None:
+        """Begin the view that --live asks for, with the steps made so far; `stack` closes it."""
+        if view is not None:
+            self.live = view.LiveView(self.folder / "tb", complete_lines(self.logs["steps"].path))
+            stack.callback(self.live.close)
+
+    def keep_knobs(self, name: str, exp: Experiment, meta: Mapping[str, Any], *, deployed: bool) -> bool:
+        """Write a knob file; False, said in one line, if the storage does not take it."""
+        if not self.writes:
+            return True
+        try:
+            save_knobs(self.folder / name, exp.chat.policy, meta, deployed=deployed)
+        except OSError as error:
+            logger.error("{} not written: {}", self.folder / name, error)
+            return False
+        return True
+
+    def save(self, exp: Experiment, state: TrainState) -> None:
+        """Write state/: all that resuming needs; older states beyond --keep-states go.
+
+        Where the storage does not take it, that is said in one line and remembered in `unsaved`; the last
+        good state stays.
+        """
+        if not self.writes:
+            return
+        try:
+            for log in self.logs.values():
+                log.flush(sync=True)  # a state must not outlive the lines that it stands behind
+            path = state_path(self.folder, state.step)
+            facts = self.facts(state) | {"data": data_digest(exp.data)}
+            save_state(path, exp.chat.policy, state.optimizer, state.basis, state.gate, facts)
+            for old in state_paths(self.folder)[self.cfg.run.keep_states :]:
+                old.unlink()
+        except OSError as error:
+            self.unsaved = True
+            logger.error("step {}: not saved ({}); the last good state stays", state.step, error)
+        else:
+            self.unsaved = False
+
+    def facts(self, state: TrainState) -> dict[str, Any]:
+        """The part of the state that is not tensors, and what it belongs to."""
+        return {
+            **self.knob_meta(state.step),
+            "settings": settings_hash(self.cfg),
+            "logs": {name: log.mark() for name, log in self.logs.items()},
+            "generations": state.generations,
+            "seconds": state.seconds,
+            "skipped_in_a_row": state.skipped_in_a_row,
+            "best": state.best,
+            "tripwires": {name: [wire.best, wire.strikes] for name, wire in state.tripwires.items()},
+            "mechanisms_seen": sorted(state.mechanisms_seen),
+            "meta": dict(state.meta),
+            "concept": concept_to_json(state.concept),
+        }
+
+
+def settings_hash(cfg: TrainConfig) -> str:
+    """Tells the states of one run from those of runs with other settings."""
+    return hashlib.blake2b(json.dumps(settings(cfg), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def data_digest(data: Data) -> str:
+    """Hash of what is trained and evaluated on, with the teacher's rows: a run goes on with the same."""
+    digest = hashlib.blake2b(digest_size=8)
+    for problem in (*data.train, *data.held_out, *data.final):
+        digest.update(f"{problem.problem_id}\0{problem.env_mode}\0{problem.messages}\0".encode())
+        digest.update(f"{problem.canonical}\0{len(problem.calls)}\0".encode())
+    for name, rows in sorted(data.teacher.rows.items()):
+        digest.update(f"{name}\0{rows}\0".encode())
+    return digest.hexdigest()

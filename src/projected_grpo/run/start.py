@@ -1,0 +1,132 @@
+"""A new run: everything as it is before the first step, and its folder."""
+
+import importlib
+import shlex
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from loguru import logger
+
+from projected_grpo.antipasto import Policy
+from projected_grpo.arms.absorb import block_starts
+from projected_grpo.arms.controls import random_frames
+from projected_grpo.arms.gate import initial_gate
+from projected_grpo.arms.table import ARMS
+from projected_grpo.checks import validate
+from projected_grpo.concept import Concept
+from projected_grpo.config import TrainConfig, display_name, to_json
+from projected_grpo.errors import UserError
+from projected_grpo.experiment import Experiment, prepare
+from projected_grpo.extract_vhack_grad import in_use, obtain, without_contrast
+from projected_grpo.ranks import Ranks
+from projected_grpo.run.checkpoint import knobs_meta, load_knobs
+from projected_grpo.run.folder import Run
+from projected_grpo.runlog import (
+    git_commit,
+    lock_folder,
+    make_run_dir,
+    run_id,
+    start_logging,
+    versions,
+    write_json,
+)
+from projected_grpo.state import TrainState
+from projected_grpo.step import current_direction, knobs
+
+
+def live_module(cfg: TrainConfig) -> ModuleType | None:
+    """The module of the view that --live asks for. Raises UserError naming a missing extra."""
+    if cfg.run.live == "none":
+        return None
+    try:
+        return importlib.import_module(f"projected_grpo.live_{cfg.run.live}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("projected_grpo"):
+            raise
+        raise UserError(
+            f"--live {cfg.run.live} needs {error.name}: pip install 'projected_grpo[live]'"
+        ) from error
+
+
+def provenance(ranks: Ranks) -> dict[str, Any]:
+    """What made a run, or went on with it. No environment variable is part of it."""
+    command, commit = shlex.join(sys.argv), git_commit()
+    return {"command": command, "processes": ranks.size, "git_commit": commit, "versions": versions()}
+
+
+Opened = tuple[Run, Experiment, TrainState]
+
+
+def set_up(cfg: TrainConfig, ranks: Ranks, stack: ExitStack) -> tuple[Experiment, TrainState]:
+    """Everything as it is before the first step."""
+    exp = prepare(cfg, stack, ranks)
+    if cfg.optim.init_knobs is not None and cfg.optim.init_knobs.exists():
+        start_from(cfg.optim.init_knobs, exp.chat.policy)  # which the basis is extracted at
+    return exp, start_state(exp)
+
+
+def start_run(asked: TrainConfig, ranks: Ranks, stack: ExitStack) -> Opened:
+    """A new run; its folder is made last, so that refused input leaves none."""
+    cfg = replace(asked, run=replace(asked.run, resume=None))
+    validate(cfg)
+    view = live_module(cfg)
+    start_logging(None)
+    if cfg.optim.init_knobs is not None:
+        knobs_meta(cfg.optim.init_knobs)  # a bad path is told before a model is loaded
+    exp, state = set_up(cfg, ranks, stack)
+    name = run_id(cfg.preset, display_name(cfg.arm), cfg.run.seed, cfg.run.out_tag)
+    run = Run(cfg, make_run_dir(cfg.run.out_dir / "runs", name))
+    lock_folder(run.folder, stack, "--out-dir")
+    start_logging(cfg.run.log_dir / f"{run.folder.name}.log")
+    write_json(
+        run.folder / "config.json", {"run_id": run.folder.name, **provenance(ranks), "config": to_json(cfg)}
+    )
+    run.show_live(view, stack)
+    return run, exp, state
+
+
+def start_from(path: Path, policy: Policy) -> None:
+    """Begin at another run's delta_s with an empty quarantine. Raises UserError for another model's."""
+    load_knobs(path, policy)
+    policy.give_blocks({})
+    with torch.no_grad():
+        for layer in policy.layers.values():
+            layer.delta_hack.zero_()
+    logger.info("starting from the deployed knobs of {}", path)
+
+
+def start_state(exp: Experiment) -> TrainState:
+    """Fresh optimizer, the hack basis (extracted if there is none), the gate calibrated on its pairs."""
+    cfg, chat = exp.cfg, exp.chat
+    extraction, path = obtain(
+        chat.policy,
+        chat.tokenizer,
+        chat.stop_id,
+        exp.pairs,
+        cfg.basis,
+        cfg.loss,
+        cfg.model.model,
+        cfg.run.out_dir,
+    )
+    extraction = without_contrast(extraction, cfg.basis, cfg.arm, cfg.run.seed)
+    basis = in_use(extraction.axes, cfg.basis, cfg.arm, cfg.run.seed)
+    axes = sum(len(V) for V in basis.V.values())
+    logger.info(
+        "hack basis {}: {} axes in {} of {} modules", path, axes, len(basis.V), len(chat.policy.layers)
+    )
+    gate = initial_gate(basis, extraction.grads) if cfg.arm.intervention == "route2" else None
+    chat.policy.give_blocks(block_starts(chat.policy, basis, cfg.arm, cfg.run.seed))
+    o = cfg.optim
+    optimizer = torch.optim.AdamW(
+        knobs(exp), lr=o.lr, betas=(o.adam_beta1, o.adam_beta2), weight_decay=o.weight_decay
+    )
+    frames = random_frames(chat.policy, cfg.run.seed) if cfg.arm.control == "haar_matched" else {}
+    state = TrainState(optimizer, basis, gate, extraction.meta, frames)
+    if ARMS[cfg.arm.intervention].scored:
+        state.concept = Concept(current_direction(exp), torch.empty(0))
+    return state
