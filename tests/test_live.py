@@ -222,7 +222,7 @@ def test_a_full_disk_ends_the_view_with_one_line(tmp_path, monkeypatch):
 def test_a_missing_extra_is_named_before_anything_is_made(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    monkeypatch.delitem(sys.modules, "projected_grpo.live_tensorboard")
+    monkeypatch.delitem(sys.modules, "projected_grpo.run.live_tensorboard")
     assert main(["train", "smoke", "--live=tensorboard"]) == 2
     said = capsys.readouterr().err
     assert "--live tensorboard needs tensorboardX: pip install 'projected_grpo[live]'" in said

@@ -44,7 +44,7 @@ def live_module(cfg: TrainConfig) -> ModuleType | None:
     if cfg.run.live == "none":
         return None
     try:
-        return importlib.import_module(f"projected_grpo.live_{cfg.run.live}")
+        return importlib.import_module(f"projected_grpo.run.live_{cfg.run.live}")
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("projected_grpo"):
             raise
