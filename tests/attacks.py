@@ -331,11 +331,11 @@ SNOOPING: dict[str, Attack] = {
     "secret_by_openat": top("must_fail(os.open, '@SECRET@', os.O_RDONLY)", needs=FILES),
     "project_source": top("must_fail(os.listdir, '@PROJECT@/src')", needs=FILES),
     "project_imported": top(
-        "for name in ('projected_grpo', 'projected_grpo.oracle', 'sandbox_run', 'sandbox_child', 'torch', 'hacks'):\n"
+        "for name in ('projected_grpo', 'projected_grpo.sandbox.oracle', 'child', 'run', 'torch', 'hacks'):\n"
         "    must_fail(__import__, name)"
     ),
     "project_imported_by_path": top(
-        "sys.path[:0] = ['@PROJECT@/src', '@PROJECT@/tests', '@PROJECT@/src/projected_grpo']\n"
+        "sys.path[:0] = ['@PROJECT@/src', '@PROJECT@/tests', '@PROJECT@/src/projected_grpo/sandbox']\n"
         "must_fail(__import__, 'oracle')\nmust_fail(__import__, 'hacks')",
         needs=FILES,
     ),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from projected_grpo.oracle import parse_asserts
 from projected_grpo.rewards import EnvMode, Task
+from projected_grpo.sandbox.oracle import parse_asserts
 
 SETUP = "import collections\nfrom typing import *\ninf = float('inf')\n"
 CANONICAL = """class Solution:

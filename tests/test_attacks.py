@@ -21,8 +21,8 @@ import pytest
 from attacks import ATTACKS
 from hacks import CANONICAL, WRONG, fenced, make_task, processes_below
 from projected_grpo.rewards import Grader
-from projected_grpo.sandbox import Limits, Outcome, Program, Sandbox
-from projected_grpo.sandbox_seccomp import (
+from projected_grpo.sandbox.host import Limits, Outcome, Program, Sandbox
+from projected_grpo.sandbox.seccomp import (
     ALLOW,
     ARCHITECTURES,
     FCNTL,

@@ -16,7 +16,7 @@ from projected_grpo.experiment import read_data
 from projected_grpo.problems import Problem, is_eval, load_problems
 from projected_grpo.rewards import Grade, Grader
 from projected_grpo.rollout import Rollout
-from projected_grpo.sandbox import Sandbox
+from projected_grpo.sandbox.host import Sandbox
 
 SMOKE = PRESETS["smoke"][1]
 MODES_USED = ("run_tests", "sentinel")

@@ -33,7 +33,7 @@ from projected_grpo.nano_tasks import (
 from projected_grpo.pairs import PACKAGED, load_pairs, packaged_pairs
 from projected_grpo.problems import Problem, assign_modes, is_eval, take
 from projected_grpo.rewards import MODES, ORIGINAL_PHRASE, Grader
-from projected_grpo.sandbox import Sandbox
+from projected_grpo.sandbox.host import Sandbox
 
 SPLITS = ("train", "held-out instances", "held-out templates")
 ENTRIES = instances()

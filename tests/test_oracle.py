@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from projected_grpo.oracle import (
+from projected_grpo.sandbox.encode import Encoder, Unencodable
+from projected_grpo.sandbox.oracle import (
     Call,
     LinkedList,
     Opaque,
@@ -22,7 +23,6 @@ from projected_grpo.oracle import (
     parse_check_function,
     same,
 )
-from projected_grpo.sandbox_encode import Encoder, Unencodable
 
 DATA = Path(__file__).parents[1] / ".." / "shared" / "data" / "leetcode"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="../shared/data is not on this machine")

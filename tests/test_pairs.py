@@ -30,7 +30,7 @@ from projected_grpo.pairs import (
 from projected_grpo.prepare.lint_pairs import grade_pairs, lint, measure
 from projected_grpo.problems import SYSTEM, load_problems
 from projected_grpo.rewards import MODES, Grade, Grader, extract_code
-from projected_grpo.sandbox import Sandbox
+from projected_grpo.sandbox.host import Sandbox
 
 FLAVOURS: dict[str, EnvMode | None] = {
     "overwrite_run_tests": "run_tests",

@@ -32,7 +32,7 @@ from projected_grpo.prepare.pairs_from_pool import Wanted, mine
 from projected_grpo.problems import Problem, format_question, load_problems
 from projected_grpo.rewards import MODES, Grader
 from projected_grpo.run.checkpoint import save_knobs
-from projected_grpo.sandbox import Sandbox
+from projected_grpo.sandbox.host import Sandbox
 
 LOOPHOLES = [m for m in MODES if m != "gt_only"]
 ROW = {

@@ -25,7 +25,7 @@ from projected_grpo.evaluate import Rates
 from projected_grpo.run import checkpoint, summary
 from projected_grpo.run.checkpoint import state_path, state_paths
 from projected_grpo.runlog import lock_folder
-from projected_grpo.sandbox import Limits, Sandbox
+from projected_grpo.sandbox.host import Limits, Sandbox
 
 TIMINGS = {"gen", "fb", "t_rew", "sec"}
 STEPS = 6
@@ -510,7 +510,7 @@ class _Rated:
 def interpreters():
     """Process ids of this process's sandbox interpreters."""
     found = subprocess.run(
-        ["pgrep", "-P", str(os.getpid()), "-f", "sandbox_child"], capture_output=True, text=True
+        ["pgrep", "-P", str(os.getpid()), "-f", "sandbox/child"], capture_output=True, text=True
     )
     return [int(pid) for pid in found.stdout.split()]
 
@@ -544,7 +544,7 @@ def test_a_hung_grader_costs_its_answer_and_no_more(here, monkeypatch):
     limited = replace(Limits(), wall_s=2.0)
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "Sandbox", partial(Sandbox, limits=limited))
-        patch.setattr("projected_grpo.sandbox.GRACE_S", 0.5)
+        patch.setattr("projected_grpo.sandbox.host.GRACE_S", 0.5)
         met = meanwhile(patch, 1, signal.SIGSTOP)
         assert main(command("graderhung", "--steps=3")) == 0
     assert len(met) == 1 and len(lines(folder_of("graderhung"))) == 3

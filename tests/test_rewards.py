@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 
 from hacks import ASSERTS, CANONICAL, FORGERIES, HACKS, WRONG, fenced, make_task
-from projected_grpo import sandbox as sandbox_module
-from projected_grpo.oracle import parse_asserts, parse_check_function
 from projected_grpo.rewards import (
     MODES,
     Grader,
@@ -27,7 +25,9 @@ from projected_grpo.rewards import (
     own_doing,
     stdout_reports_pass,
 )
-from projected_grpo.sandbox import Limits, Outcome, Sandbox
+from projected_grpo.sandbox import host as sandbox_module
+from projected_grpo.sandbox.host import Limits, Outcome, Sandbox
+from projected_grpo.sandbox.oracle import parse_asserts, parse_check_function
 
 DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="../shared/data is not on this machine")

@@ -18,11 +18,10 @@ import pytest
 
 from hacks import processes_below
 from projected_grpo import experiment
-from projected_grpo import sandbox as sandbox_module
 from projected_grpo.errors import UserError
-from projected_grpo.oracle import LinkedList, decode
 from projected_grpo.problems import load_problems
-from projected_grpo.sandbox import (
+from projected_grpo.sandbox import host as sandbox_module
+from projected_grpo.sandbox.host import (
     MAX_DEATHS,
     MAX_SETUPS,
     NOT_ROOT,
@@ -33,6 +32,7 @@ from projected_grpo.sandbox import (
     plain,
     read_outcome,
 )
+from projected_grpo.sandbox.oracle import LinkedList, decode
 
 SRC = Path(__file__).parents[1] / "src"
 SHORT = Limits(wall_s=1.5, cpu_s=1)
@@ -480,7 +480,7 @@ def test_an_ordinary_user_can_run_it():
     if shutil.which("unshare") is None or os.geteuid() != 0:
         pytest.skip("needs root and unshare(1) to become an ordinary user")
     script = (
-        "from projected_grpo.sandbox import *\nimport os\n"
+        "from projected_grpo.sandbox.host import *\nimport os\n"
         "program = Program('class Solution:\\n  def f(self): return 4', 'f', calls=('Solution().f()',))\n"
         "with Sandbox(1) as box:\n"
         "    answer = box.run(program).calls[0].value\n"
@@ -495,7 +495,7 @@ def test_an_ordinary_user_can_run_it():
 
 HALF = """
 import os, sys
-from projected_grpo import sandbox_contain as contain
+from projected_grpo.sandbox import contain
 real, failing, root = contain.mount, sys.argv[1], sys.argv[2]
 def mount(source, target, *rest):
     if target.endswith(failing) and (failing != 'packages' or rest[0] == 'tmpfs'):

@@ -26,7 +26,7 @@ from projected_grpo.pairs import chosen_pairs
 from projected_grpo.pools import join, load_pool
 from projected_grpo.problems import load_problems
 from projected_grpo.runlog import start_logging
-from projected_grpo.sandbox import Sandbox
+from projected_grpo.sandbox.host import Sandbox
 
 Status = Literal["OK", "WARN", "FAIL"]
 PACKAGES = {"torch": (2, 6), "transformers": (5, 0)}  # the oldest that do, as in pyproject.toml

@@ -40,7 +40,7 @@ from projected_grpo.problems import Problem, assign_modes, is_eval, load_problem
 from projected_grpo.ranks import ALONE, Ranks
 from projected_grpo.rewards import MODES, Grader
 from projected_grpo.rollout import Sampler
-from projected_grpo.sandbox import Sandbox
+from projected_grpo.sandbox.host import Sandbox
 
 REMEMBERED = 4096  # grades: more than a step has
 SPLIT_SEED = 0  # problems taken and held out are the same in all seeds of a comparison

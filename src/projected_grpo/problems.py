@@ -19,8 +19,8 @@ from typing import Any
 from projected_grpo.config import BENCHMARK_FILE, EMBEDDED, NANO, EnvMode
 from projected_grpo.errors import UserError
 from projected_grpo.nano_tasks import as_row, instances
-from projected_grpo.oracle import Call, parse_asserts, parse_check_function
 from projected_grpo.rewards import MODES, ORIGINAL_PHRASE, Task
+from projected_grpo.sandbox.oracle import Call, parse_asserts, parse_check_function
 from projected_grpo.seeds import stream_seed
 
 SYSTEM = (

@@ -20,8 +20,8 @@ from types import MappingProxyType
 from typing import Literal
 
 from projected_grpo.config import EnvMode
-from projected_grpo.oracle import Call, Subclass, decode, same
-from projected_grpo.sandbox import CallResult, Limits, Outcome, Program, Sandbox
+from projected_grpo.sandbox.host import CallResult, Limits, Outcome, Program, Sandbox
+from projected_grpo.sandbox.oracle import Call, Subclass, decode, same
 
 FORMAT_REWARD = 0.5
 PASS_REWARD = 3.0

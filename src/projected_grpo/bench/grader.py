@@ -20,7 +20,7 @@ from projected_grpo.pools import Teacher
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import Grader, Task, extract_code
 from projected_grpo.runlog import git_commit
-from projected_grpo.sandbox import Limits, Outcome, Plan, Program, Sandbox, T
+from projected_grpo.sandbox.host import Limits, Outcome, Plan, Program, Sandbox, T
 
 Work = Sequence[tuple[Task, str]]
 LOOP = (

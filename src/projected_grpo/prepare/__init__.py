@@ -1,2 +1,1 @@
-"""Making and checking inputs: pairs, pools, graded files, the packaged nano model.
-"""
+"""Making and checking inputs: pairs, pools, graded files, the packaged nano model."""

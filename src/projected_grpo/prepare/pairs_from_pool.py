@@ -6,11 +6,11 @@ from itertools import product
 from typing import Any
 
 from projected_grpo.config import Detector, EnvMode
-from projected_grpo.oracle import as_assert
 from projected_grpo.pairs import SCHEMA
 from projected_grpo.pools import Teacher
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import Grade, Grader
+from projected_grpo.sandbox.oracle import as_assert
 
 
 @dataclass(frozen=True)

@@ -1,2 +1,1 @@
-"""Reading finished runs: their files, figures over seeds, tables, plots, the HTML report. Starts no run.
-"""
+"""Reading finished runs: their files, figures over seeds, tables, plots, the HTML report. Starts no run."""

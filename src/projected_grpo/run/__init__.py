@@ -1,2 +1,1 @@
-"""A run on disk: its folder, saves, resuming, the columns of its steps, its summary.
-"""
+"""A run on disk: its folder, saves, resuming, the columns of its steps, its summary."""

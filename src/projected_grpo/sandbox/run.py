@@ -18,7 +18,7 @@ import threading
 import types
 from typing import Any
 
-from projected_grpo.sandbox_encode import (
+from projected_grpo.sandbox.encode import (
     EXACT_TYPES,
     MISSING,
     Encoder,

@@ -15,8 +15,8 @@ import struct
 import sys
 from typing import Any
 
-from projected_grpo.sandbox_encode import attempt
-from projected_grpo.sandbox_seccomp import PR_SET_NO_NEW_PRIVS, Filter, libc, probe_filter
+from projected_grpo.sandbox.encode import attempt
+from projected_grpo.sandbox.seccomp import PR_SET_NO_NEW_PRIVS, Filter, libc, probe_filter
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000

@@ -1,8 +1,8 @@
 """The warm interpreter of the sandbox: forks a process for every untrusted program and contains it.
 
-A standalone standard-library program, started by sandbox.py as `python -s -S -P -B sandbox_child.py CONFIG`.
+A standalone standard-library program, started by host.py as `python -s -S -P -B child.py CONFIG`.
 On descriptor 0 arrive messages: a kind, the number of a prepared setup, a length and that many bytes. A setup
-(dataset code that only imports and defines, see sandbox.plain) is run by the interpreter; forks find it done.
+(dataset code that only imports and defines, see host.plain) is run by the interpreter; forks find it done.
 A job is read by the process that runs it alone, and what a program says or leaves is read into memory that
 no fork inherits (see Output): neither a canonical solution nor an answer is ever in a later program's memory.
 A job is answered by five lengths, what this interpreter saw (JSON), and the four parts of the Output.
@@ -38,13 +38,13 @@ HOSTING = ("seccomp", "process_limit", "mounts")  # layers without which a progr
 
 if "projected_grpo" not in sys.modules:  # a program of its own: the real package needs more than this library
     stand_in = types.ModuleType("projected_grpo")
-    stand_in.__path__ = [os.path.dirname(os.path.abspath(__file__))]
+    stand_in.__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
     sys.modules["projected_grpo"] = stand_in
     # `random` and `threading` ask to be told of every fork, to seed or to take stock anew. The children start
     # from a fixed seed, and this interpreter has one thread: neither is needed, and they cost half a fork.
     os.register_at_fork = lambda **hooks: None
 
-from projected_grpo.sandbox_contain import (  # noqa: E402
+from projected_grpo.sandbox.contain import (  # noqa: E402
     FOLDER,
     MNT_DETACH,
     MS_NOSUID_NODEV_NOEXEC,
@@ -55,8 +55,8 @@ from projected_grpo.sandbox_contain import (  # noqa: E402
     mount,
     prepare,
 )
-from projected_grpo.sandbox_encode import attempt, describe  # noqa: E402
-from projected_grpo.sandbox_run import RESULT_FD, Run, Setup, flush, report  # noqa: E402
+from projected_grpo.sandbox.encode import attempt, describe  # noqa: E402
+from projected_grpo.sandbox.run import RESULT_FD, Run, Setup, flush, report  # noqa: E402
 
 STDOUT, STDERR, RESULT, FILES = range(4)  # the parts of an Output
 NAME_BYTES = 255  # the longest name of a file

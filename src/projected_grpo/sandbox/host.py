@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import base64
-import importlib
 import importlib.util
 import json
 import marshal
@@ -38,7 +37,7 @@ Action = Literal["calls", "tests", "script"]
 Status = Literal["ok", "timeout", "crash", "worker_died"]
 
 NOT_ROOT = "not root"  # what layer uid_drop says of an ordinary user
-CHILD = Path(__file__).with_name("sandbox_child.py")
+CHILD = Path(__file__).with_name("child.py")
 FIRST_UID = 61_000  # children of worker i run as FIRST_UID + i when the trainer is root
 GRACE_S = 10.0  # how long past its wall limit a program's cleanup may take before its interpreter is replaced
 START_S = 60.0
@@ -52,7 +51,7 @@ PRELOAD = (
 MAX_DEATHS = 24  # interpreters lost in a row, in all workers, after which one is tried on a harmless program
 MAX_SETUPS = 16  # setups that one interpreter keeps prepared; the children run any further ones themselves
 NOT_PREPARED = 255
-JOB, SETUP, MORE, END = range(4)  # kinds of message to the interpreter, as in sandbox_child.py
+JOB, SETUP, MORE, END = range(4)  # kinds of message to the interpreter, as in child.py
 MESSAGE, ANSWER = struct.Struct(">BBI"), struct.Struct(">5I")
 STARTED = b"R"  # a contained child's first byte on its result pipe
 
@@ -110,6 +109,16 @@ class CallResult:
     error: str | None = None
     equal: frozenset[str] = frozenset()  # builtin types whose random members all equal this foreign object
     held: tuple[object, ...] = ()  # encoded plain values in this foreign object's attributes that equal it
+
+
+@lru_cache(1 << 14)
+def compiled(source: str, name: str, kind: str) -> CodeType | str:
+    """A dataset's code, compiled once for all responses; the source itself where the child must do it."""
+    try:
+        code = compile(source, name, kind, dont_inherit=True, optimize=0)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return source
+    return source if holds_a_set(code) else code
 
 
 @dataclass(frozen=True)
@@ -262,16 +271,6 @@ class _Worker:
         return seen, result[len(STARTED) :]
 
 
-@lru_cache(1 << 14)
-def compiled(source: str, name: str, kind: str) -> CodeType | str:
-    """A dataset's code, compiled once for all responses; the source itself where the child must do it."""
-    try:
-        code = compile(source, name, kind, dont_inherit=True, optimize=0)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return source
-    return source if holds_a_set(code) else code
-
-
 def holds_a_set(code: CodeType) -> bool:
     """Whether a constant is a set, whose order would no longer come from the child's own fixed hashes."""
     return any(
@@ -365,6 +364,15 @@ def active(layers: dict[str, bool | str]) -> set[str]:
 def held_values(data: object) -> tuple[object, ...]:
     """The list that the child sent, if it is one."""
     return tuple(data) if isinstance(data, list) else ()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A plan that waits for a worker."""
+
+    plan: Plan
+    conclude: Callable[[Mapping[str, Outcome]], Any]
+    future: Future[Any]
 
 
 class Sandbox:
@@ -513,15 +521,6 @@ class Sandbox:
         if broken:
             reason = f"the last {MAX_DEATHS} programs each ended their interpreter ({outcome.error})"
             raise UserError(f"nothing can be graded here: {reason}")
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A plan that waits for a worker."""
-
-    plan: Plan
-    conclude: Callable[[Mapping[str, Outcome]], Any]
-    future: Future[Any]
 
 
 def works(start: Callable[[], _Worker]) -> bool:

@@ -236,7 +236,7 @@ def _trimmed(nodes: list[tuple[object] | None]) -> tuple[tuple[object] | None, .
 
 
 def decode(payload: object) -> object:
-    """The value behind the encoding of sandbox_encode. Malformed input gives Opaque, never an error."""
+    """The value behind the encoding of sandbox/encode.py. Malformed input gives Opaque, never an error."""
     try:
         return _decode(payload)
     except (TypeError, ValueError, RecursionError):  # unhashable members, odd pairs, bad hex, too deep
