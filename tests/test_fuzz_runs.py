@@ -16,7 +16,6 @@ from fake_runs import a_step, config, made, summary
 from fuzzing import FUZZ, altered, damaged, jsonl, read_or_refuse
 from projected_grpo.antipasto import wrap
 from projected_grpo.config import to_json
-from projected_grpo.probe import check_b, check_c
 from projected_grpo.proj import HackBasis
 from projected_grpo.results.files import read_heldout
 from projected_grpo.results.pictures import at_steps, heldout_files, mean_at_steps, rates, series
@@ -31,8 +30,9 @@ from projected_grpo.runlog import write_json
 from projected_grpo.study import SERIES, PlannedRun, StudyArm, read_records
 from projected_grpo.study_report import arms_table, emergence_table, leave_out_table, modes_table
 from projected_grpo.study_verdicts import verdicts
-from projected_grpo.sweep import expand, read_spec
-from projected_grpo.sweep_jobs import Job, failures_since, read_job, states, status_table
+from projected_grpo.sweep.gates import check_b, check_c
+from projected_grpo.sweep.jobs import Job, failures_since, read_job, states, status_table
+from projected_grpo.sweep.spec import expand, read_spec
 from projected_grpo.tensor_files import compute_svd, load_svd
 from projected_grpo.verbs_results import ResultsOptions, falsify_text, tables_text
 

@@ -11,8 +11,8 @@ from projected_grpo.basis_file import Axes, Extraction, save_extraction
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, to_json
 from projected_grpo.errors import GATE_FAILED
-from projected_grpo.probe import RunFiles, gate_a, gate_b, gate_c, gate_d
 from projected_grpo.proj import PairGrads
+from projected_grpo.sweep.gates import RunFiles, gate_a, gate_b, gate_c, gate_d
 
 PRESET = PRESETS["nano"][1]
 STEPS, GROUPS = 12, 8

@@ -26,8 +26,9 @@ from projected_grpo.cli import main
 from projected_grpo.config import PRESETS
 from projected_grpo.errors import UserError
 from projected_grpo.pairs import load_pairs
-from projected_grpo.runner import Children, Slot, deal, is_locked, locked, pinned, run_pool
-from projected_grpo.sweep import (
+from projected_grpo.sweep.jobs import failures_since, in_process, jobs_of, make, read_job, states, write_job
+from projected_grpo.sweep.runner import Children, Slot, deal, is_locked, locked, pinned, run_pool
+from projected_grpo.sweep.spec import (
     Limits,
     Spec,
     SweepArm,
@@ -39,7 +40,6 @@ from projected_grpo.sweep import (
     read_spec,
     seed_range,
 )
-from projected_grpo.sweep_jobs import failures_since, in_process, jobs_of, make, read_job, states, write_job
 from projected_grpo.train import parse
 
 SWEEPS = Path(__file__).parents[1] / "docs" / "sweeps"

@@ -25,7 +25,7 @@ from projected_grpo.errors import DIVERGED, UserError
 from projected_grpo.pairs import packaged_pairs
 from projected_grpo.results.files import PLANNED, check_fields, check_record
 from projected_grpo.runlog import complete_lines, plain, read_json, write_atomically
-from projected_grpo.runner import Children, Slot, locked, run_pool
+from projected_grpo.sweep.runner import Children, Slot, locked, run_pool
 from projected_grpo.train import parse
 
 FIRST_SEED = 41

@@ -11,8 +11,8 @@ from typing import Literal
 import tyro
 
 from projected_grpo.errors import GATE_FAILED, UserError
-from projected_grpo.sweep import Spec, expand, given_options, quick_spec, read_spec, seed_range
-from projected_grpo.sweep_jobs import Batch, Job, jobs_of, run_job_file, states, status_table, write_job
+from projected_grpo.sweep.jobs import Batch, Job, jobs_of, run_job_file, states, status_table, write_job
+from projected_grpo.sweep.spec import Spec, expand, given_options, quick_spec, read_spec, seed_range
 
 Engine = Literal["local", "pueue", "slurm", "ray"]
 EXTRAS = {"slurm": "submitit", "ray": "ray"}  # the package behind each extra of that name

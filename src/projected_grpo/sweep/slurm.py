@@ -12,7 +12,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from projected_grpo.errors import UserError
-from projected_grpo.sweep_jobs import Batch, Outcome, run_job_file
+from projected_grpo.sweep.jobs import Batch, Outcome, run_job_file
 
 CLUSTERS = (
     "slurm",

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from projected_grpo.errors import UserError
-from projected_grpo.sweep import SweepRun, basis_options, take
-from projected_grpo.sweep_jobs import Batch, Job, Outcome
+from projected_grpo.sweep.jobs import Batch, Job, Outcome
+from projected_grpo.sweep.spec import SweepRun, basis_options, take
 
 CLI = (sys.executable, "-m", "projected_grpo.cli")
 OVER = ("Done",)  # states of a task that will not run (again)

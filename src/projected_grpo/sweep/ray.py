@@ -13,8 +13,8 @@ from loguru import logger
 from ray.exceptions import RayError
 
 from projected_grpo.errors import UserError
-from projected_grpo.sweep import Limits, take
-from projected_grpo.sweep_jobs import Batch, Outcome, run_job_file
+from projected_grpo.sweep.jobs import Batch, Outcome, run_job_file
+from projected_grpo.sweep.spec import Limits, take
 
 CORES = 1
 

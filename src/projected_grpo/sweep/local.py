@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 
-from projected_grpo.runner import Children, Slot, deal, run_pool
-from projected_grpo.sweep import Limits
-from projected_grpo.sweep_jobs import Batch, Job, Outcome, as_process, make
+from projected_grpo.sweep.jobs import Batch, Job, Outcome, as_process, make
+from projected_grpo.sweep.runner import Children, Slot, deal, run_pool
+from projected_grpo.sweep.spec import Limits
 
 
 def visible_gpus() -> tuple[str, ...]:

@@ -33,8 +33,8 @@ from projected_grpo.results.files import (
     read_steps,
 )
 from projected_grpo.runlog import append_jsonl, complete_lines, read_json, write_json
-from projected_grpo.runner import is_locked, locked
-from projected_grpo.sweep import Limits, SweepRun, take
+from projected_grpo.sweep.runner import is_locked, locked
+from projected_grpo.sweep.spec import Limits, SweepRun, take
 from projected_grpo.train import DIVERGED
 
 BAD_USAGE = 2  # exit code of train for what no further attempt would mend
@@ -100,6 +100,11 @@ class Job:
     def command(self) -> str:
         """`next_argv` as it would be typed."""
         return shlex.join(["projected-grpo", "train", *self.next_argv()])
+
+
+def note(job: Job, **facts: Any) -> None:
+    """Add a line to the job's attempts."""
+    append_jsonl(job.file(".jsonl"), [{"at": time.time(), **facts}])
 
 
 @dataclass(frozen=True)
@@ -205,11 +210,6 @@ def make(job: Job, launch: Launch, *, patience_s: float = 1.0) -> Outcome:
         why = f"code {code} in attempt {attempt + 1}; its output is in {job.file('.txt')}"
         note(job, failed=why)
         return Outcome("failed", why)
-
-
-def note(job: Job, **facts: Any) -> None:
-    """Add a line to the job's attempts."""
-    append_jsonl(job.file(".jsonl"), [{"at": time.time(), **facts}])
 
 
 def failures_since(home: Path, moment: float) -> int:
