@@ -27,9 +27,9 @@ from projected_grpo.run.checkpoint import save_state, state_path
 from projected_grpo.run.folder import Run, settings_hash
 from projected_grpo.run.resume import newest_run, newest_state, read_settings
 from projected_grpo.runlog import write_json
-from projected_grpo.study import SERIES, PlannedRun, StudyArm, read_records
-from projected_grpo.study_report import arms_table, emergence_table, leave_out_table, modes_table
-from projected_grpo.study_verdicts import verdicts
+from projected_grpo.study.plan import SERIES, PlannedRun, StudyArm, read_records
+from projected_grpo.study.report import arms_table, emergence_table, leave_out_table, modes_table
+from projected_grpo.study.verdicts import verdicts
 from projected_grpo.sweep.gates import check_b, check_c
 from projected_grpo.sweep.jobs import Job, failures_since, read_job, states, status_table
 from projected_grpo.sweep.spec import expand, read_spec

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from fake_runs import a_run, config, made, steps_of, summary
 from projected_grpo import cli
 from projected_grpo.errors import UserError
-from projected_grpo.hypotheses import h4_verdict, highest_rate, verdicts
 from projected_grpo.results.compare import baseline, modes, notes, paired, rates
 from projected_grpo.results.runs import finished, grouped, mean_sem, read_runs
 from projected_grpo.results.statistics import bootstrap_interval
 from projected_grpo.results.tables import render, tables
 from projected_grpo.runlog import write_json
-from projected_grpo.study_verdicts import h3_verdict
+from projected_grpo.study.hypotheses import h4_verdict, highest_rate, verdicts
+from projected_grpo.study.verdicts import h3_verdict
 
 
 def read(folder):

@@ -18,13 +18,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from projected_grpo import cli, study_verdicts
+from projected_grpo import cli
 from projected_grpo.config import PRESETS
 from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.pairs import load_pairs, packaged_pairs
 from projected_grpo.results.statistics import Difference, by_arm, deployed, paired
-from projected_grpo.study import NANO_STUDY, PLACEBOS, SAMPLED, SERIES, plan, read_records, rounded
-from projected_grpo.study_report import (
+from projected_grpo.study import verdicts as study_verdicts
+from projected_grpo.study.plan import NANO_STUDY, PLACEBOS, SAMPLED, SERIES, plan, read_records, rounded
+from projected_grpo.study.report import (
     arms_table,
     cell,
     controls_table,
@@ -35,7 +36,7 @@ from projected_grpo.study_report import (
     shown,
     write_report,
 )
-from projected_grpo.study_verdicts import (
+from projected_grpo.study.verdicts import (
     emergence_verdict,
     h1_verdict,
     leave_out_verdict,

@@ -8,13 +8,13 @@ import tyro
 from loguru import logger
 
 from projected_grpo.errors import UserError
-from projected_grpo.hypotheses import verdicts
 from projected_grpo.results.compare import check_arm, headline, modes, notes, paired, rates
 from projected_grpo.results.pictures import Kind, draw
 from projected_grpo.results.report import report_page
 from projected_grpo.results.runs import VANILLA, Groups, finished, grouped, read_runs
 from projected_grpo.results.tables import Format, Table, render, render_tables
 from projected_grpo.runlog import write_atomically
+from projected_grpo.study.hypotheses import verdicts
 
 Runs = tyro.conf.Positional[tuple[Path, ...]]
 RUNS = (Path("out/runs"),)

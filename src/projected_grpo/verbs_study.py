@@ -15,8 +15,8 @@ from tabulate import tabulate
 from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.prepare.pretrain_nano import PretrainConfig, check_base, pretrain, save_model
 from projected_grpo.runlog import write_atomically, write_json
-from projected_grpo.study import plan, read_records, run_study
-from projected_grpo.study_report import filled, write_report
+from projected_grpo.study.plan import plan, read_records, run_study
+from projected_grpo.study.report import filled, write_report
 
 TERMINATED = 143
 RESULTS = Path("docs/results/nano")

@@ -30,8 +30,8 @@ from projected_grpo.results.statistics import (
     where_measured,
 )
 from projected_grpo.runlog import write_atomically
-from projected_grpo.study import NANO_MODES, SAMPLED, STUDIES
-from projected_grpo.study_verdicts import verdicts
+from projected_grpo.study.plan import NANO_MODES, SAMPLED, STUDIES
+from projected_grpo.study.verdicts import verdicts
 
 MAIN = (  # in the pictures
     *("none", "gt_only", "erase", "erase+haar", "erase+oracle_pairs"),

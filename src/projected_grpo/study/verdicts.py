@@ -13,7 +13,7 @@ from projected_grpo.results.statistics import (
     sem,
     shares,
 )
-from projected_grpo.study import NANO_MODES, PLACEBOS, SAMPLED, SOLVING
+from projected_grpo.study.plan import NANO_MODES, PLACEBOS, SAMPLED, SOLVING
 
 NOT_MEASURED = "not measured"
 H1_ARMS = ("erase", "route", "route2")

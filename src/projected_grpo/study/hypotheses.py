@@ -12,7 +12,7 @@ from statistics import fmean
 from projected_grpo.results.compare import baseline
 from projected_grpo.results.runs import VANILLA, Groups, Run, Setting, mean_sem
 from projected_grpo.results.statistics import Record
-from projected_grpo.study_verdicts import H1_ARMS, NOT_MEASURED, advmod_direction, h1_verdict, h3_verdict
+from projected_grpo.study.verdicts import H1_ARMS, NOT_MEASURED, advmod_direction, h1_verdict, h3_verdict
 
 H4_RATE, H4_STEPS, H4_WINDOW = 0.30, 200, 5
 

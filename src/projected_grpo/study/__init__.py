@@ -1,0 +1,2 @@
+"""The nano study: its arms, its kept records, and the preregistered verdicts on them.
+"""
