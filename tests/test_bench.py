@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from hacks import CANONICAL, HACKS, WRONG, fenced, make_task
-from projected_grpo import cli, verbs_grading
+from projected_grpo import cli
 from projected_grpo.bench import grader as bench
 from projected_grpo.bench.grader import (
     BenchSettings,
@@ -26,6 +26,7 @@ from projected_grpo.bench.grader import (
 from projected_grpo.pools import Teacher, TeacherRow
 from projected_grpo.problems import load_problems
 from projected_grpo.rewards import Grader, extract_code
+from projected_grpo.verbs import grade as verbs_grading
 
 QUICK = BenchSettings(workers=2, baseline_sample=2, loops=2, loop_limit=0.3)
 TESTED = CANONICAL + "\ndef run_tests():\n    assert Solution().total([1]) == 1\n"

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from projected_grpo import doctor
 from projected_grpo.cli import main
-from projected_grpo.doctor import CHECKS, DISK_GB, DoctorOptions, examine, release, settings_of
 from projected_grpo.errors import UserError
+from projected_grpo.verbs import doctor
+from projected_grpo.verbs.doctor import CHECKS, DISK_GB, DoctorOptions, examine, release, settings_of
 
 OPTIONS = DoctorOptions(preset="smoke", device="cpu")
 

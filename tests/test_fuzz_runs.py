@@ -34,7 +34,7 @@ from projected_grpo.sweep.gates import check_b, check_c
 from projected_grpo.sweep.jobs import Job, failures_since, read_job, states, status_table
 from projected_grpo.sweep.spec import expand, read_spec
 from projected_grpo.tensor_files import compute_svd, load_svd
-from projected_grpo.verbs_results import ResultsOptions, falsify_text, tables_text
+from projected_grpo.verbs.results import ResultsOptions, falsify_text, tables_text
 
 # Run folders
 

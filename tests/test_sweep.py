@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fake_runs
-from projected_grpo import config, verbs_sweep
+from projected_grpo import config
 from projected_grpo.checks import CONTROLS_OF
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS
@@ -41,6 +41,7 @@ from projected_grpo.sweep.spec import (
     seed_range,
 )
 from projected_grpo.train import parse
+from projected_grpo.verbs import sweep as verbs_sweep
 
 SWEEPS = Path(__file__).parents[1] / "docs" / "sweeps"
 SMALL = "steps = {steps}\nn-problems = 6\neval-n-prompts = 2\nmax-new = 8\nworkers = 1\nsave-every = 1\n"

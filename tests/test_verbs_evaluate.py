@@ -25,7 +25,7 @@ from projected_grpo.problems import is_eval, is_validation, load_problems
 from projected_grpo.rewards import MODES, Grade, Grader
 from projected_grpo.run.checkpoint import state_paths
 from projected_grpo.seeds import stream_seed
-from projected_grpo.verbs_evaluate import EvaluateOptions, chosen_problems
+from projected_grpo.verbs.deploy import EvaluateOptions, chosen_problems
 
 GROUP, PROMPTS, MAX_NEW = 3, 4, 6
 SMALL = ("--workers=1", "--device=cpu")

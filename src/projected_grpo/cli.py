@@ -7,43 +7,42 @@ from collections.abc import Callable, Mapping, Sequence
 import tyro
 
 from projected_grpo import train
-from projected_grpo.doctor import DoctorOptions, doctor_verb
 from projected_grpo.errors import LOST, MISTAKES, RankLost
 from projected_grpo.runlog import start_logging
-from projected_grpo.verbs_basis import ExtractOptions, extract_verb, verify_verb
-from projected_grpo.verbs_bench import (
+from projected_grpo.verbs.basis import ExtractOptions, extract_verb, verify_verb
+from projected_grpo.verbs.bench import (
+    BenchGraderOptions,
     BenchOptions,
     BenchStepOptions,
     bench_backward_verb,
     bench_extraction_verb,
     bench_generation_verb,
+    bench_grader_verb,
     bench_growth_verb,
     bench_step_verb,
     bench_svd_verb,
 )
-from projected_grpo.verbs_evaluate import EvaluateOptions, ExportOptions, evaluate_verb, export_verb
-from projected_grpo.verbs_grading import (
-    BenchGraderOptions,
-    GradeOptions,
-    PoolBuildOptions,
-    PoolRegradeOptions,
-    PoolReportOptions,
-    PoolSampleOptions,
-    bench_grader_verb,
-    grade_verb,
-    pool_build_verb,
-    pool_regrade_verb,
-    pool_report_verb,
-    pool_sample_verb,
-)
-from projected_grpo.verbs_pairs import (
+from projected_grpo.verbs.deploy import EvaluateOptions, ExportOptions, evaluate_verb, export_verb
+from projected_grpo.verbs.doctor import DoctorOptions, doctor_verb
+from projected_grpo.verbs.grade import GradeOptions, grade_verb
+from projected_grpo.verbs.pairs import (
     PairsFromPoolOptions,
     PairsLintOptions,
     pairs_from_pool_verb,
     pairs_lint_verb,
 )
-from projected_grpo.verbs_probe import GateOptions, ProbeOptions, gate_verb, probe_verb
-from projected_grpo.verbs_results import (
+from projected_grpo.verbs.pools import (
+    PoolBuildOptions,
+    PoolRegradeOptions,
+    PoolReportOptions,
+    PoolSampleOptions,
+    pool_build_verb,
+    pool_regrade_verb,
+    pool_report_verb,
+    pool_sample_verb,
+)
+from projected_grpo.verbs.probe import GateOptions, ProbeOptions, gate_verb, probe_verb
+from projected_grpo.verbs.results import (
     PlotOptions,
     ReportOptions,
     ResultsOptions,
@@ -51,13 +50,8 @@ from projected_grpo.verbs_results import (
     report_verb,
     results_verb,
 )
-from projected_grpo.verbs_study import (
-    PretrainNanoOptions,
-    StudyOptions,
-    pretrain_nano_verb,
-    study_verb,
-)
-from projected_grpo.verbs_sweep import (
+from projected_grpo.verbs.study import PretrainNanoOptions, StudyOptions, pretrain_nano_verb, study_verb
+from projected_grpo.verbs.sweep import (
     SweepOptions,
     SweepRunOptions,
     SweepStatusOptions,

@@ -1,6 +1,5 @@
 """The pre-flight of a new box: what a preset needs, whether it is there, and what to do where it is not."""
 
-import importlib.metadata
 import importlib.util
 import io
 import json

@@ -15,7 +15,7 @@ from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.sweep.gates import GATES
 from projected_grpo.sweep.jobs import SIGNALLED, Job, Launch, in_process, jobs_of, make, write_job
 from projected_grpo.sweep.spec import Limits, Spec, SweepArm, basis_options, expand, split_pair, typed
-from projected_grpo.verbs_basis import ExtractOptions, extract_verb, verify_verb
+from projected_grpo.verbs.basis import ExtractOptions, extract_verb, verify_verb
 
 VERBS = {"extract": extract_verb, "verify": verify_verb}
 

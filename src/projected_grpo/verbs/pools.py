@@ -1,4 +1,4 @@
-"""The verbs that grade: anyone's completions, teacher pools, and the grader's own speed."""
+"""The verbs of teacher pools: build, sample, report, regrade."""
 
 import hashlib
 from contextlib import ExitStack
@@ -7,36 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from loguru import logger
 
-from projected_grpo.bench.grader import BenchSettings, bench_grader, bench_table, benchmark_work, pool_work
-from projected_grpo.config import EMBEDDED, ModelConfig, ProblemConfig, SandboxMode, env_modes
+from projected_grpo.config import EMBEDDED, ModelConfig, ProblemConfig
 from projected_grpo.engine.placement import pick_devices, pick_dtype
 from projected_grpo.errors import UserError
-from projected_grpo.experiment import SPLIT_SEED, open_chat, open_grader, read_problems, sampler_opener
+from projected_grpo.experiment import SPLIT_SEED, open_chat, open_grader, sampler_opener
 from projected_grpo.pools import bake, join, load_pool, pool_report, report_table
-from projected_grpo.prepare.grade_file import (
-    Comparison,
-    as_line,
-    disagreement_tables,
-    grade_file,
-    mode_table,
-    read_completions,
-)
+from projected_grpo.prepare.grade_file import Comparison, as_line, disagreement_tables
 from projected_grpo.prepare.sample_pool import PoolSampling, sample_pool
-from projected_grpo.problems import Problem, assign_modes, is_eval, load_problems, take
+from projected_grpo.problems import is_eval, load_problems, take
 from projected_grpo.run.checkpoint import load_knobs
 from projected_grpo.runlog import write_atomically, write_json
-
-
-@dataclass(frozen=True)
-class GraderOptions:
-    """How the grader runs, in every verb that grades."""
-
-    workers: int = 0
-    """Grader processes; 0 is one per core."""
-    sandbox: SandboxMode = "auto"
-    """strict refuses to start unless every layer of containment is in force; auto warns what is missing."""
+from projected_grpo.verbs.grade import GraderOptions, with_modes
 
 
 @dataclass(frozen=True)
@@ -85,47 +67,6 @@ class PoolRegradeOptions:
     """JSONL of every completion's stored and new labels."""
     problems: ProblemConfig = field(default_factory=ProblemConfig)
     grader: GraderOptions = field(default_factory=GraderOptions)
-
-
-@dataclass(frozen=True)
-class BenchGraderOptions:
-    """Canonical solutions, each with a test function so that oracle and detectors all run, or a pool."""
-
-    problems: ProblemConfig = field(default_factory=lambda: ProblemConfig(problems=EMBEDDED))
-    pool: Path | None = None
-    """Teacher pool folder: grade its completions instead, those that match one of the problems."""
-    limit: int = 0
-    """Take only this many responses; 0 is all."""
-    workers: int = 0
-    """Grader processes of the parallel measurement; 0 is one per core."""
-    repeats: int = 1
-    """Passes over the work for each throughput; the best counts."""
-    baseline_sample: int | None = None
-    """How many responses plain subprocesses run, one program after another and without containment: 20 of the
-    canonical solutions, or, unless this says so, none of a pool, whose programs may do anything."""
-    loops: int = 4
-    """How many endless loops are graded at once."""
-    loop_limit: float = 0.0
-    """Seconds after which these are stopped; 0 is the grader's own limit."""
-    json: Path | None = None
-    """Write the figures here."""
-
-
-@dataclass(frozen=True)
-class GradeOptions:
-    """Grade anyone's completions."""
-
-    completions: Path
-    """JSONL with problem_id, completion and optionally env_mode."""
-    out: Path
-    """JSONL to write, one line per input line, in order: the input's ids and every Grade field."""
-    problems: ProblemConfig = field(default_factory=lambda: ProblemConfig(problems=EMBEDDED))
-    grader: GraderOptions = field(default_factory=GraderOptions)
-
-
-def with_modes(cfg: ProblemConfig) -> tuple[Problem, ...]:
-    """The file's problems with their modes."""
-    return assign_modes(read_problems(cfg), env_modes(cfg.env_mode), {})
 
 
 def pool_build_verb(options: PoolBuildOptions) -> int:
@@ -208,37 +149,4 @@ def pool_regrade_verb(options: PoolRegradeOptions) -> int:
     if options.out is not None:
         write_atomically(options.out, "".join(map(as_line, compared)).encode())
     print(f"{len(compared)} completions of {len(teacher.rows)} problems\n{disagreement_tables(compared)}")
-    return 0
-
-
-def grade_verb(options: GradeOptions) -> int:
-    """Grade a JSONL of completions, in input order, resumable, with a summary per mode."""
-    items = read_completions(options.completions, with_modes(options.problems))
-    with ExitStack() as stack:
-        rows = grade_file(
-            items, open_grader(options.grader.workers, stack, options.grader.sandbox), options.out
-        )
-    print(mode_table(rows))
-    return 0
-
-
-def bench_grader_verb(options: BenchGraderOptions) -> int:
-    """Responses per second of the grader, its latencies, and plain subprocesses on the same work."""
-    if options.pool is None:
-        work = benchmark_work(read_problems(options.problems), options.limit)
-    else:
-        problems = with_modes(options.problems)
-        work = pool_work(problems, join(load_pool(options.pool), problems), options.limit)
-        if not work:
-            raise UserError(f"{options.pool}: no overlap with the problems of {options.problems.problems}")
-    baseline = options.baseline_sample
-    if baseline is None:
-        baseline = BenchSettings.baseline_sample if options.pool is None else 0
-    settings = BenchSettings(options.workers, options.repeats, baseline, options.loops, options.loop_limit)
-    if options.pool is not None and baseline:
-        logger.warning("plain subprocesses will run programs of this pool without containment")
-    report = bench_grader(work, settings)
-    print(bench_table(report))
-    if options.json is not None:
-        write_json(options.json, report)
     return 0

@@ -35,7 +35,7 @@ from projected_grpo.problems import Problem, digest, is_eval, is_validation, tak
 from projected_grpo.results.statistics import Bootstrap, Figure, figures
 from projected_grpo.rewards import MODES, Grader
 from projected_grpo.runlog import append_jsonl, git_commit, versions, write_json
-from projected_grpo.verbs_grading import GraderOptions
+from projected_grpo.verbs.grade import GraderOptions
 
 SCHEMA = "projected_grpo.evaluation/1"
 MAX_NEW = 1024  # completion tokens of a policy that comes without a run

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from loguru import logger
 from tabulate import tabulate
 
+from projected_grpo.bench.grader import BenchSettings, bench_grader, bench_table, benchmark_work, pool_work
 from projected_grpo.bench.growth import bench_growth
 from projected_grpo.bench.step import (
     Rival,
@@ -19,9 +21,13 @@ from projected_grpo.bench.step import (
     bench_step,
     bench_svd,
 )
+from projected_grpo.config import EMBEDDED, ProblemConfig
 from projected_grpo.errors import UserError
+from projected_grpo.experiment import read_problems
+from projected_grpo.pools import join, load_pool
 from projected_grpo.ranks import join_ranks
 from projected_grpo.runlog import write_json
+from projected_grpo.verbs.grade import with_modes
 
 
 @dataclass(frozen=True)
@@ -112,3 +118,49 @@ def bench_svd_verb(options: BenchOptions) -> int:
 def bench_growth_verb(options: BenchOptions) -> int:
     """Time of a step and memory of the loss against rollouts, completion length, rank and layers."""
     return measure(options, bench_growth)
+
+
+@dataclass(frozen=True)
+class BenchGraderOptions:
+    """Canonical solutions, each with a test function so that oracle and detectors all run, or a pool."""
+
+    problems: ProblemConfig = field(default_factory=lambda: ProblemConfig(problems=EMBEDDED))
+    pool: Path | None = None
+    """Teacher pool folder: grade its completions instead, those that match one of the problems."""
+    limit: int = 0
+    """Take only this many responses; 0 is all."""
+    workers: int = 0
+    """Grader processes of the parallel measurement; 0 is one per core."""
+    repeats: int = 1
+    """Passes over the work for each throughput; the best counts."""
+    baseline_sample: int | None = None
+    """How many responses plain subprocesses run, one program after another and without containment: 20 of the
+    canonical solutions, or, unless this says so, none of a pool, whose programs may do anything."""
+    loops: int = 4
+    """How many endless loops are graded at once."""
+    loop_limit: float = 0.0
+    """Seconds after which these are stopped; 0 is the grader's own limit."""
+    json: Path | None = None
+    """Write the figures here."""
+
+
+def bench_grader_verb(options: BenchGraderOptions) -> int:
+    """Responses per second of the grader, its latencies, and plain subprocesses on the same work."""
+    if options.pool is None:
+        work = benchmark_work(read_problems(options.problems), options.limit)
+    else:
+        problems = with_modes(options.problems)
+        work = pool_work(problems, join(load_pool(options.pool), problems), options.limit)
+        if not work:
+            raise UserError(f"{options.pool}: no overlap with the problems of {options.problems.problems}")
+    baseline = options.baseline_sample
+    if baseline is None:
+        baseline = BenchSettings.baseline_sample if options.pool is None else 0
+    settings = BenchSettings(options.workers, options.repeats, baseline, options.loops, options.loop_limit)
+    if options.pool is not None and baseline:
+        logger.warning("plain subprocesses will run programs of this pool without containment")
+    report = bench_grader(work, settings)
+    print(bench_table(report))
+    if options.json is not None:
+        write_json(options.json, report)
+    return 0

@@ -16,7 +16,7 @@ from projected_grpo.pools import join, load_pool, pool_digest
 from projected_grpo.prepare.lint_pairs import Finding, describe, grade_pairs, lint, report
 from projected_grpo.prepare.pairs_from_pool import Wanted, mine
 from projected_grpo.runlog import write_json
-from projected_grpo.verbs_grading import GraderOptions, with_modes
+from projected_grpo.verbs.grade import GraderOptions, with_modes
 
 
 @dataclass(frozen=True)
