@@ -15,7 +15,7 @@ from projected_grpo import config, rewards
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "projected_grpo"
-TABLE = re.compile(r"^\| (?P<room>\w+)(?P<folder>/?) \| (?P<modules>[\w, ]*) \|", re.MULTILINE)
+TABLE = re.compile(r"^\| (?P<room>\w+)(?P<folder>/?) \|(?P<modules>[\w, ]*)\|", re.MULTILINE)
 
 
 def listed() -> list[str]:
@@ -24,14 +24,15 @@ def listed() -> list[str]:
     _, _, table = page.partition("## Rooms, in import order")
     names: list[str] = []
     for row in TABLE.finditer(table.partition("\n## ")[0]):
-        inside = [f"{row['room']}.{module}" for module in row["modules"].split(", ") if module]
+        inside = [f"{row['room']}.{module}" for module in row["modules"].strip().split(", ") if module]
         names += inside if row["folder"] else [row["room"]] if row["room"] != "room" else []
     return names
 
 
 def module_name(path: Path) -> str:
-    """`sandbox.encode` for sandbox/encode.py; `sandbox` for its __init__.py."""
-    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+    """`sandbox.encode` for sandbox/encode.py, `sandbox` for the folder."""
+    inside = path.relative_to(SOURCE)
+    return ".".join((*inside.parent.parts, inside.stem)) if inside.name else ""
 
 
 ORDER = listed()

@@ -26,7 +26,7 @@ from projected_grpo.bench.grader import (
 from projected_grpo.pools import Teacher, TeacherRow
 from projected_grpo.problems import load_problems
 from projected_grpo.rewards import Grader, extract_code
-from projected_grpo.verbs import grade as verbs_grading
+from projected_grpo.verbs import bench as verbs_bench
 
 QUICK = BenchSettings(workers=2, baseline_sample=2, loops=2, loop_limit=0.3)
 TESTED = CANONICAL + "\ndef run_tests():\n    assert Solution().total([1]) == 1\n"
@@ -132,7 +132,7 @@ def test_the_verb_takes_a_pool_and_writes_json(tmp_path, monkeypatch, capsys):
         seen.update(work=work, settings=asdict(settings))
         return bench_grader(work, QUICK)
 
-    monkeypatch.setattr(verbs_grading, "bench_grader", measure)
+    monkeypatch.setattr(verbs_bench, "bench_grader", measure)
     out = tmp_path / "bench.json"
     arguments = ["--pool", str(tmp_path), "--workers", "2", "--loops", "3", "--loop-limit", "0.5"]
     assert cli.main(["bench", "grader", *arguments, "--json", str(out)]) == 0

@@ -126,7 +126,7 @@ def test_trl_is_an_extra(monkeypatch, capsys):
     def absent(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name="trl")
 
-    monkeypatch.setattr("projected_grpo.verbs_bench.importlib.import_module", absent)
+    monkeypatch.setattr("projected_grpo.verbs.bench.importlib.import_module", absent)
     assert cli.main(["bench", "step", *SMALL, "--vs", "trl"]) == 2
     assert "trl is not installed; pip install -e '.[bench]'" in capsys.readouterr().err
 

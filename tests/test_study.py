@@ -144,7 +144,7 @@ def test_pairs_that_lie_elsewhere_count_as_data_of_the_run(tmp_path, monkeypatch
     of_their_own = {*PLACEBOS, "erase+solving_pairs", "erase+corpus_tasks", "erase+corpus_wordings", *sampled}
     assert len({before[name] for name in of_their_own}) == len(of_their_own) - len(sampled) + 1
     assert {data for name, data in before.items() if name not in of_their_own} == {before["none"]}
-    monkeypatch.setattr("projected_grpo.study.packaged_pairs", lambda name: packaged_pairs(name) + b" ")
+    monkeypatch.setattr("projected_grpo.study.plan.packaged_pairs", lambda name: packaged_pairs(name) + b" ")
     assert {name for name, data in hashes().items() if data != before[name]} == of_their_own
 
 
@@ -454,7 +454,7 @@ def study_command(folder: Path, *more: str, steps: int = 1) -> list[str]:
 def test_a_study_runs_tells_what_failed_goes_on_and_reports(tmp_path, monkeypatch, capsys):
     broken = ("--intervention=none", "--model=/no/such/place")
     arms = tuple(replace(a, options=broken) if a.name == "erase" else a for a in NANO_STUDY)
-    monkeypatch.setattr("projected_grpo.study.STUDIES", {"nano": arms})
+    monkeypatch.setattr("projected_grpo.study.plan.STUDIES", {"nano": arms})
     assert cli.main(study_command(tmp_path, "--arms", "erase", "none", "erase+update")) == GATE_FAILED
     assert not (tmp_path / "kept" / "erase_seed41.json").exists()
     assert "no such folder" in (tmp_path / "work" / "erase_seed41" / "output.txt").read_text()

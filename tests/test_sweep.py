@@ -158,7 +158,7 @@ def test_an_id_hangs_on_what_decides_the_outcome_and_on_nothing_else(monkeypatch
         return found
 
     before = [identity(c) for c in [cfg, *others]]
-    monkeypatch.setattr("projected_grpo.sweep.settings", with_a_new_option)
+    monkeypatch.setattr("projected_grpo.sweep.spec.settings", with_a_new_option)
     assert [identity(c) for c in [cfg, *others]] == before
 
 
@@ -634,7 +634,7 @@ def test_without_pueue_or_its_daemon_one_line_says_so(here, monkeypatch, pueue, 
 @pytest.mark.parametrize(("engine", "package"), [("slurm", "submitit"), ("ray", "ray")])
 def test_a_missing_extra_is_named(here, monkeypatch, capsys, engine, package):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"projected_grpo.sweep_{engine}", raising=False)
+    monkeypatch.delitem(sys.modules, f"projected_grpo.sweep.{engine}", raising=False)
     assert main(["sweep", str(spec_file(here)), f"--engine={engine}"]) == 2
     assert f"pip install 'projected_grpo[{engine}]'" in capsys.readouterr().err
 

@@ -73,6 +73,7 @@ class Scorer:
 def scorer_of(
     policy: Policy, rollouts: Sequence[Rollout], parts: Sequence[int], pad_id: int, shared: bool
 ) -> Scorer:
+    """The way to these rollouts' log-probabilities: each prompt once, or each rollout with its own."""
     return (_with_prompts_once if shared else _each_with_its_prompt)(policy, rollouts, parts, pad_id)
 
 

@@ -1,2 +1,1 @@
-"""The nano study: its arms, its kept records, and the preregistered verdicts on them.
-"""
+"""The nano study: its arms, its kept records, and the preregistered verdicts on them."""

@@ -1,2 +1,1 @@
-"""Many runs: a grid expanded into jobs, where they run, and the gates between them.
-"""
+"""Many runs: a grid expanded into jobs, where they run, and the gates between them."""

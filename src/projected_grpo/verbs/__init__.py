@@ -1,2 +1,1 @@
-"""The verbs of the command line. Each reads its options, calls the room that does the work, and prints.
-"""
+"""The verbs of the command line. Each reads its options, calls the room that does the work, and prints."""

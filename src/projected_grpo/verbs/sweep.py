@@ -111,7 +111,7 @@ def with_options(spec: Spec, options: SweepOptions) -> Spec:
 def engine_module(engine: str) -> ModuleType:
     """The module of an engine: `plan(batch)` and `start(batch)`. Raises UserError naming a missing extra."""
     try:
-        return importlib.import_module(f"projected_grpo.sweep_{engine}")
+        return importlib.import_module(f"projected_grpo.sweep.{engine}")
     except ModuleNotFoundError as error:
         if engine in EXTRAS and (error.name or "").split(".")[0] == EXTRAS[engine]:
             raise UserError(
