@@ -45,7 +45,7 @@ from projected_grpo.run.checkpoint import state_paths
 from projected_grpo.run.start import start_state
 from projected_grpo.step import as_deployed, knobs, train_step
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ORACLES = ("gt_only", "gt_penalty", "gt_screening")
 KINDS = ("teacher", "detectors", "oracle")
 

@@ -34,7 +34,7 @@ from projected_grpo.rewards import Grade
 SMALL = PretrainConfig(steps=12, batch=6, lr=1e-2, vocabulary=300, hidden=32, layers=1)
 EXAMPLES = list(islice(corpus(5, CorpusMix()), 60))
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Every attack ends in the right verdict, leaves the trainer alive and nothing behind.
 
 As an ordinary user, with a Python that this user can read (test_again_with_less runs a part so):
-    setpriv --reuid 65534 --regid 65534 --clear-groups python3 -m pytest tests/test_attacks.py
+    setpriv --reuid 65534 --regid 65534 --clear-groups python3 -m pytest tests/sandbox/test_attacks.py
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from projected_grpo.sandbox.seccomp import (
     op,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHORT = Limits(wall_s=1.5, cpu_s=1, memory_mb=512)
 TASK = make_task("gt_only")
 NOBODY = 65534

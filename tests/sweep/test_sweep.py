@@ -43,7 +43,7 @@ from projected_grpo.sweep.spec import (
 from projected_grpo.train import parse
 from projected_grpo.verbs import sweep as verbs_sweep
 
-SWEEPS = Path(__file__).parents[1] / "docs" / "sweeps"
+SWEEPS = Path(__file__).parents[2] / "docs" / "sweeps"
 SMALL = "steps = {steps}\nn-problems = 6\neval-n-prompts = 2\nmax-new = 8\nworkers = 1\nsave-every = 1\n"
 TINY = """
 name = "four"

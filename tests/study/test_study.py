@@ -276,8 +276,8 @@ def test_emergence_is_counted_seed_by_seed():
 
 
 def test_the_page_tells_what_the_records_of_other_samplings_tell(monkeypatch):
-    page = (Path(__file__).parents[1] / "docs" / "results.md").read_text()
-    kept = Path(__file__).parents[1] / "docs" / "results" / "samplings"
+    page = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
+    kept = Path(__file__).parents[2] / "docs" / "results" / "samplings"
     arms = by_arm([json.loads(path.read_text()) for path in kept.glob("*_seed*.json")])
     assert len(arms) == 8 and all(set(runs) == set(range(41, 46)) for runs in arms.values())
     verdicts = {}
@@ -435,7 +435,7 @@ def test_a_pages_tables_are_renewed_and_its_words_left():
 
 
 def test_the_results_page_and_its_tables_are_those_of_the_records(tmp_path):
-    docs = Path(__file__).parents[1] / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     records = read_records(plan("nano", docs / "results" / "nano"))
     page = (docs / "results.md").read_text()
     assert filled(page, records) == page, "just study-nano-report"

@@ -34,7 +34,7 @@ from projected_grpo.sandbox.host import (
 )
 from projected_grpo.sandbox.oracle import LinkedList, decode
 
-SRC = Path(__file__).parents[1] / "src"
+SRC = Path(__file__).parents[2] / "src"
 SHORT = Limits(wall_s=1.5, cpu_s=1)
 NODE = "class ListNode:\n    def __init__(self, val=0, next=None):\n        self.val, self.next = val, next\n"
 

@@ -24,7 +24,7 @@ from projected_grpo.sandbox.oracle import (
     same,
 )
 
-DATA = Path(__file__).parents[1] / ".." / "shared" / "data" / "leetcode"
+DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "leetcode"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="../shared/data is not on this machine")
 
 

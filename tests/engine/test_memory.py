@@ -83,7 +83,7 @@ def test_what_rests_is_every_parameter_and_basis():
 
 def quoted(row: str) -> list[float]:
     """The two figures of a row of the table of docs/benchmarks.md."""
-    lines = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text().splitlines()
+    lines = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text().splitlines()
     (line,) = [line for line in lines if line.startswith(f"| {row}")]
     return [float(cell) for cell in line.strip("| ").split("|")[1:]]
 
