@@ -8,7 +8,7 @@
     merging      2 sum(d_out r d_in) / F                       once a step, alike in every process
     grading      b / (cores * responses/s)
     loss         tokens (6 N + 4 |U, Vh|) / F                  frozen weights, there and back; reference
-    sending      bytes / bandwidth + rounds * processes * lag  two rows of all knobs, every rollout
+    sending      bytes / bandwidth + rounds * processes * lag  two rows of all deltas, every rollout
     handling     n * seconds of one                            every process reads all n rollouts
 
 b rows and their tokens are one process's. N: weights; U, Vh: their singular bases; F: FLOP/s; B: bytes/s;
@@ -62,7 +62,7 @@ class Shape:
         return self.layers * sum(min(o, i) * (o + i) for o, i in self.linears)
 
     @property
-    def knobs(self) -> int:
+    def adapter_parameters(self) -> int:
         """Length of delta_s over all modules."""
         return self.layers * sum(min(o, i) for o, i in self.linears)
 
@@ -147,7 +147,7 @@ def predict(shape: Shape, load: Load, gpu: Machine, gpus: int) -> dict[str, floa
         return load.longest * (token + 2 * rows * context * shape.kv_values / bandwidth)
 
     tokens = rows * (load.prompt + load.mean)
-    sent = 2 * (2 * 4 * shape.knobs) + load.rollouts * load.bytes_each
+    sent = 2 * (2 * 4 * shape.adapter) + load.rollouts * load.bytes_each
     parts = {
         "generation": decoding(rows),
         "evaluation": decoding(math.ceil(load.evaluated / processes)) / load.evaluated_every,
@@ -191,8 +191,15 @@ def tables() -> None:
     rows = []
     for name, shape in MODELS.items():
         gb = [1e-9 * x for x in (2 * shape.weights, 2 * shape.bases, memory(shape, full, 0))]
-        rows.append([name, *gb, 4e-6 * shape.knobs, 4e-9 * shape.knobs * full.rollouts])
-    heads = ["model", "weights GB", "bases GB", "sampling GB", "a row of knobs MB", "258 rows GB"]
+        rows.append([name, *gb, 4e-6 * shape.adapter, 4e-9 * shape.adapter * full.rollouts])
+    heads = [
+        "model",
+        "weights GB",
+        "bases GB",
+        "sampling GB",
+        "a row of adapter parameters MB",
+        "258 rows GB",
+    ]
     print(tabulate(rows, headers=heads, tablefmt="pipe", floatfmt=".3g"), "\n")
     for title, scaled in (("the full preset's 258 rollouts", False), ("32 rollouts a GPU", True)):
         rows = []

@@ -86,7 +86,7 @@ def svd_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_policy(tiny: tuple[nn.Module, PreTrainedTokenizerBase], svd_cache: Path) -> Policy:
-    """A fresh tiny-random policy, knobs at zero."""
+    """A fresh tiny-random policy, adapter parameters at zero."""
     return wrap(copy.deepcopy(tiny[0]), svd_cache)
 
 

@@ -160,11 +160,11 @@ def test_each_row_acts_on_its_own_rollout_only():
             torch.testing.assert_close(losses(slice(i, i + 1))[0], together[i], rtol=1e-11, atol=1e-11)
 
 
-def test_only_the_knobs_are_trainable_and_bind_leaves_no_gradient_on_them():
+def test_only_the_adapter_is_trainable_and_bind_leaves_no_gradient_on_it():
     task = tree_task()
     policy, _ = task
     trainable = {n for n, p in policy.model.named_parameters() if p.requires_grad}
-    assert trainable == {f"{m}.{knob}" for m in policy.layers for knob in ("delta_s", "delta_hack")}
+    assert trainable == {f"{m}.{parameter}" for m in policy.layers for parameter in ("delta_s", "delta_hack")}
     leaf_gradients(task, random_deltas(policy), slice(0, 4))
     assert all(p.grad is None for p in policy.model.parameters())
 
@@ -238,7 +238,7 @@ def logits_of(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "qwen3_5"])
-def test_zero_knobs_are_exactly_the_base_model(small_model, family, dtype):
+def test_a_zero_adapter_is_exactly_the_base_model(small_model, family, dtype):
     base = logits_of(small_model(family, dtype))
     policy = wrap(small_model(family, dtype), None)
     assert torch.equal(logits_of(policy.model), base)
@@ -250,10 +250,10 @@ def test_zero_knobs_are_exactly_the_base_model(small_model, family, dtype):
         assert torch.equal(logits_of(policy.model), base)
 
 
-def test_binding_nothing_is_the_reference_whatever_the_knobs_are(small_model):
+def test_binding_nothing_is_the_reference_whatever_the_adapter_is(small_model):
     base = logits_of(small_model("qwen3"))
     policy = wrap(small_model("qwen3"), None)
-    set_knobs(policy)
+    set_adapter(policy)
     with policy.bind(None):
         assert torch.equal(logits_of(policy.model), base)
     with policy.bind(policy.deltas()):
@@ -261,7 +261,7 @@ def test_binding_nothing_is_the_reference_whatever_the_knobs_are(small_model):
     assert torch.equal(logits_of(policy.model), base)
 
 
-def set_knobs(policy: Policy, hack: float = 0.4) -> None:
+def set_adapter(policy: Policy, hack: float = 0.4) -> None:
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for layer in policy.layers.values():
@@ -274,7 +274,7 @@ def test_the_layer_is_its_equation():
     base = nn.Linear(5, 3).double()
     policy = wrap(nn.ModuleDict({"q_proj": base}), None)
     layer = policy.layers["q_proj"]
-    set_knobs(policy)
+    set_adapter(policy)
     x = torch.randn(2, 4, 5).double()
     U, S, Vh = torch.linalg.svd(base.weight.double(), full_matrices=False)
     delta = layer.delta_s + layer.delta_hack
@@ -287,7 +287,7 @@ def test_the_layer_is_its_equation():
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
 def test_ablating_the_quarantine_is_the_model_with_delta_hack_at_zero(small_model, family):
     policy = wrap(small_model(family), None)
-    set_knobs(policy)
+    set_adapter(policy)
     with policy.bind(policy.deltas(ablate_quarantine=True)):
         deployed = logits_of(policy.model)
     with policy.bind(policy.deltas()):
@@ -300,7 +300,7 @@ def test_ablating_the_quarantine_is_the_model_with_delta_hack_at_zero(small_mode
 
 
 def test_deltas_are_copies_without_a_graph(tiny_policy):
-    set_knobs(tiny_policy)
+    set_adapter(tiny_policy)
     for ablate in (False, True):
         deltas = tiny_policy.deltas(ablate_quarantine=ablate)
         for m, layer in tiny_policy.layers.items():
@@ -316,7 +316,7 @@ def test_deltas_are_copies_without_a_graph(tiny_policy):
 @pytest.mark.parametrize(("family", "atol"), [("qwen3", 1e-10), ("llama", 1e-10), ("qwen3_5", 1e-4)])
 def test_merged_and_bound_models_agree(small_model, family, atol):
     policy = wrap(small_model(family), None)
-    set_knobs(policy)
+    set_adapter(policy)
     deltas = policy.deltas()
     base = logits_of(policy.model)
     with policy.bind(deltas):
@@ -330,7 +330,7 @@ def test_merged_and_bound_models_agree(small_model, family, atol):
 @pytest.mark.parametrize("fails", [False, True])
 def test_merge_puts_the_very_same_weights_back(small_model, fails):
     policy = wrap(small_model("qwen3", torch.bfloat16), None)
-    set_knobs(policy)
+    set_adapter(policy)
     before = {m: layer.base.weight.data for m, layer in policy.layers.items()}
     copies = {m: w.clone() for m, w in before.items()}
     try:
@@ -347,7 +347,7 @@ def test_merge_puts_the_very_same_weights_back(small_model, fails):
 
 def test_a_merge_that_fails_half_way_puts_back_what_it_had_merged(small_model):
     policy = wrap(small_model("qwen3"), None)
-    set_knobs(policy)
+    set_adapter(policy)
     base = logits_of(policy.model)
     deltas = policy.deltas()
     deltas.pop(list(deltas)[-1])
@@ -361,7 +361,7 @@ def test_a_merge_that_fails_half_way_puts_back_what_it_had_merged(small_model):
 
 def test_bind_is_undone_when_the_body_raises(small_model):
     policy = wrap(small_model("qwen3"), None)
-    set_knobs(policy)
+    set_adapter(policy)
     base = logits_of(policy.model)
     with pytest.raises(RuntimeError), policy.bind(policy.deltas()):
         raise RuntimeError("inside")
@@ -370,7 +370,7 @@ def test_bind_is_undone_when_the_body_raises(small_model):
 
 def test_rows_leave_nothing_merged_or_bound_when_the_body_raises(small_model):
     policy = wrap(small_model("qwen3"), None)
-    set_knobs(policy)
+    set_adapter(policy)
     base = logits_of(policy.model)
     with pytest.raises(RuntimeError), policy.rows(policy.deltas(), 2):
         raise RuntimeError("inside")
@@ -382,7 +382,7 @@ def test_rows_leave_nothing_merged_or_bound_when_the_body_raises(small_model):
 def test_rows_around_merged_weights_have_the_gradients_of_unmerged_ones(small_model, family):
     """At deltas that are not zero, and with every row's own upstream gradient."""
     policy = wrap(small_model(family, torch.float64), None)
-    set_knobs(policy)
+    set_adapter(policy)
     ids = torch.arange(3 * 7).view(3, 7) % 40
     weights = torch.randn(3, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
@@ -436,7 +436,7 @@ def test_the_basis_is_orthonormal_and_rebuilds_the_weight(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_knobs_are_float32_and_the_basis_has_the_weights_dtype(small_model, dtype):
+def test_the_adapter_is_float32_and_the_basis_has_the_weights_dtype(small_model, dtype):
     policy = wrap(small_model("qwen3", dtype), None)
     for layer in policy.layers.values():
         assert layer.delta_s.dtype == layer.delta_hack.dtype == torch.float32
@@ -553,7 +553,7 @@ def test_a_cached_and_an_uncached_policy_are_the_same(tmp_path: Path, small_mode
     assert len(computed) == 2 * len(policies[0].layers)
     outputs = []
     for policy in policies:
-        set_knobs(policy)
+        set_adapter(policy)
         with policy.bind(policy.deltas()):
             outputs.append(logits_of(policy.model))
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])

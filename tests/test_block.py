@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_checkpoint import edit
 from torch.func import functional_call
 
 from fake_runs import few_pairs
@@ -27,9 +28,8 @@ from projected_grpo.errors import UserError
 from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.proj import HackBasis, haar_basis
 from projected_grpo.rollout import Rollout
-from projected_grpo.run.checkpoint import load_knobs, save_knobs, state_paths
+from projected_grpo.run.checkpoint import load_adapter, save_adapter, state_paths
 from projected_grpo.run.start import start_from
-from test_checkpoint import edit
 
 K = 3
 IDS = torch.tensor([[5, 9, 20, 31, 7]])
@@ -48,13 +48,13 @@ MAX_NEW = 8
 
 
 def with_blocks(model, moved=0.3):
-    """A policy with a block in every module, all knobs but delta_hack away from zero."""
+    """A policy with a block in every module, all adapter parameters but delta_hack away from zero."""
     policy = wrap(model, None)
     policy.give_blocks(block_starts(policy, HackBasis({}, {}), ArmConfig("absorb", block_rank=K), 0))
     generator = torch.Generator().manual_seed(2)
     for layer in policy.layers.values():
-        for knob in (layer.delta_s, layer.block.moved):
-            knob.data.copy_(moved * torch.randn(knob.shape, generator=generator))
+        for parameter in (layer.delta_s, layer.block.moved):
+            parameter.data.copy_(moved * torch.randn(parameter.shape, generator=generator))
     return policy
 
 
@@ -123,7 +123,11 @@ def test_a_block_begins_without_effect_and_with_a_gradient(small_model, init):
     V = {m: haar_basis(2, r, torch.Generator().manual_seed(0)) for m, r in policy.ranks.items()}
     arm = ArmConfig("absorb", block_init=init, block_rank=K)
     policy.give_blocks(block_starts(policy, HackBasis(V, {}), arm, 0))
-    assert set(policy.blocks) == set(policy.layers) and not policy.parked and policy.parked_norm == 0
+    assert (
+        set(policy.blocks) == set(policy.layers)
+        and not policy.quarantine_used
+        and policy.quarantine_norm == 0
+    )
     assert torch.equal(logits(policy, policy.deltas()), base(input_ids=IDS).logits)
     with policy.merge(policy.deltas()):
         assert torch.equal(logits(policy, None), base(input_ids=IDS).logits)
@@ -147,7 +151,7 @@ def test_the_layer_is_its_equation_bound_and_merged(small_model):
         float((weights[f"{m}.weight"] - explicit(layer, layer.block.A0, layer.block.B0)).square().sum())
         for m, layer in policy.layers.items()
     ]
-    assert policy.parked and policy.parked_norm == pytest.approx(math.sqrt(sum(changes)))
+    assert policy.quarantine_used and policy.quarantine_norm == pytest.approx(math.sqrt(sum(changes)))
     plain = unwrap(policy, ablate_quarantine=False)
     with torch.no_grad():
         torch.testing.assert_close(plain(input_ids=IDS).logits, expected, rtol=1e-9, atol=1e-9)
@@ -274,27 +278,27 @@ def test_masks_sort_rollouts_as_an_explicit_loop_does(flagged, unflagged, quaran
     for m in ranks:
         keep = torch.zeros(ranks[m]).double()
         own = blocks[block_name(m)] if quarantine == "block" else rows[m]
-        park = torch.zeros(own.shape[1]).double()
+        routed = torch.zeros(own.shape[1]).double()
         for i in range(n):
             cosine = float(rows[m][i] @ v / rows[m][i].norm()) if m == "a" else -1.0
             mask = flagged if bool(hack[i]) or cosine > tau else unflagged
             seen.add(mask)
             keep += rows[m][i] if mask in ("keep", "absorb") else 0
-            park += own[i] if mask in ("route", "absorb") else 0
+            routed += own[i] if mask in ("route", "absorb") else 0
         torch.testing.assert_close(update.keep[m], keep)
-        torch.testing.assert_close(update.park[m], park)
+        torch.testing.assert_close(update.routed[m], routed)
     assert seen == {flagged, unflagged}
 
 
-def test_absorb_trains_both_knobs_on_everything():
+def test_absorb_trains_both_on_everything():
     rows = {"m": torch.randn(5, 4, generator=torch.Generator().manual_seed(0))}
     block = {block_name("m"): torch.randn(5, 7, generator=torch.Generator().manual_seed(1))}
     empty, teacher = HackBasis({}, {}), torch.zeros(5, dtype=torch.bool)
     both = intervene(rows | block, empty, ArmConfig("absorb"), teacher)
     assert torch.equal(both.keep["m"], rows["m"].sum(0)) and set(both.keep) == {"m"}
-    assert torch.equal(both.park["m"], block[block_name("m")].sum(0))
+    assert torch.equal(both.routed["m"], block[block_name("m")].sum(0))
     twins = intervene(rows, empty, ArmConfig("absorb", quarantine="diagonal"), teacher)
-    assert torch.equal(twins.park["m"], twins.keep["m"]) and twins.stats["q_egy"] == 0.5
+    assert torch.equal(twins.routed["m"], twins.keep["m"]) and twins.stats["q_egy"] == 0.5
     block[block_name("m")][0, 0] = math.inf
     with pytest.raises(FloatingPointError):
         intervene(rows | block, empty, ArmConfig("absorb"), teacher)
@@ -323,7 +327,7 @@ def test_absorb_trains_both_knobs_on_everything():
             {"intervention": "absorb", "control": "flipped", "block_init": "direction"},
             "--control flipped does",
         ),
-        ({"intervention": "route2", "quarantine": "block", "control": "shrink"}, "--control shrink parks"),
+        ({"intervention": "route2", "quarantine": "block", "control": "shrink"}, "--control shrink routes"),
         (
             {"intervention": "absorb", "mask_unflagged": "absorb"},
             "--mask-unflagged needs --intervention=route2",
@@ -363,25 +367,25 @@ def test_what_the_arms_are_called_and_which_have_a_block():
 
 @pytest.fixture
 def saved(tiny, svd_cache, tmp_path):
-    """A policy with blocks, its knob file, and a way to a fresh policy."""
+    """A policy with blocks, its adapter file, and a way to a fresh policy."""
     policy = wrap(copy.deepcopy(tiny[0]), svd_cache)
     policy.give_blocks(block_starts(policy, HackBasis({}, {}), ArmConfig("absorb"), 3))
     for layer in policy.layers.values():
         layer.delta_s.data.fill_(0.01)
         layer.block.moved.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "k.safetensors"
-    save_knobs(path, policy, {"model": "tiny-random", "step": 1}, deployed=False)
+    save_adapter(path, policy, {"model": "tiny-random", "step": 1}, deployed=False)
     return policy, path, wrap(copy.deepcopy(tiny[0]), svd_cache)
 
 
 def test_blocks_come_back_bit_for_bit_and_stay_the_same_parameters(saved):
     policy, path, fresh = saved
-    load_knobs(path, fresh)
+    load_adapter(path, fresh)
     assert torch.equal(logits(fresh, fresh.deltas()), logits(policy, policy.deltas()))
     assert not torch.equal(logits(fresh, fresh.deltas()), logits(fresh, fresh.deltas(ablate_quarantine=True)))
     before = {m: block.moved for m, block in fresh.blocks.items()}
     fresh.give_blocks(block_starts(fresh, HackBasis({}, {}), ArmConfig("absorb"), 4))
-    load_knobs(path, fresh)
+    load_adapter(path, fresh)
     for m, block in fresh.blocks.items():
         assert block.moved is before[m] and torch.equal(block.A0, policy.blocks[m].A0)
         assert torch.equal(block.moved, policy.blocks[m].moved)
@@ -389,11 +393,11 @@ def test_blocks_come_back_bit_for_bit_and_stay_the_same_parameters(saved):
 
 def test_a_deployed_file_has_no_block_and_takes_blocks_away(saved, tmp_path):
     policy, path, fresh = saved
-    save_knobs(tmp_path / "d.safetensors", policy, {}, deployed=True)
+    save_adapter(tmp_path / "d.safetensors", policy, {}, deployed=True)
     assert {name.split("/")[0] for name in load_file(tmp_path / "d.safetensors")} == {"delta_s"}
-    load_knobs(path, fresh)
-    load_knobs(tmp_path / "d.safetensors", fresh)
-    assert not fresh.blocks and not fresh.parked
+    load_adapter(path, fresh)
+    load_adapter(tmp_path / "d.safetensors", fresh)
+    assert not fresh.blocks and not fresh.quarantine_used
     assert torch.equal(logits(fresh, fresh.deltas()), logits(policy, policy.deltas(ablate_quarantine=True)))
 
 
@@ -415,7 +419,7 @@ def test_a_block_that_does_not_fit_is_refused_whole(saved, part, damage):
 
     edit(path, change)
     with pytest.raises(UserError, match="made for another model") as caught:
-        load_knobs(path, fresh)
+        load_adapter(path, fresh)
     assert "\n" not in str(caught.value)
     assert not fresh.blocks and all(not layer.delta_s.any() for layer in fresh.layers.values())
 
@@ -455,15 +459,15 @@ def test_a_run_with_a_block_is_saved_evaluated_exported_and_started_from(svd_cac
     settings = ModelConfig(model="", device="cpu", svd_cache=svd_cache)
     policy = open_source(find_source(folder, ""), settings).policy
     trained, alone = policy.deltas(), policy.deltas(ablate_quarantine=True)
-    assert policy.parked_norm == pytest.approx(summary["delta_hack_norm"])
+    assert policy.quarantine_norm == pytest.approx(summary["delta_hack_norm"])
     assert not torch.equal(logits(policy, trained), logits(policy, alone))
     assert main(["export", str(folder), "--out=model", "--as-trained", "--device=cpu", cache]) == 0
     card = (tmp_path / "model" / "README.md").read_text()
-    assert f"+ H: what was parked (|H| {summary['delta_hack_norm']:.3e}) is still in them" in card
-    both = tmp_path / "model" / "knobs.safetensors"
+    assert f"+ H: what was routed (|H| {summary['delta_hack_norm']:.3e}) is still in them" in card
+    both = tmp_path / "model" / "adapter parameters.safetensors"
     again = open_source(find_source(both, ""), settings)
     assert torch.equal(logits(again.policy, again.policy.deltas()), logits(policy, trained))
 
-    start_from(both, again.policy)  # --init-knobs
-    assert not again.policy.blocks and not again.policy.parked
+    start_from(both, again.policy)  # --init-adapter
+    assert not again.policy.blocks and not again.policy.quarantine_used
     assert torch.equal(logits(again.policy, again.policy.deltas()), logits(policy, alone))

@@ -216,16 +216,16 @@ def test_deploy_json_has_both_ways_per_mode(finished):
     assert all(0 <= deploy[k] <= 1 for k in both)
 
 
-def test_the_deployed_knobs_have_no_quarantine(finished):
+def test_the_deployed_adapter_has_no_quarantine(finished):
     with safe_open(finished / "train.safetensors", framework="pt") as file:
         meta = json.loads(file.metadata()["projected_grpo"])
         names = set(file.keys())
     assert meta["deployed"] is True and meta["step"] == STEPS and meta["model"] == "tiny-random"
     assert names and all(name.startswith("delta_s/") for name in names)
-    last, knobs = (load_file(finished / f"{n}.safetensors") for n in ("ckpt_step0004", "train"))
-    assert all((last[name] == knob).all() for name, knob in knobs.items())
+    last, adapter = (load_file(finished / f"{n}.safetensors") for n in ("ckpt_step0004", "train"))
+    assert all((last[name] == parameter).all() for name, parameter in adapter.items())
     first = load_file(finished / "ckpt_step0002.safetensors")
-    assert any((first[name] != knob).any() for name, knob in knobs.items())
+    assert any((first[name] != parameter).any() for name, parameter in adapter.items())
 
 
 def test_train_and_held_out_problems_are_disjoint(finished):

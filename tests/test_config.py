@@ -277,7 +277,7 @@ haar_matched   -    -       -          -            -           -      ok      o
 shuffled       -    -       -          -            -           ok     ok      ok    ok    ok     -
 clean_clean    -    -       -          -            -           ok     ok      ok    ok    ok     -
 flipped        -    -       -          -            -           ok     ok      ok    ok    ok     -
-random_parking -    -       -          -            -           -      -       -     -     ok     -
+random_routing -    -       -          -            -           -      -       -     -     ok     -
 shrink         -    -       -          -            -           -      -       -     ok    ok     -
 """
 HEAD, *ROWS = [line.split() for line in CONTROLS.strip().splitlines()]
@@ -419,9 +419,9 @@ def test_a_missing_field_is_refused():
 
 def test_an_older_file_is_read_with_the_defaults_of_later_options():
     data = to_json(changed(SMOKE, lr=0.5, steps=7))
-    del data["optim"]["init_knobs"], data["arm"]["control"], data["teacher"]
+    del data["optim"]["init_adapter"], data["arm"]["control"], data["teacher"]
     cfg = from_json(data, older=True)
-    assert (cfg.optim.lr, cfg.optim.steps, cfg.optim.init_knobs, cfg.arm.control) == (0.5, 7, None, "none")
+    assert (cfg.optim.lr, cfg.optim.steps, cfg.optim.init_adapter, cfg.arm.control) == (0.5, 7, None, "none")
     for broken in ({}, data | {"nonsense": {}}, data | {"optim": data["optim"] | {"nonsense": 1}}):
         with pytest.raises(UserError, match=r"config\.json"):
             from_json(broken, older=True)

@@ -331,7 +331,7 @@ def test_reading_a_run(home, monkeypatch, capsys):
     monkeypatch.chdir(home)
     assert follow("docs/howto/read_a_run.md", monkeypatch)[:2] == ["train smoke", "read_run.py"]
     assert "routing hack" in capsys.readouterr().out
-    assert Path("pictures/parked.png").is_file() and json.loads(Path("rates.json").read_text())["deployed"]
+    assert Path("pictures/routed.png").is_file() and json.loads(Path("rates.json").read_text())["deployed"]
 
 
 def test_ones_own_problems(tmp_path, monkeypatch, capsys):

@@ -296,11 +296,11 @@ def test_the_metadata_follows_model_pairs_and_settings(tiny_policy):
     assert differing(tiny_policy, "a", PAIRS, BasisConfig(v_hack_length_norm=True)) == {"length_norm"}
     assert differing(tiny_policy, "a", PAIRS, BasisConfig(v_hack_k=1, vhack_refresh_every=0)) == set()
     layer = next(iter(tiny_policy.layers.values()))
-    layer.delta_hack.data += 1.0  # extraction is at the deployed knobs
+    layer.delta_hack.data += 1.0  # extraction is at the deployed adapter parameters
     assert describe(tiny_policy, "a", PAIRS, BasisConfig()) == base
-    layer.delta_s.data += 1.0  # a run that starts from another's knobs has a basis of its own
+    layer.delta_s.data += 1.0  # a run that starts from another's adapter parameters has a basis of its own
     started = describe(tiny_policy, "a", PAIRS, BasisConfig())
-    assert set(started) - set(base) == {"knobs"} and base.items() < started.items()
+    assert set(started) - set(base) == {"adapter"} and base.items() < started.items()
     layer.delta_s.data.zero_()
     layer.base.weight.data[0, 0] += 1e-3
     assert differing(tiny_policy, "a", PAIRS, BasisConfig()) == {"weights"}

@@ -24,7 +24,7 @@ from projected_grpo.pools import join, load_pool
 from projected_grpo.prepare.grade_file import read_completions
 from projected_grpo.problems import load_problems
 from projected_grpo.proj import HackBasis, PairGrads
-from projected_grpo.run.checkpoint import load_knobs, read_state, restore_state, save_knobs, save_state
+from projected_grpo.run.checkpoint import load_adapter, read_state, restore_state, save_adapter, save_state
 from projected_grpo.runlog import read_json
 
 # JSON and JSONL
@@ -181,7 +181,7 @@ def whole(policy, tmp_path_factory):
     V = {m: torch.eye(policy.ranks[m])[:2].contiguous() for m in names}
     basis = HackBasis(V, {m: V[m][0].clone() for m in names})
     gate = GateState(dict.fromkeys(names, 0.5), dict.fromkeys(names, 0.0))
-    save_knobs(folder / "knobs", policy, {"step": 3}, deployed=False)
+    save_adapter(folder / "adapter", policy, {"step": 3}, deployed=False)
     save_state(folder / "state", policy, adam, basis, gate, {"step": 3})
     meta = {"schema": "x", "top_k": 2}
     S = {m: torch.ones(2) for m in names}
@@ -189,7 +189,7 @@ def whole(policy, tmp_path_factory):
     save_extraction(folder / "basis", Extraction(Axes(V, S, grads.differences()), grads, meta))
     device = torch.device("cpu")
     return {
-        "knobs": ((folder / "knobs").read_bytes(), lambda path: load_knobs(path, policy)),
+        "adapter": ((folder / "adapter").read_bytes(), lambda path: load_adapter(path, policy)),
         "state": (
             (folder / "state").read_bytes(),
             lambda path: restore_state(read_state(path), policy, adam),
@@ -214,7 +214,7 @@ def reheaded(draw, data):
 
 @given(data=st.data())
 @FUZZ
-@pytest.mark.parametrize("kind", ["knobs", "state", "basis"])
+@pytest.mark.parametrize("kind", ["adapter", "state", "basis"])
 def test_safetensors(tmp_path, whole, kind, data):
     good, read = whole[kind]
     path = tmp_path / kind
@@ -226,7 +226,7 @@ def test_safetensors(tmp_path, whole, kind, data):
 @example(data=(2**63).to_bytes(8, "little") + b"{}")
 @example(data=(2).to_bytes(8, "little") + b"{}")
 @FUZZ
-@pytest.mark.parametrize("kind", ["knobs", "state", "basis"])
+@pytest.mark.parametrize("kind", ["adapter", "state", "basis"])
 def test_any_bytes_in_place_of_safetensors(tmp_path, whole, kind, data):
     path = Path(tmp_path / kind)
     path.write_bytes(data)

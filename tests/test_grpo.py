@@ -226,12 +226,12 @@ CLASSIC = LossConfig(unbiased=False)
 
 @pytest.fixture
 def policy(small_model) -> Policy:
-    """A float64 policy whose knobs are away from zero, so that it differs from its reference."""
+    """A float64 policy whose adapter parameters are away from zero, so that it differs from its reference."""
     policy = wrap(small_model("qwen3"), None)
     generator = torch.Generator().manual_seed(0)
     for layer in policy.layers.values():
-        for knob in (layer.delta_s, layer.delta_hack):
-            knob.data.copy_(0.2 * torch.randn(knob.shape, generator=generator))
+        for parameter in (layer.delta_s, layer.delta_hack):
+            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return policy
 
 
@@ -613,11 +613,11 @@ def test_prompts_run_once_are_rounded_no_more_in_half_precision(small_model, mon
     assert error(shared) < 0.1 * sum(float(rows.norm() ** 2) for rows in expected.values())
 
 
-def test_a_first_layer_whose_keys_hang_on_no_knob_is_no_obstacle(monkeypatch):
+def test_a_first_layer_whose_keys_hang_on_no_adapter_is_no_obstacle(monkeypatch):
     """As in Phi-3, whose queries, keys and values are one Linear that is not adapted."""
     sizes = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.Phi3Config(**sizes, num_key_value_heads=2, vocab_size=48, pad_token_id=0)
-    for layers in (1, 2):  # with one, no key hangs on a knob
+    for layers in (1, 2):  # with one, no key hangs on an adapter parameter
         config.num_hidden_layers, config.layer_types = layers, ["full_attention"] * layers
         torch.manual_seed(0)
         policy = wrap(transformers.Phi3ForCausalLM(config).double().eval(), None)
@@ -650,7 +650,7 @@ def in_chunks(patch, policy: Policy, tokens: int) -> list[int]:
 
 
 def moved_policy_and_rollouts(model):
-    """A policy whose knobs are not zero, rollouts whose prompts are those of PARTS, and their advantages."""
+    """A policy whose adapter is not zero, rollouts whose prompts are those of PARTS, and their advantages."""
     policy = wrap(model, None)
     generator = torch.Generator().manual_seed(1)
     for layer in policy.layers.values():

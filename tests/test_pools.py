@@ -31,7 +31,7 @@ from projected_grpo.prepare.lint_pairs import grade_pairs, lint
 from projected_grpo.prepare.pairs_from_pool import Wanted, mine
 from projected_grpo.problems import Problem, format_question, load_problems
 from projected_grpo.rewards import MODES, Grader
-from projected_grpo.run.checkpoint import save_knobs
+from projected_grpo.run.checkpoint import save_adapter
 from projected_grpo.sandbox.host import Sandbox
 
 LOOPHOLES = [m for m in MODES if m != "gt_only"]
@@ -420,14 +420,14 @@ def test_sampling_goes_on_where_it_was_and_leaves_labels_alone(sampled, tmp_path
     assert "sampled with other settings" in capsys.readouterr().err
 
 
-def test_knobs_of_a_run_change_what_is_sampled(sampled, tmp_path, tiny_policy):
+def test_the_adapter_of_a_run_changes_what_is_sampled(sampled, tmp_path, tiny_policy):
     svd = sampled.parent / "svd"
     with torch.no_grad():
         for layer in tiny_policy.layers.values():
             layer.delta_s.normal_(generator=torch.Generator().manual_seed(0))
-    knobs = tmp_path / "train.safetensors"
-    save_knobs(knobs, tiny_policy, {}, deployed=True)
-    assert sample(tmp_path / "pool", f"--svd-cache={svd}", f"--knobs={knobs}") == 0
+    adapter = tmp_path / "train.safetensors"
+    save_adapter(adapter, tiny_policy, {}, deployed=True)
+    assert sample(tmp_path / "pool", f"--svd-cache={svd}", f"--adapter={adapter}") == 0
     one, two = (
         [row.completion for p in load_pool(folder) for row in p.rows]
         for folder in (sampled, tmp_path / "pool")
@@ -442,7 +442,7 @@ def test_knobs_of_a_run_change_what_is_sampled(sampled, tmp_path, tiny_policy):
         (["--batch=0"], "--batch"),
         (["--temperature=0"], "--temperature"),
         (["--n-problems=0"], "--n-problems"),
-        (["--knobs=no/such.safetensors"], "--knobs no/such.safetensors"),
+        (["--adapter=no/such.safetensors"], "--adapter no/such.safetensors"),
         (["--max-new=2048"], "lower --max-new"),
     ],
     ids=str,

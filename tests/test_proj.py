@@ -149,18 +149,18 @@ def test_measure_leaves_the_gradient_alone_and_still_reports(case, preserve):
     g, V = case
     split = project_delta_S_grad(g, V, "measure", preserve_magnitude=preserve)
     assert torch.equal(split.keep, g)
-    assert not split.removed.any() and not split.park.any()
+    assert not split.removed.any() and not split.routed.any()
     assert torch.equal(split.cin, split.cout)
     assert float(split.fired) == pytest.approx(sum(float(v @ g) > 0 for v in V) / len(V))
 
 
 @given(problem())
-def test_route_parks_what_it_removes_and_erase_parks_nothing(case):
+def test_route_routes_what_it_removes_and_erase_routes_nothing(case):
     g, V = case
     routed, erased = (project_delta_S_grad(g, V, action) for action in ("route", "erase"))
-    assert torch.equal(routed.park, routed.removed)
+    assert torch.equal(routed.routed, routed.removed)
     assert torch.equal(routed.keep, erased.keep)
-    assert not erased.park.any()
+    assert not erased.routed.any()
 
 
 @pytest.mark.parametrize("gate_mode", GATE_MODES)
@@ -189,7 +189,7 @@ def test_a_zero_gradient_has_no_share_and_no_nan():
     V = torch.eye(4)[:2]
     split = project_delta_S_grad(torch.zeros(4), V, "route", preserve_magnitude=True)
     assert float(split.cin) == float(split.cout) == float(split.fired) == 0.0
-    assert not split.keep.any() and not split.park.any()
+    assert not split.keep.any() and not split.routed.any()
     basis = HackBasis({"a": V, "b": V}, {})
     assert mean_hackward_share({"a": torch.zeros(4), "b": torch.eye(4)[0]}, basis) == 1.0
     assert mean_hackward_share({"a": torch.zeros(4), "b": torch.zeros(4)}, basis) is None
@@ -430,8 +430,8 @@ def test_every_arm_returns_a_gradient_for_every_module(arm, gate_mode):
     parks = {"route": set(basis.V), "route2": set(rows), "absorb": set(rows)}.get(
         arm, set()
     )  # forcing needs no basis
-    assert set(update.park) == parks
-    assert all(g.shape == update.keep[m].shape for m, g in update.park.items())
+    assert set(update.routed) == parks
+    assert all(g.shape == update.keep[m].shape for m, g in update.routed.items())
     kept = ~anchors.hack if arm == "route2" else slice(None)  # no basis: unchanged, but for known hacks
     torch.testing.assert_close(update.keep["free"], rows["free"][kept].sum(0))
     finite = [x for x in update.stats.values() if x is not None]
@@ -467,7 +467,7 @@ def test_the_settings_reach_the_projection():
     for m, V in basis.V.items():
         g = rows[m].numpy().sum(0)
         removed = 0.7 * 2 * V.numpy().T @ (V.numpy() @ g)
-        np.testing.assert_allclose(update.park[m].numpy(), removed, atol=1e-5)
+        np.testing.assert_allclose(update.routed[m].numpy(), removed, atol=1e-5)
         np.testing.assert_allclose(update.keep[m].numpy(), g - removed, atol=1e-5)
     bigger = intervene(
         rows, basis, replace(settings, preserve_magnitude=True, gate_mode="no_gate"), is_teacher
@@ -504,8 +504,8 @@ def test_q_egy_is_the_quarantines_share_of_the_gradient_norms():
     rows, basis, is_teacher, _, _ = scene()
     update = intervene(rows, basis, ArmConfig("route"), is_teacher)
     kept = math.sqrt(sum(float((g.double() ** 2).sum()) for g in update.keep.values()))
-    parked = math.sqrt(sum(float((g.double() ** 2).sum()) for g in update.park.values()))
-    assert update.stats["q_egy"] == pytest.approx(parked / (kept + parked), rel=1e-5)
+    routed = math.sqrt(sum(float((g.double() ** 2).sum()) for g in update.routed.values()))
+    assert update.stats["q_egy"] == pytest.approx(routed / (kept + routed), rel=1e-5)
     zero = {m: torch.zeros_like(g) for m, g in rows.items()}
     assert intervene(zero, basis, ArmConfig("route"), is_teacher).stats["q_egy"] == 0.0
 
@@ -528,19 +528,19 @@ def test_route2_sorts_rows_as_an_explicit_loop_does(seed):
             means[kind] = 0.9 * getattr(gate, kind)[m] + 0.1 * sum(votes) / len(votes)
             assert getattr(update.gate, kind)[m] == pytest.approx(means[kind], abs=1e-6)
         tau = (means["hack"] + means["clean"]) / 2
-        keep, park = np.zeros(len(v)), np.zeros(len(v))
+        keep, routed = np.zeros(len(v)), np.zeros(len(v))
         for i, g in enumerate(rows[m].double().numpy()):
             flagged = cosines[i] > tau or bool(anchors.hack[i])
             if anchors.advantage_sign[i] != 0:  # the others carry no gradient
                 flags.append(flagged)
             if flagged:
-                park += g
+                routed += g
             else:
                 keep += g
         np.testing.assert_allclose(update.keep[m].numpy(), keep, atol=1e-5)
-        np.testing.assert_allclose(update.park[m].numpy(), park, atol=1e-5)
+        np.testing.assert_allclose(update.routed[m].numpy(), routed, atol=1e-5)
         np.testing.assert_allclose(
-            (update.keep[m] + update.park[m]).numpy(), rows[m].sum(0).numpy(), atol=1e-5
+            (update.keep[m] + update.routed[m]).numpy(), rows[m].sum(0).numpy(), atol=1e-5
         )
         taus.append(tau)
         residuals.append(keep @ v / np.linalg.norm(keep) if keep.any() else 0.0)
@@ -551,17 +551,17 @@ def test_route2_sorts_rows_as_an_explicit_loop_does(seed):
     assert update.stats["hkgap"] == pytest.approx(np.mean(gaps))
 
 
-def test_route2_parks_known_hacks_whatever_their_cosine():
+def test_route2_routes_known_hacks_whatever_their_cosine():
     rows = {"m": torch.tensor([[-1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])}
     basis = HackBasis({"m": torch.eye(2)[:1]}, {"m": torch.eye(2)[0]})
     nobody = torch.zeros(3, dtype=torch.bool)
     gate = GateState({"m": 0.5}, {"m": -0.5})
     anchors = Anchors(torch.tensor([True, False, False]), nobody, torch.zeros(3))
     update = intervene(rows, basis, ArmConfig("route2"), nobody, anchors, gate)
-    assert update.park["m"].tolist() == [0.0, 0.0]  # the known hack (-1) and the row over tau (+1)
+    assert update.routed["m"].tolist() == [0.0, 0.0]  # the known hack (-1) and the row over tau (+1)
     assert update.keep["m"].tolist() == [-1.0, 0.0]
     without = intervene(rows, basis, ArmConfig("route2"), nobody, replace(anchors, hack=nobody), gate)
-    assert without.park["m"].tolist() == [1.0, 0.0]
+    assert without.routed["m"].tolist() == [1.0, 0.0]
 
 
 def test_route2_needs_anchors_and_a_gate():

@@ -212,10 +212,10 @@ def alone(home):
 
 
 def same_up_to_rounding(one, several):
-    """The same rollouts, grades, counts and held-out rates; figures and knobs alike.
+    """The same rollouts, grades, counts and held-out rates; figures and adapter parameters alike.
 
     Tolerances: 1e-5 of a figure or 1e-7, whichever is more (1e-6 nats of `gap`, which is rounding itself on a
-    CPU), and 1e-5 of the knobs' norm.
+    CPU), and 1e-5 of the adapter parameters' norm.
     """
     rows = [[json.loads(line) for line in (f / "steps.jsonl").open()] for f in (one, several)]
     for a, b in zip(*rows, strict=True):
@@ -227,9 +227,9 @@ def same_up_to_rounding(one, several):
             assert b[name] == expected, (a["step"], name)
     for name in ("rollouts.jsonl", "deploy.json"):
         assert (one / name).read_bytes() == (several / name).read_bytes()
-    knobs = [load_file(f / "train.safetensors") for f in (one, several)]
-    assert knobs[0].keys() == knobs[1].keys()
-    a, b = (torch.cat([found[name] for name in sorted(found)]) for found in knobs)
+    adapter = [load_file(f / "train.safetensors") for f in (one, several)]
+    assert adapter[0].keys() == adapter[1].keys()
+    a, b = (torch.cat([found[name] for name in sorted(found)]) for found in adapter)
     assert a.norm() > 0 and (a - b).norm() < 1e-5 * a.norm()
     figures = [json.loads((f / "summary.json").read_text()) for f in (one, several)]
     assert figures[1]["finished"] and figures[1]["hack_rate"] == figures[0]["hack_rate"]
@@ -237,7 +237,7 @@ def same_up_to_rounding(one, several):
 
 
 def test_two_processes_make_the_run_that_one_makes(alone, home, monkeypatch):
-    """They end with a line when one of them begins elsewhere, comes to hold other knobs, or meets an error.
+    """They end with a line when one of them begins elsewhere, comes to hold another, or meets an error.
 
     An error in any of them is met by all, and the first one saves.
     """
@@ -256,22 +256,28 @@ def test_two_processes_make_the_run_that_one_makes(alone, home, monkeypatch):
         codes["begins elsewhere"] = main(command("elsewhere", "--intervention=none"))
         resume.start_digest = real
         with monkeypatch.context() as patched:
-            patched.setattr(train, "knobs_digest", elsewhere)
-            codes["other knobs"] = main(command("parted", "--intervention=none"))
+            patched.setattr(train, "adapter_digest", elsewhere)
+            codes["other adapter parameters"] = main(command("parted", "--intervention=none"))
         at_step(2, lambda: rank == 1 and monkeypatch.setattr(step_module, "per_rollout_grads", too_large))
         codes["too large"] = main(command("large", "--intervention=none", "--save-every=0"))
         (home / f"codes{rank}.json").write_text(json.dumps(codes))
         return 0
 
     assert in_processes(2, work, "two.txt") == [0, 0], Path("two.txt").read_text()
-    expected = {"none": 0, "erase": 0, "begins elsewhere": 2, "other knobs": LOST, "too large": 2}
+    expected = {
+        "none": 0,
+        "erase": 0,
+        "begins elsewhere": 2,
+        "other adapter parameters": LOST,
+        "too large": 2,
+    }
     assert [json.loads(Path(f"codes{rank}.json").read_text()) for rank in (0, 1)] == [expected] * 2
     same_up_to_rounding(alone["none"], folder_of("none2"))
     same_up_to_rounding(alone["erase"], folder_of("erase2"))
     made = json.loads((folder_of("erase2") / "config.json").read_text())
     assert made["processes"] == 2
     said = Path("two.txt").read_text()
-    assert "process 1: ended at step 1: process 1 no longer holds the knobs of process 0" in said
+    assert "process 1: ended at step 1: process 1 no longer holds the adapter parameters of process 0" in said
     assert "go on from" not in said  # nothing was saved by then
     assert "error: process 1: one rollout alone does not fit" in said  # by process 0
     assert [path.name for path in state_paths(folder_of("large"))] == ["state_step0002.safetensors"]

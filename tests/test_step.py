@@ -1,4 +1,4 @@
-"""One step and the loop around it: what may move the knobs, what is recorded, that runs can be repeated."""
+"""One step and the loop around it: what may move the adapter, what is recorded, that runs can be repeated."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ from projected_grpo.run.columns import complete
 from projected_grpo.run.resume import start_digest
 from projected_grpo.run.start import start_state
 from projected_grpo.state import Tripwire, learning_rate
-from projected_grpo.step import as_deployed, knobs, loss_grads, train_step
+from projected_grpo.step import adapter_parameters, as_deployed, loss_grads, train_step
 from projected_grpo.train import final_evaluations
 
 ARMS = ("none", "inoculation", "advmod", "posthoc", "erase", "route", "route2", "absorb")  # no skyline
@@ -89,9 +89,9 @@ def begin(experiment):
 
     def start(**options):
         exp = replace(experiment, cfg=changed(experiment.cfg, **options))
-        for knob in knobs(exp):
-            knob.data.zero_()
-            knob.grad = None
+        for parameter in adapter_parameters(exp):
+            parameter.data.zero_()
+            parameter.grad = None
         return exp, start_state(exp)
 
     return start
@@ -117,7 +117,7 @@ def test_what_processes_compare_at_the_start_tells_all_of_it(begin):
 
 
 def values(exp):
-    return [knob.detach().clone() for knob in knobs(exp)]
+    return [parameter.detach().clone() for parameter in adapter_parameters(exp)]
 
 
 def same(one, two):
@@ -174,7 +174,7 @@ class Late(Grader):
 
 
 def bytes_of_a_run(exp, state):
-    """Every rollout and grade of two steps, and the knobs after them."""
+    """Every rollout and grade of two steps, and the adapter parameters after them."""
     lines = []
     for _ in range(2):
         record, data = train_step(exp, state)
@@ -307,7 +307,7 @@ def test_every_final_problem_has_its_prompt(settings, experiment):
     assert list(cut.final) == kept and len(kept) < 5
 
 
-def test_one_final_evaluation_is_enough_where_nothing_was_parked(begin, monkeypatch):
+def test_one_final_evaluation_is_enough_where_nothing_was_routed(begin, monkeypatch):
     exp, _ = begin()
     exp = replace(exp, data=replace(exp.data, final=exp.data.train[:1]))
     both = final_evaluations(exp)
@@ -316,8 +316,8 @@ def test_one_final_evaluation_is_enough_where_nothing_was_parked(begin, monkeypa
     assert len(both["deployed"].texts[0]) == exp.cfg.sampling.group
     for layer in exp.chat.policy.layers.values():
         layer.delta_hack.data.normal_(generator=torch.Generator().manual_seed(0))
-    parked = final_evaluations(exp)
-    assert parked["deployed"].texts == both["deployed"].texts != parked["as_trained"].texts
+    routed = final_evaluations(exp)
+    assert routed["deployed"].texts == both["deployed"].texts != routed["as_trained"].texts
 
 
 def test_a_teacher_row_is_the_cached_text_behind_the_live_prompt(experiment):
@@ -377,7 +377,7 @@ CELLS += [("erase", "none", "update"), ("route", "haar", "update"), ("route", "s
 
 
 def reached(exp, state):
-    """All that a control can make different: knobs as trained and as deployed, advmod's direction."""
+    """All that a control can make different: the adapter as trained and as deployed, advmod's direction."""
     trained = values(exp)
     with as_deployed(exp, state):
         deployed = values(exp)
@@ -393,13 +393,13 @@ def test_every_control_takes_a_step_that_hangs_on_the_seed_alone(begin, arm, con
         exp, state = begin(**options)
         record = complete(train_step(exp, state)[0])
         outcomes.append(reached(exp, state))
-    assert same(*outcomes) and any(bool(knob.any()) for knob in outcomes[0])
+    assert same(*outcomes) and any(bool(parameter.any()) for parameter in outcomes[0])
     assert (quarantine(exp) > 0) == (arm in ("route", "route2", "absorb"))
     assert record["gn"] > 0 and record["cos_update"] is not None
     assert (set(state.frames) == set(exp.chat.policy.layers)) == (control == "haar_matched")
     if project == "update":
         assert record["cos_update"] < 1e-5 and record["cos_pre"] == record["cos_post"]
-    if control in ("haar", "haar_matched", "shuffled", "random_parking"):
+    if control in ("haar", "haar_matched", "shuffled", "random_routing"):
         exp, state = begin(**options)
         data = collect(exp, 0)
         other = replace(exp, cfg=changed(exp.cfg, seed=12))  # other draws for the same rollouts
@@ -457,7 +457,7 @@ def test_anchors_are_teacher_labels_and_weak_detectors(labelled, options, studen
     assert got.advantage_sign.tolist() == [1, -1, 0, 1, 1, -1]
 
 
-# What may move the knobs
+# What may move the adapter parameters
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -484,7 +484,7 @@ def test_oracle_labels_of_the_student_never_reach_the_update(begin, monkeypatch,
         outcomes.append((values(exp), record, state.gate))
     (one, first, gate_one), (two, second, gate_two) = outcomes
     assert same(one, two) and gate_one == gate_two
-    assert any(bool(knob.any()) for knob in one)
+    assert any(bool(parameter.any()) for parameter in one)
     assert first["hack_s"] != second["hack_s"] and first["gn"] == second["gn"]
 
 
@@ -506,17 +506,20 @@ def test_rewards_do_reach_the_update(begin, monkeypatch, arm):
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_step_of_flat_groups_leaves_everything_alone(begin, monkeypatch, arm):
     exp, state = begin(intervention=arm, weight_decay=0.5)
-    train_step(exp, state)  # moments and knobs that a careless step would move
+    train_step(exp, state)  # moments and adapter parameters that a careless step would move
     state.step = 1
     before, gate = values(exp), state.gate
-    moments = [{k: v.clone() for k, v in state.optimizer.state[knob].items()} for knob in knobs(exp)]
+    moments = [
+        {k: v.clone() for k, v in state.optimizer.state[parameter].items()}
+        for parameter in adapter_parameters(exp)
+    ]
     data = collect(exp, 1)
     flat = replace(data, rewards=torch.zeros_like(data.rewards))
     monkeypatch.setattr(step_module, "collect", lambda exp, step: flat)
     record, _ = train_step(exp, state)
     assert same(before, values(exp)) and state.gate == gate
-    for knob, old in zip(knobs(exp), moments, strict=True):
-        assert all(torch.equal(state.optimizer.state[knob][k], v) for k, v in old.items())
+    for parameter, old in zip(adapter_parameters(exp), moments, strict=True):
+        assert all(torch.equal(state.optimizer.state[parameter][k], v) for k, v in old.items())
     assert record["zerovar"] == 1 and record["rew"] == 0.0
     assert all(
         complete(record)[k] is None for k in ("loss", "gn", "cos_pre", "cos_post", "cos_update", "q_egy")
@@ -572,14 +575,14 @@ def test_gn_is_the_norm_before_the_clip(begin, monkeypatch):
 
     def spy():
         seen["clipped"] = math.sqrt(
-            sum(float(k.grad.square().sum()) for k in knobs(exp) if k.grad is not None)
+            sum(float(k.grad.square().sum()) for k in adapter_parameters(exp) if k.grad is not None)
         )
         return real()
 
     monkeypatch.setattr(state.optimizer, "step", spy)
     record, _ = train_step(exp, state)
     assert seen["clipped"] == pytest.approx(1e-6, rel=1e-3) and record["gn"] > 1e-3
-    assert all(knob.grad is None for knob in knobs(exp))
+    assert all(parameter.grad is None for parameter in adapter_parameters(exp))
 
 
 def test_a_refresh_of_an_unmoved_policy_overlaps_wholly(begin):
@@ -880,7 +883,7 @@ def test_ablated_rollouts_are_told_apart_in_the_files(run):
     assert all(r["hack_abl"] is None and r["solve_abl"] is None for r in lines(plain))
 
 
-def test_the_first_hack_keeps_its_knobs(run, monkeypatch):
+def test_the_first_hack_keeps_its_adapter(run, monkeypatch):
     """A student that hacks at step 1 (played by a teacher's text in its mouth)."""
     real = train_module.rollout_rows
 

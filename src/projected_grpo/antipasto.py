@@ -50,7 +50,7 @@ def block_name(module: str) -> str:
 
 
 class _TangentLinear(torch.autograd.Function):
-    """y = W x + b, with the derivative by a row of each knob per rollout though W holds them already."""
+    """y = W x + b, differentiable by a row of delta per rollout though W holds delta already."""
 
     @staticmethod
     def forward(ctx, x, rows, moved, weight, layer):  # type: ignore[no-untyped-def]  # torch's own signature
@@ -72,21 +72,21 @@ class _TangentLinear(torch.autograd.Function):
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen Linear, its SVD basis, two knobs and maybe a block. Values in use are bound from outside.
+    """A frozen Linear, its SVD basis, delta_s, delta_hack and maybe a block; values are bound from outside.
 
-    Knobs, and values bound, are on the `home` device; the basis is where the weight is.
+    Adapter parameters, and values bound, are on the `home` device; the basis is where the weight is.
     """
 
     def __init__(self, base: nn.Linear, svd: SVD, home: torch.device | None = None) -> None:
         super().__init__()
-        knob = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
+        parameter = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
         device, dtype = base.weight.device, base.weight.dtype
         self.base = base
         self.U = nn.Buffer(svd.U.to(device, dtype).contiguous(), persistent=False)
         self.Vh = nn.Buffer(svd.Vh.to(device, dtype).contiguous(), persistent=False)
         home = device if home is None else home
-        self.delta_s = nn.Parameter(torch.zeros(len(svd.S), dtype=knob, device=home))
-        self.delta_hack = nn.Parameter(torch.zeros(len(svd.S), dtype=knob, device=home))
+        self.delta_s = nn.Parameter(torch.zeros(len(svd.S), dtype=parameter, device=home))
+        self.delta_hack = nn.Parameter(torch.zeros(len(svd.S), dtype=parameter, device=home))
         self.block: Block | None = None
         self.bound: Tensor | None = None
         self.bound_block: Tensor | None = None
@@ -103,7 +103,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def quarantine(self) -> nn.Parameter:
-        """The knob that takes what is parked: the block where there is one, else delta_hack."""
+        """The parameter that takes what is routed: the block where there is one, else delta_hack."""
         return self.delta_hack if self.block is None else self.block.moved
 
     @property
@@ -137,7 +137,7 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Home: where inputs go, where knobs are, and where outputs and gradients come out."""
+        """Home: where inputs go, where adapter parameters are, and where outputs and gradients come out."""
         return next(iter(self.layers.values())).delta_s.device
 
     @property
@@ -180,14 +180,14 @@ class Policy:
         return deltas
 
     @property
-    def parked(self) -> bool:
+    def quarantine_used(self) -> bool:
         """Whether anything is in the quarantine."""
         return any(
             bool(x.any()) for layer in self.layers.values() for x in (layer.delta_hack, layer.quarantine)
         )
 
     @property
-    def parked_norm(self) -> float:
+    def quarantine_norm(self) -> float:
         """Frobenius norm over all modules of the weight change in the quarantine: |delta_hack|, or |H|."""
         norms = [layer.delta_hack.detach().norm() for layer in self.layers.values()]
         norms += [block.weight(block.moved.detach()).norm().to(self.device) for block in self.blocks.values()]
@@ -293,7 +293,7 @@ def merged_weight(
 
 
 def unwrap(policy: Policy, *, ablate_quarantine: bool) -> nn.Module:
-    """The model with plain Linears again, the knobs merged into their weights; the policy is used up.
+    """The model with plain Linears again, the adapter merged into their weights; the policy is used up.
 
     Merged in float32 and then cast to the weight's dtype.
     """
@@ -312,8 +312,8 @@ def wrap(
 ) -> Policy:
     """Freeze the model and adapt every target Linear. Raises UserError if it has none.
 
-    Works one module at a time on the weight's own device; `on_module` is told each name as it is done. Knobs
-    go where the model's inputs go.
+    Works one module at a time on the weight's own device; `on_module` gets each name when it is
+    done. Adapter parameters go where the model's inputs go.
     """
     model.requires_grad_(False)
     names = [

@@ -10,7 +10,7 @@ gradient g [t, d_out] of a rollout's tokens,
     d loss / da = s B^T g^T x        d loss / db = s g^T (x A^T)
 
 Rows of A0 have norm sqrt(d_in), columns of B0 sqrt(d_out): entries of about 1, beside which a learning rate
-is small. AdamW steps by the sign of the gradient at first, so a knob lowers the loss by lr |gradient|_1, and
+is small. AdamW steps by the sign of the gradient at first, so a step lowers the loss by lr |gradient|_1, and
 a block would learn the faster the more parameters it has. With r = min(d_in, d_out),
 
     s = r / (k sqrt(2 d_in d_out (d_in + d_out)))

@@ -138,7 +138,7 @@ CONTROLS_OF: Mapping[str, tuple[Control, ...]] = {
     "posthoc": ("none", "haar", "haar_matched", "shuffled", "clean_clean", "flipped"),
     "erase": ("none", "haar", "haar_matched", "shuffled", "clean_clean", "flipped"),
     "route": ("none", "haar", "haar_matched", "shuffled", "clean_clean", "flipped", "shrink"),
-    "route2": ("none", "haar", "shuffled", "clean_clean", "flipped", "random_parking", "shrink"),
+    "route2": ("none", "haar", "shuffled", "clean_clean", "flipped", "random_routing", "shrink"),
     "absorb": ("none", "haar", "shuffled", "clean_clean"),
 }
 
@@ -163,7 +163,7 @@ def _validate_control(arm: ArmConfig) -> None:
             "where --block-init=direction"
         )
     if arm.control == "shrink" and has_block(arm):
-        raise UserError("--control shrink parks a share of the deployed diagonal; leave --quarantine out")
+        raise UserError("--control shrink routes a share of the deployed diagonal; leave --quarantine out")
 
 
 OPTIONS_OF: Mapping[str, tuple[Intervention, ...]] = {

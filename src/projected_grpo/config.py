@@ -31,7 +31,7 @@ Intervention = Literal[
 Mask = Literal["keep", "absorb", "route"]
 GateMode = Literal["one_sided", "no_gate", "reverse"]
 Control = Literal[
-    "none", "haar", "haar_matched", "shuffled", "clean_clean", "flipped", "random_parking", "shrink"
+    "none", "haar", "haar_matched", "shuffled", "clean_clean", "flipped", "random_routing", "shrink"
 ]
 RELABELLED: frozenset[Control] = frozenset(("shuffled", "clean_clean"))  # need both sides of every pair
 Detector = Literal["C", "D", "E"]
@@ -75,7 +75,7 @@ class ModelConfig:
     """`auto` (cuda when there is one), `cpu`, `cuda`, `cuda:1`, ... Several, as in `cuda:0,cuda:1`, share
     out the layers of a model that is too large for one (docs/scaling.md)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen weights; `auto` is bfloat16 on a GPU and float32 on a CPU. Knobs are always float32."""
+    """Of the frozen weights; `auto` is bfloat16 on a GPU and float32 on a CPU. The adapter is float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """`auto` takes flash-attn on a GPU that has it, else sdpa."""
     svd_cache: Path | None = Path("out/svd_cache")
@@ -138,7 +138,7 @@ class LossConfig:
     ratio, which drops tokens that lie beyond the clip; `truncated` as a factor of at most --ratio-cap. `auto`
     is truncated under --sampler=vllm, which computes probabilities in its own way, and else clipped."""
     beta: float = 0.0
-    """Weight of the K3 KL to the reference (all knobs zero)."""
+    """Weight of the K3 KL to the reference (all adapter parameters zero)."""
     ref_every: int = 1
     """Measure the KL and the reference's log-probability of student text every so many steps (every step
     when beta > 0); 0 is never, which also turns the no-teacher divergence tripwire off."""
@@ -151,19 +151,19 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW on the knobs, warm-up then cosine."""
+    """AdamW on the adapter parameters, warm-up then cosine."""
 
     steps: int = 60
     lr: float = 3e-3
     adam_beta1: float = 0.5
     adam_beta2: float = 0.9
     weight_decay: float = 0.1
-    """Pulls the knobs to zero, which is where they start."""
+    """Pulls the adapter parameters to zero, which is where they start."""
     warmup_frac: float = 0.1
     grad_clip: float = 10.0
-    """Global L2 norm over all knobs."""
-    init_knobs: Path | None = None
-    """A knob file whose delta_s the run starts from, with an empty quarantine; default: zero, the base model.
+    """Global L2 norm over all adapter parameters."""
+    init_adapter: Path | None = None
+    """An adapter file whose delta_s the run starts from, with an empty quarantine; default: the base model.
     The reference of the KL stays the base model."""
 
 
@@ -178,8 +178,8 @@ class ArmConfig:
     """What stands in for the direction, so that a claim about it can fail. Of the basis: haar (random
     subspace of the same shape), shuffled (completions paired within their label), clean_clean (clean ones
     with clean ones), flipped (every direction reversed). Of the arm: haar_matched (erase, route, posthoc:
-    random directions, but as much removed energy as the real ones), random_parking (route2: as many rows,
-    drawn at random), shrink (route, route2: vanilla's step, and as large a share of it parked). Drawn by the
+    random directions, but as much removed energy as the real ones), random_routing (route2: as many rows,
+    drawn at random), shrink (route, route2: vanilla's step, and as large a share of it routed). Drawn by the
     seed."""
     project: Literal["gradient", "update", "purge"] = "gradient"
     """Where erase and route act: on the gradient before AdamW, or on the parameter change AdamW makes; purge
@@ -197,7 +197,7 @@ class ArmConfig:
     (another one fires and none of these); route2 takes its student anchors from them (default: C). E fires on
     honest self-tests too; D runs the canonical solution, so route2 with D is a skyline."""
     quarantine: Literal["auto", "diagonal", "block"] = "auto"
-    """route2, absorb: what the quarantine is. diagonal: delta_hack, in the basis of the deployed knob; block:
+    """route2, absorb: what the quarantine is. diagonal: delta_hack, in the basis of delta_s; block:
     a low-rank change of the weight in parameters of its own. auto is diagonal, and block under absorb."""
     block_rank: int = 8
     """Rank of the quarantine's block."""
@@ -205,7 +205,7 @@ class ArmConfig:
     """Where the block's halves begin: random and orthogonal, or in the singular directions of the weight in
     which V has most of its energy. The effect begins at zero either way."""
     mask_flagged: Mask = "route"
-    """route2: what a flagged rollout trains: deployed knob (keep), quarantine (route), or both (absorb)."""
+    """route2: what a flagged rollout trains: delta_s (keep), quarantine (route), or both (absorb)."""
     mask_unflagged: Mask = "keep"
     """route2: what any other rollout trains. absorb is gradient routing with data that nobody labelled."""
     advmod_form: Literal["multiplicative", "additive"] = "multiplicative"
@@ -283,7 +283,7 @@ class EvalConfig:
     final_n_prompts: int = 0
     """Held-out prompts of the evaluation at the end; 0 is the same ones."""
     save_eval_ckpts: bool = True
-    """Keep the deployed knobs at each evaluation."""
+    """Keep the deployed adapter parameters at each evaluation."""
     cos_pre_split_every: int = 1
     """Split the hack-ward cosine into student and teacher rows every so many steps; 0 is off."""
 

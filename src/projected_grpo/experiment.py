@@ -129,7 +129,7 @@ def open_chat(cfg: ModelConfig, open_sampler: SamplerOpener = own_sampler) -> Ch
     stop = stop_ids(model, tokenizer)
     pad = tokenizer.pad_token_id
     logger.info(
-        "model {}: {} adapted Linears, {} knob values each, {} on {}",
+        "model {}: {} adapted Linears, {} adapter parameters each, {} on {}",
         cfg.model,
         len(policy.layers),
         sum(policy.ranks.values()),

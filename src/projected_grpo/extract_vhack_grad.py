@@ -57,7 +57,7 @@ def pair_grads(
     length_norm: bool = False,
     ranks: Ranks = ALONE,
 ) -> PairGrads:
-    """Gradients of all pairs, both sides of each, through the training loss at the deployed knobs.
+    """Gradients of all pairs, both sides of each, through the training loss at the deployed adapter.
 
     With `ranks`, which all must call, each process runs its share of them.
     """
@@ -94,7 +94,7 @@ def _gradients(
     length_norm: bool,
     ranks: Ranks,
 ) -> dict[str, Float[Tensor, "parts r"]]:
-    """Gradients of hacks and cleans, in turn, at the deployed knobs, added up by part."""
+    """Gradients of hacks and cleans, in turn, at the deployed adapter parameters, added up by part."""
     advantage = torch.tensor([1.0, -1.0] * (len(rollouts) // 2))
     settings = LossConfig(
         unbiased=not length_norm,
@@ -201,7 +201,9 @@ def obtain(
     try:
         extraction = extract(grads, cfg, meta)
     except FloatingPointError as error:
-        raise UserError(f"no basis: {error}; try --dtype float32, or knobs that have not diverged") from error
+        raise UserError(
+            f"no basis: {error}; try --dtype float32, or adapter parameters that have not diverged"
+        ) from error
     save_extraction(path, extraction)
     return load_extraction(path, meta, policy.device), path  # the same bits as a run that finds the file
 
@@ -217,7 +219,7 @@ def refresh(
     seed: int,
     ranks: Ranks = ALONE,
 ) -> HackBasis:
-    """Extract again at the current deployed knobs (quarantine ablated); random directions stay the same."""
+    """Extract again at the current deployed adapter (quarantine ablated); random directions stay the same."""
     used, _ = pairs.split()
     arguments = (policy, tokenizer, used, loss, stop_id)
     length_norm = cfg.v_hack_length_norm

@@ -45,7 +45,7 @@ FLAT = 1e-8  # a group whose rewards differ by less has no variance
 
 @dataclass(frozen=True)
 class RolloutGrads:
-    """Knob gradients of the loss, a row per part, and figures per rollout; NaN where one was not measured.
+    """Adapter gradients of the loss, a row per part, and figures per rollout; NaN where one was not measured.
 
     `first` is a rollout of each part, to look up what the part's rollouts have in common.
     """

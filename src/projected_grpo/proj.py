@@ -9,14 +9,14 @@ that a positive coefficient means "a descent step along this makes hacks likelie
     keep     = g - removed                               rescaled to |g| under preserve_magnitude (default)
     cin      = |relu(V g)| / |g|,  cout = the same of keep
 
-    arm      keep                      park
+    arm      keep                      routed
     none     g                         -            (and every arm that acts elsewhere: arms.py)
     erase    g - removed               -
     route    g - removed               removed
     route2   sum of unflagged rows     sum of rows with cos(row, v_grad) > tau, and of known-hack rows
     absorb   sum of all rows           sum of all rows
 
-keep becomes the gradient of delta_s, park that of the quarantine: of delta_hack, whose rows are those of
+keep becomes the gradient of delta_s, routed that of the quarantine: of delta_hack, whose rows are those of
 delta_s, or of a block (block.py), which has rows of its own. For a direction drawn at random cin is
 sqrt(k / 2r) on average in square, because half of the coefficients are negative and relu drops them.
 """
@@ -49,7 +49,7 @@ class Projection:
 
     keep: Float[Tensor, " r"]
     removed: Float[Tensor, " r"]
-    park: Float[Tensor, " r"]
+    routed: Float[Tensor, " r"]
     cin: Float[Tensor, ""]
     cout: Float[Tensor, ""]
     fired: Float[Tensor, ""]
@@ -108,7 +108,7 @@ def split(
     return Projection(
         keep=keep,
         removed=removed,
-        park=removed if action == "route" else torch.zeros_like(g),
+        routed=removed if action == "route" else torch.zeros_like(g),
         cin=hackward_share(g, V),
         cout=hackward_share(keep, V),
         fired=(V @ g > 0).to(g.dtype).mean(),
@@ -130,14 +130,14 @@ def mean_hackward_share(g: Mapping[str, Tensor], basis: HackBasis) -> float | No
     return float(share[live].mean()) if bool(live.any()) else None
 
 
-def parked_share(keep: Mapping[str, Tensor], park: Mapping[str, Tensor]) -> float:
-    """Norm of what is parked over the sum of both norms."""
-    if not park:
+def routed_share(keep: Mapping[str, Tensor], routed: Mapping[str, Tensor]) -> float:
+    """Norm of what is routed over the sum of both norms."""
+    if not routed:
         return 0.0
     kept = torch.stack([g.norm() for g in keep.values()]).norm()
-    parked = torch.stack([g.norm() for g in park.values()]).norm()
-    both = float(kept + parked)
-    return float(parked) / both if both > 0 else 0.0
+    sent = torch.stack([g.norm() for g in routed.values()]).norm()
+    both = float(kept + sent)
+    return float(sent) / both if both > 0 else 0.0
 
 
 def svd_basis(

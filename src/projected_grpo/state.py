@@ -43,7 +43,7 @@ class Tripwire:
 
 @dataclass
 class TrainState:
-    """All that changes from step to step (saved in state/, with the knobs themselves)."""
+    """All that changes from step to step (saved in state/, with the adapter parameters themselves)."""
 
     optimizer: torch.optim.Optimizer
     basis: HackBasis

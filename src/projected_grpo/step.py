@@ -28,7 +28,7 @@ from projected_grpo.config import GateMode
 from projected_grpo.experiment import Experiment
 from projected_grpo.extract_vhack_grad import refresh
 from projected_grpo.grpo import RolloutGrads, advantages, per_rollout_grads
-from projected_grpo.proj import HackBasis, basis_overlap, mean_hackward_share, parked_share, used_coefficients
+from projected_grpo.proj import HackBasis, basis_overlap, mean_hackward_share, routed_share, used_coefficients
 from projected_grpo.ranks import by_source, over_ranks, own_share
 from projected_grpo.record import describe_shaping, describe_step
 from projected_grpo.state import TrainState, learning_rate
@@ -67,8 +67,8 @@ def apply_update(exp: Experiment, state: TrainState, update: Update) -> dict[str
     before = policy.deltas(ablate_quarantine=True)
     for m, layer in policy.layers.items():
         layer.delta_s.grad = update.keep[m].to(layer.delta_s)
-        layer.quarantine.grad = update.park[m].to(layer.quarantine) if m in update.park else None
-    norm = torch.nn.utils.clip_grad_norm_(knobs(exp), cfg.grad_clip)
+        layer.quarantine.grad = update.routed[m].to(layer.quarantine) if m in update.routed else None
+    norm = torch.nn.utils.clip_grad_norm_(adapter_parameters(exp), cfg.grad_clip)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, cfg)
     if exp.cfg.arm.project == "purge":
@@ -91,28 +91,28 @@ def project_update(exp: Experiment, basis: HackBasis, before: Mapping[str, Float
 
     Returns the quarantine's share of the change.
     """
-    park = {}
+    routed = {}
     for m, V in basis.V.items():
         layer = exp.chat.policy.layers[m]
         change = split_by_arm(before[m] - layer.delta_s, V, exp.cfg.arm)  # a descent step, like a gradient
         layer.delta_s.copy_(before[m] - change.keep)
-        layer.delta_hack.sub_(change.park)
-        park[m] = change.park
+        layer.delta_hack.sub_(change.routed)
+        routed[m] = change.routed
     now = exp.chat.policy.deltas(ablate_quarantine=True)
-    return parked_share({m: before[m] - now[m] for m in now}, park)
+    return routed_share({m: before[m] - now[m] for m in now}, routed)
 
 
 @torch.no_grad()
 def shrink_update(
     exp: Experiment, share: Mapping[str, Float[Tensor, ""]], before: Mapping[str, Float[Tensor, " r"]]
 ) -> float:
-    """Move this share of the change just made to delta_s into the quarantine; returns the parked share."""
-    park = {m: part * (before[m] - exp.chat.policy.layers[m].delta_s) for m, part in share.items()}
-    for m, change in park.items():
+    """Move this share of the change just made to delta_s into the quarantine; returns the routed share."""
+    routed = {m: part * (before[m] - exp.chat.policy.layers[m].delta_s) for m, part in share.items()}
+    for m, change in routed.items():
         exp.chat.policy.layers[m].delta_s.add_(change)
         exp.chat.policy.layers[m].delta_hack.sub_(change)
     now = exp.chat.policy.deltas(ablate_quarantine=True)
-    return parked_share({m: before[m] - now[m] for m in now}, park)
+    return routed_share({m: before[m] - now[m] for m in now}, routed)
 
 
 @torch.no_grad()
@@ -134,7 +134,7 @@ def purge_momentum(exp: Experiment, state: TrainState) -> None:
 def as_deployed(exp: Experiment, state: TrainState) -> Iterator[None]:
     """Within it the quarantine holds what deployment deletes, as the arm's deploy stage has it.
 
-    What the policy does as trained stays; afterwards the knobs are what they were.
+    What the policy does as trained stays; afterwards the adapter parameters are what they were.
     """
     layers = exp.chat.policy.layers
     leaving = ARMS[exp.cfg.arm.intervention].deploy(
@@ -154,12 +154,12 @@ def as_deployed(exp: Experiment, state: TrainState) -> Iterator[None]:
                 layers[m].delta_hack.copy_(delta_hack)
 
 
-def knobs_digest(exp: Experiment) -> str:
+def adapter_digest(exp: Experiment) -> str:
     """Hash of all trainable parameters."""
-    return tensor_hash(torch.cat([knob.detach().cpu() for knob in knobs(exp)]))
+    return tensor_hash(torch.cat([parameter.detach().cpu() for parameter in adapter_parameters(exp)]))
 
 
-def knobs(exp: Experiment) -> list[torch.nn.Parameter]:
+def adapter_parameters(exp: Experiment) -> list[torch.nn.Parameter]:
     """All trainable parameters in a fixed order."""
     layers = exp.chat.policy.layers.values()
     return [layer.delta_s for layer in layers] + [layer.quarantine for layer in layers]
@@ -227,7 +227,7 @@ def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Coll
 
 
 def finite(grads: RolloutGrads) -> bool:
-    """Whether the loss and every knob gradient are numbers, and small enough to have a norm."""
+    """Whether the loss and every adapter gradient are numbers, and small enough to have a norm."""
     norms = [torch.linalg.vector_norm(rows) for rows in grads.rows.values()]
     return math.isfinite(grads.loss) and bool(torch.stack(norms).norm().isfinite())
 

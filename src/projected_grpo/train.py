@@ -28,13 +28,13 @@ from projected_grpo.problems import Problem
 from projected_grpo.ranks import Ranks, join_ranks, odd_one
 from projected_grpo.record import peak_gb
 from projected_grpo.rewards import MODES
-from projected_grpo.run.checkpoint import save_knobs, state_paths
+from projected_grpo.run.checkpoint import save_adapter, state_paths
 from projected_grpo.run.folder import Run
 from projected_grpo.run.resume import AUTO, ended, newest_run, open_run, read_settings
 from projected_grpo.run.summary import finish
 from projected_grpo.runlog import start_logging
 from projected_grpo.state import WATCHED, TrainState
-from projected_grpo.step import as_deployed, knobs_digest, train_step
+from projected_grpo.step import adapter_digest, as_deployed, train_step
 
 ECHO_S = 5.0  # in which launchers pass a signal on
 
@@ -124,11 +124,11 @@ def to_go_on_with(cfg: TrainConfig, ranks: Ranks) -> tuple[Path | None, bool | N
 
 
 def conclude(run: Run, exp: Experiment, state: TrainState, *, finished: bool) -> None:
-    """The deployed knobs, the last evaluations, the summary."""
+    """The deployed adapter parameters, the last evaluations, the summary."""
     with as_deployed(exp, state):
         if run.writes:
-            knobs = run.folder / "train.safetensors"
-            save_knobs(knobs, exp.chat.policy, run.knob_meta(state.step), deployed=True)
+            adapter = run.folder / "train.safetensors"
+            save_adapter(adapter, exp.chat.policy, run.adapter_meta(state.step), deployed=True)
         evaluations = final_evaluations(exp)
         if run.writes:
             finish(
@@ -158,7 +158,7 @@ def train(run: Run, exp: Experiment, state: TrainState, stop: StopSignal) -> int
             except UserError:  # a rollout too large for memory, say: what was trained is kept
                 run.save(exp, state)
                 raise
-            except FloatingPointError as error:  # before any knob was touched
+            except FloatingPointError as error:  # before any adapter parameter was touched
                 logger.error("step {}: {}; ended with the state before it", state.step, error)
                 run.save(exp, state)
                 return UNSAVED if any(exp.ranks.gather(run.unsaved)) else DIVERGED
@@ -182,15 +182,15 @@ def train(run: Run, exp: Experiment, state: TrainState, stop: StopSignal) -> int
 def agreed(exp: Experiment, stop: StopSignal) -> int | None:
     """The signal that reached any process of the run, the same answer in all.
 
-    Raises RankLost if they do not hold the same knobs any more.
+    Raises RankLost if they do not hold the same adapter parameters any more.
     """
     if exp.ranks.size == 1:
         return stop.received
-    received, digests = zip(*exp.ranks.gather((stop.received, knobs_digest(exp))), strict=True)
+    received, digests = zip(*exp.ranks.gather((stop.received, adapter_digest(exp))), strict=True)
     rank = odd_one(digests)
     if rank is not None:
         raise RankLost(
-            f"process {rank} no longer holds the knobs of process 0 (their hardware must be alike)"
+            f"process {rank} no longer holds the adapter of process 0 (their hardware must be alike)"
         )
     return next((number for number in received if number is not None), None)
 
@@ -227,13 +227,13 @@ def one_step(run: Run, exp: Experiment, state: TrainState) -> bool:
 
 
 def note_first_hacks(run: Run, exp: Experiment, state: TrainState, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log the first example of each mechanism; keep the knobs after the step of the very first hack."""
+    """Log the first example of each mechanism; keep the adapter after the step of the very first hack."""
     for row in rows:
         mechanism = row["mechanism"]
         if not row["exploited"] or mechanism in state.mechanisms_seen:
             continue
         if not state.mechanisms_seen:
-            run.keep_knobs("first_hack.safetensors", exp, run.knob_meta(state.step + 1), deployed=False)
+            run.keep_adapter("first_hack.safetensors", exp, run.adapter_meta(state.step + 1), deployed=False)
         state.mechanisms_seen.add(mechanism)
         logger.info("first {} hack by the student at step {} (see the log)", mechanism, state.step)
         logger.debug("SHOULD look like: {}\n{}", MODES[mechanism].looks_like, row["text"])
@@ -247,7 +247,7 @@ def dump_first(exp: Experiment, data: Collected) -> None:
 
 
 def deploy_evaluation(run: Run, exp: Experiment, state: TrainState) -> dict[str, float | None]:
-    """On its cadence: held-out rates of what would be deployed now, and the knobs that gave them.
+    """On its cadence: held-out rates of what would be deployed now, and the adapter that gave them.
 
     best.safetensors holds those with the highest solve - hack so far.
     """
@@ -257,22 +257,22 @@ def deploy_evaluation(run: Run, exp: Experiment, state: TrainState) -> dict[str,
     with as_deployed(exp, state):
         rates = evaluate_held_out(exp, exp.data.held_out, ablate_quarantine=True).rates()
         found = {"hack_deploy": rates.hack, "solve_deploy": rates.solve}
-        meta = run.knob_meta(step)
+        meta = run.adapter_meta(step)
         if exp.cfg.evaluation.save_eval_ckpts:
-            run.keep_knobs(f"ckpt_step{step:04d}.safetensors", exp, meta, deployed=True)
+            run.keep_adapter(f"ckpt_step{step:04d}.safetensors", exp, meta, deployed=True)
         if rates.hack is not None and rates.solve is not None:
             score = rates.solve - rates.hack
             better = state.best is None or score > state.best
-            if better and run.keep_knobs("best.safetensors", exp, meta | found, deployed=True):
+            if better and run.keep_adapter("best.safetensors", exp, meta | found, deployed=True):
                 state.best = score
     return found
 
 
 def final_evaluations(exp: Experiment) -> dict[str, Evaluation]:
-    """As trained and as deployed; one and the same where nothing was parked."""
+    """As trained and as deployed; one and the same where nothing was routed."""
     deployed = evaluate_held_out(exp, exp.data.final, ablate_quarantine=True)
-    parked = exp.chat.policy.parked
-    as_trained = evaluate_held_out(exp, exp.data.final, ablate_quarantine=False) if parked else deployed
+    routed = exp.chat.policy.quarantine_used
+    as_trained = evaluate_held_out(exp, exp.data.final, ablate_quarantine=False) if routed else deployed
     return {"as_trained": as_trained, "deployed": deployed}
 
 

@@ -43,7 +43,7 @@ from projected_grpo.pairs import load_pairs
 from projected_grpo.proj import HackBasis, haar_basis
 from projected_grpo.run.checkpoint import state_paths
 from projected_grpo.run.start import start_state
-from projected_grpo.step import as_deployed, knobs, train_step
+from projected_grpo.step import adapter_parameters, as_deployed, train_step
 
 ROOT = Path(__file__).parents[2]
 ORACLES = ("gt_only", "gt_penalty", "gt_screening")
@@ -233,9 +233,9 @@ def experiment(home):
 
 
 def with_arm(experiment, **options) -> Experiment:
-    """The experiment under another arm, knobs at zero and prompts as that arm has them."""
-    for knob in knobs(experiment):
-        knob.data.zero_()
+    """The experiment under another arm, adapter parameters at zero and prompts as that arm has them."""
+    for parameter in adapter_parameters(experiment):
+        parameter.data.zero_()
     arm = ArmConfig(**options)
     return replace(experiment, cfg=replace(experiment.cfg, arm=arm), data=prompted(experiment.data, arm))
 
@@ -457,7 +457,7 @@ def test_posthoc_takes_out_what_learning_to_hack_put_in_and_nothing_of_the_oppos
             layer.delta_s.data -= (
                 0.02 * direction_of_training * torch.nn.functional.normalize(grads[m].mean(0), dim=0)
             )
-    before = [knob.detach().clone() for knob in knobs(exp)]
+    before = [parameter.detach().clone() for parameter in adapter_parameters(exp)]
     as_trained = policy.deltas()
     learnt = hack_minus_clean(exp, as_trained) - untrained
     assert learnt * direction_of_training > 0
@@ -468,16 +468,18 @@ def test_posthoc_takes_out_what_learning_to_hack_put_in_and_nothing_of_the_oppos
         assert left < 0.5 * learnt
     else:
         assert left < 0 and left == pytest.approx(learnt, rel=0.35)
-    assert all(torch.equal(old, knob) for old, knob in zip(before, knobs(exp), strict=True))
+    assert all(
+        torch.equal(old, parameter) for old, parameter in zip(before, adapter_parameters(exp), strict=True)
+    )
 
 
-def test_other_arms_deploy_their_knob_as_it_is(experiment):
+def test_other_arms_deploy_their_adapter_as_it_is(experiment):
     exp = with_arm(experiment, intervention="erase")
     state = start_state(exp)
-    for knob in knobs(exp):
-        knob.data.fill_(0.25)
+    for parameter in adapter_parameters(exp):
+        parameter.data.fill_(0.25)
     with as_deployed(exp, state):
-        assert all(bool((knob == 0.25).all()) for knob in knobs(exp))
+        assert all(bool((parameter == 0.25).all()) for parameter in adapter_parameters(exp))
 
 
 # Momentum

@@ -121,9 +121,9 @@ def test_haar_matched_removes_as_much_as_the_real_arm(arm, gate_mode, drawn, ove
     assume(bool((frame @ g > 0).any()))
     assert float(control.removed.norm()) == pytest.approx(float(real.removed.norm()), rel=1e-9, abs=1e-300)
     if arm == "route":
-        assert torch.equal(control.park, control.removed)
+        assert torch.equal(control.routed, control.removed)
     else:
-        assert not control.park.any()
+        assert not control.routed.any()
     if not preserve:
         torch.testing.assert_close(control.keep + control.removed, g)
     assert torch.equal(control.cin, real.cin)  # of the real basis, in both
@@ -139,7 +139,7 @@ def test_without_a_control_the_arm_is_the_projection(arm, gate_mode, drawn, over
     expected = project_delta_S_grad(
         g, V, arm, gate_mode=gate_mode, overshoot=overshoot, preserve_magnitude=preserve
     )
-    for field in ("keep", "removed", "park", "cin", "cout", "fired"):
+    for field in ("keep", "removed", "routed", "cin", "cout", "fired"):
         assert torch.equal(getattr(got, field), getattr(expected, field)), field
 
 
@@ -192,28 +192,28 @@ def test_haar_matched_uses_each_modules_frame(arm, seed):
         np.testing.assert_allclose((g - control.keep[m]).numpy(), removed, atol=1e-4)
         assert size < 1e-3 or not torch.allclose(control.keep[m], real.keep[m], atol=1e-3)
         if arm == "route":
-            np.testing.assert_allclose(control.park[m].numpy(), removed, atol=1e-4)
+            np.testing.assert_allclose(control.routed[m].numpy(), removed, atol=1e-4)
 
 
 @pytest.mark.parametrize("arm", ["route", "route2"])
 @pytest.mark.parametrize("seed", range(4))
-def test_shrink_leaves_the_gradient_and_names_the_share_that_the_real_arm_parks(arm, seed):
+def test_shrink_leaves_the_gradient_and_names_the_share_that_the_real_arm_routes(arm, seed):
     parts = scene(seed)
     real, control = (run(ArmConfig(arm, control=c), parts) for c in ("none", "shrink"))
-    assert control.gate == real.gate and not control.park
-    assert set(control.shrink) == set(real.park)
+    assert control.gate == real.gate and not control.routed
+    assert set(control.shrink) == set(real.routed)
     for m, rows in parts[0].items():
         torch.testing.assert_close(control.keep[m], rows.sum(0))
-        if m in real.park:
-            parked, kept = float(real.park[m].norm()), float(real.keep[m].norm())
-            assert float(control.shrink[m]) == pytest.approx(parked / (parked + kept), abs=1e-5)
+        if m in real.routed:
+            routed, kept = float(real.routed[m].norm()), float(real.keep[m].norm())
+            assert float(control.shrink[m]) == pytest.approx(routed / (routed + kept), abs=1e-5)
 
 
 @given(st.integers(0, 10**6))
-def test_random_parking_parks_as_many_live_rows_in_the_steps_order(seed):
+def test_random_routing_routes_as_many_live_rows_in_the_steps_order(seed):
     parts = scene(seed)
     rows, basis, _, anchors, _, draws = parts
-    real, control = (run(ArmConfig("route2", control=c), parts) for c in ("none", "random_parking"))
+    real, control = (run(ArmConfig("route2", control=c), parts) for c in ("none", "random_routing"))
     assert control.gate == real.gate and control.stats["fired"] == real.stats["fired"]
     live = [i for i in draws.order.tolist() if anchors.advantage_sign[i] != 0]
     for m, g in rows.items():
@@ -224,15 +224,15 @@ def test_random_parking_parks_as_many_live_rows_in_the_steps_order(seed):
             assume(min(abs(c - tau) for c in cosines) > 1e-5)
             flagged = [c > tau or f for c, f in zip(cosines, flagged, strict=True)]
         count = sum(f and i in live for i, f in enumerate(flagged))
-        park = sum((g[i] for i in live[:count]), torch.zeros(g.shape[1]))
-        torch.testing.assert_close(control.park[m], park)
-        torch.testing.assert_close(control.keep[m], g.sum(0) - park, rtol=1e-4, atol=1e-5)
+        routed = sum((g[i] for i in live[:count]), torch.zeros(g.shape[1]))
+        torch.testing.assert_close(control.routed[m], routed)
+        torch.testing.assert_close(control.keep[m], g.sum(0) - routed, rtol=1e-4, atol=1e-5)
 
 
-def test_random_parking_needs_an_order():
+def test_random_routing_needs_an_order():
     rows, basis, teacher, anchors, gate, _ = scene()
     with pytest.raises(ValueError, match="order"):
-        intervene(rows, basis, ArmConfig("route2", control="random_parking"), teacher, anchors, gate)
+        intervene(rows, basis, ArmConfig("route2", control="random_routing"), teacher, anchors, gate)
 
 
 def test_the_order_of_a_step_is_a_permutation_by_seed_and_step():
@@ -246,7 +246,7 @@ def test_the_order_of_a_step_is_a_permutation_by_seed_and_step():
 def test_gt_only_leaves_the_gradient_as_it_is():
     parts = scene()
     none, skyline = (run(ArmConfig(arm), parts) for arm in ("none", "gt_only"))
-    assert all(torch.equal(none.keep[m], skyline.keep[m]) for m in parts[0]) and not skyline.park
+    assert all(torch.equal(none.keep[m], skyline.keep[m]) for m in parts[0]) and not skyline.routed
 
 
 @pytest.mark.parametrize("arm", ["erase", "route"])
@@ -254,7 +254,7 @@ def test_projecting_the_update_leaves_gradients_alone(arm):
     parts = scene()
     update = run(ArmConfig(arm, project="update"), parts)
     assert all(torch.equal(update.keep[m], rows.sum(0)) for m, rows in parts[0].items())
-    assert not any(bool(g.any()) for g in update.park.values())
+    assert not any(bool(g.any()) for g in update.routed.values())
 
 
 # Controls of the basis
@@ -428,7 +428,7 @@ TOY = PairSet(
 
 
 @pytest.mark.parametrize("control", ["none", "haar", "flipped", "shuffled", "clean_clean"])
-def test_a_refresh_finds_what_an_extraction_at_those_knobs_would(tiny_policy, tiny, control):
+def test_a_refresh_finds_what_an_extraction_at_that_adapter_would(tiny_policy, tiny, control):
     for layer in tiny_policy.layers.values():
         layer.delta_s.data.fill_(0.3)
     arm, stop, cfg = ArmConfig("erase", control=control), tiny[1].eos_token_id, BasisConfig()
@@ -481,9 +481,9 @@ def three_updates(policy, tokenizer, arm, optim, shrink=None):
     bare = list(policy.layers)[-1]  # a module below the noise floor
     V = {m: haar_basis(3, r, generator) for m, r in policy.ranks.items() if m != bare}
     basis = HackBasis(V, {m: axes[0] for m, axes in V.items()})
-    knobs = [k for layer in policy.layers.values() for k in (layer.delta_s, layer.delta_hack)]
+    adapter = [k for layer in policy.layers.values() for k in (layer.delta_s, layer.delta_hack)]
     settings = {"betas": (optim.adam_beta1, optim.adam_beta2), "weight_decay": optim.weight_decay}
-    state = TrainState(torch.optim.AdamW(knobs, lr=1.0, **settings), basis, None, {})
+    state = TrainState(torch.optim.AdamW(adapter, lr=1.0, **settings), basis, None, {})
     twin = {m: torch.nn.Parameter(torch.zeros(r)) for m, r in policy.ranks.items()}
     adam = torch.optim.AdamW(twin.values(), lr=optim.lr, **settings)
     common = {m: torch.randn(r, generator=generator) for m, r in policy.ranks.items()}
@@ -537,11 +537,11 @@ def test_route_gives_the_quarantine_what_it_takes_from_the_change(tiny_policy, t
     settings = ArmConfig("route", project="update", preserve_magnitude=False)
     for basis, before, after, own, _ in three_updates(tiny_policy, tiny[1], settings, DECAYED):
         for m, change in own.items():
-            kept, parked = (before[m][i] - after[m][i] for i in (0, 1))
-            torch.testing.assert_close(kept + parked, change, rtol=1e-4, atol=1e-6)
+            kept, routed = (before[m][i] - after[m][i] for i in (0, 1))
+            torch.testing.assert_close(kept + routed, change, rtol=1e-4, atol=1e-6)
             if m in basis.V:
                 V = basis.V[m]
-                torch.testing.assert_close(parked, (V @ change).relu() @ V, rtol=1e-3, atol=1e-6)
+                torch.testing.assert_close(routed, (V @ change).relu() @ V, rtol=1e-3, atol=1e-6)
 
 
 def test_shrink_moves_a_share_of_adamws_change_into_the_quarantine(tiny_policy, tiny):
@@ -549,12 +549,12 @@ def test_shrink_moves_a_share_of_adamws_change_into_the_quarantine(tiny_policy, 
     share = {m: torch.tensor(0.1 * (i % 5)) for i, m in enumerate(tiny_policy.ranks) if i}
     settings = ArmConfig("route", control="shrink")
     for _, before, after, own, stats in three_updates(tiny_policy, tiny[1], settings, DECAYED, share):
-        kept, parked = ({m: before[m][i] - after[m][i] for m in own} for i in (0, 1))
+        kept, routed = ({m: before[m][i] - after[m][i] for m in own} for i in (0, 1))
         for m, change in own.items():
             part = float(share.get(m, 0.0))
-            torch.testing.assert_close(parked[m], part * change, rtol=1e-4, atol=1e-6)
-            torch.testing.assert_close(kept[m] + parked[m], change, rtol=1e-4, atol=1e-6)
-        sizes = [torch.cat(list(x.values())).norm() for x in (parked, kept)]
+            torch.testing.assert_close(routed[m], part * change, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(kept[m] + routed[m], change, rtol=1e-4, atol=1e-6)
+        sizes = [torch.cat(list(x.values())).norm() for x in (routed, kept)]
         assert stats["q_egy"] == pytest.approx(float(sizes[0] / (sizes[0] + sizes[1])), abs=1e-5)
 
 

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from projected_grpo.antipasto import unwrap, wrap
 from projected_grpo.config import NANO, TINY_RANDOM, ModelConfig
-from projected_grpo.deploy.export import KNOBS_FILE, export, read_facts
+from projected_grpo.deploy.export import ADAPTER_FILE, export, read_facts
 from projected_grpo.deploy.trained import find_source, open_source
 from projected_grpo.engine.models import load_model, render_chat, stop_ids
 from projected_grpo.errors import UserError
-from projected_grpo.run.checkpoint import knobs_meta, load_knobs, save_knobs
+from projected_grpo.run.checkpoint import load_adapter, read_adapter_meta, save_adapter
 
 IDS = torch.tensor([[5, 9, 200, 31, 7, 340]])
 CPU = {"device": "cpu", "svd_cache": None}
@@ -27,15 +27,15 @@ def logits(policy, *, ablate_quarantine):
 
 
 @pytest.fixture(params=[TINY_RANDOM, NANO])
-def knobs(request, tmp_path, svd_cache):
-    """A knob file of a model, both knobs far from zero."""
+def adapter_parameters(request, tmp_path, svd_cache):
+    """An adapter file of a model, both adapter parameters far from zero."""
     policy = wrap(load_model(ModelConfig(model=request.param, **CPU))[0], svd_cache)
     generator = torch.Generator().manual_seed(3)
     for layer in policy.layers.values():
-        for knob in (layer.delta_s, layer.delta_hack):
-            knob.data = 0.3 * torch.randn(knob.shape, generator=generator)
+        for parameter in (layer.delta_s, layer.delta_hack):
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     path = tmp_path / "both.safetensors"
-    save_knobs(path, policy, {"model": request.param, "intervention": "route", "seed": 7}, deployed=False)
+    save_adapter(path, policy, {"model": request.param, "intervention": "route", "seed": 7}, deployed=False)
     return path
 
 
@@ -45,11 +45,11 @@ def opened(path):
 
 
 @pytest.mark.parametrize("as_trained", [False, True])
-def test_the_exported_model_is_the_policy(knobs, tmp_path, as_trained):
-    source, chat = opened(knobs)
+def test_the_exported_model_is_the_policy(adapter, tmp_path, as_trained):
+    source, chat = opened(adapter)
     expected = logits(chat.policy, ablate_quarantine=not as_trained)
     other = logits(chat.policy, ablate_quarantine=as_trained)
-    parked, out = chat.policy.parked_norm, tmp_path / "new" / "model"
+    routed, out = chat.policy.quarantine_norm, tmp_path / "new" / "model"
     export(read_facts(source, chat, as_trained=as_trained), chat, out)
 
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -67,17 +67,17 @@ def test_the_exported_model_is_the_policy(knobs, tmp_path, as_trained):
     assert stop_ids(model, again) == stop_ids(base, tokenizer)
 
     card = (out / "README.md").read_text()
-    assert f"base_model: {source.model}" in card and "| seed | 7 |" in card and f"{parked:.3e}" in card
+    assert f"base_model: {source.model}" in card and "| seed | 7 |" in card and f"{routed:.3e}" in card
     assert ("still in them" in card) == as_trained == ("has been deleted" not in card)
-    assert set(load_file(out / KNOBS_FILE)) == {
-        name for name in load_file(knobs) if as_trained or name.startswith("delta_s/")
+    assert set(load_file(out / ADAPTER_FILE)) == {
+        name for name in load_file(adapter) if as_trained or name.startswith("delta_s/")
     }
-    assert knobs_meta(out / KNOBS_FILE)["deployed"] is not as_trained
+    assert read_adapter_meta(out / ADAPTER_FILE)["deployed"] is not as_trained
     assert [p.name for p in out.parent.iterdir()] == ["model"]
 
 
-def test_the_folder_is_a_model_and_its_knobs_fit_the_base_alone(knobs, tmp_path, svd_cache):
-    source, chat = opened(knobs)
+def test_the_folder_is_a_model_and_its_adapter_fits_the_base_alone(adapter, tmp_path, svd_cache):
+    source, chat = opened(adapter)
     expected = logits(chat.policy, ablate_quarantine=True)
     out = tmp_path / "model"
     out.mkdir()
@@ -85,13 +85,13 @@ def test_the_folder_is_a_model_and_its_knobs_fit_the_base_alone(knobs, tmp_path,
     policy = wrap(load_model(ModelConfig(model=str(out), **CPU))[0], svd_cache)
     assert (logits(policy, ablate_quarantine=True) - expected).abs().max() < 1e-4
     with pytest.raises(UserError, match="made for another model"):
-        load_knobs(out / KNOBS_FILE, policy)
-    base = open_source(find_source(out / KNOBS_FILE, source.model), ModelConfig(model="", **CPU))
+        load_adapter(out / ADAPTER_FILE, policy)
+    base = open_source(find_source(out / ADAPTER_FILE, source.model), ModelConfig(model="", **CPU))
     assert torch.equal(logits(base.policy, ablate_quarantine=True), expected)
 
 
-def test_a_folder_that_holds_something_is_left_alone(knobs, tmp_path):
-    source, chat = opened(knobs)
+def test_a_folder_that_holds_something_is_left_alone(adapter, tmp_path):
+    source, chat = opened(adapter)
     out = tmp_path / "model"
     out.mkdir()
     (out / "note").write_text("mine")
@@ -100,8 +100,8 @@ def test_a_folder_that_holds_something_is_left_alone(knobs, tmp_path):
     assert [p.name for p in out.iterdir()] == ["note"]
 
 
-def test_an_export_that_fails_leaves_nothing(knobs, tmp_path, monkeypatch):
-    source, chat = opened(knobs)
+def test_an_export_that_fails_leaves_nothing(adapter, tmp_path, monkeypatch):
+    source, chat = opened(adapter)
 
     def full(*arguments, **options):
         raise OSError("No space left on device")
@@ -113,10 +113,10 @@ def test_an_export_that_fails_leaves_nothing(knobs, tmp_path, monkeypatch):
     assert set(os.listdir(tmp_path)) == before
 
 
-def test_a_deployed_file_has_no_quarantine_to_keep(knobs, tmp_path):
-    _, chat = opened(knobs)
+def test_a_deployed_file_has_no_quarantine_to_keep(adapter, tmp_path):
+    _, chat = opened(adapter)
     path = tmp_path / "deployed.safetensors"
-    save_knobs(path, chat.policy, {"model": "tiny-random"}, deployed=True)
+    save_adapter(path, chat.policy, {"model": "tiny-random"}, deployed=True)
     with pytest.raises(UserError, match="--as-trained"):
         read_facts(find_source(path, ""), chat, as_trained=True)
 

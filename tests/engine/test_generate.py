@@ -346,11 +346,11 @@ def texts(drawn: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
     return [[ids for ids, _ in group] for group in drawn]
 
 
-def set_knobs(policy: Policy, s: float, hack: float) -> None:
+def set_adapter(policy: Policy, s: float, hack: float) -> None:
     generator = torch.Generator().manual_seed(0)
     for layer in policy.layers.values():
-        for knob, scale in ((layer.delta_s, s), (layer.delta_hack, hack)):
-            knob.data.copy_(scale * torch.randn(knob.shape, generator=generator))
+        for parameter, scale in ((layer.delta_s, s), (layer.delta_hack, hack)):
+            parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
 def test_the_same_seeds_give_the_same_rollouts_whatever_happened_before(tiny_policy):
@@ -366,7 +366,7 @@ def test_the_same_seeds_give_the_same_rollouts_whatever_happened_before(tiny_pol
 
 
 def test_a_row_depends_on_its_own_seed_and_prompt_only(tiny_policy):
-    set_knobs(tiny_policy, 0.1, 0.0)
+    set_adapter(tiny_policy, 0.1, 0.0)
     seeds = [[1, 2, 3], [4], [5, 6], [7, 8]]
     together = texts(draw(tiny_policy, seeds))
     alone = [
@@ -392,7 +392,7 @@ def test_batches_hold_each_seed_once_in_order(seeds, rows):
 
 
 def test_batches_of_rows_sample_what_one_batch_does(tiny_policy):
-    set_knobs(tiny_policy, 0.1, 0.0)
+    set_adapter(tiny_policy, 0.1, 0.0)
     seeds = [[1, 2, 3], [4], [], [7, 8]]
     whole = texts(draw(tiny_policy, seeds))
     parts = [texts(draw(tiny_policy, batch)) for batch in batches(seeds, 2)]
@@ -412,7 +412,7 @@ def test_prompts_without_seeds_generate_nothing(tiny_policy):
 
 def test_ablated_sampling_is_that_of_a_policy_without_its_quarantine(tiny_policy):
     seeds = [[1, 2], [3, 4], [5, 6], [7, 8]]
-    set_knobs(tiny_policy, 0.2, 1.0)
+    set_adapter(tiny_policy, 0.2, 1.0)
     weights = {m: layer.base.weight.clone() for m, layer in tiny_policy.layers.items()}
     trained, deployed = draw(tiny_policy, seeds), draw(tiny_policy, seeds, ablate_quarantine=True)
     assert texts(trained) != texts(deployed)
@@ -422,9 +422,9 @@ def test_ablated_sampling_is_that_of_a_policy_without_its_quarantine(tiny_policy
     assert all(torch.equal(layer.base.weight, weights[m]) for m, layer in tiny_policy.layers.items())
 
 
-def test_what_merged_weights_sample_is_scored_the_same_by_bound_knobs(small_model):
+def test_what_merged_weights_sample_is_scored_the_same_by_a_bound_adapter(small_model):
     policy = wrap(small_model("qwen3", torch.float32), None)
-    set_knobs(policy, 0.3, 0.3)
+    set_adapter(policy, 0.3, 0.3)
     sampling = SamplingConfig(max_new=8, temperature=1.0, top_k=0)
     drawn = sample(policy, PROMPTS, [[1, 2]] * 4, sampling, STOPS, 0)
     with policy.bind(policy.deltas()):

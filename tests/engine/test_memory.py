@@ -11,7 +11,7 @@ import torch
 
 from projected_grpo.antipasto import wrap
 from projected_grpo.bench import growth as bench_growth
-from projected_grpo.bench.step import SIZES, Work, bench_model, loss_pass, nudge_knobs, open_bench_chat
+from projected_grpo.bench.step import SIZES, Work, bench_model, loss_pass, nudge_adapter, open_bench_chat
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, LossConfig, ModelConfig
 from projected_grpo.engine import logps, memory
@@ -50,7 +50,7 @@ def test_the_formula_is_within_a_tenth_of_what_is_counted(monkeypatch, dtype, wa
     model = ModelConfig(model="random-0.3m", device="cpu", dtype=dtype, svd_cache=None)
     work = Work(model, 2, 4, 48, 48, grad_checkpoint=way == "checkpointed")
     chat = open_bench_chat(work, MODEL)
-    nudge_knobs(chat)
+    nudge_adapter(chat)
     parts = None if way == "each" else [i // 4 for i in range(8)]
     run, predicted = loss_pass(work, chat, parts)
     assert predicted == pytest.approx(measured_peak(run, [CPU]), rel=0.1)
@@ -61,7 +61,7 @@ def test_the_formula_knows_of_prompts_of_different_lengths(monkeypatch, chunk):
     monkeypatch.setattr(logps, "CHUNK_LOGITS", chunk)
     monkeypatch.setattr(memory, "CHUNK_LOGITS", chunk)
     chat = open_bench_chat(Work(ModelConfig(model="random-0.3m", device="cpu", svd_cache=None)), MODEL)
-    nudge_knobs(chat)
+    nudge_adapter(chat)
     rollouts = [Rollout(tuple(range(n)), tuple(range(48)), "") for n in (16, 48, 80, 112)]
     loss = LossConfig(tokens_per_microbatch=4096)
 

@@ -1,4 +1,4 @@
-"""One model over several devices: the same numbers, every operation on one device, knobs at home.
+"""One model over several devices: the same numbers, every operation on one device, the adapter at home.
 
 No machine with two GPUs has run this. `tests/devices.py` stands in for one: real numbers on the CPU, and an
 error wherever tensors of two devices would meet.
@@ -124,7 +124,7 @@ def test_the_peak_is_that_of_the_fullest_gpu(monkeypatch):
 
 
 def policy_on(model: nn.Module, where: tuple[torch.device, ...]) -> Policy:
-    """The model there, with knobs and blocks that are not zero."""
+    """The model there, with adapter parameters and blocks that are not zero."""
     place(model, where)
     policy = wrap(model, None)
     draw = torch.Generator().manual_seed(1)
@@ -132,8 +132,8 @@ def policy_on(model: nn.Module, where: tuple[torch.device, ...]) -> Policy:
     policy.give_blocks({m: random_start(*size, 2, draw) for m, size in list(sizes.items())[::3]})
     with torch.no_grad():
         for layer in policy.layers.values():
-            for knob in (layer.delta_s, layer.quarantine):
-                knob.copy_(0.05 * torch.randn(knob.shape, generator=draw))
+            for parameter in (layer.delta_s, layer.quarantine):
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=draw))
     return policy
 
 
@@ -150,7 +150,7 @@ def outcome(policy: Policy, way: str) -> dict[str, object]:
     states = completion_states(policy, rollouts, 0.5, 100, PAD)
     sampling = SamplingConfig(max_new=5, temperature=1.0, top_k=0)
     said = sample(policy, [(1, 2, 3), (4, 5)], [[1, 2], [3]], sampling, frozenset([5]), PAD)
-    parked = policy.parked_norm, policy.parked
+    routed = policy.quarantine_norm, policy.quarantine_used
     model = unwrap(policy, ablate_quarantine=False)
     logits = model(input_ids=torch.arange(6, device=policy.device)[None]).logits
     found = {m: rows.cpu() for m, rows in grads.rows.items()}
@@ -159,7 +159,7 @@ def outcome(policy: Policy, way: str) -> dict[str, object]:
     return found | {
         "loss": grads.loss,
         "said": [[ids for ids, _ in group] for group in said],
-        "parked": parked,
+        "routed": routed,
     }
 
 
@@ -190,14 +190,14 @@ def test_two_devices_compute_what_one_does_bit_for_bit(monkeypatch, small_model,
         assert same, name
 
 
-@pytest.mark.parametrize("broken", ["a weight", "a knob's basis", "no hooks"])
+@pytest.mark.parametrize("broken", ["a weight", "an adapter parameter's basis", "no hooks"])
 def test_anything_misplaced_is_noticed(small_model, broken):
     with devices():
         policy = policy_on(small_model("qwen3", torch.float32), TWO)
         layer = policy.model.model.layers[1]
         if broken == "a weight":
             layer.input_layernorm.to(TWO[0])
-        elif broken == "a knob's basis":
+        elif broken == "an adapter parameter's basis":
             layer.self_attn.q_proj.U = nn.Buffer(layer.self_attn.q_proj.U.to(TWO[0]), persistent=False)
         else:
             layer._forward_pre_hooks.clear()

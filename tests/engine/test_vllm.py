@@ -63,11 +63,11 @@ def fake(monkeypatch):
     sys.modules.pop(OURS, None)
 
 
-def set_knobs(policy: Policy, s: float, hack: float, seed: int = 0) -> None:
+def set_adapter(policy: Policy, s: float, hack: float, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for layer in policy.layers.values():
-        for knob, scale in ((layer.delta_s, s), (layer.quarantine, hack)):
-            knob.data.copy_(scale * torch.randn(knob.shape, generator=generator))
+        for parameter, scale in ((layer.delta_s, s), (layer.quarantine, hack)):
+            parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
 def give_blocks(policy: Policy, seed: int) -> None:
@@ -92,12 +92,12 @@ def assert_alike(sampler, policy, *, ablate_quarantine=False, seeds=SEEDS, sampl
 # Rollouts
 
 
-def test_rollouts_are_our_samplers_as_trained_and_ablated_whenever_knobs_change(fake, tiny_policy):
-    set_knobs(tiny_policy, 0.2, 1.0)
+def test_rollouts_are_our_samplers_as_trained_and_ablated_whenever_the_adapter_changes(fake, tiny_policy):
+    set_adapter(tiny_policy, 0.2, 1.0)
     vllm = sampler_opener(VLLM)(tiny_policy)
     seen = [assert_alike(vllm, tiny_policy, ablate_quarantine=ablate) for ablate in (False, True, False)]
     assert seen[0] == seen[2] != seen[1], "the quarantine must show"
-    set_knobs(tiny_policy, 0.4, 1.0, seed=1)  # as a step of the optimizer does, in place
+    set_adapter(tiny_policy, 0.4, 1.0, seed=1)  # as a step of the optimizer does, in place
     seen += [assert_alike(vllm, tiny_policy, ablate_quarantine=ablate) for ablate in (True, False)]
     assert seen[3] != seen[1] and seen[4] != seen[0]
     ends = {ids[-1] in STOP for group in seen[0] + seen[1] for ids in group}
@@ -105,7 +105,7 @@ def test_rollouts_are_our_samplers_as_trained_and_ablated_whenever_knobs_change(
 
 
 def test_a_filter_of_one_token_is_greedy_decoding(fake, tiny_policy):
-    set_knobs(tiny_policy, 0.2, 0.0)
+    set_adapter(tiny_policy, 0.2, 0.0)
     vllm = sampler_opener(VLLM)(tiny_policy)
     greedy = assert_alike(vllm, tiny_policy, seeds=[[1, 2]] * 4, sampling=replace(SAMPLING, top_k=1))
     assert all(first == second for first, second in greedy)
@@ -114,7 +114,7 @@ def test_a_filter_of_one_token_is_greedy_decoding(fake, tiny_policy):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_biases_and_untied_output_layers_are_brought_too(fake, small_model, family):
     policy = wrap(small_model(family, torch.float32), None)
-    set_knobs(policy, 0.2, 0.2)
+    set_adapter(policy, 0.2, 0.2)
     assert_alike(sampler_opener(VLLM)(policy), policy)
 
 
@@ -140,7 +140,7 @@ def names_of_loads(model: Model) -> list[list[str]]:
 def test_each_weight_is_brought_merged_and_only_when_it_changed(fake, tiny_policy, blocks):
     if blocks:
         give_blocks(tiny_policy, 0)
-    set_knobs(tiny_policy, 0.2, 0.5)
+    set_adapter(tiny_policy, 0.2, 0.5)
     vllm = sampler_opener(VLLM)(tiny_policy)
     model, (first, *others) = vllm._engine.model, tiny_policy.layers
     plain, merged = model.loads
@@ -162,7 +162,7 @@ def test_each_weight_is_brought_merged_and_only_when_it_changed(fake, tiny_polic
     assert bring() == [first]
     assert bring(ablate_quarantine=True) == [first, *others]
     tiny_policy.layers[first].quarantine.data.zero_()
-    assert bring() == others, "nothing is parked there"
+    assert bring() == others, "nothing is routed there"
     if blocks:
         moved = {m: block.moved.data.clone() for m, block in tiny_policy.blocks.items()}
         give_blocks(tiny_policy, 1)  # in place, where they fit
@@ -172,7 +172,7 @@ def test_each_weight_is_brought_merged_and_only_when_it_changed(fake, tiny_polic
 
 
 def test_weights_are_merged_one_after_another(fake, tiny_policy, monkeypatch):
-    set_knobs(tiny_policy, 0.2, 0.0)
+    set_adapter(tiny_policy, 0.2, 0.0)
     module = import_module(OURS)
     alive, most = [], []
 
@@ -222,7 +222,7 @@ def test_a_completion_that_was_given_up_is_no_rollout(fake, tiny_policy, monkeyp
 def test_a_cache_that_is_not_reset_ends_the_run(fake, tiny_policy, monkeypatch):
     vllm = sampler_opener(VLLM)(tiny_policy)
     monkeypatch.setattr(vllm._engine, "reset_prefix_cache", lambda: False)
-    set_knobs(tiny_policy, 0.2, 0.0)
+    set_adapter(tiny_policy, 0.2, 0.0)
     with pytest.raises(UserError, match="keys and values"):
         vllm(tiny_policy, PROMPTS, SEEDS, SAMPLING, STOP, 0)
 
@@ -364,7 +364,7 @@ def test_a_run_with_the_engine_is_the_run_without_it(runs):
     assert (model["sampler"], loss["importance"]) == ("vllm", "truncated")
 
 
-def test_a_resumed_run_samples_from_the_knobs_it_was_saved_with(runs):
+def test_a_resumed_run_samples_from_the_adapter_it_was_saved_with(runs):
     _, found = runs
     whole, resumed = (lines(found[name], "rollouts.jsonl") for name in ("vllm", "resumed"))
     assert resumed == whole

@@ -17,7 +17,7 @@ from projected_grpo.results.plots import COLOURS, Point, frontier, look, looks
 from projected_grpo.results.runs import VANILLA, Run, grouped
 from projected_grpo.runlog import append_jsonl, write_json
 
-KINDS = ("dynamics", "pareto", "modes", "cosines", "parked")
+KINDS = ("dynamics", "pareto", "modes", "cosines", "routed")
 POINT = st.builds(
     Point, st.just("x"), st.sampled_from([0.0, 0.2, 0.5, 1.0]), st.sampled_from([0.1, 0.3, 0.9])
 )
@@ -124,10 +124,10 @@ def test_what_was_not_measured_is_left_out_with_a_line(tmp_path, capsys):
     assert plot(tmp_path) == 0
     told = capsys.readouterr().err.splitlines()
     assert files(tmp_path) == {"dynamics.png", "dynamics.svg"}
-    assert [line.split()[0] for line in told] == ["pareto", "modes", "cosines", "parked", "heldout"]
+    assert [line.split()[0] for line in told] == ["pareto", "modes", "cosines", "routed", "heldout"]
     assert all(" left out: " in line for line in told)
-    assert plot(tmp_path, "--kind=parked") == 2
-    assert "nothing to draw; parked left out: no run parked anything" in capsys.readouterr().err
+    assert plot(tmp_path, "--kind=routed") == 2
+    assert "nothing to draw; routed left out: no run routed anything" in capsys.readouterr().err
 
 
 def test_contexts_are_drawn_apart(tmp_path, capsys):

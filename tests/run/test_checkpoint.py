@@ -1,4 +1,4 @@
-"""Knobs and state on disk: what comes back is what was saved, and nothing else is taken."""
+"""Adapter parameters and state on disk: what comes back is what was saved, and nothing else is taken."""
 
 import copy
 import json
@@ -17,11 +17,11 @@ from projected_grpo.arms.gate import GateState
 from projected_grpo.errors import UserError
 from projected_grpo.proj import HackBasis
 from projected_grpo.run.checkpoint import (
-    knobs_meta,
-    load_knobs,
+    load_adapter,
+    read_adapter_meta,
     read_state,
     restore_state,
-    save_knobs,
+    save_adapter,
     save_state,
     state_path,
     state_paths,
@@ -34,7 +34,7 @@ IDS = torch.tensor([[5, 9, 200, 31, 7]])
 
 @dataclass
 class Saved:
-    """A policy whose knobs moved, and how to get a fresh one."""
+    """A policy whose adapter parameters moved, and how to get a fresh one."""
 
     policy: object
     fresh: object
@@ -42,12 +42,12 @@ class Saved:
 
 @pytest.fixture
 def two(tiny, svd_cache):
-    """A policy whose knobs have moved and one whose knobs are at zero."""
+    """A policy whose adapter parameters have moved and one whose adapter parameters are at zero."""
     policies = [wrap(copy.deepcopy(tiny[0]), svd_cache) for _ in range(2)]
     generator = torch.Generator().manual_seed(1)
     for layer in policies[0].layers.values():
-        for knob in (layer.delta_s, layer.delta_hack):
-            knob.data = 0.1 * torch.randn(knob.shape, generator=generator)
+        for parameter in (layer.delta_s, layer.delta_hack):
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     return Saved(*policies)
 
 
@@ -58,8 +58,8 @@ def logits(policy, *, ablate_quarantine=False):
 
 
 def optimizer(policy):
-    knobs = [k for layer in policy.layers.values() for k in (layer.delta_s, layer.delta_hack)]
-    return torch.optim.AdamW(knobs, lr=1e-2, betas=(0.5, 0.9), weight_decay=0.1)
+    adapter = [k for layer in policy.layers.values() for k in (layer.delta_s, layer.delta_hack)]
+    return torch.optim.AdamW(adapter, lr=1e-2, betas=(0.5, 0.9), weight_decay=0.1)
 
 
 def step(policy, adam, seed, *, quarantine=True):
@@ -79,11 +79,11 @@ def edit(path, change):
     save_file(tensors, path, {"projected_grpo": json.dumps(meta)})
 
 
-def test_knobs_come_back_bit_for_bit(two, tmp_path):
+def test_the_adapter_comes_back_bit_for_bit(two, tmp_path):
     path = tmp_path / "new" / "k.safetensors"
-    save_knobs(path, two.policy, META, deployed=False)
-    assert load_knobs(path, two.fresh) == META | {"deployed": False, "weights": weights_digest(two.policy)}
-    assert knobs_meta(path) == META | {"deployed": False, "weights": weights_digest(two.policy)}
+    save_adapter(path, two.policy, META, deployed=False)
+    assert load_adapter(path, two.fresh) == META | {"deployed": False, "weights": weights_digest(two.policy)}
+    assert read_adapter_meta(path) == META | {"deployed": False, "weights": weights_digest(two.policy)}
     assert torch.equal(logits(two.fresh), logits(two.policy))
     for m, layer in two.policy.layers.items():
         assert torch.equal(two.fresh.layers[m].delta_s, layer.delta_s)
@@ -92,11 +92,11 @@ def test_knobs_come_back_bit_for_bit(two, tmp_path):
 
 def test_a_deployed_file_has_no_quarantine(two, tmp_path):
     path = tmp_path / "k.safetensors"
-    save_knobs(path, two.policy, META, deployed=True)
+    save_adapter(path, two.policy, META, deployed=True)
     assert {name.split("/")[0] for name in load_file(path)} == {"delta_s"}
     for layer in two.fresh.layers.values():
         layer.delta_hack.data.fill_(9.0)
-    load_knobs(path, two.fresh)
+    load_adapter(path, two.fresh)
     assert all(not layer.delta_hack.any() for layer in two.fresh.layers.values())
     assert torch.equal(logits(two.fresh), logits(two.policy, ablate_quarantine=True))
     assert not torch.equal(logits(two.fresh), logits(two.policy))
@@ -126,12 +126,12 @@ def other_schema(tensors, meta):
 
 @pytest.mark.parametrize("deployed", [True, False])
 @pytest.mark.parametrize("change", [drop, reshape, rename, enlarge, other_schema])
-def test_knobs_of_another_model_are_refused_whole(two, tmp_path, change, deployed):
+def test_an_adapter_of_another_model_is_refused_whole(two, tmp_path, change, deployed):
     path = tmp_path / "k.safetensors"
-    save_knobs(path, two.policy, META, deployed=deployed)
+    save_adapter(path, two.policy, META, deployed=deployed)
     edit(path, change)
     with pytest.raises(UserError, match=r"k\.safetensors") as caught:
-        load_knobs(path, two.fresh)
+        load_adapter(path, two.fresh)
     assert "\n" not in str(caught.value)
     assert all(not k.any() for layer in two.fresh.layers.values() for k in (layer.delta_s, layer.delta_hack))
 
@@ -139,7 +139,7 @@ def test_knobs_of_another_model_are_refused_whole(two, tmp_path, change, deploye
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "text", "folder"])
 def test_a_damaged_file_is_refused(two, tmp_path, damage):
     path = tmp_path / "k.safetensors"
-    save_knobs(path, two.policy, META, deployed=True)
+    save_adapter(path, two.policy, META, deployed=True)
     data = path.read_bytes()
     path.unlink()
     if damage == "folder":
@@ -147,37 +147,37 @@ def test_a_damaged_file_is_refused(two, tmp_path, damage):
     elif damage != "missing":
         path.write_bytes({"empty": b"", "cut": data[:-100], "text": b"nothing" * 20}[damage])
     with pytest.raises(UserError, match=r"k\.safetensors"):
-        load_knobs(path, two.fresh)
+        load_adapter(path, two.fresh)
 
 
 def test_a_foreign_safetensors_file_is_refused(two, tmp_path):
     save_file({"x": torch.zeros(2)}, tmp_path / "k.safetensors")
     with pytest.raises(UserError, match="schema"):
-        load_knobs(tmp_path / "k.safetensors", two.fresh)
+        load_adapter(tmp_path / "k.safetensors", two.fresh)
 
 
-def test_knobs_of_other_weights_are_refused(two, tmp_path):
+def test_an_adapter_of_other_weights_is_refused(two, tmp_path):
     """Of the same shapes: a fine-tuned model, for example."""
     path = tmp_path / "k.safetensors"
-    save_knobs(path, two.policy, META, deployed=True)
+    save_adapter(path, two.policy, META, deployed=True)
     for layer in two.fresh.layers.values():
         layer.base.weight.data += 1e-4
     with pytest.raises(UserError, match=r"k\.safetensors: made for another model") as caught:
-        load_knobs(path, two.fresh)
+        load_adapter(path, two.fresh)
     assert "\n" not in str(caught.value)
     assert all(not layer.delta_s.any() for layer in two.fresh.layers.values())
 
 
-def test_an_older_knob_file_loads_with_a_warning(two, tmp_path):
+def test_an_older_adapter_file_loads_with_a_warning(two, tmp_path):
     path = tmp_path / "k.safetensors"
-    save_knobs(path, two.policy, META, deployed=True)
+    save_adapter(path, two.policy, META, deployed=True)
     said = []
     sink = logger.add(said.append, level="WARNING", format="{message}")
     try:
-        load_knobs(path, two.fresh)
+        load_adapter(path, two.fresh)
         assert not said
         edit(path, lambda tensors, meta: [meta.pop(name) for name in ("weights", "checksum")])
-        load_knobs(path, two.fresh)
+        load_adapter(path, two.fresh)
     finally:
         logger.remove(sink)
     assert len(said) == 1 and "k.safetensors" in said[0]
@@ -205,7 +205,7 @@ def basis_of(policy):
 
 @pytest.mark.parametrize("quarantine", [True, False], ids=["route", "erase"])
 def test_the_next_step_after_a_resume_is_the_same(two, tmp_path, quarantine):
-    """Moments and step counts of AdamW come back, and are absent where a knob never had a gradient."""
+    """Moments and step counts of AdamW come back, and are absent where a parameter never had a gradient."""
     adam, again = optimizer(two.policy), optimizer(two.fresh)
     for seed in range(3):
         step(two.policy, adam, seed, quarantine=quarantine)
@@ -231,8 +231,8 @@ def test_moments_are_what_makes_the_next_step_the_same(two, tmp_path):
     """The check above could not fail if the moments did not matter."""
     adam, cold = optimizer(two.policy), optimizer(two.fresh)
     step(two.policy, adam, 0)
-    save_knobs(tmp_path / "k.safetensors", two.policy, META, deployed=False)
-    load_knobs(tmp_path / "k.safetensors", two.fresh)
+    save_adapter(tmp_path / "k.safetensors", two.policy, META, deployed=False)
+    load_adapter(tmp_path / "k.safetensors", two.fresh)
     step(two.policy, adam, 1)
     step(two.fresh, cold, 1)
     assert any(
@@ -253,12 +253,12 @@ def state(two, tmp_path):
     return path
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "knobs", "old"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "adapter", "old"])
 def test_a_state_that_is_none_is_refused(two, state, damage):
     if damage == "missing":
         state.unlink()
-    elif damage == "knobs":
-        save_knobs(state, two.policy, META, deployed=False)
+    elif damage == "adapter":
+        save_adapter(state, two.policy, META, deployed=False)
     elif damage == "cut":
         state.write_bytes(state.read_bytes()[:-1])
     else:
@@ -309,11 +309,11 @@ def test_a_state_of_another_model_changes_nothing(two, state, small_model):
     assert not any(k.any() for layer in other.layers.values() for k in (layer.delta_s, layer.delta_hack))
 
 
-def test_knobs_written_before_there_were_checksums_are_read(two, tmp_path):
+def test_an_adapter_written_before_there_were_checksums_is_read(two, tmp_path):
     path = tmp_path / "k.safetensors"
-    save_knobs(path, two.policy, META, deployed=True)
+    save_adapter(path, two.policy, META, deployed=True)
     edit(path, lambda tensors, meta: meta.pop("checksum"))
-    assert load_knobs(path, two.fresh) == META | {"deployed": True, "weights": weights_digest(two.policy)}
+    assert load_adapter(path, two.fresh) == META | {"deployed": True, "weights": weights_digest(two.policy)}
 
 
 def test_states_are_listed_by_step_newest_first(tmp_path):
@@ -326,16 +326,16 @@ def test_states_are_listed_by_step_newest_first(tmp_path):
     assert state_paths(tmp_path / "nowhere") == []
 
 
-def test_a_runs_state_holds_knobs_too(two, state):
-    load_knobs(state, two.fresh)
+def test_a_runs_state_holds_an_adapter_too(two, state):
+    load_adapter(state, two.fresh)
     assert torch.equal(logits(two.fresh), logits(two.policy))
     assert not torch.equal(logits(two.fresh), logits(two.policy, ablate_quarantine=True))
 
 
-def test_knobs_of_posthoc_before_its_ablation_are_not_what_it_deploys(two, tmp_path):
+def test_an_adapter_of_posthoc_before_its_ablation_is_not_what_it_deploys(two, tmp_path):
     path = tmp_path / "k.safetensors"
-    save_knobs(path, two.policy, META | {"intervention": "posthoc"}, deployed=False)
+    save_adapter(path, two.policy, META | {"intervention": "posthoc"}, deployed=False)
     with pytest.raises(UserError, match="before its ablation"):
-        knobs_meta(path)
-    save_knobs(path, two.policy, META | {"intervention": "posthoc"}, deployed=True)
-    assert knobs_meta(path)["deployed"]
+        read_adapter_meta(path)
+    save_adapter(path, two.policy, META | {"intervention": "posthoc"}, deployed=True)
+    assert read_adapter_meta(path)["deployed"]

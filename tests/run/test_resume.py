@@ -152,7 +152,7 @@ def killed_at_fsync(tag, count, *, behind):
 
 @pytest.mark.parametrize(
     ("count", "behind"),
-    # config.json 1-2; the evaluation's knobs 3-6; logs 7-8; the state of step 2: file 9, folder 10; ...
+    # config.json 1-2; the evaluation's adapter 3-6; logs 7-8; the state of step 2: file 9, folder 10; ...
     [(9, False), (9, True), (10, False), (16, True), (18, False)],
 )
 def test_a_run_killed_while_it_writes_ends_as_if_it_had_not_been(here, whole, count, behind):
@@ -476,7 +476,7 @@ def test_states_are_kept_as_many_as_asked_for(here, whole):
     assert [p.name for p in state_paths(folder_of("one"))] == ["state_step0003.safetensors"]
 
 
-def test_the_best_knobs_are_kept(here, monkeypatch):
+def test_the_best_adapter_is_kept(here, monkeypatch):
     """The first of the highest solve - hack."""
     rates = iter([Rates(1, 2, 4), Rates(0, 2, 4), Rates(2, 4, 4), Rates(4, 0, 4), Rates(0, 0, 4)])
     real = train_module.evaluate_held_out

@@ -203,7 +203,7 @@ def test_reading_lines_of_arms_that_act_elsewhere(options, rewards, quarantine):
 
 
 def test_a_step_that_kept_nothing_does_not_break_the_end_of_a_run():
-    """route2 may park every row of every module: then there is no cos_post, and no change to measure."""
+    """route2 may route every row of every module: then there is no cos_post, and no change to measure."""
     lines = reading(SMOKE, {"delta_hack_norm": 0.5}, [record(cos_post=None, cos_update=None), record()])
     assert "0.100" in lines[1]
     assert reading(SMOKE, {"delta_hack_norm": 0.5}, [record(cos_post=None, cos_update=None)])

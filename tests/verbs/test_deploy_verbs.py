@@ -1,4 +1,4 @@
-"""The verbs evaluate and export and a start from knobs, end to end, on runs of the tiny random model.
+"""The verbs evaluate and export and a start from an adapter, end to end, on runs of the tiny random model.
 
 What it writes is never code, so labels are made up from a hash of each completion: rates then move.
 """
@@ -86,7 +86,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(home):
-    """A finished run that parked something."""
+    """A finished run that routed something."""
     assert main([*TRAIN, "--intervention=route", "--seed=5"]) == 0
     (folder,) = (home / "out" / "runs").iterdir()
     return folder
@@ -174,14 +174,14 @@ def test_under_trainings_names_and_sampling_it_is_the_runs_own_evaluation(run, t
     assert 0 < found["deployed"]["hinted"]["hack"]["rate"] < 1
 
 
-def test_the_base_model_and_knob_files(run, tmp_path, capsys):
+def test_the_base_model_and_adapter_files(run, tmp_path, capsys):
     def rates(*arguments):
         out = tmp_path / "e.json"
         assert main(["evaluate", *map(str, arguments), *ASK, "--problems=embedded", f"--out={out}"]) == 0
         return json.loads(out.read_text())
 
     base = rates("--model=tiny-random", "--max-new=6")
-    assert base["as_trained"] is None and base["policy"]["knobs"] is None
+    assert base["as_trained"] is None and base["policy"]["adapter"] is None
     deployed = rates(run / "train.safetensors", "--max-new=6")
     assert deployed["as_trained"] is None and deployed["policy"]["delta_hack_norm"] is None
     saved = rates(state_paths(run)[0], "--max-new=6")
@@ -285,7 +285,7 @@ def test_a_run_in_pieces_is_told(run, tmp_path, capsys):
     assert "not finished" in refused(ask, capsys)
     shutil.rmtree(copy / "state")
     shutil.copy(run / "train.safetensors", copy)
-    assert main([str(a) for a in ask]) == 0  # what was parked is then not known
+    assert main([str(a) for a in ask]) == 0  # what was routed is then not known
     assert json.loads((tmp_path / "e.json").read_text())["as_trained"] is None
     assert "--as-trained" in refused(["export", copy, f"--out={tmp_path}/x", "--as-trained"], capsys)
     (copy / "config.json").write_text('{"config": {}}')
@@ -311,22 +311,24 @@ def test_an_exported_folder_is_a_model_again(run, tmp_path, capsys):
     assert "--out" in refused(["export", run, f"--out={out}"], capsys)
 
 
-def test_a_run_starts_from_the_knobs_of_another(run, tmp_path, capsys):
+def test_a_run_starts_from_the_adapter_of_another(run, tmp_path, capsys):
     """With a rate of zero it ends where it started; its settings say from where; resuming needs no file."""
-    knobs = tmp_path / "first.safetensors"
-    shutil.copy(run / "first_hack.safetensors", knobs)  # both knobs: the quarantine is left behind
-    start = [*TRAIN, "--intervention=none", "--seed=5", f"--init-knobs={knobs}", f"--out-dir={tmp_path}"]
+    adapter = tmp_path / "first.safetensors"
+    shutil.copy(
+        run / "first_hack.safetensors", adapter
+    )  # both adapter parameters: the quarantine is left behind
+    start = [*TRAIN, "--intervention=none", "--seed=5", f"--init-adapter={adapter}", f"--out-dir={tmp_path}"]
     assert main([*start, "--lr=0"]) == 0
     (made,) = (tmp_path / "runs").iterdir()
-    first, last = load_file(knobs), load_file(made / "train.safetensors")
+    first, last = load_file(adapter), load_file(made / "train.safetensors")
     assert all((last[name] == first[name]).all() for name in last)
     assert any(t.any() for n, t in first.items() if n.startswith("delta_hack/"))
     assert json.loads((made / "summary.json").read_text())["delta_hack_norm"] == 0
-    assert from_json(json.loads((made / "config.json").read_text())["config"]).optim.init_knobs == knobs
-    knobs.unlink()
+    assert from_json(json.loads((made / "config.json").read_text())["config"]).optim.init_adapter == adapter
+    adapter.unlink()
     assert main(["train", "smoke", f"--resume={made}"]) == 0
     assert all((t == last[n]).all() for n, t in load_file(made / "train.safetensors").items())
     assert "no such file" in refused(start, capsys)
-    other = [*TRAIN, "--intervention=none", f"--init-knobs={run}/train.safetensors", "--model=nano"]
+    other = [*TRAIN, "--intervention=none", f"--init-adapter={run}/train.safetensors", "--model=nano"]
     assert "made for another model" in refused([*other, f"--out-dir={tmp_path}"], capsys)
     assert len(list((tmp_path / "runs").iterdir())) == 1

@@ -12,8 +12,8 @@ from projected_grpo.seeds import stream_seed
 
 
 def arm_absorb(x: ArmInput) -> Update:
-    """No gate: everything trains both knobs, so that the quarantine takes what it takes fastest."""
-    return Update(x.total, {m: rows.sum(0) for m, rows in x.parkable.items()}, x.gate, {})
+    """No gate: every rollout trains delta_s and the quarantine, with the same gradient or its own block's."""
+    return Update(x.total, {m: rows.sum(0) for m, rows in x.quarantine_rows.items()}, x.gate, {})
 
 
 def block_starts(policy: Policy, basis: HackBasis, arm: ArmConfig, seed: int) -> dict[str, Start]:

@@ -35,23 +35,23 @@ def matched_removal(
 
 
 def shrunk(x: ArmInput, update: Update) -> Update:
-    """Under the control `shrink`: vanilla's gradient, and the share of each realised change to park instead.
+    """Under the control `shrink`: vanilla's gradient, and the share of each realised change to route instead.
 
     AdamW ignores the scale of a gradient, so a gradient that is shrunk would shrink nothing.
     """
     if x.settings.control != "shrink":
         return update
     share = {
-        m: parked.norm() / (parked.norm() + update.keep[m].norm()).clamp_min(torch.finfo(parked.dtype).tiny)
-        for m, parked in update.park.items()
+        m: routed.norm() / (routed.norm() + update.keep[m].norm()).clamp_min(torch.finfo(routed.dtype).tiny)
+        for m, routed in update.routed.items()
     }
-    return replace(update, keep=x.total, park={}, shrink=share)
+    return replace(update, keep=x.total, routed={}, shrink=share)
 
 
 def shuffle_flags(flags: Bool[Tensor, " n"], live: Bool[Tensor, " n"], draws: Draws) -> Bool[Tensor, " n"]:
     """As many flags among the rows that carry gradient, in the step's random order, alike in all modules."""
     if draws.order is None:
-        raise ValueError("random_parking needs an order of the rollouts")
+        raise ValueError("random_routing needs an order of the rollouts")
     candidates = draws.order[live[draws.order]]
     dealt = torch.zeros_like(flags)
     dealt[candidates[: int((flags & live).sum())]] = True

@@ -14,14 +14,14 @@ from projected_grpo.proj import Action, Projection, project_delta_S_grad, split
 def arm_erase(x: ArmInput) -> Update:
     """Projected: the hack-ward component is dropped."""
     splits = _project_all(x)
-    return Update(keep=x.total | {m: s.keep for m, s in splits.items()}, park={}, gate=x.gate, stats={})
+    return Update(keep=x.total | {m: s.keep for m, s in splits.items()}, routed={}, gate=x.gate, stats={})
 
 
 def arm_route(x: ArmInput) -> Update:
     """Routing: the hack-ward component trains the quarantine."""
     splits = _project_all(x)
     keep = x.total | {m: s.keep for m, s in splits.items()}
-    return shrunk(x, Update(keep, {m: s.park for m, s in splits.items()}, x.gate, {}))
+    return shrunk(x, Update(keep, {m: s.routed for m, s in splits.items()}, x.gate, {}))
 
 
 def split_by_arm(

@@ -20,12 +20,14 @@ def arm_route2(x: ArmInput) -> Update:
     cosines = {m: row_cosines(x.rows[m], v) for m, v in x.basis.v_grad.items()}
     gate = update_gate(x.gate, cosines, x.anchors)
     flagged = {m: (c > gate.tau(m)) | x.anchors.hack for m, c in cosines.items()}
-    parked = {m: flagged.get(m, x.anchors.hack) for m in x.rows}  # forcing needs no direction
+    flags = {m: flagged.get(m, x.anchors.hack) for m in x.rows}  # forcing needs no direction
     live = x.anchors.advantage_sign != 0
-    if x.settings.control == "random_parking":
-        parked = {m: shuffle_flags(f, live, x.draws) for m, f in parked.items()}
-    park = {m: (x.parkable[m] * _all_but("keep", f, x.settings)[:, None]).sum(0) for m, f in parked.items()}
-    keep = {m: (x.rows[m] * _all_but("route", f, x.settings)[:, None]).sum(0) for m, f in parked.items()}
+    if x.settings.control == "random_routing":
+        flags = {m: shuffle_flags(f, live, x.draws) for m, f in flags.items()}
+    routed = {
+        m: (x.quarantine_rows[m] * _all_but("keep", f, x.settings)[:, None]).sum(0) for m, f in flags.items()
+    }
+    keep = {m: (x.rows[m] * _all_but("route", f, x.settings)[:, None]).sum(0) for m, f in flags.items()}
     residual = [row_cosines(keep[m][None], v)[0] for m, v in x.basis.v_grad.items()]
     stats = {
         "tau": fmean(gate.tau(m) for m in flagged),
@@ -33,7 +35,7 @@ def arm_route2(x: ArmInput) -> Update:
         "resid": float(torch.stack(residual).mean()),
         "fired": float(torch.stack([f[live].float().mean() for f in flagged.values()]).mean()),
     }
-    return shrunk(x, Update(keep=keep, park=park, gate=gate, stats=stats))
+    return shrunk(x, Update(keep=keep, routed=routed, gate=gate, stats=stats))
 
 
 def _all_but(mask: Mask, flagged: Bool[Tensor, " n"], settings: ArmConfig) -> Bool[Tensor, " n"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from projected_grpo.arms.gate import Anchors, Draws, GateState
 from projected_grpo.config import ArmConfig
 from projected_grpo.problems import Problem
-from projected_grpo.proj import HackBasis, mean_hackward_share, null_share, parked_share
+from projected_grpo.proj import HackBasis, mean_hackward_share, null_share, routed_share
 
 Kind = Literal["teacher", "detectors", "oracle"]
 
@@ -62,7 +62,7 @@ class Shaped:
 
 @dataclass(frozen=True)
 class DeployInput:
-    """What deployment may look at: the knob to be deployed, the basis, and what the controls draw."""
+    """What deployment may look at: delta_s as trained, the basis, and what the controls draw."""
 
     delta_s: Mapping[str, Float[Tensor, " r"]]
     basis: HackBasis
@@ -95,12 +95,12 @@ class Update:
     """What an arm decided: gradients of delta_s and quarantine, the next gate state, figures for the log."""
 
     keep: Mapping[str, Float[Tensor, " r"]]
-    park: Mapping[str, Float[Tensor, " q"]]
+    routed: Mapping[str, Float[Tensor, " q"]]
     gate: GateState | None
     stats: Mapping[str, float | None]
     shrink: Mapping[str, Float[Tensor, ""]] = field(
         default_factory=dict
-    )  # share of the realised change to park
+    )  # share of the realised change to route
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class ArmInput:
     block: Mapping[str, Float[Tensor, "n p"]] = field(default_factory=dict)
 
     @property
-    def parkable(self) -> Mapping[str, Float[Tensor, "n q"]]:
+    def quarantine_rows(self) -> Mapping[str, Float[Tensor, "n q"]]:
         """Rows of the quarantine: of its blocks, or of delta_hack, which are those of delta_s."""
         return self.block or self.rows
 
@@ -141,13 +141,13 @@ def measured(
             "cos_pre_t": {m: rows[m][is_teacher].sum(0) for m in basis.V},
         }
         stats |= {name: mean_hackward_share(g, basis) for name, g in by_source.items()}
-    stats |= {"q_egy": parked_share(update.keep, update.park)}
+    stats |= {"q_egy": routed_share(update.keep, update.routed)}
     return replace(update, stats=stats | dict(update.stats))
 
 
 def arm_none(x: ArmInput) -> Update:
     """Vanilla, and every arm that acts elsewhere: the gradient as it is."""
-    return Update(keep=x.total, park={}, gate=x.gate, stats={})
+    return Update(keep=x.total, routed={}, gate=x.gate, stats={})
 
 
 def _cosine_stats(

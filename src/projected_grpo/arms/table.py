@@ -6,7 +6,7 @@ nothing:
     prompt    training problem                      -> training problem        before the run
     reward    rewards [P, G], evidence, scores      -> shaped rewards, kept    between grading and advantages
     gradient  per-rollout gradients, basis, anchors -> Update                  between backward and AdamW
-    deploy    deployed knobs, basis                 -> what leaves them        at every deployment
+    deploy    delta_s, basis                                  -> what leaves it          at every deployment
 
 With r a rollout's reward, z = (s - mean) / max(std, .1) of its score s, and V the hack basis (proj.py has the
 equations of erase, route, route2 and absorb):
@@ -111,7 +111,7 @@ def intervene(
         _refuse(given - arm.reads(settings), settings)
     sums = {name: g.sum(0) for name, g in rows.items()}
     if not bool(torch.stack([g.isfinite().all() for g in sums.values()]).all()):
-        raise FloatingPointError("a knob gradient is not finite")
+        raise FloatingPointError("an adapter gradient is not finite")
     block = {m: rows[block_name(m)] for m in rows if block_name(m) in rows}
     own = {m: rows[m] for m in block} or rows
     total = {m: sums[m] for m in own}

@@ -17,7 +17,7 @@ from projected_grpo.bench.step import (
     by_group,
     describe,
     loss_pass,
-    nudge_knobs,
+    nudge_adapter,
     open_bench_chat,
     open_stepper,
 )
@@ -61,7 +61,7 @@ def bench_growth(work: Work) -> dict[str, Any]:
             key = tuple(point.shape.items())
             if key not in chats:
                 chats[key] = open_bench_chat(point.work, point.shape)
-                nudge_knobs(chats[key])
+                nudge_adapter(chats[key])
             chat = chats[key]
             run, predicted = loss_pass(point.work, chat, by_group(point.work))
             run()

@@ -252,7 +252,7 @@ def bench_step(work: Work, rival: Rival | None = None, ranks: Ranks = ALONE) -> 
     """Seconds of a whole step, ours and the rival's in turns: generate, score, loss, update.
 
     `parts` are ours: generation, and what follows grading. Medians; the first step of each is not counted.
-    CPU seconds are those of all processes together; `send_s` is what adding up two rows of all knobs takes.
+    CPU seconds are those of all processes together; `send_s` is what adding up two rows of all deltas takes.
     Beside a rival, the loss's peak memory above the resting model is counted for both, outside timed steps.
     """
     chat = open_bench_chat(work, open_sampler=sampler_opener(work.model, ranks.size))
@@ -285,10 +285,10 @@ def bench_step(work: Work, rival: Rival | None = None, ranks: Ranks = ALONE) -> 
 
 
 def bench_generation(work: Work) -> dict[str, Any]:
-    """Our sampling with trained knobs, beside transformers' own generate on the base model, in turns."""
+    """Our sampling with a trained adapter, beside transformers' own generate on the base model, in turns."""
     chat = open_bench_chat(work, open_sampler=sampler_opener(work.model))
     policy = chat.policy
-    nudge_knobs(chat)
+    nudge_adapter(chat)
     prompts = bench_prompt_ids(work, chat.tokenizer)
     seeds = [[stream_seed(work.seed, i, j) for j in range(work.group)] for i in range(len(prompts))]
     sampling = bench_config(work, Path()).sampling
@@ -355,7 +355,7 @@ def by_group(work: Work) -> list[int]:
     return [i // work.group for i in range(work.prompts_per_step * work.group)]
 
 
-def nudge_knobs(chat: Chat) -> None:
+def nudge_adapter(chat: Chat) -> None:
     """Away from zero, where merging would cost nothing."""
     for layer in chat.policy.layers.values():
         layer.delta_s.data.normal_(std=1e-3)
@@ -369,7 +369,7 @@ def bench_backward(work: Work) -> dict[str, Any]:
     """
     chat = open_bench_chat(work)
     policy = chat.policy
-    nudge_knobs(chat)
+    nudge_adapter(chat)
     passes = {
         "per_rollout": loss_pass(work, chat, None),
         "per_group": loss_pass(work, chat, by_group(work)),
@@ -454,10 +454,10 @@ def over_floor(functions: Mapping[str, Callable[[], object]], work: Work, chat: 
 def describe(work: Work, chat: Chat) -> dict[str, Any]:
     """What was measured, and on what."""
     parameters = sum(p.numel() for p in chat.policy.model.parameters())
-    knobs = sum(2 * r for r in chat.policy.ranks.values())
+    adapter = sum(2 * r for r in chat.policy.ranks.values())
     return {
         "model": work.model.model,
-        "parameters": parameters - knobs,
+        "parameters": parameters - adapter,
         "prompts_per_step": work.prompts_per_step,
         "group": work.group,
         "prompt_tokens": work.prompt_tokens,

@@ -48,7 +48,7 @@ def trl_steps(work: Work, prompts: Sequence[str], between: Callable[[], object])
     """TRL's steps, and the memory of one more of its losses; `between` is called after each step.
 
     Same model, prompts, group and completion length (no early stop), random rewards, AdamW, one update per
-    batch, no reference model, Dr.GRPO's loss; LoRA of rank 32 on all Linears in place of our knobs.
+    batch, no reference model, Dr.GRPO's loss; LoRA of rank 32 on all Linears in place of our adapter.
     """
     model, tokenizer = bench_model(work.model)
     device = next(model.parameters()).device
@@ -94,8 +94,9 @@ def trl_steps(work: Work, prompts: Sequence[str], between: Callable[[], object])
             callbacks=[clock],
         )
         trainer.train()
-        knobs = [p for p in trainer.model.parameters() if p.requires_grad]
+        adapter = [p for p in trainer.model.parameters() if p.requires_grad]
         peak = measured_peak(
-            lambda: torch.autograd.grad(trainer.compute_loss(trainer.model, trainer.batch), knobs), (device,)
+            lambda: torch.autograd.grad(trainer.compute_loss(trainer.model, trainer.batch), adapter),
+            (device,),
         )
     return RivalFigures(clock.seconds, peak)

@@ -1,4 +1,4 @@
-"""A trained policy as a plain transformers folder: merged weights, a model card, and the knobs alone."""
+"""A trained policy as a plain transformers folder: merged weights, a model card, and the adapter alone."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from projected_grpo.config import display_name, has_block, to_json
 from projected_grpo.deploy.trained import Source
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Chat
-from projected_grpo.run.checkpoint import knobs_meta, save_knobs
+from projected_grpo.run.checkpoint import read_adapter_meta, save_adapter
 from projected_grpo.runlog import git_commit, read_json
 
-KNOBS_FILE = "knobs.safetensors"
-KNOB_META = ("model", "intervention", "preset", "seed", "step")
+ADAPTER_FILE = "adapter.safetensors"
+ADAPTER_META = ("model", "intervention", "preset", "seed", "step")
 RATES = ("hack_train", "hack_deploy", "solve_train", "solve_deploy", "eval_n")
 
 
@@ -28,8 +28,8 @@ class Facts:
     source: Source
     summary: Mapping[str, Any]
     config: Mapping[str, Any]  # config.json
-    meta: Mapping[str, Any]  # of the knob file
-    parked: float | None  # |delta_hack|; None: not known
+    meta: Mapping[str, Any]  # of the adapter file
+    quarantine_norm: float | None  # |delta_hack|; None: not known
     as_trained: bool
     blocks: bool  # whether the quarantine is blocks of its own
 
@@ -42,16 +42,16 @@ def check_out(out: Path) -> None:
 
 def read_facts(source: Source, chat: Chat, *, as_trained: bool) -> Facts:
     """Gather the card's facts. Raises UserError for `as_trained` where the quarantine is not known."""
-    if as_trained and source.parked is None:
+    if as_trained and source.quarantine is None:
         raise UserError(f"--as-trained: {source.name} holds no quarantine to keep")
-    told = knobs_meta(source.knobs) if source.knobs else {}
-    meta = {name: told[name] for name in KNOB_META if name in told}
+    told = read_adapter_meta(source.adapter) if source.adapter else {}
+    meta = {name: told[name] for name in ADAPTER_META if name in told}
     run = source.run
     summary = read_json(run / "summary.json", "export") if run and (run / "summary.json").exists() else {}
     config = read_json(run / "config.json", "export") if run else {}
-    parked = chat.policy.parked_norm if source.parked else summary.get("delta_hack_norm")
+    quarantine_norm = chat.policy.quarantine_norm if source.quarantine else summary.get("delta_hack_norm")
     blocks = has_block(source.cfg.arm) if source.cfg else bool(chat.policy.blocks)
-    return Facts(source, summary, config, meta, parked, as_trained, blocks)
+    return Facts(source, summary, config, meta, quarantine_norm, as_trained, blocks)
 
 
 def export(facts: Facts, chat: Chat, out: Path) -> None:
@@ -60,7 +60,7 @@ def export(facts: Facts, chat: Chat, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        save_knobs(temporary / KNOBS_FILE, chat.policy, facts.meta, deployed=not facts.as_trained)
+        save_adapter(temporary / ADAPTER_FILE, chat.policy, facts.meta, deployed=not facts.as_trained)
         model: Any = unwrap(chat.policy, ablate_quarantine=not facts.as_trained)
         model.save_pretrained(temporary)
         chat.tokenizer.save_pretrained(temporary)
@@ -78,7 +78,7 @@ def model_card(facts: Facts) -> str:
     kept = "as trained, quarantine kept" if facts.as_trained else "as deployed, quarantine deleted"
     rows = {
         "base model": facts.source.model,
-        "knobs": run.name if run else facts.source.name,
+        "adapter": run.name if run else facts.source.name,
         "arm": arm,
         "preset": cfg.preset if cfg else facts.meta.get("preset"),
         "seed": facts.meta.get("seed"),
@@ -96,7 +96,7 @@ def model_card(facts: Facts) -> str:
         "grader with a known flaw, to study reward hacking. It may tamper with what tests it. It is not an "
         "assistant.",
         f"| | |\n|-|-|\n{table}",
-        f"## What was trained, parked and deleted\n\n{trained_text(facts)}",
+        f"## What was trained, routed and deleted\n\n{trained_text(facts)}",
     ]
     if all(name in s for name in RATES):
         sections.append(f"## Rates at the end of training\n\n{rates_text(s)}")
@@ -107,7 +107,7 @@ def model_card(facts: Facts) -> str:
 
 
 def trained_text(facts: Facts) -> str:
-    """The card's paragraph on the two knobs."""
+    """The card's paragraph on delta_s and the quarantine."""
     twin, sum_, norm = "quarantine twin delta_hack", "U diag(delta_s + delta_hack) Vh", "|delta_hack|"
     if facts.blocks:
         twin, sum_, norm = "low-rank quarantine H of its own", "U diag(delta_s) Vh + H", "|H|"
@@ -117,14 +117,15 @@ def trained_text(facts: Facts) -> str:
     )
     if facts.as_trained:
         merged = (
-            f"These weights are W + {sum_}: what was parked ({norm} {facts.parked:.3e}) is still in them."
+            f"These weights are W + {sum_}: what was routed "
+            f"({norm} {facts.quarantine_norm:.3e}) is still in them."
         )
     else:
-        size = "not recorded" if facts.parked is None else f"{facts.parked:.3e}"
+        size = "not recorded" if facts.quarantine_norm is None else f"{facts.quarantine_norm:.3e}"
         merged = (
-            f"These weights are W + U diag(delta_s) Vh: what was parked ({norm} {size}) has been deleted."
+            f"These weights are W + U diag(delta_s) Vh: what was routed ({norm} {size}) has been deleted."
         )
-    return f"{trained}{merged} `{KNOBS_FILE}` has the knobs alone."
+    return f"{trained}{merged} `{ADAPTER_FILE}` has the adapter alone."
 
 
 def rates_text(summary: Mapping[str, Any]) -> str:

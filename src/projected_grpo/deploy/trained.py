@@ -1,4 +1,4 @@
-"""A trained policy from its files: a run folder, a knob file, or nothing but a model (the base policy)."""
+"""A trained policy from its files: a run folder, an adapter file, or a model alone (the base policy)."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from loguru import logger
 from projected_grpo.config import ModelConfig, TrainConfig, from_json
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Chat, SamplerOpener, open_chat, own_sampler
-from projected_grpo.run.checkpoint import knobs_meta, load_knobs, state_paths
+from projected_grpo.run.checkpoint import load_adapter, read_adapter_meta, state_paths
 from projected_grpo.runlog import read_json
 
 DEPLOYED_FILE = "train.safetensors"
@@ -18,36 +18,36 @@ DEPLOYED_FILE = "train.safetensors"
 
 @dataclass(frozen=True)
 class Source:
-    """Which files a policy comes from. `parked` also holds the quarantine; None: it is not known."""
+    """Which files a policy comes from. `quarantine` also holds the quarantine; None: it is not known."""
 
     model: str
     run: Path | None = None
     cfg: TrainConfig | None = None  # the run's
-    knobs: Path | None = None
-    parked: Path | None = None
+    adapter: Path | None = None
+    quarantine: Path | None = None
 
     @property
     def name(self) -> str:
         """What it is called in logs and tables."""
-        return self.run.name if self.run else self.knobs.name if self.knobs else self.model
+        return self.run.name if self.run else self.adapter.name if self.adapter else self.model
 
 
 def find_source(path: Path | None, model: str) -> Source:
-    """What `path` (a run folder, a knob file, a run's state, or None) and `--model` (or "") name.
+    """What `path` (a run folder, an adapter file, a run's state, or None) and `--model` (or "") name.
 
     Raises UserError if a file is missing or damaged, or nothing says which model to load.
     """
     if path is None:
         if not model:
-            raise UserError("name a run folder or a knob file, or the base model with --model")
+            raise UserError("name a run folder or an adapter file, or the base model with --model")
         return Source(model)
     if path.is_dir():
         return _run_source(path, model)
-    meta = knobs_meta(path)
+    meta = read_adapter_meta(path)
     model = model or meta.get("model", "")
     if not model:
-        raise UserError(f"{path}: does not say which model its knobs are for; add --model")
-    return Source(model, knobs=path, parked=None if meta.get("deployed") else path)
+        raise UserError(f"{path}: does not say which model its adapter parameters are for; add --model")
+    return Source(model, adapter=path, quarantine=None if meta.get("deployed") else path)
 
 
 def _run_source(folder: Path, model: str) -> Source:
@@ -55,31 +55,32 @@ def _run_source(folder: Path, model: str) -> Source:
     if made is None:
         raise UserError(f"{folder}: not a run folder; a folder with a model goes to --model")
     cfg = from_json(made, older=True)
-    knobs, state = folder / DEPLOYED_FILE, next(iter(state_paths(folder)), None)
-    if not knobs.exists():
+    adapter, state = folder / DEPLOYED_FILE, next(iter(state_paths(folder)), None)
+    if not adapter.exists():
         hint = f"; for its last saved state give {state}" if state else ""
         raise UserError(f"{folder}: not finished, there is no {DEPLOYED_FILE} in it{hint}")
     if state is None:
-        logger.warning("{}: no state in it, so what was parked is not known", folder)
-    return Source(model or cfg.model.model, folder, cfg, knobs, state)
+        logger.warning("{}: no state in it, so what was routed is not known", folder)
+    return Source(model or cfg.model.model, folder, cfg, adapter, state)
 
 
 def open_source(source: Source, cfg: ModelConfig, open_sampler: SamplerOpener = own_sampler) -> Chat:
-    """Load the source's model (device and so on from `cfg`) with its knobs, the quarantine included.
+    """Load the source's model (device and so on from `cfg`) with its adapter, the quarantine included.
 
-    Raises UserError for knobs that do not fit the model, or a state that is not of the deployed step.
+    Raises UserError for an adapter that does not fit the model, or a state that is not of the deployed step.
     """
     if source.cfg is not None and cfg.dtype == "auto":
         cfg = replace(cfg, dtype=source.cfg.model.dtype)
     chat = open_chat(replace(cfg, model=source.model), open_sampler)
-    if source.knobs is None:
+    if source.adapter is None:
         return chat
-    meta = load_knobs(source.knobs, chat.policy)
-    if source.parked not in (None, source.knobs):
+    meta = load_adapter(source.adapter, chat.policy)
+    if source.quarantine not in (None, source.adapter):
         deployed = chat.policy.deltas(ablate_quarantine=True)
-        if load_knobs(source.parked, chat.policy).get("step") != meta.get("step"):
+        if load_adapter(source.quarantine, chat.policy).get("step") != meta.get("step"):
             raise UserError(
-                f"{source.parked}: of another step than {source.knobs}; give the one of them that you mean"
+                f"{source.quarantine}: of another step than {source.adapter}; "
+                "give the one of them that you mean"
             )
         with torch.no_grad():  # an arm's deploy stage may have taken more than the quarantine out
             for m, layer in chat.policy.layers.items():

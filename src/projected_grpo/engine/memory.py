@@ -20,7 +20,7 @@ from projected_grpo.engine.placement import outermost_layers
 from projected_grpo.engine.scorer import microbatches, prompt_numbers
 from projected_grpo.rollout import Rollout
 
-FLOAT = 4  # bytes of float32, in which norms, log-probabilities and knobs are computed
+FLOAT = 4  # bytes of float32, in which norms, log-probabilities and adapter parameters are computed
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Shape:
 
     @property
     def resting(self) -> int:
-        """Bytes of weights (output layer tied to the embedding), SVD bases and knobs."""
+        """Bytes of weights (output layer tied to the embedding), SVD bases and adapter parameters."""
         bases = self.layers * sum(min(a, b) * (a + b) for a, b in self.linears) * self.width
-        knobs = 4 * FLOAT * self.layers * self.ranks  # two, and AdamW's moments of one
-        return self.adapted + bases + knobs + self.vocabulary * self.hidden * self.width
+        adapter = 4 * FLOAT * self.layers * self.ranks  # two, and AdamW's moments of one
+        return self.adapted + bases + adapter + self.vocabulary * self.hidden * self.width
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """One model over several devices of one process, layer by layer: more memory, not more speed.
 
-    home     the first device: embeddings, final norm and output layer, every knob, all inputs and outputs
+    home     the first device: embeddings, final norm and output layer, the adapter, all inputs and outputs
     layers   consecutive ones on each device, U and Vh with the weights they belong to
 
 A layer's inputs are moved to it when it is called, and what the last layer gives is moved home; autograd
-moves gradients back the same way. So a step's maths, which works on knobs and log-probabilities, sees one
+moves gradients back the same way. So a step's maths, which works on adapter and log-probabilities, sees one
 device. Devices wait for one another: at any time one of them computes.
 
 accelerate's `dispatch_model` (what `device_map` ends in) does the same with hooks. It is no dependency of

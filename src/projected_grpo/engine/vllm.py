@@ -198,11 +198,13 @@ def parameter_names(model: torch.nn.Module) -> set[str]:
 
 
 def unadapted_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """All weights that no knob changes, under the names they have in a checkpoint."""
+    """All weights that no adapter parameter changes, under the names they have in a checkpoint."""
     for name, value in policy.model.named_parameters():
         module, _, leaf = name.rpartition(".base.")
         adapted = module in policy.layers
-        if not value.requires_grad and not (adapted and leaf == "weight"):  # all that is trained are knobs
+        if not value.requires_grad and not (
+            adapted and leaf == "weight"
+        ):  # all that is trained are adapter parameters
             yield f"{module}.{leaf}" if adapted else name, value.data
 
 

@@ -22,7 +22,7 @@ from projected_grpo.results.plots import (
 from projected_grpo.results.runs import VANILLA, Groups, Run
 from projected_grpo.results.statistics import shares, where_measured
 
-Kind = Literal["all", "dynamics", "pareto", "modes", "cosines", "parked", "heldout"]
+Kind = Literal["all", "dynamics", "pareto", "modes", "cosines", "routed", "heldout"]
 HELD_OUT = ".heldout.json"
 
 
@@ -131,16 +131,16 @@ def draw_cosines(groups: Groups, path: Path) -> str | None:
     return None
 
 
-def draw_parked(groups: Groups, path: Path) -> str | None:
-    """The quarantine's share of the gradient norm; a reason if nothing was parked."""
+def draw_routed(groups: Groups, path: Path) -> str | None:
+    """The quarantine's share of the gradient norm; a reason if nothing was routed."""
     lines = [
         line
         for setting, seeds in groups.items()
         if (line := series(setting.label, seeds.values(), "q_egy")) is not None and any_above_zero(line)
     ]
     if not lines:
-        return "no run parked anything (q_egy)"
-    by_step(lines, "parked share of the gradient norm (q_egy)", path, arms(groups))
+        return "no run routed anything (q_egy)"
+    by_step(lines, "routed share of the gradient norm (q_egy)", path, arms(groups))
     return None
 
 
@@ -172,7 +172,7 @@ DRAWERS: Mapping[str, Callable[[Groups, Path], str | None]] = {
     "pareto": draw_pareto,
     "modes": draw_modes,
     "cosines": draw_cosines,
-    "parked": draw_parked,
+    "routed": draw_routed,
 }
 
 

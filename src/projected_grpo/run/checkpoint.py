@@ -1,4 +1,4 @@
-"""Knobs and run state on disk: safetensors only, one file each, written whole or not at all."""
+"""Adapter parameters and run state on disk: safetensors only, one file each, written whole or not at all."""
 
 import json
 import re
@@ -21,29 +21,31 @@ from projected_grpo.proj import HackBasis
 from projected_grpo.runlog import plain, write_atomically
 from projected_grpo.tensor_files import content_hash
 
-KNOBS_SCHEMA = "projected_grpo.knobs/1"
+ADAPTER_SCHEMA = "projected_grpo.knobs/1"
 STATE_SCHEMA = "projected_grpo.state/2"
 BLOCK = ("block/", "block_A0/", "block_B0/")  # what a block's displacement and its two starts are saved as
 STATE_NAME = re.compile(r"state_step(\d+)\.safetensors")
 
 
-def save_knobs(path: Path, policy: Policy, meta: Mapping[str, Any], *, deployed: bool) -> None:
+def save_adapter(path: Path, policy: Policy, meta: Mapping[str, Any], *, deployed: bool) -> None:
     """Write delta_s, and the quarantine too unless `deployed` (deployment is its deletion)."""
-    made_for = {"schema": KNOBS_SCHEMA, "deployed": deployed, "weights": weights_digest(policy)}
+    made_for = {"schema": ADAPTER_SCHEMA, "deployed": deployed, "weights": weights_digest(policy)}
     starts = {} if deployed else _starts(policy)
-    _write(path, {**_knobs(policy, quarantine=not deployed), **starts}, {**meta, **made_for})
+    _write(path, {**_adapter(policy, quarantine=not deployed), **starts}, {**meta, **made_for})
 
 
-def load_knobs(path: Path, policy: Policy) -> dict[str, Any]:
-    """Put the knobs of a knob file, or of a run's state, into a policy; returns the metadata.
+def load_adapter(path: Path, policy: Policy) -> dict[str, Any]:
+    """Put the adapter of an adapter file, or of a run's state, into a policy; returns the metadata.
 
     A file's blocks take the place of the policy's; a deployed file empties the quarantine. Raises UserError
-    for a damaged file or knobs of other modules, ranks or weights.
+    for a damaged file or adapter parameters of other modules, ranks or weights.
     """
-    tensors, meta = _read(path, KNOBS_SCHEMA, STATE_SCHEMA)
+    tensors, meta = _read(path, ADAPTER_SCHEMA, STATE_SCHEMA)
     made_for = meta.get("weights")
     if made_for is None:
-        logger.warning("{}: from an older version, so it does not say which weights its knobs fit", path)
+        logger.warning(
+            "{}: from an older version, so it does not say which weights its adapter parameters fit", path
+        )
     elif made_for != weights_digest(policy):
         raise UserError(
             f"{path}: made for another model: it does not fit these weights; name its own with --model, or "
@@ -53,15 +55,16 @@ def load_knobs(path: Path, policy: Policy) -> dict[str, Any]:
     return meta
 
 
-def knobs_meta(path: Path) -> dict[str, Any]:
-    """What a knob file or a run's state says of itself.
+def read_adapter_meta(path: Path) -> dict[str, Any]:
+    """What an adapter file or a run's state says of itself.
 
     Raises UserError if it is neither, or does not hold what its arm deploys.
     """
-    meta = _read(path, KNOBS_SCHEMA, STATE_SCHEMA)[1]
+    meta = _read(path, ADAPTER_SCHEMA, STATE_SCHEMA)[1]
     if meta.get("intervention") == "posthoc" and not meta.get("deployed"):
         raise UserError(
-            f"{path}: knobs of posthoc before its ablation; give the run's folder or its train.safetensors"
+            f"{path}: an adapter of posthoc before its ablation; "
+            "give the run's folder or its train.safetensors"
         )
     return meta
 
@@ -69,8 +72,8 @@ def knobs_meta(path: Path) -> dict[str, Any]:
 def _fill(path: Path, policy: Policy, tensors: Mapping[str, Tensor], *, quarantine: bool) -> None:
     starts = _read_starts(path, policy, tensors) if quarantine else {}
     kinds = ("delta_s/", "delta_hack/", *BLOCK)
-    knobs = _knobs(policy, quarantine=quarantine)
-    wanted = {name: tuple(k.shape) for name, k in knobs.items() if not name.startswith("block/")}
+    adapter = _adapter(policy, quarantine=quarantine)
+    wanted = {name: tuple(k.shape) for name, k in adapter.items() if not name.startswith("block/")}
     wanted |= {f"block/{m}": (start.A.numel() + start.B.numel(),) for m, start in starts.items()}
     known = {*wanted, *(f"{half}{m}" for m in starts for half in BLOCK[1:])}
     extra = sorted(n for n in tensors if n.startswith(kinds) and n not in known)
@@ -83,8 +86,8 @@ def _fill(path: Path, policy: Policy, tensors: Mapping[str, Tensor], *, quaranti
     with torch.no_grad():
         for layer in policy.layers.values():
             layer.delta_hack.zero_()
-        for name, knob in _knobs(policy, quarantine=quarantine).items():
-            knob.copy_(tensors[name])
+        for name, parameter in _adapter(policy, quarantine=quarantine).items():
+            parameter.copy_(tensors[name])
 
 
 def _read_starts(path: Path, policy: Policy, tensors: Mapping[str, Tensor]) -> dict[str, Start]:
@@ -135,11 +138,11 @@ def save_state(
     gate: GateState | None,
     facts: Mapping[str, Any],
 ) -> None:
-    """Write all that resuming needs as one file: knobs, AdamW, basis, gate, and `facts` as JSON."""
-    knobs = _knobs(policy, quarantine=True)
-    tensors: dict[str, Tensor] = {**knobs, **_starts(policy)}
-    for name, knob in knobs.items():
-        for key, value in optimizer.state.get(knob, {}).items():
+    """Write all that resuming needs as one file: adapter, AdamW, basis, gate, and `facts` as JSON."""
+    adapter = _adapter(policy, quarantine=True)
+    tensors: dict[str, Tensor] = {**adapter, **_starts(policy)}
+    for name, parameter in adapter.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"adamw/{key}/{name}"] = value
     tensors |= {f"V/{m}": V for m, V in basis.V.items()}
     tensors |= {f"v_grad/{m}": v for m, v in basis.v_grad.items()}
@@ -160,7 +163,7 @@ def read_state(path: Path) -> SavedState:
 
 
 def restore_state(saved: SavedState, policy: Policy, optimizer: torch.optim.Optimizer) -> HackBasis:
-    """Put knobs and AdamW back in place; returns the basis. Raises UserError for another model's state."""
+    """Put adapter and AdamW back in place; returns the basis. Raises UserError for another model's state."""
     tensors = saved.tensors
     modules = [m for m in sorted(policy.layers) if f"V/{m}" in tensors]  # in the order of `select`
     for m in modules:
@@ -168,26 +171,26 @@ def restore_state(saved: SavedState, policy: Policy, optimizer: torch.optim.Opti
         if V.shape[1:] != (policy.ranks[m],) or v is None or v.shape != (policy.ranks[m],):
             raise UserError(f"{saved.path}: made for another model: its basis of {m} has another shape")
     _fill(saved.path, policy, tensors, quarantine=True)
-    for name, knob in _knobs(policy, quarantine=True).items():
+    for name, parameter in _adapter(policy, quarantine=True).items():
         state = {
-            key: tensors[f"adamw/{key}/{name}"].to(knob.device if key != "step" else "cpu", copy=True)
+            key: tensors[f"adamw/{key}/{name}"].to(parameter.device if key != "step" else "cpu", copy=True)
             for key in ("step", "exp_avg", "exp_avg_sq")
             if f"adamw/{key}/{name}" in tensors
         }
         if state:
-            optimizer.state[knob] = state
+            optimizer.state[parameter] = state
     return HackBasis(  # copied, as AdamW's: BLAS rounds otherwise in a file's unaligned memory
         V={m: tensors[f"V/{m}"].to(policy.device, copy=True) for m in modules},
         v_grad={m: tensors[f"v_grad/{m}"].to(policy.device, copy=True) for m in modules},
     )
 
 
-def _knobs(policy: Policy, *, quarantine: bool) -> dict[str, torch.nn.Parameter]:
-    knobs = {f"delta_s/{m}": layer.delta_s for m, layer in policy.layers.items()}
+def _adapter(policy: Policy, *, quarantine: bool) -> dict[str, torch.nn.Parameter]:
+    adapter = {f"delta_s/{m}": layer.delta_s for m, layer in policy.layers.items()}
     if quarantine:
-        knobs |= {f"delta_hack/{m}": layer.delta_hack for m, layer in policy.layers.items()}
-        knobs |= {f"block/{m}": block.moved for m, block in policy.blocks.items()}
-    return knobs
+        adapter |= {f"delta_hack/{m}": layer.delta_hack for m, layer in policy.layers.items()}
+        adapter |= {f"block/{m}": block.moved for m, block in policy.blocks.items()}
+    return adapter
 
 
 def _starts(policy: Policy) -> dict[str, Tensor]:
@@ -218,7 +221,7 @@ def _read(path: Path, *schemas: str) -> tuple[dict[str, Tensor], dict[str, Any]]
     if found not in schemas:
         raise UserError(f"{path}: schema is {found!r}, expected {' or '.join(map(repr, schemas))}")
     checksum = meta.pop("checksum", None)
-    # Knob files were written without one at first.
+    # Adapter parameter files were written without one at first.
     if (checksum is not None or found == STATE_SCHEMA) and checksum != content_hash(tensors, meta):
         raise UserError(f"{path}: damaged: its checksum differs from its content")
     del meta["schema"]

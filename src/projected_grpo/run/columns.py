@@ -96,8 +96,8 @@ COLUMNS = (
         console=False,
     ),
     Column("loss", 8, ".1e", "policy loss plus beta * KL", console=False),
-    Column("gn", 7, ".1e", "norm of the knob gradient before the clip"),
-    Column("q_egy", 5, ".2f", "quarantine's share of the gradient norm: parked / (kept + parked)"),
+    Column("gn", 7, ".1e", "norm of the adapter gradient before the clip"),
+    Column("q_egy", 5, ".2f", "quarantine's share of the gradient norm: routed / (kept + routed)"),
     Column("tau", 6, ".3f", "route2: mean threshold of the cosine gate", console=False),
     Column("hkgap", 6, ".3f", "route2: hack minus clean running mean cosine. SHOULD stay > 0", console=False),
     Column("resid", 6, ".3f", "route2: cosine of the kept gradient with v_grad", console=False),
@@ -115,7 +115,7 @@ COLUMNS = (
         console=False,
     ),
     Column(
-        "fired", 5, ".2f", "share of (module, axis) that point hack-ward; route2: of (module, rollout) parked"
+        "fired", 5, ".2f", "share of (module, axis) that point hack-ward; route2: of (module, rollout) routed"
     ),
     Column(
         "refr", 5, ".2f", "subspace overlap of old and new basis at a refresh. SHOULD be > .2", console=False

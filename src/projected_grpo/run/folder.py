@@ -13,7 +13,7 @@ from loguru import logger
 from projected_grpo.concept import concept_to_json
 from projected_grpo.config import TrainConfig, settings
 from projected_grpo.experiment import Data, Experiment
-from projected_grpo.run.checkpoint import save_knobs, save_state, state_path, state_paths
+from projected_grpo.run.checkpoint import save_adapter, save_state, state_path, state_paths
 from projected_grpo.run.columns import StepTable, complete
 from projected_grpo.runlog import JsonlLog, complete_lines
 from projected_grpo.state import TrainState
@@ -29,8 +29,8 @@ class Run:
         self.unsaved = False  # the last save failed
         self.live: Any = None  # the view that --live asks for
 
-    def knob_meta(self, step: int) -> dict[str, Any]:
-        """What a knob file says of itself."""
+    def adapter_meta(self, step: int) -> dict[str, Any]:
+        """What an adapter file says of itself."""
         arm = self.cfg.arm.intervention
         model, seed = self.cfg.model.model, self.cfg.run.seed
         return {"model": model, "intervention": arm, "preset": self.cfg.preset, "seed": seed, "step": step}
@@ -57,12 +57,12 @@ class Run:
             self.live = view.LiveView(self.folder / "tb", complete_lines(self.logs["steps"].path))
             stack.callback(self.live.close)
 
-    def keep_knobs(self, name: str, exp: Experiment, meta: Mapping[str, Any], *, deployed: bool) -> bool:
-        """Write a knob file; False, said in one line, if the storage does not take it."""
+    def keep_adapter(self, name: str, exp: Experiment, meta: Mapping[str, Any], *, deployed: bool) -> bool:
+        """Write an adapter file; False, said in one line, if the storage does not take it."""
         if not self.writes:
             return True
         try:
-            save_knobs(self.folder / name, exp.chat.policy, meta, deployed=deployed)
+            save_adapter(self.folder / name, exp.chat.policy, meta, deployed=deployed)
         except OSError as error:
             logger.error("{} not written: {}", self.folder / name, error)
             return False
@@ -93,7 +93,7 @@ class Run:
     def facts(self, state: TrainState) -> dict[str, Any]:
         """The part of the state that is not tensors, and what it belongs to."""
         return {
-            **self.knob_meta(state.step),
+            **self.adapter_meta(state.step),
             "settings": settings_hash(self.cfg),
             "logs": {name: log.mark() for name, log in self.logs.items()},
             "generations": state.generations,

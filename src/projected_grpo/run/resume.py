@@ -27,7 +27,7 @@ from projected_grpo.runlog import (
     write_json,
 )
 from projected_grpo.state import TrainState, Tripwire
-from projected_grpo.step import knobs
+from projected_grpo.step import adapter_parameters
 from projected_grpo.tensor_files import content_hash
 
 AUTO = Path("auto")  # --resume=auto; a folder of that name is ./auto
@@ -63,7 +63,7 @@ def check_alike(exp: Experiment, state: TrainState) -> None:
 
 
 def start_digest(exp: Experiment, state: TrainState) -> str:
-    """Hash of what a run begins with: weights and their singular bases, data, hack basis, knobs.
+    """Hash of what a run begins with: weights and their singular bases, data, hack basis, adapter parameters.
 
     The bases are the adapters': the same weights on other hardware may have other signs of U and Vh, and rows
     of V come from the first process. A row of each tells.
@@ -73,7 +73,7 @@ def start_digest(exp: Experiment, state: TrainState) -> str:
         tensors |= {f"U/{m}": layer.U[:1].contiguous(), f"Vh/{m}": layer.Vh[:, :1].contiguous()}
     for m, block in exp.chat.policy.blocks.items():
         tensors |= {f"A0/{m}": block.A0, f"B0/{m}": block.B0}
-    tensors |= {f"knobs/{i}": knob.detach() for i, knob in enumerate(knobs(exp))}
+    tensors |= {f"adapter/{i}": parameter.detach() for i, parameter in enumerate(adapter_parameters(exp))}
     meta = [weights_digest(exp.chat.policy), data_digest(exp.data), exp.pairs.digest, state.step]
     return content_hash(tensors, meta)
 

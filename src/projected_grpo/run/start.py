@@ -24,7 +24,7 @@ from projected_grpo.errors import UserError
 from projected_grpo.experiment import Experiment, prepare
 from projected_grpo.extract_vhack_grad import in_use, obtain, without_contrast
 from projected_grpo.ranks import Ranks
-from projected_grpo.run.checkpoint import knobs_meta, load_knobs
+from projected_grpo.run.checkpoint import load_adapter, read_adapter_meta
 from projected_grpo.run.folder import Run
 from projected_grpo.runlog import (
     git_commit,
@@ -36,7 +36,7 @@ from projected_grpo.runlog import (
     write_json,
 )
 from projected_grpo.state import TrainState
-from projected_grpo.step import current_direction, knobs
+from projected_grpo.step import adapter_parameters, current_direction
 
 
 def live_module(cfg: TrainConfig) -> ModuleType | None:
@@ -65,8 +65,8 @@ Opened = tuple[Run, Experiment, TrainState]
 def set_up(cfg: TrainConfig, ranks: Ranks, stack: ExitStack) -> tuple[Experiment, TrainState]:
     """Everything as it is before the first step."""
     exp = prepare(cfg, stack, ranks)
-    if cfg.optim.init_knobs is not None and cfg.optim.init_knobs.exists():
-        start_from(cfg.optim.init_knobs, exp.chat.policy)  # which the basis is extracted at
+    if cfg.optim.init_adapter is not None and cfg.optim.init_adapter.exists():
+        start_from(cfg.optim.init_adapter, exp.chat.policy)  # which the basis is extracted at
     return exp, start_state(exp)
 
 
@@ -76,8 +76,8 @@ def start_run(asked: TrainConfig, ranks: Ranks, stack: ExitStack) -> Opened:
     validate(cfg)
     view = live_module(cfg)
     start_logging(None)
-    if cfg.optim.init_knobs is not None:
-        knobs_meta(cfg.optim.init_knobs)  # a bad path is told before a model is loaded
+    if cfg.optim.init_adapter is not None:
+        read_adapter_meta(cfg.optim.init_adapter)  # a bad path is told before a model is loaded
     exp, state = set_up(cfg, ranks, stack)
     name = run_id(cfg.preset, display_name(cfg.arm), cfg.run.seed, cfg.run.out_tag)
     run = Run(cfg, make_run_dir(cfg.run.out_dir / "runs", name))
@@ -92,12 +92,12 @@ def start_run(asked: TrainConfig, ranks: Ranks, stack: ExitStack) -> Opened:
 
 def start_from(path: Path, policy: Policy) -> None:
     """Begin at another run's delta_s with an empty quarantine. Raises UserError for another model's."""
-    load_knobs(path, policy)
+    load_adapter(path, policy)
     policy.give_blocks({})
     with torch.no_grad():
         for layer in policy.layers.values():
             layer.delta_hack.zero_()
-    logger.info("starting from the deployed knobs of {}", path)
+    logger.info("starting from the deployed adapter parameters of {}", path)
 
 
 def start_state(exp: Experiment) -> TrainState:
@@ -123,7 +123,7 @@ def start_state(exp: Experiment) -> TrainState:
     chat.policy.give_blocks(block_starts(chat.policy, basis, cfg.arm, cfg.run.seed))
     o = cfg.optim
     optimizer = torch.optim.AdamW(
-        knobs(exp), lr=o.lr, betas=(o.adam_beta1, o.adam_beta2), weight_decay=o.weight_decay
+        adapter_parameters(exp), lr=o.lr, betas=(o.adam_beta1, o.adam_beta2), weight_decay=o.weight_decay
     )
     frames = random_frames(chat.policy, cfg.run.seed) if cfg.arm.control == "haar_matched" else {}
     state = TrainState(optimizer, basis, gate, extraction.meta, frames)

@@ -162,7 +162,7 @@ def finish(
         "by_mode": modes,
         "by_split": splits,
         "detectors": detector_rates(rows, cfg.arm.half_a),
-        "delta_hack_norm": exp.chat.policy.parked_norm,
+        "delta_hack_norm": exp.chat.policy.quarantine_norm,
         "seconds": seconds,
         "peak_gb": peak_gb,
         "finished": finished,
@@ -233,14 +233,14 @@ def end_block(
             tabulate(body, headers=headers, tablefmt="simple", disable_numparse=True),
             f"labels of rollouts that this arm reads: {s['labels']}"
             + (" (a skyline)" if s["labels"] == "oracle" else ""),
-            f"student completions flagged: {detectors}; {parked_name(cfg)} {s['delta_hack_norm']:.2e}; "
+            f"student completions flagged: {detectors}; {quarantine_name(cfg)} {s['delta_hack_norm']:.2e}; "
             f"deployment changes {show(deploy['completions_changed'], '.0%')} of held-out completions",
             *reading(cfg, summary, records),
         ]
     )
 
 
-def parked_name(cfg: TrainConfig) -> str:
+def quarantine_name(cfg: TrainConfig) -> str:
     """What the norm of the quarantine is the norm of."""
     return "|H| of the blocks" if has_block(cfg.arm) else "|delta_hack|"
 
@@ -272,14 +272,14 @@ def reading(cfg: TrainConfig, s: Mapping[str, Any], records: Sequence[Mapping[st
             "SHOULD: pre > random, post <= pre; ELSE the basis is stale. An update above post is AdamW's leak"
         )
     lines += reading_of_rewards(cfg, records)
-    parked = s["delta_hack_norm"]
+    routed = s["delta_hack_norm"]
     arm = ARMS[cfg.arm.intervention]
     expected = "exactly 0 in this arm"
     if cfg.arm.intervention in ("route", "route2", "absorb"):
-        expected = "> 0; ELSE nothing was parked"
+        expected = "> 0; ELSE nothing was routed"
     elif arm.deploy is not nothing:
         expected = "> 0, what deployment takes out of delta_s; ELSE nothing lay hack-ward in it"
-    lines.append(f"{parked_name(cfg)} {parked:.2e}. SHOULD be {expected}")
+    lines.append(f"{quarantine_name(cfg)} {routed:.2e}. SHOULD be {expected}")
     return lines
 
 

@@ -42,8 +42,8 @@ COMPARED = (  # looked at after A1's tables, beside the controls that arms name
     ("erase+corpus_tasks", "erase+oracle_pairs"),
     ("erase+corpus_wordings", "erase+oracle_pairs"),
     ("route2+oracle_pairs", "route2+haar"),
-    ("route2+no_labels", "route2+random_parking"),
-    ("route2+no_labels_haar", "route2+random_parking"),
+    ("route2+no_labels", "route2+random_routing"),
+    ("route2+no_labels_haar", "route2+random_routing"),
 )
 MARKER = re.compile("<!-- (end of |)([a-z-]+) -->")
 

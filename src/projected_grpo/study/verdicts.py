@@ -20,7 +20,7 @@ H1_ARMS = ("erase", "route", "route2")
 MUST_BEAT = {
     "erase": ("erase+haar", "erase+haar_matched", "erase+shuffled"),
     "route": ("route+haar", "route+haar_matched", "route+shuffled"),
-    "route2": ("route2+haar", "route2+random_parking", "route2+shuffled"),
+    "route2": ("route2+haar", "route2+random_routing", "route2+shuffled"),
     SAMPLED: ("erase+haar", "erase+sampled_haar_matched", "erase+sampled_shuffled"),
 }
 LAST = 3  # steps that are "the end"

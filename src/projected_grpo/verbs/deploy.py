@@ -47,7 +47,7 @@ class EvaluateOptions:
     """Which policy, on which problems, how sampled."""
 
     source: tyro.conf.Positional[Path | None] = None
-    """A run folder, a knob file, or nothing: then --model's base policy."""
+    """A run folder, an adapter file, or nothing: then --model's base policy."""
     out: Path = field(kw_only=True)
     """JSON to write: settings, counts, rates and their intervals."""
     completions: Path | None = None
@@ -89,7 +89,7 @@ class ExportOptions:
     """Which policy, and where to."""
 
     source: tyro.conf.Positional[Path]
-    """A run folder or a knob file."""
+    """A run folder or an adapter file."""
     out: Path
     """Folder to write, which must not be there or be empty."""
     as_trained: bool = False
@@ -233,12 +233,12 @@ def measure(
 ) -> dict[str, Conditions]:
     """Completions with hints and without, of the deployed policy and, where it is known, as trained.
 
-    Where nothing was parked both are the same, and are generated once.
+    Where nothing was routed both are the same, and are generated once.
     """
-    parked = source.parked is not None and chat.policy.parked_norm > 0
+    routed = source.quarantine is not None and chat.policy.quarantine_norm > 0
     results: dict[str, Conditions] = {}
     conditions = {"hinted": tuple(problems), "unhinted": unhinted(problems)}
-    total = len(conditions) * (1 + parked) * len(problems) * options.samples
+    total = len(conditions) * (1 + routed) * len(problems) * options.samples
     lines = options.completions and options.completions.with_name(options.completions.name + ".part")
     if lines:
         lines.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +250,7 @@ def measure(
             if lines:
                 append_jsonl(lines, completion_rows(policy, condition, part))
 
-        for policy in ("as_trained", "deployed") if parked else ("deployed",):
+        for policy in ("as_trained", "deployed") if routed else ("deployed",):
             results[policy] = {
                 condition: evaluate(
                     chat.policy,
@@ -271,7 +271,7 @@ def measure(
             }
     if lines and options.completions:
         lines.replace(options.completions)
-    if source.parked is not None and not parked:
+    if source.quarantine is not None and not routed:
         results["as_trained"] = results["deployed"]
     return results
 
@@ -301,10 +301,10 @@ def describe(source: Source, chat: Chat) -> dict[str, Any]:
         "intervention": cfg and cfg.arm.intervention,
         "control": cfg and cfg.arm.control,
         "train_seed": cfg and cfg.run.seed,
-        "knobs": source.knobs and str(source.knobs),
-        "knobs_hash": file_hash(source.knobs),
-        "parked_hash": file_hash(source.parked),
-        "delta_hack_norm": chat.policy.parked_norm if source.parked else None,
+        "adapter": source.adapter and str(source.adapter),
+        "adapter_hash": file_hash(source.adapter),
+        "quarantine_hash": file_hash(source.quarantine),
+        "delta_hack_norm": chat.policy.quarantine_norm if source.quarantine else None,
     }
 
 
@@ -369,7 +369,7 @@ def cell(figure: Mapping[str, Any]) -> str:
 
 
 def export_verb(options: ExportOptions) -> int:
-    """Write the deployed model as a plain transformers folder, with a model card and the knobs alone."""
+    """Write the deployed model as a plain transformers folder, with a model card and the adapter alone."""
     check_out(options.out)
     source = find_source(options.source, options.model.model)
     chat = open_source(source, options.model)

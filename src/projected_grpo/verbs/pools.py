@@ -16,7 +16,7 @@ from projected_grpo.pools import bake, join, load_pool, pool_report, report_tabl
 from projected_grpo.prepare.grade_file import Comparison, as_line, disagreement_tables
 from projected_grpo.prepare.sample_pool import PoolSampling, sample_pool
 from projected_grpo.problems import is_eval, load_problems, take
-from projected_grpo.run.checkpoint import load_knobs
+from projected_grpo.run.checkpoint import load_adapter
 from projected_grpo.runlog import write_atomically, write_json
 from projected_grpo.verbs.grade import GraderOptions, with_modes
 
@@ -38,8 +38,8 @@ class PoolSampleOptions:
     out: Path
     """Folder to write the pool to. A sampling that was stopped goes on in it under the same options."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    knobs: Path | None = None
-    """Knobs of a run (train.safetensors, ckpt_stepNNNN.safetensors) to put into the model."""
+    adapter: Path | None = None
+    """Adapter parameters of a run (train.safetensors, ckpt_stepNNNN.safetensors) to put into the model."""
     problems: ProblemConfig = field(default_factory=ProblemConfig)
     how: PoolSampling = field(default_factory=PoolSampling)
     grader: GraderOptions = field(default_factory=GraderOptions)
@@ -94,8 +94,8 @@ def pool_sample_verb(options: PoolSampleOptions) -> int:
     with ExitStack() as stack:
         grader = open_grader(options.grader.workers, stack, options.grader.sandbox)
         chat = open_chat(options.model, open_sampler)
-        if options.knobs is not None:
-            load_knobs(options.knobs, chat.policy)
+        if options.adapter is not None:
+            load_adapter(options.adapter, chat.policy)
         counts = sample_pool(options.out, made_with, chat, grader, problems, options.how)
     told = ", ".join(f"{name} {counts[name]}" for name in ("rows", "hacked", "correct"))
     print(f"{options.out}: {len(load_pool(options.out))} prompts; made now: {told}")
@@ -104,15 +104,21 @@ def pool_sample_verb(options: PoolSampleOptions) -> int:
 
 def sampled_with(options: PoolSampleOptions) -> dict[str, Any]:
     """What decides the rows of a sampled pool."""
-    knobs = None
-    if options.knobs is not None:
+    adapter = None
+    if options.adapter is not None:
         try:
-            knobs = hashlib.blake2b(options.knobs.read_bytes(), digest_size=16).hexdigest()
+            adapter = hashlib.blake2b(options.adapter.read_bytes(), digest_size=16).hexdigest()
         except OSError as error:
-            raise UserError(f"--knobs {options.knobs}: cannot be read ({error.strerror})") from error
+            raise UserError(f"--adapter {options.adapter}: cannot be read ({error.strerror})") from error
     how = {name: value for name, value in asdict(options.how).items() if name != "batch"}
     dtype = str(pick_dtype(options.model.dtype, pick_devices(options.model.device)[0]))
-    made = {"model": options.model.model, "dtype": dtype, "knobs": knobs, **asdict(options.problems), **how}
+    made = {
+        "model": options.model.model,
+        "dtype": dtype,
+        "adapter": adapter,
+        **asdict(options.problems),
+        **how,
+    }
     engine = options.model.sampler  # told only where it is another: older pools go on
     return made if engine == "own" else made | {"sampler": engine}
 

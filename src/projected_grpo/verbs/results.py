@@ -48,7 +48,7 @@ class PlotOptions:
     runs: Runs = RUNS
     kind: Kind = "all"
     """dynamics: hack and solve by step; pareto: hack against solve; modes: held-out rates per mode; cosines:
-    hack-ward shares by step; parked: the quarantine's share; heldout: cosines of held-out pairs."""
+    hack-ward shares by step; routed: the quarantine's share; heldout: cosines of held-out pairs."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def falsify_text(groups: Groups, kind: Format) -> str:
 
 
 def plot_verb(options: PlotOptions) -> int:
-    """Pictures of finished runs: dynamics, Pareto frontier, modes, cosines, parked share, held-out pairs."""
+    """Pictures of finished runs: dynamics, Pareto frontier, modes, cosines, routed share, held-out pairs."""
     made, skipped = draw(grouped(finished(read_runs(options.runs))), options.kind, options.out)
     for line in skipped:
         logger.warning("{}", line)
