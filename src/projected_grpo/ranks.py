@@ -1,8 +1,8 @@
 """The processes that make one run together, as torchrun starts them: one per GPU, or per share of the cores.
 
 Each does its share of the expensive work (sampling, grading, loss) and gathers what the others found; the
-rest is cheap, and all do it alike on the same data. So all processes hold the whole step and the same adapter,
-bit for bit, and only the first one writes.
+rest is cheap, and all do it alike on the same data. So all processes hold the whole step and the same
+adapter, bit for bit, and only the first one writes.
 
 What is sent is megabytes a step (more in route2, which sends a row per rollout: docs/scaling.md), so it goes
 over gloo between GPUs too: with gloo a process that dies is an error in the others at once, where NCCL leaves
