@@ -11,9 +11,10 @@ import torch
 from projected_grpo.cli import main
 from projected_grpo.collect import assemble, pick_teacher
 from projected_grpo.config import PRESETS
+from projected_grpo.engine.chat import Chat
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
-from projected_grpo.experiment import Chat, Data, Experiment
+from projected_grpo.experiment import Data, Experiment
 from projected_grpo.pairs import load_pairs
 from projected_grpo.pools import (
     NO_TEACHER,

@@ -1,10 +1,9 @@
 """Everything of a run that does not change while it runs: files read, problems split, model wrapped."""
 
 import hashlib
-import importlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,17 +11,12 @@ from pathlib import Path
 
 import torch
 from loguru import logger
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from projected_grpo.antipasto import Policy, wrap
 from projected_grpo.arms.table import ARMS
-from projected_grpo.checks import validate_sampler
 from projected_grpo.config import (
     MAX_SEQUENCE,
     ArmConfig,
     EnvMode,
-    ModelConfig,
     ProblemConfig,
     SandboxMode,
     TrainConfig,
@@ -31,36 +25,18 @@ from projected_grpo.config import (
     taught_modes,
     teacher_rows,
 )
-from projected_grpo.engine.generate import sample
-from projected_grpo.engine.models import encode_chat, load_model, stop_ids
+from projected_grpo.engine.chat import Chat, open_chat, sampler_opener
+from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
 from projected_grpo.pairs import PairSet, chosen_pairs
 from projected_grpo.pools import NO_TEACHER, Teacher, TeacherRow, bake, join, load_pool
 from projected_grpo.problems import Problem, assign_modes, is_eval, load_problems, take
 from projected_grpo.ranks import ALONE, Ranks
 from projected_grpo.rewards import MODES, Grader
-from projected_grpo.rollout import Sampler
 from projected_grpo.sandbox.host import Sandbox
 
 REMEMBERED = 4096  # grades: more than a step has
 SPLIT_SEED = 0  # problems taken and held out are the same in all seeds of a comparison
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A policy with its tokenizer and the token ids that frame text."""
-
-    policy: Policy
-    tokenizer: PreTrainedTokenizerBase
-    stop: frozenset[int]
-    pad_id: int
-    sampler: Sampler = sample
-
-    @property
-    def stop_id(self) -> int:
-        """The stop token put behind cached completions."""
-        eos = self.tokenizer.eos_token_id
-        return eos if eos is not None else min(self.stop)
 
 
 @dataclass(frozen=True)
@@ -87,56 +63,6 @@ class Experiment:
     pairs: PairSet
     grader: Grader
     ranks: Ranks = ALONE
-
-
-SamplerOpener = Callable[[Policy], Sampler]
-
-
-def own_sampler(policy: Policy) -> Sampler:
-    """Our own decoding, for which nothing has to be opened."""
-    return sample
-
-
-def sampler_opener(cfg: ModelConfig, processes: int = 1) -> SamplerOpener:
-    """What makes the sampler that --sampler names, once there is a model; all that can be refused before is.
-
-    Raises UserError for settings or a place that the engine cannot work with, and naming a missing extra.
-    """
-    validate_sampler(cfg)
-    if cfg.sampler == "own":
-        return own_sampler
-    if processes > 1:
-        raise UserError(
-            f"--sampler={cfg.sampler} runs in one process; leave torchrun out, or take --sampler=own"
-        )
-    try:
-        engine = importlib.import_module(f"projected_grpo.engine.{cfg.sampler}")
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != cfg.sampler:
-            raise
-        raise UserError(
-            f"--sampler={cfg.sampler} needs {error.name}: pip install 'projected_grpo[{cfg.sampler}]'"
-        ) from error
-    opener: SamplerOpener = engine.opener(cfg)
-    return opener
-
-
-def open_chat(cfg: ModelConfig, open_sampler: SamplerOpener = own_sampler) -> Chat:
-    """Load the model, adapt its Linears, and open what generates from it."""
-    model, tokenizer = load_model(cfg)
-    with tqdm(desc="SVD", unit=" modules", leave=False, disable=None) as bar:
-        policy = wrap(model, cfg.svd_cache, on_module=lambda name: bar.update())
-    stop = stop_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id
-    logger.info(
-        "model {}: {} adapted Linears, {} adapter parameters each, {} on {}",
-        cfg.model,
-        len(policy.layers),
-        sum(policy.ranks.values()),
-        str(next(model.parameters()).dtype).removeprefix("torch."),
-        ", ".join(map(str, policy.devices)),
-    )
-    return Chat(policy, tokenizer, stop, min(stop) if pad is None else pad, open_sampler(policy))
 
 
 def open_grader(workers: int, stack: ExitStack, mode: SandboxMode = "auto") -> Grader:

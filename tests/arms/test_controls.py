@@ -25,8 +25,9 @@ from projected_grpo.arms.table import intervene, shape
 from projected_grpo.checks import CONTROLS_OF
 from projected_grpo.collect import assemble, gather_evidence
 from projected_grpo.config import PRESETS, ArmConfig, BasisConfig, LossConfig, OptimConfig
+from projected_grpo.engine.chat import Chat
 from projected_grpo.engine.models import encode_chat
-from projected_grpo.experiment import Chat, Data, Experiment
+from projected_grpo.experiment import Data, Experiment
 from projected_grpo.extract_vhack_grad import extract, in_use, pair_grads, refresh, select, without_contrast
 from projected_grpo.pairs import Pair, PairSet
 from projected_grpo.pools import NO_TEACHER, TeacherRow

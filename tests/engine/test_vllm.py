@@ -19,9 +19,9 @@ from projected_grpo.block import random_start
 from projected_grpo.checks import validate
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, ModelConfig, SamplingConfig
+from projected_grpo.engine.chat import own_sampler, sampler_opener
 from projected_grpo.engine.generate import sample
 from projected_grpo.errors import UserError
-from projected_grpo.experiment import own_sampler, sampler_opener
 from projected_grpo.verbs.pools import PoolSampleOptions, sampled_with
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13, 14, 15), (16,), (17, 18, 19, 20, 21)]

@@ -24,11 +24,12 @@ from projected_grpo.bench.grader import machine
 from projected_grpo.checks import validate
 from projected_grpo.config import EMBEDDED, FAST, Intervention, ModelConfig, TrainConfig
 from projected_grpo.engine.batch import collate, left_padded
+from projected_grpo.engine.chat import Chat, SamplerOpener, own_sampler, sampler_opener
 from projected_grpo.engine.memory import measured_peak, predicted_peak
 from projected_grpo.engine.models import load_model, stop_ids
 from projected_grpo.engine.placement import pick_devices, place
 from projected_grpo.errors import UserError
-from projected_grpo.experiment import Chat, Data, Experiment, SamplerOpener, own_sampler, sampler_opener
+from projected_grpo.experiment import Data, Experiment
 from projected_grpo.extract_vhack_grad import pair_differences, pair_grads, pair_rollouts
 from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.pairs import load_pairs

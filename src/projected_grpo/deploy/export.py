@@ -11,8 +11,8 @@ from typing import Any
 from projected_grpo.antipasto import unwrap
 from projected_grpo.config import display_name, has_block, to_json
 from projected_grpo.deploy.trained import Source
+from projected_grpo.engine.chat import Chat
 from projected_grpo.errors import UserError
-from projected_grpo.experiment import Chat
 from projected_grpo.run.checkpoint import read_adapter_meta, save_adapter
 from projected_grpo.runlog import git_commit, read_json
 

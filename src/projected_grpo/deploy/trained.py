@@ -8,8 +8,8 @@ import torch
 from loguru import logger
 
 from projected_grpo.config import ModelConfig, TrainConfig, from_json
+from projected_grpo.engine.chat import Chat, SamplerOpener, open_chat, own_sampler
 from projected_grpo.errors import UserError
-from projected_grpo.experiment import Chat, SamplerOpener, open_chat, own_sampler
 from projected_grpo.run.checkpoint import load_adapter, read_adapter_meta, state_paths
 from projected_grpo.runlog import read_json
 

@@ -10,10 +10,10 @@ from loguru import logger
 from tqdm import tqdm
 
 from projected_grpo.config import MAX_SEQUENCE, SamplingConfig
+from projected_grpo.engine.chat import Chat
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
 from projected_grpo.evaluate import evaluate
-from projected_grpo.experiment import Chat
 from projected_grpo.pools import prompt_path, write_partition, write_prompt
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import Grader

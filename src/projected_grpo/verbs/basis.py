@@ -7,8 +7,8 @@ from loguru import logger
 
 from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, heldout_json
 from projected_grpo.config import BasisConfig, LossConfig, ModelConfig
+from projected_grpo.engine.chat import open_chat
 from projected_grpo.errors import GATE_FAILED
-from projected_grpo.experiment import open_chat
 from projected_grpo.extract_vhack_grad import obtain, pair_grads, select, verify_vhack_heldout
 from projected_grpo.pairs import chosen_pairs
 from projected_grpo.results.plots import heldout_histogram

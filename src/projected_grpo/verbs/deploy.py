@@ -26,10 +26,11 @@ from projected_grpo.config import (
 )
 from projected_grpo.deploy.export import check_out, export, read_facts
 from projected_grpo.deploy.trained import Source, file_hash, find_source, open_source
+from projected_grpo.engine.chat import Chat, sampler_opener
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
 from projected_grpo.evaluate import Evaluation, evaluate
-from projected_grpo.experiment import SPLIT_SEED, Chat, give_modes, open_grader, read_problems, sampler_opener
+from projected_grpo.experiment import SPLIT_SEED, give_modes, open_grader, read_problems
 from projected_grpo.pools import join, load_pool
 from projected_grpo.problems import Problem, digest, is_eval, is_validation, take, unhinted, with_eval_names
 from projected_grpo.results.statistics import Bootstrap, Figure, figures

@@ -9,9 +9,10 @@ from typing import Any
 import tyro
 
 from projected_grpo.config import EMBEDDED, ModelConfig, ProblemConfig
+from projected_grpo.engine.chat import open_chat, sampler_opener
 from projected_grpo.engine.placement import pick_devices, pick_dtype
 from projected_grpo.errors import UserError
-from projected_grpo.experiment import SPLIT_SEED, open_chat, open_grader, sampler_opener
+from projected_grpo.experiment import SPLIT_SEED, open_grader
 from projected_grpo.pools import bake, join, load_pool, pool_report, report_table
 from projected_grpo.prepare.grade_file import Comparison, as_line, disagreement_tables
 from projected_grpo.prepare.sample_pool import PoolSampling, sample_pool

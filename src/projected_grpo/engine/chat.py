@@ -1,0 +1,84 @@
+"""A model that answers: policy, tokenizer and what ends a turn, passed whole to whatever samples or scores."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from loguru import logger
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from projected_grpo.antipasto import Policy, wrap
+from projected_grpo.checks import validate_sampler
+from projected_grpo.config import ModelConfig
+from projected_grpo.engine.generate import sample
+from projected_grpo.engine.models import load_model, stop_ids
+from projected_grpo.errors import UserError
+from projected_grpo.rollout import Sampler
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A policy with its tokenizer and the token ids that frame text."""
+
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    stop: frozenset[int]
+    pad_id: int
+    sampler: Sampler = sample
+
+    @property
+    def stop_id(self) -> int:
+        """The stop token put behind cached completions."""
+        eos = self.tokenizer.eos_token_id
+        return eos if eos is not None else min(self.stop)
+
+
+SamplerOpener = Callable[[Policy], Sampler]
+
+
+def own_sampler(policy: Policy) -> Sampler:
+    """Our own decoding, for which nothing has to be opened."""
+    return sample
+
+
+def sampler_opener(cfg: ModelConfig, processes: int = 1) -> SamplerOpener:
+    """What makes the sampler that --sampler names, once there is a model; all that can be refused before is.
+
+    Raises UserError for settings or a place that the engine cannot work with, and naming a missing extra.
+    """
+    validate_sampler(cfg)
+    if cfg.sampler == "own":
+        return own_sampler
+    if processes > 1:
+        raise UserError(
+            f"--sampler={cfg.sampler} runs in one process; leave torchrun out, or take --sampler=own"
+        )
+    try:
+        engine = importlib.import_module(f"projected_grpo.engine.{cfg.sampler}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != cfg.sampler:
+            raise
+        raise UserError(
+            f"--sampler={cfg.sampler} needs {error.name}: pip install 'projected_grpo[{cfg.sampler}]'"
+        ) from error
+    opener: SamplerOpener = engine.opener(cfg)
+    return opener
+
+
+def open_chat(cfg: ModelConfig, open_sampler: SamplerOpener = own_sampler) -> Chat:
+    """Load the model, adapt its Linears, and open what generates from it."""
+    model, tokenizer = load_model(cfg)
+    with tqdm(desc="SVD", unit=" modules", leave=False, disable=None) as bar:
+        policy = wrap(model, cfg.svd_cache, on_module=lambda name: bar.update())
+    stop = stop_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id
+    logger.info(
+        "model {}: {} adapted Linears, {} adapter parameters each, {} on {}",
+        cfg.model,
+        len(policy.layers),
+        sum(policy.ranks.values()),
+        str(next(model.parameters()).dtype).removeprefix("torch."),
+        ", ".join(map(str, policy.devices)),
+    )
+    return Chat(policy, tokenizer, stop, min(stop) if pad is None else pad, open_sampler(policy))
