@@ -100,7 +100,7 @@ def test_a_blocks_rows_are_those_of_plain_parameters_one_rollout_at_a_time(small
         monkeypatch.setattr(type(policy), "rows", unmerged)
     parts = PARTS if how == "parts" else None
     advantage = torch.tensor(A, dtype=torch.float64)
-    got = per_rollout_grads(policy, ROLLOUTS, advantage, LossConfig(), MAX_NEW, 0, parts=parts)
+    got = per_rollout_grads(policy, ROLLOUTS, advantage, LossConfig(), MAX_NEW, parts=parts)
     slow = [slow_gradients(policy, base, r, a) for r, a in zip(ROLLOUTS, A, strict=True)]
     for m in policy.layers:
         expected = torch.stack([one[m] for one in slow])
@@ -131,7 +131,7 @@ def test_a_block_begins_without_effect_and_with_a_gradient(small_model, init):
     assert torch.equal(logits(policy, policy.deltas()), base(input_ids=IDS).logits)
     with policy.merge(policy.deltas()):
         assert torch.equal(logits(policy, None), base(input_ids=IDS).logits)
-    grads = per_rollout_grads(policy, ROLLOUTS, torch.tensor(A), LossConfig(), MAX_NEW, 0)
+    grads = per_rollout_grads(policy, ROLLOUTS, torch.tensor(A), LossConfig(), MAX_NEW)
     for m, block in policy.blocks.items():
         assert all(float(half.norm()) > 0 for half in block.halves(grads.rows[block_name(m)]))
 

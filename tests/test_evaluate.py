@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from projected_grpo.config import SamplingConfig
+from projected_grpo.engine.chat import Chat
+from projected_grpo.engine.generate import sample
 from projected_grpo.engine.models import stop_ids
-from projected_grpo.evaluate import Evaluation, Rates, chunks, evaluate
+from projected_grpo.evaluate import Evaluation, Rates, Samples, chunks, evaluate
 from projected_grpo.problems import load_problems
 from projected_grpo.results.statistics import Bootstrap, cluster_interval, figures
 from projected_grpo.rewards import Grade, Grader
@@ -41,23 +43,21 @@ def problems():
 
 @pytest.fixture
 def run(tiny, tiny_policy):
-    def start(problems, grader=None, samples=2, seed=41, *, ablate_quarantine=False, **options):
-        stop = stop_ids(tiny_policy.model, tiny[1])
-        return evaluate(
-            *(
-                tiny_policy,
-                tiny[1],
-                problems,
-                samples,
-                SAMPLING,
-                grader or Scripted(),
-                stop,
-                tiny[1].pad_token_id,
-            ),
-            seed,
-            ablate_quarantine=ablate_quarantine,
-            **options,
-        )
+    def start(
+        problems,
+        grader=None,
+        samples=2,
+        seed=41,
+        *,
+        ablate_quarantine=False,
+        tokens_at_once=0,
+        sampler=sample,
+        **options,
+    ):
+        chat = Chat(tiny_policy, tiny[1], stop_ids(tiny_policy.model, tiny[1]), sampler)
+        how = Samples(SAMPLING, samples, seed, tokens_at_once)
+        found = grader or Scripted()
+        return evaluate(chat, found, problems, how, ablate_quarantine=ablate_quarantine, **options)
 
     return start
 
@@ -136,7 +136,7 @@ def test_evaluation_leaves_the_weights_alone(run, problems, tiny_policy):
     before = {name: t.clone() for name, t in tiny_policy.model.state_dict().items()}
     run(problems)
     assert all(torch.equal(before[name], t) for name, t in tiny_policy.model.state_dict().items())
-    assert all(layer.bound is None for layer in tiny_policy.layers.values())
+    assert all(layer.bound == (None, None) for layer in tiny_policy.layers.values())
 
 
 # Chunks

@@ -16,7 +16,8 @@ from projected_grpo import extract_vhack_grad
 from projected_grpo.arms.controls import with_random_v
 from projected_grpo.arms.gate import initial_gate
 from projected_grpo.basis_file import Extraction, describe, heldout_json, load_extraction, save_extraction
-from projected_grpo.config import ArmConfig, BasisConfig, LossConfig
+from projected_grpo.config import ArmConfig, BasisConfig, LossConfig, TrainConfig
+from projected_grpo.engine.chat import Chat
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
 from projected_grpo.extract_vhack_grad import (
@@ -78,6 +79,10 @@ def random_deltas(policy, seed=0, scale=0.05):
     }
 
 
+def chat_of(policy, tokenizer):
+    return Chat(policy, tokenizer, frozenset({tokenizer.eos_token_id}))
+
+
 @pytest.mark.parametrize("length_norm", [True, False])
 @pytest.mark.parametrize("moved", [False, True], ids=["at zero", "away from zero"])
 def test_pair_gradients_are_nll_differences(double_policy, tiny, length_norm, moved):
@@ -86,7 +91,7 @@ def test_pair_gradients_are_nll_differences(double_policy, tiny, length_norm, mo
     if moved:
         for m, delta in random_deltas(policy).items():
             policy.layers[m].delta_s.data.copy_(delta)
-    got = pair_grads(policy, tokenizer, PAIRS.pairs, LOSS, stop, length_norm=length_norm)
+    got = pair_grads(chat_of(policy, tokenizer), PAIRS.pairs, LOSS, length_norm=length_norm)
     longest = (
         max(len(tokenizer(t, add_special_tokens=False)["input_ids"]) for pair in TEXTS for t in pair) + 1
     )
@@ -109,7 +114,7 @@ def test_differences_alone_are_those_of_the_sides(double_policy, tiny, length_no
     for m, delta in random_deltas(double_policy).items():
         double_policy.layers[m].delta_s.data.copy_(delta)
     loss = replace(LOSS, tokens_per_microbatch=96, grad_checkpoint=grad_checkpoint)
-    arguments = (double_policy, tiny[1], PAIRS.pairs, loss, tiny[1].eos_token_id)
+    arguments = (chat_of(double_policy, tiny[1]), PAIRS.pairs, loss)
     expected = pair_grads(*arguments, length_norm=length_norm).differences()
     got = pair_differences(*arguments, length_norm=length_norm)
     assert list(got) == list(expected)
@@ -119,11 +124,9 @@ def test_differences_alone_are_those_of_the_sides(double_policy, tiny, length_no
 
 def test_one_pair_does_not_change_anothers_gradient(double_policy, tiny):
     """Whatever shares its batch; up to the loss's common denominator."""
-    stop = tiny[1].eos_token_id
-    alone = pair_grads(double_policy, tiny[1], PAIRS.pairs[:1], LOSS, stop, length_norm=True)
-    among = pair_grads(
-        double_policy, tiny[1], PAIRS.pairs, replace(LOSS, tokens_per_microbatch=64), stop, length_norm=True
-    )
+    chat = chat_of(double_policy, tiny[1])
+    alone = pair_grads(chat, PAIRS.pairs[:1], LOSS, length_norm=True)
+    among = pair_grads(chat, PAIRS.pairs, replace(LOSS, tokens_per_microbatch=64), length_norm=True)
     for m in alone.hack:
         assert torch.allclose(alone.hack[m][0], len(PAIRS.pairs) * among.hack[m][0], rtol=1e-4, atol=1e-8)
 
@@ -131,7 +134,7 @@ def test_one_pair_does_not_change_anothers_gradient(double_policy, tiny):
 def test_a_descent_step_along_v_grad_makes_hacks_likelier(double_policy, tiny):
     policy, tokenizer = double_policy, tiny[1]
     stop = tokenizer.eos_token_id
-    grads = pair_grads(policy, tokenizer, PAIRS.pairs, LOSS, stop)
+    grads = pair_grads(chat_of(policy, tokenizer), PAIRS.pairs, LOSS)
     basis = select(principal_axes(grads.differences(), BasisConfig()), 5, 0.0)
 
     def margin(step):
@@ -152,7 +155,7 @@ def test_a_descent_step_along_v_grad_makes_hacks_likelier(double_policy, tiny):
 
 
 def test_extraction_spans_the_pairs_differences(tiny_policy, tiny):
-    grads = pair_grads(tiny_policy, tiny[1], PAIRS.pairs, LOSS, tiny[1].eos_token_id)
+    grads = pair_grads(chat_of(tiny_policy, tiny[1]), PAIRS.pairs, LOSS)
     made = extract(grads, BasisConfig(v_hack_extract_top_k=3), {})
     for m, D in grads.differences().items():
         _, S, Vh = np.linalg.svd(D.double().numpy(), full_matrices=False)
@@ -162,7 +165,7 @@ def test_extraction_spans_the_pairs_differences(tiny_policy, tiny):
 
 
 def test_mean_difference_mode_has_one_unit_direction(tiny_policy, tiny):
-    grads = pair_grads(tiny_policy, tiny[1], PAIRS.pairs, LOSS, tiny[1].eos_token_id)
+    grads = pair_grads(chat_of(tiny_policy, tiny[1]), PAIRS.pairs, LOSS)
     made = extract(grads, BasisConfig(v_hack_mean_diff=True), {})
     for m, D in grads.differences().items():
         mean = D.double().mean(0)
@@ -331,16 +334,7 @@ def test_a_file_that_lacks_a_tensor_is_refused(saved, kind):
 
 
 def test_obtain_extracts_once_and_then_reuses(tiny_policy, tiny, tmp_path, monkeypatch):
-    arguments = (
-        tiny_policy,
-        tiny[1],
-        tiny[1].eos_token_id,
-        PAIRS,
-        BasisConfig(),
-        LOSS,
-        "tiny-random",
-        tmp_path,
-    )
+    arguments = (chat_of(tiny_policy, tiny[1]), PAIRS, BasisConfig(), LOSS, "tiny-random", tmp_path)
     made, path = obtain(*arguments)
     assert path.parent == tmp_path / "vhack" and "tiny-random" in path.name and "toy" in path.name
     used = PAIRS.split()[0]
@@ -355,18 +349,11 @@ def test_obtain_extracts_once_and_then_reuses(tiny_policy, tiny, tmp_path, monke
 
 def test_obtain_takes_an_explicit_path_and_refuses_another_runs_file(tiny_policy, tiny, tmp_path):
     explicit = BasisConfig(v_hack_path=tmp_path / "mine.safetensors")
-    rest = (PAIRS, explicit, LOSS, "tiny-random", tmp_path)
-    _, path = obtain(tiny_policy, tiny[1], tiny[1].eos_token_id, *rest)
+    chat, rest = chat_of(tiny_policy, tiny[1]), (LOSS, "tiny-random", tmp_path)
+    _, path = obtain(chat, PAIRS, explicit, *rest)
     assert path == explicit.v_hack_path and path.exists()
     with pytest.raises(UserError, match="top_k"):
-        obtain(
-            tiny_policy,
-            tiny[1],
-            tiny[1].eos_token_id,
-            PAIRS,
-            replace(explicit, v_hack_extract_top_k=2),
-            *rest[2:],
-        )
+        obtain(chat, PAIRS, replace(explicit, v_hack_extract_top_k=2), *rest)
 
 
 # In use
@@ -418,8 +405,7 @@ def test_the_gate_starts_at_the_pairs_own_cosines():
 
 
 def test_refresh_sees_the_deployed_policy(tiny_policy, tiny):
-    stop = tiny[1].eos_token_id
-    arguments = (tiny_policy, tiny[1], stop, PAIRS, BasisConfig(), LOSS, ArmConfig(), 0)
+    arguments = (chat_of(tiny_policy, tiny[1]), PAIRS, TrainConfig("smoke", loss=LOSS))
     at_zero = refresh(*arguments)
     for layer in tiny_policy.layers.values():
         layer.delta_hack.data.fill_(3.0)
@@ -439,7 +425,7 @@ def test_refresh_sees_the_deployed_policy(tiny_policy, tiny):
 def test_refresh_leaves_a_random_v_alone(tiny_policy, tiny):
     arm = ArmConfig(intervention="route2", route2_random_v_seed=3)
     cfg = BasisConfig(v_hack_drop_bottom_frac=0.0)
-    arguments = (tiny_policy, tiny[1], tiny[1].eos_token_id, PAIRS, cfg, LOSS, arm, 0)
+    arguments = (chat_of(tiny_policy, tiny[1]), PAIRS, TrainConfig("smoke", loss=LOSS, arm=arm, basis=cfg))
     before = refresh(*arguments)
     for layer in tiny_policy.layers.values():
         layer.delta_s.data.fill_(0.3)

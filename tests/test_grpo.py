@@ -11,22 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from projected_grpo import antipasto
 from projected_grpo.antipasto import Policy, wrap
 from projected_grpo.config import LossConfig
 from projected_grpo.engine import logps as scoring
-from projected_grpo.engine import scorer
+from projected_grpo.engine import passes, tangent
 from projected_grpo.engine.batch import collate
 from projected_grpo.engine.models import checkpointed
-from projected_grpo.engine.scorer import microbatches
+from projected_grpo.engine.passes import microbatches
 from projected_grpo.errors import UserError
 from projected_grpo.grpo import (
     RolloutGrads,
     advantages,
+    grpo_loss,
     k3,
     per_rollout_grads,
-    surrogate,
-    truncated_surrogate,
 )
 from projected_grpo.rollout import Rollout
 
@@ -55,7 +53,28 @@ def test_a_flat_group_has_advantage_exactly_zero(unbiased, reward, group):
     assert not got[0].any() and bool(got[1].any())
 
 
-# The surrogate
+# The loss
+
+
+def per_token(logp, old, A, **settings):
+    """The objective of every token, as grpo_loss has it for one rollout of one token."""
+    one, loss = torch.ones(1, 1, dtype=torch.bool), LossConfig(**settings)
+    rows = [
+        [
+            -grpo_loss(logp[i, t].view(1, 1), old[i, t].view(1, 1), None, A[i : i + 1], one, loss, 1, 1)
+            for t in range(logp.shape[1])
+        ]
+        for i in range(logp.shape[0])
+    ]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def surrogate(logp, old, A, clip, cap):
+    return per_token(logp, old, A, clip=clip, ratio_cap=cap, importance="clipped")
+
+
+def truncated_surrogate(logp, old, A, cap):
+    return per_token(logp, old, A, ratio_cap=cap, importance="truncated")
 
 
 def slow_surrogate(logp: float, old: float, A: float, clip: float, cap: float) -> tuple[float, float]:
@@ -289,7 +308,7 @@ def grads(
 ) -> RolloutGrads:
     advantage = torch.tensor(A, dtype=torch.float64)
     return per_rollout_grads(
-        policy, rollouts, advantage, loss, MAX_NEW, 0, deltas=deltas, with_reference=with_reference
+        policy, rollouts, advantage, loss, MAX_NEW, deltas=deltas, with_reference=with_reference
     )
 
 
@@ -399,7 +418,7 @@ def test_no_gradient_or_value_of_a_parameter_is_touched(policy, rollouts):
     assert bool((layers[0].delta_s.grad == 7.0).all())
     assert all(p.grad is None for p in policy.model.parameters() if p is not layers[0].delta_s)
     assert all(torch.equal(p, before[n]) for n, p in policy.model.named_parameters())
-    assert all(layer.bound is None for layer in layers)
+    assert all(layer.bound == (None, None) for layer in layers)
 
 
 def test_the_gradient_can_be_taken_at_other_deltas(policy, rollouts):
@@ -540,9 +559,9 @@ def test_rows_are_sums_of_what_each_rollout_gives_by_itself(
     A = torch.tensor((1.0, -0.5, 0.25, -1.25, 2.0, 0.0), dtype=torch.float64)
     loss = replace(loss, tokens_per_microbatch=budget)
     with monkeypatch.context() as patch:
-        patch.setattr(scorer, "can_share", lambda model: False)
-        single = per_rollout_grads(policy, rollouts, A, loss, MAX_NEW, 0, with_reference=True)
-    shared = per_rollout_grads(policy, rollouts, A, loss, MAX_NEW, 0, with_reference=True, parts=parts)
+        patch.setattr(passes, "can_share", lambda model: False)
+        single = per_rollout_grads(policy, rollouts, A, loss, MAX_NEW, with_reference=True)
+    shared = per_rollout_grads(policy, rollouts, A, loss, MAX_NEW, with_reference=True, parts=parts)
     parts = range(6) if parts is None else parts
     assert shared.first.tolist() == first
     relative = 1e-4 if family == "qwen3_5" else 1e-7  # the gated delta rule computes in float32 inside
@@ -572,7 +591,7 @@ def test_a_shared_prompt_is_run_once(policy, monkeypatch, parts):
         )[1],
     )
     A = torch.ones(5, dtype=torch.float64)
-    per_rollout_grads(policy, rollouts, A, LossConfig(), MAX_NEW, 0, parts=parts)
+    per_rollout_grads(policy, rollouts, A, LossConfig(), MAX_NEW, parts=parts)
     assert fed == [(1, 3), (5, 8)]  # the prompt but for its last token; that token and 8 - 1 of completion
 
 
@@ -589,11 +608,11 @@ def test_the_products_of_a_prompt_are_made_once(policy, monkeypatch):
             made.append(tuple(x.shape[:2]))
         return real(x, weight, bias)
 
-    monkeypatch.setattr(antipasto.F, "linear", linear)
+    monkeypatch.setattr(tangent.F, "linear", linear)
     rollouts = [Rollout((5, 6, 7, 8), c, "") for c in COMPLETIONS]
-    per_rollout_grads(policy, rollouts, torch.ones(5).double(), LossConfig(), MAX_NEW, 0)
+    per_rollout_grads(policy, rollouts, torch.ones(5).double(), LossConfig(), MAX_NEW)
     assert made == [(5, 8), (1, 3)]
-    assert not any(layer.repeated for layer in policy.layers.values())
+    assert not any(layer.fast for layer in policy.layers.values())
 
 
 def test_prompts_run_once_are_rounded_no_more_in_half_precision(small_model, monkeypatch):
@@ -601,10 +620,10 @@ def test_prompts_run_once_are_rounded_no_more_in_half_precision(small_model, mon
     rollouts = [Rollout((5, 6, 7, 8, 9), c, "") for c in COMPLETIONS]
     A = torch.tensor((1.0, -0.5, 1.0, -1.25, 2.0))
     exact, half = (wrap(small_model("qwen3", dtype), None) for dtype in (torch.float64, torch.bfloat16))
-    expected = per_rollout_grads(exact, rollouts, A.double(), LossConfig(), MAX_NEW, 0).rows
-    shared = per_rollout_grads(half, rollouts, A, LossConfig(), MAX_NEW, 0).rows
-    monkeypatch.setattr(scorer, "can_share", lambda model: False)
-    apart = per_rollout_grads(half, rollouts, A, LossConfig(), MAX_NEW, 0).rows
+    expected = per_rollout_grads(exact, rollouts, A.double(), LossConfig(), MAX_NEW).rows
+    shared = per_rollout_grads(half, rollouts, A, LossConfig(), MAX_NEW).rows
+    monkeypatch.setattr(passes, "can_share", lambda model: False)
+    apart = per_rollout_grads(half, rollouts, A, LossConfig(), MAX_NEW).rows
 
     def error(found):
         return sum(float((found[m].double() - rows).norm() ** 2) for m, rows in expected.items())
@@ -623,10 +642,10 @@ def test_a_first_layer_whose_keys_hang_on_no_adapter_is_no_obstacle(monkeypatch)
         policy = wrap(transformers.Phi3ForCausalLM(config).double().eval(), None)
         rollouts = [Rollout((5, 6, 7), c, "") for c in COMPLETIONS]
         A = torch.tensor((1.0, -0.5, 1.0, -1.25, 2.0), dtype=torch.float64)
-        got = per_rollout_grads(policy, rollouts, A, LossConfig(), MAX_NEW, 0)
+        got = per_rollout_grads(policy, rollouts, A, LossConfig(), MAX_NEW)
         with monkeypatch.context() as patch:
-            patch.setattr(scorer, "can_share", lambda model: False)
-            expected = per_rollout_grads(policy, rollouts, A, LossConfig(), MAX_NEW, 0)
+            patch.setattr(passes, "can_share", lambda model: False)
+            expected = per_rollout_grads(policy, rollouts, A, LossConfig(), MAX_NEW)
         for m, rows in expected.rows.items():
             torch.testing.assert_close(got.rows[m], rows, rtol=0, atol=1e-7 * float(rows.norm()))
 
@@ -665,10 +684,10 @@ def moved_policy_and_rollouts(model):
 def test_chunks_of_the_output_layer_change_nothing(small_model, monkeypatch, family, parts, tokens):
     policy, found, A = moved_policy_and_rollouts(small_model(family))
     loss = LossConfig(beta=0.3)
-    whole = per_rollout_grads(policy, found, A, loss, MAX_NEW, 0, parts=parts)
+    whole = per_rollout_grads(policy, found, A, loss, MAX_NEW, parts=parts)
     with monkeypatch.context() as patch:
         sizes = in_chunks(patch, policy, tokens)
-        chunked = per_rollout_grads(policy, found, A, loss, MAX_NEW, 0, parts=parts)
+        chunked = per_rollout_grads(policy, found, A, loss, MAX_NEW, parts=parts)
     answers = sum(len(r.completion_ids) for r in found)
     looked = 8  # to see that the logits are the output layer's own
     assert sum(sizes) == 2 * answers + looked, "policy and reference, and no padding"
@@ -716,7 +735,7 @@ def test_a_model_that_caps_its_logits_is_not_chunked(monkeypatch, cap):
 
 def test_an_output_layer_that_is_trained_is_not_chunked(small_model):
     model = small_model("qwen3")
-    batch = collate([Rollout((5, 6), (7, 8), "")], 0, torch.device("cpu"))
+    batch = collate([Rollout((5, 6), (7, 8), "")], torch.device("cpu"))
     with pytest.raises(ValueError, match="output layer is trained"):
         scoring.completion_logps(model, batch, chunk=1)
 
@@ -729,12 +748,12 @@ def test_an_output_layer_that_is_trained_is_not_chunked(small_model):
 def test_layers_that_run_again_change_no_gradient(small_model, family, parts):
     policy, found, A = moved_policy_and_rollouts(small_model(family))
     loss = LossConfig(beta=0.3)
-    kept = per_rollout_grads(policy, found, A, loss, MAX_NEW, 0, parts=parts)
+    kept = per_rollout_grads(policy, found, A, loss, MAX_NEW, parts=parts)
     modes = [module.training for module in policy.model.modules()]
     ran: list[bool] = []
     gate = policy.model.model.layers[0].mlp.gate_proj
-    handle = gate.register_forward_hook(lambda *_: ran.append(gate.bound is not None))
-    again = per_rollout_grads(policy, found, A, replace(loss, grad_checkpoint=True), MAX_NEW, 0, parts=parts)
+    handle = gate.register_forward_hook(lambda *_: ran.append(gate.bound[0] is not None))
+    again = per_rollout_grads(policy, found, A, replace(loss, grad_checkpoint=True), MAX_NEW, parts=parts)
     handle.remove()
     assert ran == [False, True, True], "the reference; the forward pass; once more, with the same rows bound"
     relative = 1e-4 if family == "qwen3_5" else 1e-9  # the gated delta rule computes in float32 inside
@@ -768,7 +787,7 @@ def test_a_model_without_such_layers_is_told_so():
 @pytest.mark.parametrize("parts", [None, [0, 0]])
 def test_completions_without_a_token_have_no_gradient(policy, parts):
     empty = [Rollout((5, 6, 7), (), ""), Rollout((5, 6, 7), (), "")]
-    got = per_rollout_grads(policy, empty, torch.ones(2), LossConfig(), 4, 0, parts=parts)
+    got = per_rollout_grads(policy, empty, torch.ones(2), LossConfig(), 4, parts=parts)
     assert got.rows and not any(rows.any() for rows in got.rows.values())
 
 
@@ -778,7 +797,7 @@ def test_completions_without_a_token_have_no_gradient(policy, parts):
 def starved(patch, where: str, rows: int):
     """Memory for microbatches of at most `rows` rollouts, short in the forward or in the backward pass."""
     counts = []
-    real_forward, real_backward = scorer.completion_logps, torch.autograd.grad
+    real_forward, real_backward = passes.completion_logps, torch.autograd.grad
 
     def forward(model, batch, chunk):
         counts.append(len(batch.ids))
@@ -791,7 +810,7 @@ def starved(patch, where: str, rows: int):
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
         return real_backward(*arguments, **options)
 
-    patch.setattr(scorer, "completion_logps", forward)
+    patch.setattr(passes, "completion_logps", forward)
     patch.setattr(torch.autograd, "grad", backward)
     return counts
 

@@ -221,7 +221,7 @@ def test_cached_labels_are_used_as_they_are(tmp_path, tiny, tiny_policy):
     teacher = join(load_pool(pool_file(tmp_path, *(head | row for row in rows))), [problem])
     cfg = PRESETS["smoke"][1]
     prompts = {problem.problem_id: encode_chat(tiny[1], problem.messages)}
-    chat = Chat(tiny_policy, tiny[1], frozenset({0}), 0)
+    chat = Chat(tiny_policy, tiny[1], frozenset({0}))
     data = Data((problem,), (), (), teacher)
     with Sandbox(1) as sandbox:
         exp = Experiment(cfg, chat, data, prompts, load_pairs(None), Grader(sandbox))

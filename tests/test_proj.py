@@ -62,25 +62,24 @@ def close(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> bool:
 def test_removed_lies_in_the_span_of_v(gate_mode, case, overshoot, preserve):
     g, V = (x.float() for x in case)
     removed = project_delta_S_grad(
-        g, V, "erase", gate_mode=gate_mode, overshoot=overshoot, preserve_magnitude=preserve
+        g, V, gate_mode=gate_mode, overshoot=overshoot, preserve_magnitude=preserve
     ).removed.numpy()
     coordinates = np.linalg.lstsq(V.numpy().T, removed, rcond=None)[0]
     assert np.linalg.norm(removed - V.numpy().T @ coordinates) <= 1e-5 * np.linalg.norm(g.numpy())
 
 
 @pytest.mark.parametrize("gate_mode", GATE_MODES)
-@pytest.mark.parametrize("action", ["measure", "erase", "route"])
 @given(problem(), st.sampled_from([0.5, 1.0, 1.1]))
-def test_keep_plus_removed_is_the_gradient(gate_mode, action, case, overshoot):
+def test_keep_plus_removed_is_the_gradient(gate_mode, case, overshoot):
     g, V = case
-    split = project_delta_S_grad(g, V, action, gate_mode=gate_mode, overshoot=overshoot)
+    split = project_delta_S_grad(g, V, gate_mode=gate_mode, overshoot=overshoot)
     assert close(split.keep + split.removed, g, g)
 
 
 @given(problem())
 def test_one_sided_removes_positive_coefficients_only_and_never_adds(case):
     g, V = case
-    split = project_delta_S_grad(g, V, "erase")
+    split = project_delta_S_grad(g, V)
     expected = g.clone()
     for v in V:
         expected -= max(0.0, float(v @ g)) * v
@@ -93,7 +92,7 @@ def test_one_sided_removes_positive_coefficients_only_and_never_adds(case):
 @given(problem())
 def test_no_gate_leaves_nothing_along_v(case):
     g, V = case
-    keep = project_delta_S_grad(g, V, "erase", gate_mode="no_gate").keep
+    keep = project_delta_S_grad(g, V, gate_mode="no_gate").keep
     assert float((V @ keep).norm()) <= tol(g)
     complement = g - V.T @ torch.linalg.lstsq(V.T, g[:, None]).solution[:, 0]
     assert close(keep, complement, g)
@@ -102,7 +101,7 @@ def test_no_gate_leaves_nothing_along_v(case):
 @given(problem())
 def test_reverse_reflects(case):
     g, V = case
-    keep = project_delta_S_grad(g, V, "erase", gate_mode="reverse").keep
+    keep = project_delta_S_grad(g, V, gate_mode="reverse").keep
     householder = torch.eye(len(g), dtype=g.dtype)
     for v in V:
         householder = householder @ (torch.eye(len(g), dtype=g.dtype) - 2 * torch.outer(v, v))
@@ -115,17 +114,16 @@ def test_reverse_reflects(case):
 def test_overshoot_turns_a_tenth_of_the_component_round(case):
     g, V = case
     c = (V @ g).tolist()
-    keep = project_delta_S_grad(g, V, "erase", overshoot=1.1).keep
+    keep = project_delta_S_grad(g, V, overshoot=1.1).keep
     expected = torch.tensor([-0.1 * x if x > 0 else x for x in c], dtype=g.dtype)
     assert close(V @ keep, expected, g)
 
 
-@pytest.mark.parametrize("action", ["erase", "route"])
 @given(problem())
-def test_preserve_magnitude_keeps_the_norm_and_the_direction(action, case):
+def test_preserve_magnitude_keeps_the_norm_and_the_direction(case):
     g, V = case
-    plain = project_delta_S_grad(g, V, action)
-    scaled = project_delta_S_grad(g, V, action, preserve_magnitude=True)
+    plain = project_delta_S_grad(g, V)
+    scaled = project_delta_S_grad(g, V, preserve_magnitude=True)
     assert torch.equal(scaled.removed, plain.removed)
     if plain.keep.norm() <= 1e-3 * g.norm():
         assert torch.equal(scaled.keep, plain.keep)
@@ -139,36 +137,18 @@ def test_preserve_magnitude_keeps_the_norm_and_the_direction(action, case):
 def test_preserve_magnitude_does_not_blow_up_rounding_of_a_wholly_hackward_gradient():
     V = torch.tensor([[0.6, 0.8, 0.0]])
     g = 3.0 * V[0]
-    split = project_delta_S_grad(g, V, "erase", preserve_magnitude=True)
+    split = project_delta_S_grad(g, V, preserve_magnitude=True)
     assert float(split.keep.norm()) < 1e-5
-    assert float(split.cin) == pytest.approx(1.0)
-
-
-@given(problem(), st.booleans())
-def test_measure_leaves_the_gradient_alone_and_still_reports(case, preserve):
-    g, V = case
-    split = project_delta_S_grad(g, V, "measure", preserve_magnitude=preserve)
-    assert torch.equal(split.keep, g)
-    assert not split.removed.any() and not split.routed.any()
-    assert torch.equal(split.cin, split.cout)
-    assert float(split.fired) == pytest.approx(sum(float(v @ g) > 0 for v in V) / len(V))
-
-
-@given(problem())
-def test_route_routes_what_it_removes_and_erase_routes_nothing(case):
-    g, V = case
-    routed, erased = (project_delta_S_grad(g, V, action) for action in ("route", "erase"))
-    assert torch.equal(routed.routed, routed.removed)
-    assert torch.equal(routed.keep, erased.keep)
-    assert not erased.routed.any()
+    assert float(hackward_share(g, V)) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("gate_mode", GATE_MODES)
 @given(problem())
-def test_cin_and_cout_are_the_hackward_share_before_and_after(gate_mode, case):
+def test_the_hackward_share_before_and_after(gate_mode, case):
     g, V = case
-    split = project_delta_S_grad(g, V, "erase", gate_mode=gate_mode, overshoot=0.5)
-    for got, vector in ((split.cin, g), (split.cout, split.keep)):
+    split = project_delta_S_grad(g, V, gate_mode=gate_mode, overshoot=0.5)
+    for vector in (g, split.keep):
+        got = hackward_share(vector, V)
         squares = 0.0
         for v in V.numpy():
             squares += max(0.0, float(np.dot(v, vector.numpy()))) ** 2
@@ -187,9 +167,9 @@ def test_relu_acts_on_each_coefficient_before_they_are_aggregated():
 
 def test_a_zero_gradient_has_no_share_and_no_nan():
     V = torch.eye(4)[:2]
-    split = project_delta_S_grad(torch.zeros(4), V, "route", preserve_magnitude=True)
-    assert float(split.cin) == float(split.cout) == float(split.fired) == 0.0
-    assert not split.keep.any() and not split.routed.any()
+    split = project_delta_S_grad(torch.zeros(4), V, preserve_magnitude=True)
+    assert float(hackward_share(torch.zeros(4), V)) == 0.0
+    assert not split.keep.any() and not split.removed.any()
     basis = HackBasis({"a": V, "b": V}, {})
     assert mean_hackward_share({"a": torch.zeros(4), "b": torch.eye(4)[0]}, basis) == 1.0
     assert mean_hackward_share({"a": torch.zeros(4), "b": torch.zeros(4)}, basis) is None
@@ -208,7 +188,7 @@ def test_null_share_is_the_root_mean_square_over_random_directions(k, r):
 
 def test_a_gradient_of_another_rank_is_refused():
     with pytest.raises(jaxtyping.TypeCheckError):
-        project_delta_S_grad(torch.zeros(5), torch.eye(4)[:2], "erase")
+        project_delta_S_grad(torch.zeros(5), torch.eye(4)[:2])
 
 
 # Log-probabilities

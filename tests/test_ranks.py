@@ -67,7 +67,7 @@ def test_gradients_of_the_shares_add_up_to_the_whole(small_model):
     parts = [2 * (i // 4) + int(teacher) for i, teacher in enumerate(is_teacher.tolist())]
 
     def grads(own, parts):
-        return per_rollout_grads(policy, rollouts, own, LossConfig(), 8, 0, with_reference=True, parts=parts)
+        return per_rollout_grads(policy, rollouts, own, LossConfig(), 8, with_reference=True, parts=parts)
 
     rows, whole = grads(advantage, None), grads(advantage, parts)
     for size in (2, 3, 5):
@@ -294,14 +294,14 @@ def test_four_processes_make_the_run_that_one_makes(alone):
 
 def at_step(step, act):
     """From now on, `act` before this step."""
-    real = train.one_step
+    real = train.train_step
 
-    def one_step(run, exp, state):
+    def train_step(exp, state):
         if state.step == step:
             act()
-        return real(run, exp, state)
+        return real(exp, state)
 
-    train.one_step = one_step
+    train.train_step = train_step
 
 
 def test_a_killed_process_ends_the_run_and_any_number_goes_on(alone):

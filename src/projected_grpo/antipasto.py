@@ -7,14 +7,14 @@ delta_s is what is deployed, delta_hack the quarantine that deployment deletes; 
 layer is exactly the base layer. The quarantine may instead be a block of its own, a low-rank H (block.py);
 delta_hack then stays zero. Binding nothing at all gives the reference policy without a second model.
 
-Per-rollout gradients: bind delta as one row per rollout, `rows [n, r]`; rollout i then depends on row i only,
-so after one backward the gradient of `rows` holds every rollout's own gradient, and its sum is the gradient
-of delta. It holds at delta = 0 too. Where merging is exact enough (float32), the rows are taken at zero
-around merged weights W' = W + U diag(delta) Vh: the forward pass then costs what the base layer costs, and
+The values in use are bound from outside: a vector (as trained or as deployed), a row per rollout, or nothing.
+Gradients are taken by the bound values, so no `.grad` is touched.
 
-    d loss / d row = sum over tokens of (Vh x) * (U^T g)      g [t, d_out]: the gradient at the output
+Per-rollout gradients: bind delta as one row per rollout, `rows [n, r]`. Rollout i then depends on row i only.
+After one backward pass the gradient of `rows` holds every rollout's own gradient, also at delta = 0, and its
+sum is the gradient of delta. engine/tangent.py has the fast way to the same rows.
 
-A block's displacement is bound beside the delta, under `block_name(module)`, and has rows in the same way.
+A block's displacement is bound together with the delta, under `block_name(module)`, and has rows likewise.
 
 Source: AntiPaSTO's singular-value parametrisation with a diagonal only (compare SVFT, Lingam et al. 2024);
 one copy of the parameter per example for per-example gradients.
@@ -42,33 +42,12 @@ TARGETS = frozenset(
 )
 SAMPLED = 4096  # values of each weight that tell one model from another
 Deltas = Mapping[str, Float[Tensor, "*n r"]]  # by module; a block's displacement by `block_name(module)`
+Bound = tuple[Tensor | None, Tensor | None]  # a delta, and a block's displacement
 
 
 def block_name(module: str) -> str:
-    """What a module's block is called beside its delta."""
+    """The name under which a module's block is bound."""
     return f"{module}.block"
-
-
-class _TangentLinear(torch.autograd.Function):
-    """y = W x + b, differentiable by a row of delta per rollout though W holds delta already."""
-
-    @staticmethod
-    def forward(ctx, x, rows, moved, weight, layer):  # type: ignore[no-untyped-def]  # torch's own signature
-        moved = None if moved is None else moved[0].to(x.device)
-        ctx.save_for_backward(x, weight, layer.U, layer.Vh, moved)
-        ctx.layer, ctx.home, ctx.projected = layer, rows.device, None
-        return F.linear(x, weight, layer.base.bias)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, weight, U, Vh, moved = ctx.saved_tensors
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        projected = F.linear(x, Vh) if ctx.projected is None else ctx.projected
-        ctx.projected = projected if ctx.layer.repeated else None
-        grad_rows = (projected * (grad @ U)).sum(1)
-        grad_moved = None if moved is None else ctx.layer.block.row_gradients(x, grad, moved)
-        at_home = (None if g is None else g.to(ctx.home) for g in (grad_rows, grad_moved))
-        return grad_x, *at_home, None, None
 
 
 class AdaptedLinear(nn.Module):
@@ -88,10 +67,8 @@ class AdaptedLinear(nn.Module):
         self.delta_s = nn.Parameter(torch.zeros(len(svd.S), dtype=parameter, device=home))
         self.delta_hack = nn.Parameter(torch.zeros(len(svd.S), dtype=parameter, device=home))
         self.block: Block | None = None
-        self.bound: Tensor | None = None
-        self.bound_block: Tensor | None = None
-        self.tangent = False  # what is bound is merged into the weight already
-        self.repeated = False  # a backward pass will come again: Vh x is kept
+        self.bound: Bound = (None, None)  # in a tuple, so that binding a Parameter registers nothing
+        self.fast: Callable[[Tensor], Tensor] | None = None  # replaces the forward pass (engine/tangent.py)
 
     def bind(
         self,
@@ -99,7 +76,7 @@ class AdaptedLinear(nn.Module):
         moved: Float[Tensor, "*n p"] | None = None,
     ) -> None:
         """Use this delta and displacement of the block from now on: one, a row per rollout, or none."""
-        self.bound, self.bound_block = delta, moved
+        self.bound = (delta, moved)
 
     @property
     def quarantine(self) -> nn.Parameter:
@@ -112,20 +89,17 @@ class AdaptedLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Float[Tensor, "*b d_in"]) -> Float[Tensor, "*b d_out"]:
-        if self.bound is None:
+        delta, moved = self.bound
+        if delta is None:
             return self.base(x)
-        rows = self.bound.ndim == 2  # one per rollout
-        if rows and (x.ndim != 3 or len(x) != len(self.bound)):
-            raise ValueError(f"rows for {len(self.bound)} rollouts met an input of shape {tuple(x.shape)}")
-        if self.tangent:
-            return _TangentLinear.apply(x, self.bound, self.bound_block, self.base.weight.data, self)
-        delta = self.bound.to(x)
-        if rows:
-            delta = delta[:, None, :]
+        per_rollout = delta.ndim == 2
+        if per_rollout and (x.ndim != 3 or len(x) != len(delta)):
+            raise ValueError(f"rows for {len(delta)} rollouts met an input of shape {tuple(x.shape)}")
+        if self.fast is not None:
+            return self.fast(x)
+        delta = delta.to(x)[:, None, :] if per_rollout else delta.to(x)
         y = self.base(x) + F.linear(F.linear(x, self.Vh) * delta, self.U)
-        if self.block is None or self.bound_block is None:
-            return y
-        return y + self.block.effect(x, self.bound_block)
+        return y if self.block is None or moved is None else y + self.block.effect(x, moved)
 
 
 @dataclass(frozen=True)
@@ -199,7 +173,7 @@ class Policy:
 
         A block whose displacement is not among them is not used.
         """
-        outer = {m: (layer.bound, layer.bound_block) for m, layer in self.layers.items()}
+        outer = {m: layer.bound for m, layer in self.layers.items()}
         try:
             for m, layer in self.layers.items():
                 if deltas is None:
@@ -209,53 +183,13 @@ class Policy:
             yield
         finally:
             for m, layer in self.layers.items():
-                layer.bound, layer.bound_block = outer[m]
-
-    @contextmanager
-    def rows(self, deltas: Deltas, n: int) -> Iterator[dict[str, Float[Tensor, "n r"]]]:
-        """Run with these deltas [r] and yield leaves [n, r] whose gradients are those of single rollouts.
-
-        The leaves hold the deltas, or zero around merged weights (a block's hold its displacement there too,
-        since its gradient hangs on it). In half precision merging would round small deltas away, so there the
-        layers add them unmerged.
-        """
-        merged = all(layer.weight.dtype in (torch.float32, torch.float64) for layer in self.layers.values())
-        if not merged:
-            leaves = {m: delta.expand(n, -1).clone().requires_grad_() for m, delta in deltas.items()}
-            with self.bind(leaves):
-                yield leaves
-            return
-        leaves = {
-            name: value.new_zeros(n, len(value)) if name in self.layers else value.repeat(n, 1)
-            for name, value in deltas.items()
-        }
-        for leaf in leaves.values():
-            leaf.requires_grad_()
-        try:
-            for layer in self.layers.values():
-                layer.tangent = True
-            with self.merge(deltas), self.bind(leaves):
-                yield leaves
-        finally:
-            for layer in self.layers.values():
-                layer.tangent = False
-
-    @contextmanager
-    def repeated_backward(self) -> Iterator[None]:
-        """Run backward passes through one graph, all of which but the first find Vh x."""
-        for layer in self.layers.values():
-            layer.repeated = True
-        try:
-            yield
-        finally:
-            for layer in self.layers.values():
-                layer.repeated = False
+                layer.bound = outer[m]
 
     @contextmanager
     def repeat(self, index: Int[Tensor, " n"]) -> Iterator[None]:
         """Run rollout i with row index[i] of the bound rows; what is bound without rows stays."""
-        bound = {m: layer.bound for m, layer in self.layers.items()}
-        bound |= {block_name(m): self.layers[m].bound_block for m in self.blocks}
+        bound = {m: layer.bound[0] for m, layer in self.layers.items()}
+        bound |= {block_name(m): self.layers[m].bound[1] for m in self.blocks}
         rows = {m: delta for m, delta in bound.items() if delta is not None and delta.ndim == 2}
         with self.bind({**bound, **{m: delta[index] for m, delta in rows.items()}}):
             yield

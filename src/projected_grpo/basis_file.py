@@ -141,5 +141,5 @@ class HeldOut:
 
 
 def heldout_json(result: HeldOut) -> dict[str, Any]:
-    """The verification as it is written beside the basis."""
+    """The verification as it is written next to the basis file."""
     return asdict(result) | {"passed": result.passed, "hard_gate": HARD_GATE, "soft_gate": SOFT_GATE}

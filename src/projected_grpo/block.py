@@ -9,7 +9,7 @@ gradient g [t, d_out] of a rollout's tokens,
 
     d loss / da = s B^T g^T x        d loss / db = s g^T (x A^T)
 
-Rows of A0 have norm sqrt(d_in), columns of B0 sqrt(d_out): entries of about 1, beside which a learning rate
+Rows of A0 have norm sqrt(d_in), columns of B0 sqrt(d_out): entries of about 1, against which a learning rate
 is small. AdamW steps by the sign of the gradient at first, so a step lowers the loss by lr |gradient|_1, and
 a block would learn the faster the more parameters it has. With r = min(d_in, d_out),
 
@@ -72,7 +72,7 @@ class Block(nn.Module):
     def halves(
         self, moved: Float[Tensor, "*n p"]
     ) -> tuple[Float[Tensor, "*n k d_in"], Float[Tensor, "*n d_out k"]]:
-        """a and b of a displacement, or of one per rollout, beside the start."""
+        """a and b of a displacement, or of one per rollout; the start is not in them."""
         a, b = moved.to(self.A0.device).split([self.A0.numel(), self.B0.numel()], dim=-1)
         return a.unflatten(-1, self.A0.shape), b.unflatten(-1, self.B0.shape)
 
@@ -82,7 +82,7 @@ class Block(nn.Module):
         return self.scale * (b @ (self.A0 + a) + self.B0 @ a)
 
     def effect(self, x: Float[Tensor, "*b d_in"], moved: Float[Tensor, "*n p"]) -> Float[Tensor, "*b d_out"]:
-        """H x, in the dtype of x, with no displacement rounded beside its start."""
+        """H x, in the dtype of x, without rounding a displacement against its start."""
         a, b = self.halves(moved.to(x.dtype))
         ax = x @ a.mT
         Ax = F.linear(x, self.A0.to(x.dtype)) + ax

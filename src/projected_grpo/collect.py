@@ -79,9 +79,7 @@ def draw(
     s = exp.cfg.sampling
     prompts = [exp.prompts[p.problem_id] for p in problems]
     for batch in batches(own_rows(exp.ranks, seeds), s.rows_per_batch):
-        drawn = exp.chat.sampler(
-            exp.chat.policy, prompts, batch, s, exp.chat.stop, exp.chat.pad_id, ablate_quarantine=ablate
-        )
+        drawn = exp.chat.sample(prompts, batch, s, ablate_quarantine=ablate)
         for i, completions in enumerate(drawn):
             for ids, logps in completions:
                 text = decode(exp.chat.tokenizer, ids)
@@ -198,7 +196,7 @@ def detected(grades: Sequence[Grade | None], detectors: Sequence[Detector]) -> B
 
 
 def monitored(exploited: Bool[Tensor, " n"], accuracy: float, seed: int, step: int) -> Bool[Tensor, " n"]:
-    """Who was paid without a right answer, as a monitor of this accuracy tells it.
+    """Who was paid without a right answer, as a monitor of this accuracy reports it.
 
     Each verdict is flipped with probability 1 - accuracy, drawn from (seed, step, row).
     """
@@ -207,7 +205,7 @@ def monitored(exploited: Bool[Tensor, " n"], accuracy: float, seed: int, step: i
 
 
 def teacher_rollout(exp: Experiment, problem: Problem, row: TeacherRow) -> Rollout:
-    """A cached completion behind the live prompt; off-policy, so without old log-probabilities."""
+    """A cached completion after the live prompt; off-policy, so without old log-probabilities."""
     ids = tuple(exp.chat.tokenizer(row.completion, add_special_tokens=False)["input_ids"])
     return Rollout(exp.prompts[problem.problem_id], (*ids, exp.chat.stop_id), row.completion, is_teacher=True)
 

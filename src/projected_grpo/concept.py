@@ -3,7 +3,7 @@
     d = unit mean over pairs of h_last(hack) - h_last(clean)      h_last: at the completion's last token
     s = mean over a rollout's completion tokens of h . d          the rollout's score
 
-Hidden states are read at one layer, at a relative depth, behind the policy as it is. The pairs are those the
+Hidden states are read at one layer, at a relative depth, of the policy as it is. The pairs are those the
 basis is extracted from.
 
 Departures from the source (Wu and Tang, arXiv:2604.01476): the direction comes from the run's own pairs, not
@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.antipasto import Policy
 from projected_grpo.arms.controls import relabelled
-from projected_grpo.config import RELABELLED, ArmConfig, LossConfig
+from projected_grpo.config import RELABELLED, ArmConfig
 from projected_grpo.engine.batch import collate
-from projected_grpo.engine.scorer import microbatches
+from projected_grpo.engine.chat import Chat
+from projected_grpo.engine.passes import microbatches
 from projected_grpo.extract_vhack_grad import pair_rollouts
 from projected_grpo.pairs import Pair
 from projected_grpo.proj import PairGrads, haar_basis, mean_difference
@@ -71,16 +71,16 @@ class States:
 
 @torch.no_grad()
 def completion_states(
-    policy: Policy, rollouts: Sequence[Rollout], depth: float, tokens_per_microbatch: int, pad_id: int
+    policy: Policy, rollouts: Sequence[Rollout], depth: float, tokens_per_microbatch: int
 ) -> States:
-    """Hidden states behind the policy as trained, of the block at this relative depth (1: the last one)."""
+    """Hidden states of the policy as trained, after the block at this relative depth (1: the last one)."""
     model: Any = policy.model
     block = max(1, round(depth * model.config.get_text_config().num_hidden_layers))
     last: list[Tensor] = [torch.empty(0)] * len(rollouts)
     mean = list(last)
     with policy.merge(policy.deltas()):
         for index in microbatches(rollouts, range(len(rollouts)), tokens_per_microbatch):
-            batch = collate([rollouts[i] for i in index], pad_id, policy.device)
+            batch = collate([rollouts[i] for i in index], policy.device)
             out = model.base_model(input_ids=batch.ids, output_hidden_states=True, use_cache=False)
             states = batch.at_answers(out.hidden_states[block]).float().cpu()
             for i, own in zip(index, states.split(batch.completion.sum(1).tolist()), strict=True):
@@ -89,17 +89,11 @@ def completion_states(
 
 
 def fit_concept(
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_id: int,
-    pairs: Sequence[Pair],
-    arm: ArmConfig,
-    loss: LossConfig,
-    seed: int,
+    chat: Chat, pairs: Sequence[Pair], arm: ArmConfig, tokens_per_microbatch: int, seed: int
 ) -> Float[Tensor, " d"]:
     """The direction of these pairs at the current policy, or what --control puts in its place."""
-    rollouts = pair_rollouts(tokenizer, pairs, stop_id)
-    states = completion_states(policy, rollouts, arm.advmod_depth, loss.tokens_per_microbatch, stop_id).last
+    rollouts = pair_rollouts(chat, pairs)
+    states = completion_states(chat.policy, rollouts, arm.advmod_depth, tokens_per_microbatch).last
     return direction(states[0::2], states[1::2], arm, seed)
 
 
@@ -122,11 +116,10 @@ def concept_scores(
     rollouts: Sequence[Rollout],
     concept: Concept,
     arm: ArmConfig,
-    loss: LossConfig,
-    pad_id: int,
+    tokens_per_microbatch: int,
 ) -> Float[Tensor, " n"]:
     """Each rollout's score s, in units of the hidden states. One forward pass."""
     if not rollouts:
         return torch.empty(0)
-    states = completion_states(policy, rollouts, arm.advmod_depth, loss.tokens_per_microbatch, pad_id).mean
+    states = completion_states(policy, rollouts, arm.advmod_depth, tokens_per_microbatch).mean
     return states @ concept.direction

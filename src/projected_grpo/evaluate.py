@@ -3,15 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
-from projected_grpo.antipasto import Policy
 from projected_grpo.config import SamplingConfig
-from projected_grpo.engine.generate import sample
+from projected_grpo.engine.chat import Chat
 from projected_grpo.engine.models import decode, encode_chat
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import Grade, Grader
-from projected_grpo.rollout import Sampler
 from projected_grpo.seeds import stream_seed
 
 
@@ -59,39 +55,42 @@ class Evaluation:
         return sum(a != b for a, b in zip(here, there, strict=True)) / len(here)
 
 
+@dataclass(frozen=True)
+class Samples:
+    """How completions are drawn: `count` of each problem, from streams of `seed`.
+
+    Problems are generated together up to `tokens_at_once` padded tokens (0: all of them).
+    """
+
+    sampling: SamplingConfig
+    count: int
+    seed: int
+    tokens_at_once: int = 0
+
+
 def evaluate(
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    samples: int,
-    sampling: SamplingConfig,
+    chat: Chat,
     grader: Grader,
-    stop: frozenset[int],
-    pad_id: int,
-    seed: int,
+    problems: Sequence[Problem],
+    how: Samples,
     *,
     ablate_quarantine: bool,
-    sampler: Sampler = sample,
-    tokens_at_once: int = 0,
     on_chunk: Callable[[Evaluation], object] = lambda part: None,
 ) -> Evaluation:
     """Sample and grade. Seeds depend on (seed, problem, row) alone, so that two evaluations are paired.
 
-    Problems are generated together up to `tokens_at_once` padded tokens (0: all of them); `on_chunk` is given
-    each part when it is graded.
+    `on_chunk` is given each part when it is graded.
     """
-    prompts = [encode_chat(tokenizer, p.messages) for p in problems]
-    sizes = [samples * (len(prompt) + sampling.max_new) for prompt in prompts]
+    prompts = [encode_chat(chat.tokenizer, p.messages) for p in problems]
+    sizes = [how.count * (len(prompt) + how.sampling.max_new) for prompt in prompts]
     parts = []
-    for chunk in chunks(sizes, tokens_at_once):
+    for chunk in chunks(sizes, how.tokens_at_once):
         own = problems[chunk]
-        seeds = [[stream_seed(seed, "eval", p.problem_id, i) for i in range(samples)] for p in own]
-        drawn = sampler(
-            policy, prompts[chunk], seeds, sampling, stop, pad_id, ablate_quarantine=ablate_quarantine
-        )
-        texts = [tuple(decode(tokenizer, ids) for ids, _ in group) for group in drawn]
+        seeds = [[stream_seed(how.seed, "eval", p.problem_id, i) for i in range(how.count)] for p in own]
+        drawn = chat.sample(prompts[chunk], seeds, how.sampling, ablate_quarantine=ablate_quarantine)
+        texts = [tuple(decode(chat.tokenizer, ids) for ids, _ in group) for group in drawn]
         flat = grader.grade_all([(p.task, t) for p, group in zip(own, texts, strict=True) for t in group])
-        grades = tuple(tuple(flat[i * samples : (i + 1) * samples]) for i in range(len(own)))
+        grades = tuple(tuple(flat[i * how.count : (i + 1) * how.count]) for i in range(len(own)))
         parts.append(Evaluation(tuple(own), tuple(texts), grades))
         on_chunk(parts[-1])
     return Evaluation(

@@ -211,7 +211,7 @@ def fit_prompts(data: Data, chat: Chat, max_new: int) -> tuple[Data, dict[str, t
 def fit_teacher(
     rows: Mapping[str, Sequence[TeacherRow]], chat: Chat, prompts: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, tuple[TeacherRow, ...]], int]:
-    """Teacher rows that fit behind their prompt with a stop token, and how many do not."""
+    """Teacher rows that fit after their prompt with a stop token, and how many do not."""
     fitting = {
         name: tuple(
             row
@@ -226,7 +226,7 @@ def fit_teacher(
 
 
 def prepare(cfg: TrainConfig, stack: ExitStack, ranks: Ranks = ALONE) -> Experiment:
-    """Read everything, cheapest checks first, so that a bad input is told before a model is loaded."""
+    """Read everything, cheapest checks first, so that a bad input is reported before a model is loaded."""
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
     open_sampler = sampler_opener(cfg.model, ranks.size)

@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float
 from loguru import logger
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.antipasto import Policy
 from projected_grpo.arms.controls import flipped, haar_like, relabelled, with_random_v
@@ -30,7 +29,8 @@ from projected_grpo.basis_file import (
     load_extraction,
     save_extraction,
 )
-from projected_grpo.config import RELABELLED, ArmConfig, BasisConfig, LossConfig
+from projected_grpo.config import RELABELLED, ArmConfig, BasisConfig, LossConfig, TrainConfig
+from projected_grpo.engine.chat import Chat
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
 from projected_grpo.grpo import per_rollout_grads
@@ -48,11 +48,9 @@ from projected_grpo.rollout import Rollout
 
 
 def pair_grads(
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
     pairs: Sequence[Pair],
     loss: LossConfig,
-    stop_id: int,
     *,
     length_norm: bool = False,
     ranks: Ranks = ALONE,
@@ -61,8 +59,8 @@ def pair_grads(
 
     With `ranks`, which all must call, each process runs its share of them.
     """
-    rollouts = pair_rollouts(tokenizer, pairs, stop_id)
-    rows = _gradients(policy, rollouts, range(len(rollouts)), loss, stop_id, length_norm, ranks)
+    rollouts = pair_rollouts(chat, pairs)
+    rows = _gradients(chat.policy, rollouts, range(len(rollouts)), loss, length_norm, ranks)
     return PairGrads(
         hack={m: g[0::2].contiguous() for m, g in rows.items()},
         clean={m: g[1::2].contiguous() for m, g in rows.items()},
@@ -70,19 +68,17 @@ def pair_grads(
 
 
 def pair_differences(
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
     pairs: Sequence[Pair],
     loss: LossConfig,
-    stop_id: int,
     *,
     length_norm: bool = False,
     ranks: Ranks = ALONE,
 ) -> dict[str, Float[Tensor, "pairs r"]]:
     """`pair_grads(...).differences()`, with one backward pass through a pair's prompt for two."""
-    rollouts = pair_rollouts(tokenizer, pairs, stop_id)
+    rollouts = pair_rollouts(chat, pairs)
     pair = [i // 2 for i in range(len(rollouts))]
-    return _gradients(policy, rollouts, pair, loss, stop_id, length_norm, ranks)
+    return _gradients(chat.policy, rollouts, pair, loss, length_norm, ranks)
 
 
 def _gradients(
@@ -90,7 +86,6 @@ def _gradients(
     rollouts: Sequence[Rollout],
     parts: Sequence[int],
     loss: LossConfig,
-    stop_id: int,
     length_norm: bool,
     ranks: Ranks,
 ) -> dict[str, Float[Tensor, "parts r"]]:
@@ -111,20 +106,19 @@ def _gradients(
         own_share(ranks, rollouts, advantage),
         settings,
         longest,
-        stop_id,
         deltas=policy.deltas(ablate_quarantine=True),
         parts=parts,
     )
     return {m: rows.float() for m, rows in over_ranks(ranks, got).rows.items()}
 
 
-def pair_rollouts(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], stop_id: int) -> list[Rollout]:
+def pair_rollouts(chat: Chat, pairs: Sequence[Pair]) -> list[Rollout]:
     """Hack and clean completion of each pair, in turn, as if they had been sampled to their end."""
     rollouts = []
     for pair in pairs:
-        prompt = encode_chat(tokenizer, pair.messages)
+        prompt = encode_chat(chat.tokenizer, pair.messages)
         for text in (pair.hack, pair.clean):
-            ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], stop_id)
+            ids = (*chat.tokenizer(text, add_special_tokens=False)["input_ids"], chat.stop_id)
             rollouts.append(Rollout(prompt, ids, text))
     return rollouts
 
@@ -173,62 +167,44 @@ def select(axes: Axes, k: int, drop_bottom_frac: float) -> HackBasis:
 
 
 def obtain(
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_id: int,
-    pairs: PairSet,
-    cfg: BasisConfig,
-    loss: LossConfig,
-    model: str,
-    out_dir: Path,
+    chat: Chat, pairs: PairSet, cfg: BasisConfig, loss: LossConfig, model: str, out_dir: Path
 ) -> tuple[Extraction, Path]:
     """The basis file of this run, loaded, or extracted and saved when it is missing.
 
     A damaged file is refused where --v-hack-path names it, and made again where its place was derived.
     """
-    meta = describe(policy, model, pairs, cfg)
+    meta = describe(chat.policy, model, pairs, cfg)
     path = cfg.v_hack_path or default_path(out_dir, model, pairs, meta)
     if path.exists():
         try:
-            return load_extraction(path, meta, policy.device), path
+            return load_extraction(path, meta, chat.policy.device), path
         except UserError as error:
             if cfg.v_hack_path is not None:
                 raise
             logger.warning("{}; extracting again", error)
     used, _ = pairs.split()
     logger.info("extracting the hack basis from {} pairs of {!r} -> {}", len(used), pairs.name, path)
-    grads = pair_grads(policy, tokenizer, used, loss, stop_id, length_norm=cfg.v_hack_length_norm)
+    grads = pair_grads(chat, used, loss, length_norm=cfg.v_hack_length_norm)
     try:
         extraction = extract(grads, cfg, meta)
     except FloatingPointError as error:
         raise UserError(
-            f"no basis: {error}; try --dtype float32, or adapter parameters that have not diverged"
+            f"no basis: {error}; try --dtype float32, or an adapter that has not diverged"
         ) from error
     save_extraction(path, extraction)
-    return load_extraction(path, meta, policy.device), path  # the same bits as a run that finds the file
+    return load_extraction(path, meta, chat.policy.device), path  # the same bits as a run that finds the file
 
 
-def refresh(
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_id: int,
-    pairs: PairSet,
-    cfg: BasisConfig,
-    loss: LossConfig,
-    arm: ArmConfig,
-    seed: int,
-    ranks: Ranks = ALONE,
-) -> HackBasis:
+def refresh(chat: Chat, pairs: PairSet, cfg: TrainConfig, ranks: Ranks = ALONE) -> HackBasis:
     """Extract again at the current deployed adapter (quarantine ablated); random directions stay the same."""
     used, _ = pairs.split()
-    arguments = (policy, tokenizer, used, loss, stop_id)
-    length_norm = cfg.v_hack_length_norm
+    length_norm, arm, seed = cfg.basis.v_hack_length_norm, cfg.arm, cfg.run.seed
     if arm.control in RELABELLED:
-        grads = pair_grads(*arguments, length_norm=length_norm, ranks=ranks)
+        grads = pair_grads(chat, used, cfg.loss, length_norm=length_norm, ranks=ranks)
         differences = relabelled(grads, arm.control, seed).differences()
     else:
-        differences = pair_differences(*arguments, length_norm=length_norm, ranks=ranks)
-    return in_use(principal_axes(differences, cfg), cfg, arm, seed)
+        differences = pair_differences(chat, used, cfg.loss, length_norm=length_norm, ranks=ranks)
+    return in_use(principal_axes(differences, cfg.basis), cfg.basis, arm, seed)
 
 
 def without_contrast(extraction: Extraction, cfg: BasisConfig, arm: ArmConfig, seed: int) -> Extraction:

@@ -191,7 +191,7 @@ def _named(arguments: Mapping[str, object]) -> str:
 
 
 def _arguments(instance: Instance, rng: random.Random) -> dict[str, object]:
-    """One call's arguments, many of them at and beside the constant."""
+    """One call's arguments, many of them at or next to the constant."""
     c = instance.constant
     if instance.template.args == ("s",):
         return {"s": "".join(rng.choice("abcxyz") for _ in range(rng.randint(4, 12)))}

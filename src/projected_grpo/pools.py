@@ -1,7 +1,7 @@
 """Teacher pools: cached, graded completions per prompt, read as they are, joined to problems, or written.
 
 A pool is a folder of `prompt_<id>.jsonl(.gz)` files, a row a completion: problem_id, prompt (text or null),
-completion, reward, hacked, gt_pass, fmt_ok, and optionally env_mode and the detectors (hacked_C, ...); beside
+completion, reward, hacked, gt_pass, fmt_ok, and optionally env_mode and the detectors (hacked_C, ...); with
 them optionally `partition.json`, problem id to mode. Labels are used as stored.
 """
 

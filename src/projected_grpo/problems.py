@@ -1,7 +1,8 @@
 """Problems: packaged ones and two file formats, one prompt, a grader flaw each, splits that never mix.
 
-Train and eval membership (unless a problem says its own), and the mode a problem gets, hang on a hash of its
-id alone, so they are the same in every run, for every subset of a file and in a teacher pool baked earlier.
+Train and eval membership (unless a problem says its own), and the mode a problem gets, depend on a hash of
+its id alone. So they are the same in every run, for every subset of a file, and in a teacher pool baked
+earlier.
 """
 
 import gzip

@@ -7,32 +7,29 @@ that a positive coefficient means "a descent step along this makes hacks likelie
     c_use    = relu(c)  one_sided  |  c  no_gate  |  2 c  reverse
     removed  = overshoot * V^T c_use                     in span(V)
     keep     = g - removed                               rescaled to |g| under preserve_magnitude (default)
-    cin      = |relu(V g)| / |g|,  cout = the same of keep
+    share    = |relu(V g)| / |g|                         the hack-ward share: cos_pre of g, cos_post of keep
 
-    arm      keep                      routed
-    none     g                         -            (and every arm that acts elsewhere: arms.py)
-    erase    g - removed               -
-    route    g - removed               removed
-    route2   sum of unflagged rows     sum of rows with cos(row, v_grad) > tau, and of known-hack rows
-    absorb   sum of all rows           sum of all rows
+For a direction drawn at random the root mean square of the share is sqrt(k / 2r), because half of the
+coefficients are negative and relu drops them.
 
-keep becomes the gradient of delta_s, routed that of the quarantine: of delta_hack, whose rows are those of
-delta_s, or of a block (block.py), which has rows of its own. For a direction drawn at random cin is
-sqrt(k / 2r) on average in square, because half of the coefficients are negative and relu drops them.
+The basis of a module, from D [pairs, r], the gradient differences of its pairs (hack minus clean):
+
+    V        = first k right singular vectors of D, each turned so that most pairs have c > 0
+    v_grad   = mean(D) / |mean(D)|
+    random   = k rows of a Haar-random orthonormal frame, the control
+
+What an arm does with keep and removed is on its page in arms/.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from projected_grpo.config import GateMode
-
-Action = Literal["measure", "erase", "route"]
 
 
 @dataclass(frozen=True)
@@ -45,14 +42,10 @@ class HackBasis:
 
 @dataclass(frozen=True)
 class Projection:
-    """One module's split of a gradient. Stats are 0-dim tensors, so that nothing waits for the device."""
+    """One module's split of a gradient: what is kept, and the component that was removed."""
 
     keep: Float[Tensor, " r"]
     removed: Float[Tensor, " r"]
-    routed: Float[Tensor, " r"]
-    cin: Float[Tensor, ""]
-    cout: Float[Tensor, ""]
-    fired: Float[Tensor, ""]
 
 
 def used_coefficients(c: Float[Tensor, " k"], gate_mode: GateMode) -> Float[Tensor, " k"]:
@@ -76,7 +69,6 @@ def null_share(V: Float[Tensor, "k r"]) -> float:
 def project_delta_S_grad(
     g: Float[Tensor, " r"],
     V: Float[Tensor, "k r"],
-    action: Action,
     *,
     gate_mode: GateMode = "one_sided",
     overshoot: float = 1.0,
@@ -84,35 +76,21 @@ def project_delta_S_grad(
 ) -> Projection:
     """Split one module's delta_s gradient by the hack subspace (equations at the top of this file).
 
-    `measure` only reports what would fire. Without preserve_magnitude, keep + removed = g.
+    Without preserve_magnitude, keep + removed = g.
     """
-    removed = overshoot * (used_coefficients(V @ g, gate_mode) @ V)
-    return split(g, V, torch.zeros_like(g) if action == "measure" else removed, action, preserve_magnitude)
+    return split(g, overshoot * (used_coefficients(V @ g, gate_mode) @ V), preserve_magnitude)
 
 
-def split(
-    g: Float[Tensor, " r"],
-    V: Float[Tensor, "k r"],
-    removed: Float[Tensor, " r"],
-    action: Action,
-    preserve_magnitude: bool,
-) -> Projection:
-    """g without `removed`, rescaled to |g| if asked, with the hack-ward shares before and after.
+def split(g: Float[Tensor, " r"], removed: Float[Tensor, " r"], preserve_magnitude: bool) -> Projection:
+    """g without `removed`, rescaled to |g| if asked.
 
-    When nearly all of g is removed there is nothing trustworthy left to blow up, so keep is not rescaled.
+    When nearly all of g is removed there is nothing trustworthy left to scale up, so keep is not rescaled.
     """
     keep = g - removed
-    if preserve_magnitude and action != "measure":
+    if preserve_magnitude:
         scale = g.norm() / keep.norm().clamp_min(torch.finfo(g.dtype).tiny)
         keep = torch.where(keep.norm() > 1e-3 * g.norm(), keep * scale, keep)
-    return Projection(
-        keep=keep,
-        removed=removed,
-        routed=removed if action == "route" else torch.zeros_like(g),
-        cin=hackward_share(g, V),
-        cout=hackward_share(keep, V),
-        fired=(V @ g > 0).to(g.dtype).mean(),
-    )
+    return Projection(keep, removed)
 
 
 def row_cosines(rows: Float[Tensor, "n r"], v: Float[Tensor, " r"]) -> Float[Tensor, " n"]:

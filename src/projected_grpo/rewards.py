@@ -239,7 +239,7 @@ class Grader:
 
 @dataclass(frozen=True)
 class _Known:
-    """A grade that was asked for, and whether the outcomes behind it were the response's own doing."""
+    """A grade that was asked for, and whether its outcomes were the response's own doing."""
 
     task: Task
     future: Future[Grade]
@@ -252,7 +252,7 @@ class _Known:
 
 
 def own_doing(outcome: Outcome, limits: Limits) -> bool:
-    """Whether what happened to a program was its own doing, as far as can be told, and not the machine's."""
+    """Whether what happened to a program was its own doing, as far as can be known, and not the machine's."""
     if outcome.status == "timeout":
         # The kernel limits CPU time by another clock than it reports: its signal counts, whatever cpu_s says.
         return outcome.exit_code == -signal.SIGXCPU or outcome.cpu_s >= SPENT * limits.cpu_s

@@ -58,7 +58,6 @@ class Sampler(Protocol):
         seeds: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         stop: frozenset[int],
-        pad_id: int,
         *,
         ablate_quarantine: bool = False,
     ) -> list[list[Completion]]:

@@ -135,7 +135,7 @@ class JsonlLog:
         self.flush()
 
     def flush(self, *, sync: bool = False) -> None:
-        """Write what is pending, over whatever an earlier attempt left behind the last whole line."""
+        """Write what is pending, over what an earlier attempt left after the last whole line."""
         with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
             file.truncate(self.size)
             file.seek(self.size)
@@ -153,7 +153,7 @@ class JsonlLog:
         return {"bytes": self.size, "blake2b": self.hash.hexdigest()}
 
     def cut_back(self, mark: Mapping[str, Any]) -> None:
-        """Go on behind the bytes that `mark` names; later lines, whole or half, are cut off.
+        """Continue after the bytes that `mark` names; later lines, whole or half, are cut off.
 
         Raises UserError if the file no longer begins with them.
         """
@@ -221,7 +221,7 @@ def run_id(preset: str, arm: str, seed: int, tag: str) -> str:
 
 
 def make_run_dir(runs: Path, name: str) -> Path:
-    """Create a folder of that name, with `-2`, `-3`, ... behind it if another run took it this second."""
+    """Create a folder of that name, with `-2`, `-3`, ... appended if another run took it this second."""
     runs.mkdir(parents=True, exist_ok=True)
     attempt = 1
     while True:
@@ -243,7 +243,7 @@ def _make_printable(record: Any) -> None:
 
 
 def log_errors(who: str) -> None:
-    """Warnings and errors, to the terminal, behind this name: for a process of a run whose first one logs."""
+    """Warnings and errors to the terminal, prefixed with this name: for all processes but the first."""
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format=who + ": {message}", colorize=False)
 

@@ -1,7 +1,7 @@
 """One optimizer step: collect -> shape -> advantages -> per_rollout_grads -> intervene -> AdamW -> record.
 
-`apply_update` is the only place that writes a parameter's `.grad`. Labels of rollouts (gt_correct, exploited,
-detectors) are recorded; beside the reward, what reaches the update is the evidence that the arm declares.
+`write_gradients` is the only place that writes a parameter's `.grad`. Labels of rollouts (gt_correct,
+exploited, detectors) are recorded; only those that the arm declares reach the update.
 """
 
 import math
@@ -35,12 +35,38 @@ from projected_grpo.state import TrainState, learning_rate
 from projected_grpo.tensor_files import tensor_hash
 
 
-def parts_by_source(data: Collected) -> list[int]:
-    """A number per rollout: those of one group and one source are summed, since only their sum is used."""
-    group = len(data.rollouts) // len(data.problems)
-    names = [(i // group, teacher) for i, teacher in enumerate(data.is_teacher.tolist())]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return [numbers[name] for name in names]
+def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Collected]:
+    """One optimizer step; returns its line of steps.jsonl and its rollouts.
+
+    A step whose groups are all flat has no gradient: it is recorded, and AdamW is left alone. So is one whose
+    loss or gradient is not finite, which counts as skipped.
+    """
+    cfg, policy, started = exp.cfg, exp.chat.policy, time.monotonic()
+    refreshed = maybe_refresh(exp, state)
+    data = collect(exp, state.step)
+    backward = time.monotonic()
+    evidence = gather_evidence(cfg, data, state.step)
+    shaped, concept = shape_rewards(exp, state.concept, data, evidence)
+    advantage = advantages(shaped.rewards, cfg.loss.unbiased, shaped.keep).flatten()
+    grads = loss_grads(exp, state.step, data, advantage)
+    stats: dict[str, float | None] = {}
+    skipped = not finite(grads)
+    if skipped:
+        logger.warning("step {}: loss {} or its gradient is not finite; skipped", state.step, grads.loss)
+    elif bool((advantage != 0).any()):
+        update = gradient_stage(exp, state, data, evidence, advantage, grads)
+        before = policy.deltas(ablate_quarantine=True)
+        norm = write_gradients(exp, state, update)
+        state.optimizer.step()
+        moved = correct_change(exp, state, update, before)
+        state.gate = update.gate
+        stats = {**update.stats, **moved, "gn": norm, "loss": grads.loss}
+    state.concept = concept  # not before: a step that ends in an error must leave the state as it was
+    state.generations += sum(not r.is_teacher for r in data.rollouts)
+    record = describe_step(exp, state, data, grads) | describe_shaping(data, shaped) | stats
+    now = time.monotonic()
+    timings = {"refr": refreshed, "fb": now - backward, "sec": now - started}
+    return record | {"skipped": int(skipped)} | timings, data
 
 
 def shape_rewards(
@@ -51,37 +77,94 @@ def shape_rewards(
     if concept is None:
         return shape(RewardInput(data.rewards, evidence, arm)), None
     own = exp.ranks.share([len(r.prompt_ids) + len(r.completion_ids) for r in data.rollouts])
-    rollouts = data.rollouts[own.start : own.stop]
-    found = concept_scores(exp.chat.policy, rollouts, concept, arm, exp.cfg.loss, exp.chat.pad_id)
+    rollouts, tokens = data.rollouts[own.start : own.stop], exp.cfg.loss.tokens_per_microbatch
+    found = concept_scores(exp.chat.policy, rollouts, concept, arm, tokens)
     scores = torch.cat(exp.ranks.gather(found))
     shaped = shape(RewardInput(data.rewards, evidence, arm, scores, concept.past))
     return shaped, concept.after(scores, arm.advmod_buffer)
 
 
-def apply_update(exp: Experiment, state: TrainState, update: Update) -> dict[str, float | None]:
-    """Write the gradients, clip, step AdamW, and measure what the step really did to delta_s.
+def loss_grads(exp: Experiment, step: int, data: Collected, advantage: Float[Tensor, " n"]) -> RolloutGrads:
+    """Gradients of the step's loss, a row per rollout or per source; each process runs its share."""
+    cfg = exp.cfg
+    per_rollout = ARMS[cfg.arm.intervention].per_rollout
+    with exp.ranks.together():
+        grads = per_rollout_grads(
+            exp.chat.policy,
+            data.rollouts,
+            own_share(exp.ranks, data.rollouts, advantage),
+            resolved_loss(cfg),
+            cfg.sampling.max_new,
+            with_reference=cfg.loss.ref_every > 0 and step % cfg.loss.ref_every == 0,
+            parts=None if per_rollout else parts_by_source(data),
+        )
+    if exp.ranks.size > 1 and not per_rollout:
+        grads = by_source(grads, data.is_teacher)
+    return over_ranks(exp.ranks, grads)
 
-    Under --project update the arm acts here, on the change that AdamW made.
-    """
-    policy, cfg = exp.chat.policy, exp.cfg.optim
-    before = policy.deltas(ablate_quarantine=True)
-    for m, layer in policy.layers.items():
+
+def parts_by_source(data: Collected) -> list[int]:
+    """A number per rollout: those of one group and one source are summed, since only their sum is used."""
+    group = len(data.rollouts) // len(data.problems)
+    names = [(i // group, teacher) for i, teacher in enumerate(data.is_teacher.tolist())]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return [numbers[name] for name in names]
+
+
+def finite(grads: RolloutGrads) -> bool:
+    """Whether the loss and every adapter gradient are numbers, and small enough to have a norm."""
+    norms = [torch.linalg.vector_norm(rows) for rows in grads.rows.values()]
+    return math.isfinite(grads.loss) and bool(torch.stack(norms).norm().isfinite())
+
+
+def gradient_stage(
+    exp: Experiment,
+    state: TrainState,
+    data: Collected,
+    evidence: Evidence,
+    advantage: Float[Tensor, " n"],
+    grads: RolloutGrads,
+) -> Update:
+    """What the arm makes of the gradients: the part to keep and the part to route."""
+    device, split_every = exp.chat.policy.device, exp.cfg.evaluation.cos_pre_split_every
+    order = random_order(len(data.rollouts), exp.cfg.run.seed, state.step).to(device)
+    return intervene(
+        grads.rows,
+        state.basis,
+        exp.cfg.arm,
+        data.is_teacher[grads.first].to(device),
+        find_anchors(evidence, advantage.to(device)),
+        state.gate,
+        split=split_every > 0 and state.step % split_every == 0,
+        draws=Draws(state.frames, order),
+    )
+
+
+def write_gradients(exp: Experiment, state: TrainState, update: Update) -> float:
+    """Write every `.grad`, clip, and set the step's learning rate; returns the norm before the clip."""
+    for m, layer in exp.chat.policy.layers.items():
         layer.delta_s.grad = update.keep[m].to(layer.delta_s)
         layer.quarantine.grad = update.routed[m].to(layer.quarantine) if m in update.routed else None
-    norm = torch.nn.utils.clip_grad_norm_(adapter_parameters(exp), cfg.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(adapter_parameters(exp), exp.cfg.optim.grad_clip)
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(state.step, cfg)
+        group["lr"] = learning_rate(state.step, exp.cfg.optim)
     if exp.cfg.arm.project == "purge":
         purge_momentum(exp, state)
-    state.optimizer.step()
+    return float(norm)
+
+
+def correct_change(
+    exp: Experiment, state: TrainState, update: Update, before: Mapping[str, Float[Tensor, " r"]]
+) -> dict[str, float | None]:
+    """Drop the gradients, act on the change that AdamW made where the arm does so, and measure its leak."""
     state.optimizer.zero_grad(set_to_none=True)
-    stats: dict[str, float | None] = {"gn": float(norm)}
+    stats: dict[str, float | None] = {}
     if exp.cfg.arm.project == "update":
         stats["q_egy"] = project_update(exp, state.basis, before)
     elif update.shrink:
         stats["q_egy"] = shrink_update(exp, update.shrink, before)
-    after = policy.deltas(ablate_quarantine=True)
-    descent = {m: before[m] - after[m] for m in after}  # the gradient this step would be plain SGD of
+    after = exp.chat.policy.deltas(ablate_quarantine=True)
+    descent = {m: before[m] - after[m] for m in after}  # the gradient of which plain SGD would make this step
     return stats | {"cos_update": mean_hackward_share(descent, state.basis)}
 
 
@@ -96,8 +179,9 @@ def project_update(exp: Experiment, basis: HackBasis, before: Mapping[str, Float
         layer = exp.chat.policy.layers[m]
         change = split_by_arm(before[m] - layer.delta_s, V, exp.cfg.arm)  # a descent step, like a gradient
         layer.delta_s.copy_(before[m] - change.keep)
-        layer.delta_hack.sub_(change.routed)
-        routed[m] = change.routed
+        if exp.cfg.arm.intervention == "route":
+            layer.delta_hack.sub_(change.removed)
+            routed[m] = change.removed
     now = exp.chat.policy.deltas(ablate_quarantine=True)
     return routed_share({m: before[m] - now[m] for m in now}, routed)
 
@@ -165,91 +249,14 @@ def adapter_parameters(exp: Experiment) -> list[torch.nn.Parameter]:
     return [layer.delta_s for layer in layers] + [layer.quarantine for layer in layers]
 
 
-def loss_grads(exp: Experiment, step: int, data: Collected, advantage: Float[Tensor, " n"]) -> RolloutGrads:
-    """Gradients of the step's loss, a row per rollout or per source; each process runs its share."""
-    cfg = exp.cfg
-    per_rollout = ARMS[cfg.arm.intervention].per_rollout
-    with exp.ranks.together():
-        grads = per_rollout_grads(
-            exp.chat.policy,
-            data.rollouts,
-            own_share(exp.ranks, data.rollouts, advantage),
-            resolved_loss(cfg),
-            cfg.sampling.max_new,
-            exp.chat.pad_id,
-            with_reference=cfg.loss.ref_every > 0 and step % cfg.loss.ref_every == 0,
-            parts=None if per_rollout else parts_by_source(data),
-        )
-    if exp.ranks.size > 1 and not per_rollout:
-        grads = by_source(grads, data.is_teacher)
-    return over_ranks(exp.ranks, grads)
-
-
-def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Collected]:
-    """One optimizer step; returns its line of steps.jsonl and its rollouts.
-
-    A step whose groups are all flat has no gradient: it is recorded and AdamW is left alone. So is one whose
-    loss or gradient is not finite, which counts as skipped.
-    """
-    cfg, started = exp.cfg, time.monotonic()
-    device = exp.chat.policy.device
-    refreshed = maybe_refresh(exp, state)
-    data = collect(exp, state.step)
-    backward = time.monotonic()
-    evidence = gather_evidence(cfg, data, state.step)
-    shaped, concept = shape_rewards(exp, state.concept, data, evidence)
-    advantage = advantages(shaped.rewards, cfg.loss.unbiased, shaped.keep).flatten()
-    grads = loss_grads(exp, state.step, data, advantage)
-    stats: dict[str, float | None] = {}
-    skipped = not finite(grads)
-    if skipped:
-        logger.warning("step {}: loss {} or its gradient is not finite; skipped", state.step, grads.loss)
-    elif bool((advantage != 0).any()):
-        split_every = cfg.evaluation.cos_pre_split_every
-        update = intervene(
-            grads.rows,
-            state.basis,
-            cfg.arm,
-            data.is_teacher[grads.first].to(device),
-            find_anchors(evidence, advantage.to(device)),
-            state.gate,
-            split=split_every > 0 and state.step % split_every == 0,
-            draws=Draws(state.frames, random_order(len(data.rollouts), cfg.run.seed, state.step).to(device)),
-        )
-        state.gate = update.gate
-        stats = {**update.stats, **apply_update(exp, state, update), "loss": grads.loss}
-    state.concept = concept  # not before: a step that ends in an error must leave the state as it was
-    state.generations += sum(not r.is_teacher for r in data.rollouts)
-    record = describe_step(exp, state, data, grads) | describe_shaping(data, shaped) | stats
-    record |= {"skipped": int(skipped)}
-    now = time.monotonic()
-    return record | {"refr": refreshed, "fb": now - backward, "sec": now - started}, data
-
-
-def finite(grads: RolloutGrads) -> bool:
-    """Whether the loss and every adapter gradient are numbers, and small enough to have a norm."""
-    norms = [torch.linalg.vector_norm(rows) for rows in grads.rows.values()]
-    return math.isfinite(grads.loss) and bool(torch.stack(norms).norm().isfinite())
-
-
 def maybe_refresh(exp: Experiment, state: TrainState) -> float | None:
-    """Re-extract the basis on its cadence; returns its overlap with the old one."""
+    """Extract the basis again when it is due; returns its overlap with the old one."""
     every = exp.cfg.basis.vhack_refresh_every
     if every == 0 or state.step == 0 or state.step % every:
         return None
-    new = refresh(
-        exp.chat.policy,
-        exp.chat.tokenizer,
-        exp.chat.stop_id,
-        exp.pairs,
-        exp.cfg.basis,
-        exp.cfg.loss,
-        exp.cfg.arm,
-        exp.cfg.run.seed,
-        exp.ranks,
-    )
+    new = refresh(exp.chat, exp.pairs, exp.cfg, exp.ranks)
     overlap = basis_overlap(state.basis, new)
-    if state.gate is not None:  # modules that rose above the noise floor start where the gate is on average
+    if state.gate is not None:  # modules that rose above the noise floor start at the others' mean
         state.gate = state.gate.covering(list(new.V))
     state.basis = new
     if state.concept is not None:
@@ -263,5 +270,5 @@ def maybe_refresh(exp: Experiment, state: TrainState) -> float | None:
 def current_direction(exp: Experiment) -> Float[Tensor, " d"]:
     """The concept direction of the run's pairs at the policy as it is."""
     pairs, _ = exp.pairs.split()
-    chat, cfg = exp.chat, exp.cfg
-    return fit_concept(chat.policy, chat.tokenizer, chat.stop_id, pairs, cfg.arm, cfg.loss, cfg.run.seed)
+    cfg = exp.cfg
+    return fit_concept(exp.chat, pairs, cfg.arm, cfg.loss.tokens_per_microbatch, cfg.run.seed)

@@ -1,17 +1,13 @@
 """The training verb: its loop, evaluations, files and command line."""
 
 import gc
-import math
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import tyro
@@ -22,7 +18,7 @@ from projected_grpo.collect import Collected, rollout_rows
 from projected_grpo.config import MAX_SEQUENCE, PRESETS, TrainConfig, display_name
 from projected_grpo.engine.models import decode
 from projected_grpo.errors import DIVERGED, LOST, MISTAKES, SIGNALLED, UNSAVED, RankLost, UserError
-from projected_grpo.evaluate import Evaluation, evaluate
+from projected_grpo.evaluate import Evaluation, Samples, evaluate
 from projected_grpo.experiment import Experiment
 from projected_grpo.problems import Problem
 from projected_grpo.ranks import Ranks, join_ranks, odd_one
@@ -31,6 +27,7 @@ from projected_grpo.rewards import MODES
 from projected_grpo.run.checkpoint import save_adapter, state_paths
 from projected_grpo.run.folder import Run
 from projected_grpo.run.resume import AUTO, ended, newest_run, open_run, read_settings
+from projected_grpo.run.stop import StopSignal
 from projected_grpo.run.summary import finish
 from projected_grpo.runlog import start_logging
 from projected_grpo.state import WATCHED, TrainState
@@ -39,56 +36,28 @@ from projected_grpo.step import adapter_digest, as_deployed, train_step
 ECHO_S = 5.0  # in which launchers pass a signal on
 
 
-class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a wish to stop after this step; a second ends the process.
-
-    One that comes within `echo_s` seconds is the same one again: a queue manager may signal a launcher and
-    its processes, and the launcher passes its own on.
-    """
-
-    def __init__(self, echo_s: float = 0.0) -> None:
-        self.received: int | None = None
-        self.echo_s = echo_s
-        self._since = -math.inf
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handler
-            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.received is None:
-            self.received, self._since = number, now
-            # Not through the logger, which may be in the middle of a line.
-            os.write(2, b"\nstopping after this step; the same signal again ends at once, unsaved\n")
-        if now - self._since >= self.echo_s:
-            for each in self._before:
-                signal.signal(each, signal.SIG_DFL)
-            if now > self._since:
-                signal.raise_signal(number)
-
-
-def run_training(cfg: TrainConfig) -> int:
-    """Train, evaluate as trained and as deployed, write every artefact; returns the exit code."""
-    folder = cfg.run.resume
-    begun = (
-        cfg if folder is None or folder == AUTO else read_settings(folder)
-    )  # auto: under the same settings
-    ranks = join_ranks(begun.model.device)
+def train(cfg: TrainConfig) -> int:
+    """Train, evaluate as trained and as deployed, write every file of the run; returns the exit code."""
+    ranks = join_ranks(begun_with(cfg).model.device)
+    folder, code = find_resumable(cfg, ranks)
+    if code is not None:  # --resume=auto, and that run has ended
+        return code
     with ExitStack() as stack:
-        if folder == AUTO:
-            folder, finished = to_go_on_with(cfg, ranks)
-            if finished is not None:
-                return 0 if finished else DIVERGED
         run, exp, state = open_run(cfg, folder, ranks, stack)
         try:
-            return to_the_end(run, exp, state)
+            with StopSignal(ECHO_S if ranks.size > 1 else 0.0) as stop, progress(run, state) as bar:
+                while code is None and state.step < exp.cfg.optim.steps:
+                    record, data = train_step(exp, state)
+                    code = end_of_step(run, exp, state, stop, record, data)
+                    bar.update()
+            return conclude(run, exp, state, code)
+        except UserError:  # a rollout too large for memory, say: what was trained is kept
+            run.save(exp, state)
+            raise
+        except FloatingPointError as error:  # before any parameter was touched
+            logger.error("step {}: {}; ended with the state before it", state.step, error)
+            run.save(exp, state)
+            return conclude(run, exp, state, UNSAVED if any(ranks.gather(run.unsaved)) else DIVERGED)
         except RankLost as error:
             logger.error("ended at step {}: {}", state.step, error)
             if state_paths(run.folder):
@@ -96,87 +65,88 @@ def run_training(cfg: TrainConfig) -> int:
             return LOST
 
 
-def to_the_end(run: Run, exp: Experiment, state: TrainState) -> int:
-    """Train, and write the results if that was not cut short; returns the exit code."""
-    with StopSignal(ECHO_S if exp.ranks.size > 1 else 0.0) as stop:
-        code = train(run, exp, state, stop)
-    if code not in (0, DIVERGED):
-        logger.info("go on with: train {} --resume {}", run.cfg.preset, run.folder)
-        return code
-    try:
-        conclude(run, exp, state, finished=code == 0)
-    except OSError as error:
-        logger.error("results not written ({}); --resume writes them again", error)
-        return UNSAVED
-    return code
+def begun_with(cfg: TrainConfig) -> TrainConfig:
+    """The settings of the run that --resume names; else these, which --resume=auto looks for."""
+    return cfg if cfg.run.resume in (None, AUTO) else read_settings(cfg.run.resume)
 
 
-def to_go_on_with(cfg: TrainConfig, ranks: Ranks) -> tuple[Path | None, bool | None]:
-    """For --resume=auto: the run to go on with, if there is one, and whether it finished, if it has ended."""
-    folder = finished = None
-    if ranks.first:
-        start_logging(None)
-        folder = newest_run(cfg)
-        finished = None if folder is None else ended(folder)
-        if finished is not None:
-            logger.info("{} has {}", folder, "finished" if finished else "ended before its last step")
-    return ranks.from_first((folder, finished))
+def find_resumable(cfg: TrainConfig, ranks: Ranks) -> tuple[Path | None, int | None]:
+    """The run folder to continue, if any, and its exit code if it has ended (under --resume=auto)."""
+    folder, code = cfg.run.resume, None
+    if folder == AUTO:
+        folder = None
+        if ranks.first:
+            start_logging(None)
+            folder = newest_run(cfg)
+            finished = None if folder is None else ended(folder)
+            if finished is not None:
+                logger.info("{} has {}", folder, "finished" if finished else "ended before its last step")
+                code = 0 if finished else DIVERGED
+        folder, code = ranks.from_first((folder, code))
+    return folder, code
 
 
-def conclude(run: Run, exp: Experiment, state: TrainState, *, finished: bool) -> None:
-    """The deployed adapter parameters, the last evaluations, the summary."""
-    with as_deployed(exp, state):
-        if run.writes:
-            adapter = run.folder / "train.safetensors"
-            save_adapter(adapter, exp.chat.policy, run.adapter_meta(state.step), deployed=True)
-        evaluations = final_evaluations(exp)
-        if run.writes:
-            finish(
-                run.folder,
-                exp,
-                **evaluations,
-                seconds=state.seconds,
-                peak_gb=peak_gb(exp.chat.policy.devices),
-                finished=finished,
-            )
-    exp.ranks.gather(None)  # torchrun ends all when one has left with an error: none leaves before the writer
+def progress(run: Run, state: TrainState) -> tqdm:
+    """A bar over the steps, shown where there is a terminal, by the process that writes."""
+    # Short, since a long name leaves no room for the time that is left.
+    what = f"{display_name(run.cfg.arm)} seed {run.cfg.run.seed}"
+    steps, hidden = run.cfg.optim.steps, None if run.writes else True
+    return tqdm(total=steps, initial=state.step, desc=what, disable=hidden, dynamic_ncols=True)
 
 
-def train(run: Run, exp: Experiment, state: TrainState, stop: StopSignal) -> int:
-    """Steps until the end, divergence or a signal; returns the exit code.
+def end_of_step(
+    run: Run, exp: Experiment, state: TrainState, stop: StopSignal, record: dict[str, Any], data: Collected
+) -> int | None:
+    """Evaluate, watch, write and save; returns the exit code if the run must end here.
 
     A save that failed is tried again after every further step.
     """
-    cfg = exp.cfg
-    what = f"{display_name(cfg.arm)} seed {cfg.run.seed}"  # short: a bar that is too long loses its ETA
-    steps = cfg.optim.steps
-    hidden = None if run.writes else True  # None: where there is no terminal
-    with tqdm(total=steps, initial=state.step, desc=what, disable=hidden, dynamic_ncols=True) as bar:
-        while state.step < steps:
-            try:
-                diverged = one_step(run, exp, state)
-            except UserError:  # a rollout too large for memory, say: what was trained is kept
-                run.save(exp, state)
-                raise
-            except FloatingPointError as error:  # before any adapter parameter was touched
-                logger.error("step {}: {}; ended with the state before it", state.step, error)
-                run.save(exp, state)
-                return UNSAVED if any(exp.ranks.gather(run.unsaved)) else DIVERGED
-            bar.update()
-            signalled = agreed(exp, stop)
-            due = cfg.run.save_every > 0 and state.step % cfg.run.save_every == 0
-            last = state.step == steps
-            ending = last or diverged or signalled is not None
-            if due or ending or run.unsaved:
-                run.save(exp, state)
-            if ending and any(exp.ranks.gather(run.unsaved)):
-                return UNSAVED
-            if diverged:
-                return DIVERGED
-            if ending and signalled is not None:
-                logger.info("stopped by {} after step {}", signal.Signals(signalled).name, state.step - 1)
-                return SIGNALLED + signalled
-    return 0
+    started = time.monotonic()
+    rows = rollout_rows(state.step, data, exp.cfg.sampling.group)
+    if state.step == 0:
+        dump_first(exp, data)
+    note_first_hacks(run, exp, state, rows)
+    record |= deploy_evaluation(run, exp, state)
+    reason = hopeless(exp, state, record)
+    state.seconds += record["sec"] + time.monotonic() - started
+    state.step += 1
+    run.write_step(record, rows)
+    if reason:
+        sample = rows[-1]["text"] if rows else ""
+        logger.error("{}: ended at step {}; last sample:\n{}", reason, state.step, sample)
+    signalled = agreed(exp, stop)
+    every = exp.cfg.run.save_every
+    ending = reason or signalled is not None or state.step == exp.cfg.optim.steps
+    if ending or run.unsaved or (every > 0 and state.step % every == 0):
+        run.save(exp, state)
+    if ending and any(exp.ranks.gather(run.unsaved)):
+        return UNSAVED
+    if reason:
+        return DIVERGED
+    if signalled is not None:
+        logger.info("stopped by {} after step {}", signal.Signals(signalled).name, state.step - 1)
+        return SIGNALLED + signalled
+    return None
+
+
+def hopeless(exp: Experiment, state: TrainState, record: Mapping[str, Any]) -> str:
+    """Why the run must end after this step, or "". Moves the tripwires and the count of skipped steps."""
+    series = next((name for name in WATCHED if record[name] is not None), WATCHED[-1])
+    watched, wire = record[series], state.tripwires[series]
+    if wire.warns(watched):
+        logger.warning(
+            "step {}: {} {:.2f} nats, best was {:.2f}: diverging?", state.step, series, watched, wire.best
+        )
+    state.tripwires[series] = wire = wire.after(watched)
+    if record["skipped"]:
+        state.skipped_in_a_row += 1
+    elif record.get("gn") is not None:  # a step without reward variance proves nothing
+        state.skipped_in_a_row = 0
+    if wire.tripped:
+        return "diverged"
+    if state.skipped_in_a_row >= exp.cfg.run.max_skipped:
+        return f"{state.skipped_in_a_row} steps in a row skipped"
+    return ""
 
 
 def agreed(exp: Experiment, stop: StopSignal) -> int | None:
@@ -193,37 +163,6 @@ def agreed(exp: Experiment, stop: StopSignal) -> int | None:
             f"process {rank} no longer holds the adapter of process 0 (their hardware must be alike)"
         )
     return next((number for number in received if number is not None), None)
-
-
-def one_step(run: Run, exp: Experiment, state: TrainState) -> bool:
-    """A step with its evaluation and its lines in the files; returns whether the run must end."""
-    cfg, started = exp.cfg, time.monotonic()
-    record, data = train_step(exp, state)
-    rows = rollout_rows(state.step, data, cfg.sampling.group)
-    if state.step == 0:
-        dump_first(exp, data)
-    note_first_hacks(run, exp, state, rows)
-    record |= deploy_evaluation(run, exp, state)
-    series = next((name for name in WATCHED if record[name] is not None), WATCHED[-1])
-    watched, wire = record[series], state.tripwires[series]
-    if wire.warns(watched):
-        logger.warning(
-            "step {}: {} {:.2f} nats, best was {:.2f}: diverging?", state.step, series, watched, wire.best
-        )
-    state.tripwires[series] = wire = wire.after(watched)
-    if record["skipped"]:
-        state.skipped_in_a_row += 1
-    elif record.get("gn") is not None:  # a step without reward variance proves nothing
-        state.skipped_in_a_row = 0
-    state.seconds += time.monotonic() - started
-    state.step += 1
-    run.write_step(record, rows)
-    if wire.tripped:
-        logger.error("diverged: ended at step {}; last sample:\n{}", state.step, rows[-1]["text"])
-    hopeless = state.skipped_in_a_row >= cfg.run.max_skipped
-    if hopeless:
-        logger.error("{} steps in a row skipped: ended at step {}", state.skipped_in_a_row, state.step)
-    return wire.tripped or hopeless
 
 
 def note_first_hacks(run: Run, exp: Experiment, state: TrainState, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -268,30 +207,51 @@ def deploy_evaluation(run: Run, exp: Experiment, state: TrainState) -> dict[str,
     return found
 
 
+def conclude(run: Run, exp: Experiment, state: TrainState, code: int | None) -> int:
+    """The results of a run that made all its steps or diverged; returns the exit code."""
+    if code not in (None, DIVERGED):
+        logger.info("go on with: train {} --resume {}", run.cfg.preset, run.folder)
+        return code
+    try:
+        with as_deployed(exp, state):
+            if run.writes:
+                adapter = run.folder / "train.safetensors"
+                save_adapter(adapter, exp.chat.policy, run.adapter_meta(state.step), deployed=True)
+            evaluations = final_evaluations(exp)
+            if run.writes:
+                finish(
+                    run.folder,
+                    exp,
+                    **evaluations,
+                    seconds=state.seconds,
+                    peak_gb=peak_gb(exp.chat.policy.devices),
+                    finished=code is None,
+                )
+        exp.ranks.gather(
+            None
+        )  # torchrun ends all when one has left with an error: none leaves before the writer
+    except OSError as error:
+        logger.error("results not written ({}); --resume writes them again", error)
+        return UNSAVED
+    return code or 0
+
+
 def final_evaluations(exp: Experiment) -> dict[str, Evaluation]:
-    """As trained and as deployed; one and the same where nothing was routed."""
+    """As trained and as deployed; one and the same where the quarantine is empty."""
     deployed = evaluate_held_out(exp, exp.data.final, ablate_quarantine=True)
-    routed = exp.chat.policy.quarantine_used
-    as_trained = evaluate_held_out(exp, exp.data.final, ablate_quarantine=False) if routed else deployed
+    if not exp.chat.policy.quarantine_used:
+        return {"as_trained": deployed, "deployed": deployed}
+    as_trained = evaluate_held_out(exp, exp.data.final, ablate_quarantine=False)
     return {"as_trained": as_trained, "deployed": deployed}
 
 
 def evaluate_held_out(exp: Experiment, problems: Sequence[Problem], *, ablate_quarantine: bool) -> Evaluation:
     """These held-out problems, `group` samples each, as trained or as deployed; a share in each process."""
     own = exp.ranks.share([1] * len(problems))
+    sampling = exp.cfg.sampling
+    how = Samples(sampling, sampling.group, exp.cfg.run.seed, sampling.rows_per_batch * MAX_SEQUENCE)
     part = evaluate(
-        exp.chat.policy,
-        exp.chat.tokenizer,
-        problems[own.start : own.stop],
-        exp.cfg.sampling.group,
-        exp.cfg.sampling,
-        exp.grader,
-        exp.chat.stop,
-        exp.chat.pad_id,
-        exp.cfg.run.seed,
-        ablate_quarantine=ablate_quarantine,
-        sampler=exp.chat.sampler,
-        tokens_at_once=exp.cfg.sampling.rows_per_batch * MAX_SEQUENCE,
+        exp.chat, exp.grader, problems[own.start : own.stop], how, ablate_quarantine=ablate_quarantine
     )
     parts = exp.ranks.gather((part.texts, part.grades))
     return Evaluation(
@@ -320,7 +280,7 @@ def _parsed(argv: tuple[str, ...]) -> TrainConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m projected_grpo.train PRESET ...`; a user's mistake is one line and exit code 2."""
     try:
-        return run_training(parse(sys.argv[1:] if argv is None else argv))
+        return train(parse(sys.argv[1:] if argv is None else argv))
     except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

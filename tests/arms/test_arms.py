@@ -44,6 +44,7 @@ from projected_grpo.proj import HackBasis, haar_basis
 from projected_grpo.run.checkpoint import state_paths
 from projected_grpo.run.start import start_state
 from projected_grpo.step import adapter_parameters, as_deployed, train_step
+from stepping import apply_update
 
 ROOT = Path(__file__).parents[2]
 ORACLES = ("gt_only", "gt_penalty", "gt_screening")
@@ -322,10 +323,10 @@ def test_hidden_states_are_those_of_each_completion_alone(experiment):
     for layer in policy.layers.values():
         layer.delta_s.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
     pairs = load_pairs(None).pairs[:3]
-    rollouts = pair_rollouts(exp.chat.tokenizer, pairs, exp.chat.stop_id)
+    rollouts = pair_rollouts(exp.chat, pairs)
     layers = policy.model.config.num_hidden_layers
     for depth, block in ((1e-3, 1), (1.0, layers), (2 / 3, round(2 / 3 * layers))):
-        got = completion_states(policy, rollouts, depth, 700, exp.chat.pad_id)
+        got = completion_states(policy, rollouts, depth, 700)
         for i, rollout in enumerate(rollouts):
             ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
             with policy.bind(policy.deltas()):
@@ -382,12 +383,12 @@ def test_a_step_of_advmod_is_shaped_by_the_scores_of_its_rollouts(experiment):
     exp = with_arm(experiment, intervention="advmod", advmod_form="additive", advmod_buffer=6)
     state = start_state(exp)
     pairs, _ = exp.pairs.split()
-    rollouts = pair_rollouts(exp.chat.tokenizer, pairs, exp.chat.stop_id)
-    states = completion_states(exp.chat.policy, rollouts, 2 / 3, 4096, exp.chat.pad_id)
+    rollouts = pair_rollouts(exp.chat, pairs)
+    states = completion_states(exp.chat.policy, rollouts, 2 / 3, 4096)
     d = direction(states.last[0::2], states.last[1::2], ArmConfig(), 0)
     torch.testing.assert_close(state.concept.direction, d)
     data = collect(exp, 0)
-    scores = concept_scores(exp.chat.policy, data.rollouts, state.concept, exp.cfg.arm, LossConfig(), 0)
+    scores = concept_scores(exp.chat.policy, data.rollouts, state.concept, exp.cfg.arm, 4096)
     record, _ = train_step(exp, state)
     torch.testing.assert_close(state.concept.past, scores, rtol=1e-4, atol=1e-5)
     expected = slow_advmod(data.rewards.flatten().tolist(), scores.tolist(), [], "additive", 2.0)
@@ -433,8 +434,8 @@ def test_posthoc_follows_an_explicit_loop(seed, gate_mode, overshoot):
 
 def hack_minus_clean(exp, deltas):
     """Mean log-likelihood of the pairs' hacks minus that of their clean completions, nats a token."""
-    rollouts = pair_rollouts(exp.chat.tokenizer, exp.pairs.split()[0], exp.chat.stop_id)
-    batch = collate(rollouts, exp.chat.pad_id, exp.chat.policy.device)
+    rollouts = pair_rollouts(exp.chat, exp.pairs.split()[0])
+    batch = collate(rollouts, exp.chat.policy.device)
     with torch.no_grad(), exp.chat.policy.bind(deltas):
         logp = completion_logps(exp.chat.policy.model, batch)
     mean = logp.sum(1) / batch.completion.sum(1)
@@ -452,7 +453,7 @@ def test_posthoc_takes_out_what_learning_to_hack_put_in_and_nothing_of_the_oppos
     untrained = hack_minus_clean(exp, policy.deltas())
     for _ in range(3):
         pairs, _ = exp.pairs.split()
-        grads = pair_grads(policy, chat.tokenizer, pairs, LossConfig(), chat.stop_id).differences()
+        grads = pair_grads(chat, pairs, LossConfig()).differences()
         for m, layer in policy.layers.items():
             layer.delta_s.data -= (
                 0.02 * direction_of_training * torch.nn.functional.normalize(grads[m].mean(0), dim=0)
@@ -500,7 +501,7 @@ def test_purge_is_adamw_with_a_projected_first_moment(experiment, gate_mode):
         keep = {m: 0.1 * torch.randn(r, generator=generator) for m, r in ranks.items()}
         size = math.sqrt(sum(float(g.double().square().sum()) for g in keep.values()))
         lr = state.learning_rate(state.step, o)
-        step_module.apply_update(exp, state, Update(keep, {}, None, {}))
+        apply_update(exp, state, Update(keep, {}, None, {}))
         for m in ranks:
             g = keep[m].double().numpy() * min(1.0, o.grad_clip / size)
             for axis in V[m].double().numpy() if m in V else []:
@@ -579,7 +580,7 @@ def test_docs_list_every_arm_and_control_with_a_test_that_exists():
     for row in rows:
         for module, test in re.findall(r"(test_\w+)::(\w+)", row[-1]):
             if module not in defined:
-                tree = ast.parse((ROOT / "tests" / f"{module}.py").read_text())
+                tree = ast.parse(next((ROOT / "tests").rglob(f"{module}.py")).read_text())
                 defined[module] = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
             assert test in defined[module]
         assert "::" in row[-1], row

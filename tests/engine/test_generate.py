@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from projected_grpo.antipasto import Policy, wrap
 from projected_grpo.config import SamplingConfig
-from projected_grpo.engine.batch import collate, left_padded, positions
+from projected_grpo.engine.batch import PAD, collate, left_padded, positions
 from projected_grpo.engine.generate import RoomyLayer, generate, pick_tokens, reserve, sample
 from projected_grpo.engine.logps import completion_logps
 from projected_grpo.rollout import Completion, Rollout, batches
@@ -122,7 +122,7 @@ def test_a_stream_does_not_touch_or_follow_the_global_generator():
 
 
 def test_collate_pads_on_the_right_and_knows_where_completions_are():
-    batch = collate([Rollout((1, 2), (3, 4, 5), ""), Rollout((6, 7, 8), (9,), "")], 0, CPU)
+    batch = collate([Rollout((1, 2), (3, 4, 5), ""), Rollout((6, 7, 8), (9,), "")], CPU)
     assert batch.ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 0]]
     assert batch.completion.tolist() == [[True] * 3, [True, False, False]]
     assert batch.answers.tolist() == [3, 4, 5, 9] and batch.first == 1
@@ -134,24 +134,24 @@ def test_collate_pads_on_the_right_and_knows_where_completions_are():
 
 
 def test_left_padded_prompts_end_at_one_column():
-    ids, attention = left_padded([(1, 2), (6, 7, 8), ()], 0, CPU)
+    ids, attention = left_padded([(1, 2), (6, 7, 8), ()], CPU)
     assert ids.tolist() == [[0, 1, 2], [6, 7, 8], [0, 0, 0]]
     assert attention.tolist() == [[False, True, True], [True] * 3, [False] * 3]
     assert positions(attention).tolist() == [[0, 0, 1], [0, 1, 2], [0, 0, 0]]
-    assert left_padded([()], 5, CPU)[0].tolist() == [[5]]
+    assert left_padded([()], CPU)[0].tolist() == [[PAD]]
 
 
 def test_padding_is_told_from_a_real_pad_token():
-    batch = collate([Rollout((0, 0), (0,), ""), Rollout((1, 1, 1), (1, 1), "")], 0, CPU)
+    batch = collate([Rollout((0, 0), (0,), ""), Rollout((1, 1, 1), (1, 1), "")], CPU)
     assert batch.completion.tolist() == [[True, False], [True, True]] and batch.answers.tolist() == [0, 1, 1]
-    assert left_padded([(0, 0), (1, 1, 1)], 0, CPU)[1].tolist() == [[False, True, True], [True] * 3]
+    assert left_padded([(0, 0), (1, 1, 1)], CPU)[1].tolist() == [[False, True, True], [True] * 3]
 
 
 def test_an_empty_completion_has_one_masked_column_and_an_empty_prompt_is_refused():
-    batch = collate([Rollout((1, 2), (), "")], 0, CPU)
+    batch = collate([Rollout((1, 2), (), "")], CPU)
     assert batch.completion.tolist() == [[False]] and batch.ids.shape == (1, 3)
     with pytest.raises(ValueError, match="no prompt"):
-        collate([Rollout((), (1,), "")], 0, CPU)
+        collate([Rollout((), (1,), "")], CPU)
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
@@ -163,7 +163,7 @@ def test_without_padding_on_the_left_no_mask_is_asked_for(small_model, chunk):
         lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True
     )
     rollouts = [Rollout((1, 2), (3, 4, 5), ""), Rollout((6, 7, 8), (9,), "")]
-    completion_logps(model, collate(rollouts, 0, CPU), chunk)
+    completion_logps(model, collate(rollouts, CPU), chunk)
     handle.remove()
     assert len(seen) == 1 and seen[0].get("attention_mask") is None and seen[0].get("position_ids") is None
 
@@ -185,7 +185,7 @@ def test_completion_logps_do_not_depend_on_padding(small_model, family, atol):
     completions = [(3, 1, 4, 1, 5, 9), (2,), (), (8, 9, 7)]
     rollouts = [Rollout(p, c, "") for p, c in zip(PROMPTS, completions, strict=True)]
     with torch.no_grad():
-        together = [completion_logps(model, collate(rollouts, 0, CPU), chunk) for chunk in (None, 3)]
+        together = [completion_logps(model, collate(rollouts, CPU), chunk) for chunk in (None, 3)]
     for row, in_chunks, rollout in zip(*together, rollouts, strict=True):
         expected = slow_logps(model, rollout.prompt_ids, rollout.completion_ids or (0,))
         expected = expected[: len(rollout.completion_ids)]
@@ -225,7 +225,7 @@ def random_draws(rows: int, length: int, seed: int = 0) -> Tensor:
 def test_batched_decoding_is_decoding_each_row_alone(small_model, family, copies):
     model = small_model(family, torch.float32)
     draws = random_draws(sum(copies), 12)
-    got = generate(model, PROMPTS, copies, draws, SAMPLING, STOPS, 0)
+    got = generate(model, PROMPTS, copies, draws, SAMPLING, STOPS)
     prompts = [p for p, count in zip(PROMPTS, copies, strict=True) for _ in range(count)]
     assert len({len(ids) for ids, _ in got}) > 2  # rows do end at different times
     assert max(len(ids) for ids, _ in got) > 6
@@ -236,7 +236,7 @@ def test_batched_decoding_is_decoding_each_row_alone(small_model, family, copies
 
 
 def test_rows_end_at_their_first_stop_token_or_at_the_limit(small_model):
-    got = generate(small_model("qwen3"), PROMPTS, [5] * 4, random_draws(20, 10), SAMPLING, STOPS, 0)
+    got = generate(small_model("qwen3"), PROMPTS, [5] * 4, random_draws(20, 10), SAMPLING, STOPS)
     for ids, logps in got:
         assert len(ids) == len(logps) <= 10
         assert not set(ids[:-1]) & STOPS
@@ -247,11 +247,11 @@ def test_rows_end_at_their_first_stop_token_or_at_the_limit(small_model):
 def test_log_probabilities_are_those_of_a_full_forward_at_temperature_one(tiny):
     model, _ = tiny
     sampling = SamplingConfig(temperature=0.7, top_k=20)
-    got = generate(model, PROMPTS, [2] * 4, random_draws(8, 16), sampling, frozenset(range(0, 2048, 9)), 0)
+    got = generate(model, PROMPTS, [2] * 4, random_draws(8, 16), sampling, frozenset(range(0, 2048, 9)))
     prompts = [p for p in PROMPTS for _ in range(2)]
     rollouts = [Rollout(p, ids, "") for p, (ids, _) in zip(prompts, got, strict=True)]
     with torch.no_grad():
-        rescored = completion_logps(model, collate(rollouts, 0, CPU))
+        rescored = completion_logps(model, collate(rollouts, CPU))
     for row, (_, logps) in zip(rescored, got, strict=True):
         torch.testing.assert_close(logps, row[: len(logps)], rtol=0, atol=1e-4)
 
@@ -262,7 +262,7 @@ def test_the_model_is_run_on_fewer_rows_once_rows_have_ended(small_model):
     handle = model.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    got = generate(model, PROMPTS, [6] * 4, random_draws(24, 12), SAMPLING, STOPS, 0)
+    got = generate(model, PROMPTS, [6] * 4, random_draws(24, 12), SAMPLING, STOPS)
     handle.remove()
     assert rows[0] == 4  # each prompt is prefilled once
     assert rows[1] <= 24 and rows[-1] < 24 and rows[1:] == sorted(rows[1:], reverse=True)
@@ -273,7 +273,7 @@ def test_the_model_is_run_on_fewer_rows_once_rows_have_ended(small_model):
 
 def test_generate_refuses_rows_that_do_not_match_the_copies(tiny):
     with pytest.raises(ValueError, match="copies"):
-        generate(tiny[0], PROMPTS[:2], [1, 1], random_draws(3, 4), SAMPLING, STOPS, 0)
+        generate(tiny[0], PROMPTS[:2], [1, 1], random_draws(3, 4), SAMPLING, STOPS)
 
 
 @given(
@@ -322,7 +322,7 @@ def test_decoding_writes_into_the_room_it_was_given(small_model):
 
     model = small_model("qwen3")
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    generate(model, PROMPTS, [2] * 4, random_draws(8, 12), SAMPLING, frozenset(), 0)
+    generate(model, PROMPTS, [2] * 4, random_draws(8, 12), SAMPLING, frozenset())
     handle.remove()
     assert len(places) == 11 and len(set(places)) == 1
 
@@ -339,7 +339,7 @@ def draw(
 ) -> list[list[Completion]]:
     sampling = SamplingConfig(max_new=10, temperature=1.0, top_k=50)
     stop = frozenset(range(0, 2048, 11))
-    return sample(policy, prompts, seeds, sampling, stop, 0, ablate_quarantine=ablate_quarantine)
+    return sample(policy, prompts, seeds, sampling, stop, ablate_quarantine=ablate_quarantine)
 
 
 def texts(drawn: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
@@ -426,7 +426,7 @@ def test_what_merged_weights_sample_is_scored_the_same_by_a_bound_adapter(small_
     policy = wrap(small_model("qwen3", torch.float32), None)
     set_adapter(policy, 0.3, 0.3)
     sampling = SamplingConfig(max_new=8, temperature=1.0, top_k=0)
-    drawn = sample(policy, PROMPTS, [[1, 2]] * 4, sampling, STOPS, 0)
+    drawn = sample(policy, PROMPTS, [[1, 2]] * 4, sampling, STOPS)
     with policy.bind(policy.deltas()):
         for prompt, group in zip(PROMPTS, drawn, strict=True):
             for ids, logps in group:

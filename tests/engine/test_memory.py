@@ -66,7 +66,7 @@ def test_the_formula_knows_of_prompts_of_different_lengths(monkeypatch, chunk):
     loss = LossConfig(tokens_per_microbatch=4096)
 
     def run() -> None:
-        per_rollout_grads(chat.policy, rollouts, torch.ones(4), loss, 48, chat.pad_id)
+        per_rollout_grads(chat.policy, rollouts, torch.ones(4), loss, 48)
 
     predicted = memory.predicted_peak(chat.policy.model, rollouts, loss)
     assert predicted == pytest.approx(measured_peak(run, [CPU]), rel=0.1)

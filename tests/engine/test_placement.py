@@ -22,7 +22,7 @@ from projected_grpo.block import random_start
 from projected_grpo.cli import main
 from projected_grpo.concept import completion_states
 from projected_grpo.config import LossConfig, SamplingConfig
-from projected_grpo.engine import logps, scorer
+from projected_grpo.engine import logps, passes
 from projected_grpo.engine.generate import sample
 from projected_grpo.engine.memory import Load, layers_together, loss_memory, predicted_peak, shape_of
 from projected_grpo.engine.placement import even_cuts, outermost_layers, pick_devices, place, values_held
@@ -145,11 +145,11 @@ def outcome(policy: Policy, way: str) -> dict[str, object]:
     ]
     loss = LossConfig(beta=0.1, grad_checkpoint=way == "checkpointed")
     parts = [0, 0, 1] if way == "shared" else None
-    grads = per_rollout_grads(policy, rollouts, torch.tensor([1.0, -1.0, 0.5]), loss, 8, PAD, parts=parts)
+    grads = per_rollout_grads(policy, rollouts, torch.tensor([1.0, -1.0, 0.5]), loss, 8, parts=parts)
     assert {rows.device for rows in grads.rows.values()} == {policy.device}
-    states = completion_states(policy, rollouts, 0.5, 100, PAD)
+    states = completion_states(policy, rollouts, 0.5, 100)
     sampling = SamplingConfig(max_new=5, temperature=1.0, top_k=0)
-    said = sample(policy, [(1, 2, 3), (4, 5)], [[1, 2], [3]], sampling, frozenset([5]), PAD)
+    said = sample(policy, [(1, 2, 3), (4, 5)], [[1, 2], [3]], sampling, frozenset([5]))
     routed = policy.quarantine_norm, policy.quarantine_used
     model = unwrap(policy, ablate_quarantine=False)
     logits = model(input_ids=torch.arange(6, device=policy.device)[None]).logits
@@ -177,7 +177,7 @@ def test_two_devices_compute_what_one_does_bit_for_bit(monkeypatch, small_model,
     if way == "checkpointed":
         monkeypatch.setattr(logps, "CHUNK_LOGITS", 2 * 48)  # the output layer two tokens at a time
     if way == "apart":
-        monkeypatch.setattr(scorer, "can_share", lambda model: False)
+        monkeypatch.setattr(passes, "can_share", lambda model: False)
     one = outcome(policy_on(small_model(family, dtype), ONE), way)
     with devices():
         policy = policy_on(small_model(family, dtype), TWO)

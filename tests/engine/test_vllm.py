@@ -78,7 +78,7 @@ def give_blocks(policy: Policy, seed: int) -> None:
 
 
 def assert_alike(sampler, policy, *, ablate_quarantine=False, seeds=SEEDS, sampling=SAMPLING):
-    arguments = (policy, PROMPTS, seeds, sampling, STOP, 0)
+    arguments = (policy, PROMPTS, seeds, sampling, STOP)
     got = sampler(*arguments, ablate_quarantine=ablate_quarantine)
     expected = sample(*arguments, ablate_quarantine=ablate_quarantine)
     assert [len(group) for group in got] == [len(group) for group in seeds]

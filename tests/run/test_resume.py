@@ -23,6 +23,7 @@ from projected_grpo.cli import main
 from projected_grpo.errors import DIVERGED, SIGNALLED, UNSAVED
 from projected_grpo.evaluate import Rates
 from projected_grpo.run import checkpoint, summary
+from projected_grpo.run import stop as stopping
 from projected_grpo.run.checkpoint import state_path, state_paths
 from projected_grpo.runlog import lock_folder
 from projected_grpo.sandbox.host import Limits, Sandbox
@@ -255,9 +256,9 @@ def test_a_signal_ends_the_run_after_its_step(here, whole, monkeypatch, number):
 def test_a_signal_that_is_passed_on_is_the_same_one(monkeypatch):
     """For some seconds; a later one ends the process."""
     raised, clock = [], iter([100.0, 103.0, 105.0])
-    monkeypatch.setattr(train_module.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(train_module.signal, "raise_signal", raised.append)
-    with train_module.StopSignal(echo_s=5.0) as stop:
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(stopping.signal, "raise_signal", raised.append)
+    with stopping.StopSignal(echo_s=5.0) as stop:
         for ends in (False, False, True):
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.received == signal.SIGTERM
@@ -392,7 +393,7 @@ def test_results_of_an_early_end_do_not_outlive_the_run_that_goes_on(here, whole
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_module, "one_step", stop)
+        patch.setattr(train_module, "train_step", stop)
         go_on(folder)
     assert not (folder / "summary.json").exists()
     assert go_on(folder) == 0

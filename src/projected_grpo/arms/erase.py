@@ -8,20 +8,20 @@ from torch import Tensor
 from projected_grpo.arms.controls import matched_removal, shrunk
 from projected_grpo.arms.stages import ArmInput, DeployInput, Update
 from projected_grpo.config import ArmConfig
-from projected_grpo.proj import Action, Projection, project_delta_S_grad, split
+from projected_grpo.proj import Projection, project_delta_S_grad, split
 
 
 def arm_erase(x: ArmInput) -> Update:
-    """Projected: the hack-ward component is dropped."""
+    """The hack-ward component is dropped."""
     splits = _project_all(x)
     return Update(keep=x.total | {m: s.keep for m, s in splits.items()}, routed={}, gate=x.gate, stats={})
 
 
 def arm_route(x: ArmInput) -> Update:
-    """Routing: the hack-ward component trains the quarantine."""
+    """The hack-ward component trains the quarantine."""
     splits = _project_all(x)
     keep = x.total | {m: s.keep for m, s in splits.items()}
-    return shrunk(x, Update(keep, {m: s.routed for m, s in splits.items()}, x.gate, {}))
+    return shrunk(x, Update(keep, {m: s.removed for m, s in splits.items()}, x.gate, {}))
 
 
 def split_by_arm(
@@ -30,22 +30,20 @@ def split_by_arm(
     settings: ArmConfig,
     frame: Float[Tensor, "r r"] | None = None,
 ) -> Projection:
-    """One module's split under erase or route with their settings; haar_matched removes as much at random."""
-    action: Action = "route" if settings.intervention == "route" else "erase"
-    gate_mode, preserve = settings.gate_mode, settings.preserve_magnitude
+    """One module's split under an arm's settings; haar_matched removes as much in random directions."""
     real = project_delta_S_grad(
         g,
         V,
-        action,
-        gate_mode=gate_mode,
+        gate_mode=settings.gate_mode,
         overshoot=settings.project_overshoot,
-        preserve_magnitude=preserve,
+        preserve_magnitude=settings.preserve_magnitude,
     )
     if settings.control != "haar_matched":
         return real
     if frame is None:
         raise ValueError("haar_matched needs a random frame")
-    return split(g, V, matched_removal(g, real.removed.norm(), frame, gate_mode), action, preserve)
+    removed = matched_removal(g, real.removed.norm(), frame, settings.gate_mode)
+    return split(g, removed, settings.preserve_magnitude)
 
 
 def _project_all(x: ArmInput) -> dict[str, Projection]:

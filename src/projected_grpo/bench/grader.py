@@ -1,4 +1,4 @@
-"""Benchmarks: our figure beside a baseline and a floor measured in the same run, on the same work."""
+"""Benchmarks: our figure with a baseline and a floor measured in the same run, on the same work."""
 
 import os
 import platform
@@ -43,7 +43,7 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Single:
-    """One response graded with nothing beside it: its latency, its programs, and their CPU time."""
+    """One response graded alone: its latency, its programs, and their CPU time."""
 
     seconds: float
     programs: tuple[Program, ...]
@@ -228,7 +228,7 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def bench_loops(task: Task, workers: int, settings: BenchSettings) -> dict[str, Any]:
-    """What one endless loop costs, and several at once beside the ideal of loops / workers x limit."""
+    """What one endless loop costs, and several at once against the ideal of loops / workers x limit."""
     if not settings.loops:
         return {"count": 0}
     limits = Limits(wall_s=settings.loop_limit) if settings.loop_limit else Limits()
@@ -256,7 +256,7 @@ def bench_loops(task: Task, workers: int, settings: BenchSettings) -> dict[str, 
 def baseline(
     work: Work, singles: Sequence[Single], sample: Sequence[int], workers: int, settings: BenchSettings
 ) -> dict[str, Any]:
-    """The sample's programs as plain scripts, one after another, beside the grader on the same responses."""
+    """The sample's programs as plain scripts, one after another, against the grader on the same responses."""
     if not sample:
         return {"responses": 0}
     scripts = [

@@ -1,4 +1,4 @@
-"""Timings of the parts of training, each beside a floor measured in the same run on the same tokens.
+"""Timings of the parts of training, each with a floor measured in the same run on the same tokens.
 
 Models may be random weights of a named size, so that a figure needs no download. Completions never stop early
 and rewards are random, so that every step does all of its work and no group is flat.
@@ -23,10 +23,10 @@ from projected_grpo.arms.table import ARMS
 from projected_grpo.bench.grader import machine
 from projected_grpo.checks import validate
 from projected_grpo.config import EMBEDDED, FAST, Intervention, ModelConfig, TrainConfig
-from projected_grpo.engine.batch import collate, left_padded
+from projected_grpo.engine.batch import PAD, collate, left_padded
 from projected_grpo.engine.chat import Chat, SamplerOpener, own_sampler, sampler_opener
 from projected_grpo.engine.memory import measured_peak, predicted_peak
-from projected_grpo.engine.models import load_model, stop_ids
+from projected_grpo.engine.models import load_model
 from projected_grpo.engine.placement import pick_devices, place
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Data, Experiment
@@ -135,9 +135,7 @@ def open_bench_chat(
         open_sampler = own_sampler
     model, tokenizer = bench_model(work.model, shape)
     policy = wrap(model, work.model.svd_cache)
-    pad = tokenizer.pad_token_id
-    pad = min(stop_ids(model, tokenizer)) if pad is None else pad
-    return Chat(policy, tokenizer, frozenset(), pad, open_sampler(policy))
+    return Chat(policy, tokenizer, frozenset(), open_sampler(policy))
 
 
 def bench_prompts(work: Work, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -286,7 +284,7 @@ def bench_step(work: Work, rival: Rival | None = None, ranks: Ranks = ALONE) -> 
 
 
 def bench_generation(work: Work) -> dict[str, Any]:
-    """Our sampling with a trained adapter, beside transformers' own generate on the base model, in turns."""
+    """Our sampling with a trained adapter, against transformers' own generate on the base model, in turns."""
     chat = open_bench_chat(work, open_sampler=sampler_opener(work.model))
     policy = chat.policy
     nudge_adapter(chat)
@@ -294,7 +292,7 @@ def bench_generation(work: Work) -> dict[str, Any]:
     seeds = [[stream_seed(work.seed, i, j) for j in range(work.group)] for i in range(len(prompts))]
     sampling = bench_config(work, Path()).sampling
     every = [p for p in prompts for _ in range(work.group)]
-    ids, attention = left_padded(every, chat.pad_id, policy.device)
+    ids, attention = left_padded(every, policy.device)
     model: Any = policy.model
 
     def floor() -> None:
@@ -306,11 +304,11 @@ def bench_generation(work: Work) -> dict[str, Any]:
             do_sample=True,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
-            pad_token_id=chat.pad_id,
+            pad_token_id=PAD,
         )
 
     def ours() -> None:
-        chat.sampler(policy, prompts, seeds, sampling, chat.stop, chat.pad_id)
+        chat.sample(prompts, seeds, sampling)
 
     seconds = alternated({"ours": ours, "floor": floor}, policy.devices, work.steps)
     tokens = len(ids) * work.max_new
@@ -346,7 +344,7 @@ def loss_pass(work: Work, chat: Chat, parts: Sequence[int] | None) -> tuple[Call
     loss = bench_config(work, Path()).loss
 
     def run() -> None:
-        per_rollout_grads(chat.policy, rollouts, advantage, loss, work.max_new, chat.pad_id, parts=parts)
+        per_rollout_grads(chat.policy, rollouts, advantage, loss, work.max_new, parts=parts)
 
     return run, predicted_peak(chat.policy.model, rollouts, loss)
 
@@ -363,10 +361,10 @@ def nudge_adapter(chat: Chat) -> None:
 
 
 def bench_backward(work: Work) -> dict[str, Any]:
-    """The loss's forward and backward, a gradient per rollout or per group, beside the frozen base's.
+    """The loss's forward and backward, a gradient per rollout or per group, against the frozen base's.
 
     The floor runs the same padded tokens through the base model forward and backward to its input embeddings.
-    Peaks are of tensors above the resting model, beside what docs/benchmarks.md says they should be.
+    Peaks are of tensors above the resting model, next to what docs/benchmarks.md says they should be.
     """
     chat = open_bench_chat(work)
     policy = chat.policy
@@ -378,9 +376,7 @@ def bench_backward(work: Work) -> dict[str, Any]:
     rollouts = random_rollouts(work, chat)
     functions: dict[str, Callable[[], object]] = {
         **{name: run for name, (run, _) in passes.items()},
-        "floor": lambda: frozen_pass(
-            policy.model, rollouts, chat.pad_id, policy.device, work.tokens_per_microbatch
-        ),
+        "floor": lambda: frozen_pass(policy.model, rollouts, policy.device, work.tokens_per_microbatch),
     }
     seconds = alternated(functions, policy.devices, work.steps)
     floor = seconds["floor"]
@@ -394,14 +390,12 @@ def bench_backward(work: Work) -> dict[str, Any]:
     } | describe(work, chat)
 
 
-def frozen_pass(
-    model: nn.Module, rollouts: Sequence[Rollout], pad_id: int, device: torch.device, budget: int
-) -> None:
+def frozen_pass(model: nn.Module, rollouts: Sequence[Rollout], device: torch.device, budget: int) -> None:
     """Forward through frozen weights and backward to the input embeddings, in batches of `budget` tokens."""
     tokens = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
     size = max(1, budget // tokens)
     for start in range(0, len(rollouts), size):
-        batch = collate(rollouts[start : start + size], pad_id, device)
+        batch = collate(rollouts[start : start + size], device)
         table: Any = model.get_input_embeddings()  # type: ignore[operator]
         embedded = table(batch.ids).detach().requires_grad_()
         out = model(
@@ -420,20 +414,19 @@ def bench_extraction(work: Work) -> dict[str, Any]:
     chat = open_bench_chat(work)
     pairs = load_pairs(None).split()[0]
     loss = bench_config(work, Path()).loss
-    rollouts = pair_rollouts(chat.tokenizer, pairs, chat.stop_id)
-    arguments = (chat.policy, chat.tokenizer, pairs, loss, chat.stop_id)
+    rollouts = pair_rollouts(chat, pairs)
     functions: dict[str, Callable[[], object]] = {
-        "ours": lambda: pair_grads(*arguments),
-        "differences": lambda: pair_differences(*arguments),
+        "ours": lambda: pair_grads(chat, pairs, loss),
+        "differences": lambda: pair_differences(chat, pairs, loss),
         "floor": lambda: frozen_pass(
-            chat.policy.model, rollouts, chat.pad_id, chat.policy.device, work.tokens_per_microbatch
+            chat.policy.model, rollouts, chat.policy.device, work.tokens_per_microbatch
         ),
     }
     return over_floor(functions, work, chat) | {"pairs": len(pairs)} | describe(work, chat)
 
 
 def bench_svd(work: Work) -> dict[str, Any]:
-    """The SVDs of all adapted weights, beside one product of each weight with its transpose."""
+    """The SVDs of all adapted weights, against one product of each weight with its transpose."""
     chat = open_bench_chat(replace(work, model=replace(work.model, svd_cache=None)))
     weights = [layer.weight.data.float() for layer in chat.policy.layers.values()]
     functions: dict[str, Callable[[], object]] = {

@@ -23,7 +23,7 @@ RATES = ("hack_train", "hack_deploy", "solve_train", "solve_deploy", "eval_n")
 
 @dataclass(frozen=True)
 class Facts:
-    """What the model card tells: the source's own files, and whether its quarantine is kept."""
+    """What the model card says: the source's own files, and whether its quarantine is kept."""
 
     source: Source
     summary: Mapping[str, Any]
@@ -44,8 +44,8 @@ def read_facts(source: Source, chat: Chat, *, as_trained: bool) -> Facts:
     """Gather the card's facts. Raises UserError for `as_trained` where the quarantine is not known."""
     if as_trained and source.quarantine is None:
         raise UserError(f"--as-trained: {source.name} holds no quarantine to keep")
-    told = read_adapter_meta(source.adapter) if source.adapter else {}
-    meta = {name: told[name] for name in ADAPTER_META if name in told}
+    saved = read_adapter_meta(source.adapter) if source.adapter else {}
+    meta = {name: saved[name] for name in ADAPTER_META if name in saved}
     run = source.run
     summary = read_json(run / "summary.json", "export") if run and (run / "summary.json").exists() else {}
     config = read_json(run / "config.json", "export") if run else {}

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from projected_grpo.rollout import Rollout
 
+PAD = 0  # any token: padding stands where nothing real attends to it
+
 
 @dataclass(frozen=True)
 class Batch:
     """Rollouts, right-padded; `rows` and `columns` are the places of completion tokens, row after row.
 
-    Attention looks back only, so nothing real ever sees padding that comes behind it, and no mask is needed;
+    Attention looks back only, so nothing real ever sees the padding that follows it, and no mask is needed;
     with one, sdpa would copy keys to every head and leave out the kernels that skip what lies ahead. Places
     are made before anything is on a device, which would have to be waited for.
     """
@@ -30,7 +32,7 @@ class Batch:
 
     @property
     def answers(self) -> Int[Tensor, " tokens"]:
-        """Completion tokens of all rows, one row behind the other."""
+        """Completion tokens of all rows, one row after the other."""
         return self.ids[self.rows, self.columns]
 
     def at_answers(self, states: Float[Tensor, "b C d"]) -> Float[Tensor, "tokens d"]:
@@ -68,14 +70,14 @@ class SharedBatch:
         return self.tails.completion
 
 
-def collate(rollouts: Sequence[Rollout], pad_id: int, device: torch.device) -> Batch:
+def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
     """Pad rollouts into one batch. Raises ValueError for one without a prompt: nothing predicts its start."""
     starts = [len(r.prompt_ids) for r in rollouts]
     counts = [len(r.completion_ids) for r in rollouts]
     if not all(starts):
         raise ValueError("a rollout has no prompt")
     width = max(start + max(1, count) for start, count in zip(starts, counts, strict=True))
-    ids = torch.full((len(rollouts), width), pad_id)
+    ids = torch.full((len(rollouts), width), PAD)
     completion = torch.zeros(len(rollouts), max(1, *counts), dtype=torch.bool)
     for row, rollout in enumerate(rollouts):
         ids[row, : starts[row] + counts[row]] = torch.tensor(rollout.prompt_ids + rollout.completion_ids)
@@ -87,11 +89,11 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, device: torch.device) -> B
 
 
 def left_padded(
-    prompts: Sequence[tuple[int, ...]], pad_id: int, device: torch.device
+    prompts: Sequence[tuple[int, ...]], device: torch.device
 ) -> tuple[Int[Tensor, "p W"], Bool[Tensor, "p W"]]:
     """Prompts that end at one column, so that all can be continued there, and which tokens are real."""
     width = max(1, max(map(len, prompts)))
-    ids = torch.full((len(prompts), width), pad_id)
+    ids = torch.full((len(prompts), width), PAD)
     attention = torch.zeros_like(ids, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
@@ -99,11 +101,11 @@ def left_padded(
     return ids.to(device), attention.to(device)
 
 
-def collate_shared(rollouts: Sequence[Rollout], pad_id: int, device: torch.device) -> SharedBatch:
+def collate_shared(rollouts: Sequence[Rollout], device: torch.device) -> SharedBatch:
     """Pad rollouts into one batch that holds each prompt once, in the order in which they come."""
     prompts = list(dict.fromkeys(r.prompt_ids for r in rollouts))
-    prefix, real = left_padded([prompt[:-1] for prompt in prompts], pad_id, device)
-    tails = collate([Rollout(r.prompt_ids[-1:], r.completion_ids, "") for r in rollouts], pad_id, device)
+    prefix, real = left_padded([prompt[:-1] for prompt in prompts], device)
+    tails = collate([Rollout(r.prompt_ids[-1:], r.completion_ids, "") for r in rollouts], device)
     owner = torch.tensor([prompts.index(r.prompt_ids) for r in rollouts], device=device)
     return SharedBatch(prefix, real, owner, tails)
 

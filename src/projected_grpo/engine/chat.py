@@ -1,7 +1,7 @@
-"""A model that answers: policy, tokenizer and what ends a turn, passed whole to whatever samples or scores."""
+"""A model that answers: policy, tokenizer and what ends a turn, passed whole to what samples or scores."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loguru import logger
@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.antipasto import Policy, wrap
 from projected_grpo.checks import validate_sampler
-from projected_grpo.config import ModelConfig
+from projected_grpo.config import ModelConfig, SamplingConfig
 from projected_grpo.engine.generate import sample
 from projected_grpo.engine.models import load_model, stop_ids
 from projected_grpo.errors import UserError
-from projected_grpo.rollout import Sampler
+from projected_grpo.rollout import Completion, Sampler
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,26 @@ class Chat:
     policy: Policy
     tokenizer: PreTrainedTokenizerBase
     stop: frozenset[int]
-    pad_id: int
     sampler: Sampler = sample
 
     @property
     def stop_id(self) -> int:
-        """The stop token put behind cached completions."""
+        """The stop token that ends a cached completion."""
         eos = self.tokenizer.eos_token_id
         return eos if eos is not None else min(self.stop)
+
+    def sample(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        seeds: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        *,
+        ablate_quarantine: bool = False,
+    ) -> list[list[Completion]]:
+        """One completion of prompt p per seed in seeds[p], by this chat's sampler."""
+        return self.sampler(
+            self.policy, prompts, seeds, sampling, self.stop, ablate_quarantine=ablate_quarantine
+        )
 
 
 SamplerOpener = Callable[[Policy], Sampler]
@@ -72,7 +84,6 @@ def open_chat(cfg: ModelConfig, open_sampler: SamplerOpener = own_sampler) -> Ch
     with tqdm(desc="SVD", unit=" modules", leave=False, disable=None) as bar:
         policy = wrap(model, cfg.svd_cache, on_module=lambda name: bar.update())
     stop = stop_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id
     logger.info(
         "model {}: {} adapted Linears, {} adapter parameters each, {} on {}",
         cfg.model,
@@ -81,4 +92,4 @@ def open_chat(cfg: ModelConfig, open_sampler: SamplerOpener = own_sampler) -> Ch
         str(next(model.parameters()).dtype).removeprefix("torch."),
         ", ".join(map(str, policy.devices)),
     )
-    return Chat(policy, tokenizer, stop, min(stop) if pad is None else pad, open_sampler(policy))
+    return Chat(policy, tokenizer, stop, open_sampler(policy))

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 from projected_grpo.antipasto import Policy
 from projected_grpo.config import SamplingConfig
-from projected_grpo.engine.batch import left_padded, positions
+from projected_grpo.engine.batch import PAD, left_padded, positions
 from projected_grpo.engine.logps import per_token_logps
 from projected_grpo.rollout import Completion
 from projected_grpo.seeds import uniforms
@@ -43,7 +43,6 @@ def generate(
     draws: Float[Tensor, "n T"],
     sampling: SamplingConfig,
     stop: frozenset[int],
-    pad_id: int,
 ) -> list[Completion]:
     """Completions (stop token included) and their log-probabilities at temperature 1, on the CPU.
 
@@ -54,7 +53,7 @@ def generate(
     n, max_new = draws.shape
     if sum(copies) != n or len(copies) != len(prompts):
         raise ValueError(f"{n} rows do not match copies {list(copies)} of {len(prompts)} prompts")
-    prefix, attention = left_padded(prompts, pad_id, device)
+    prefix, attention = left_padded(prompts, device)
     out = model(
         input_ids=prefix,
         attention_mask=attention.long(),
@@ -68,7 +67,7 @@ def generate(
     attention, logits = attention[repeat], logits[repeat]
     stops = torch.tensor(sorted(stop), device=device)
     draws = draws.to(device, torch.float32)
-    tokens = torch.full((n, max_new), pad_id, device=device)
+    tokens = torch.full((n, max_new), PAD, device=device)
     logps = torch.zeros(n, max_new, device=device)
     lengths = torch.zeros(n, dtype=torch.long, device=device)
     row = torch.arange(n, device=device)  # which rollout each row of the batch is
@@ -105,7 +104,6 @@ def sample(
     seeds: Sequence[Sequence[int]],
     sampling: SamplingConfig,
     stop: frozenset[int],
-    pad_id: int,
     *,
     ablate_quarantine: bool = False,
 ) -> list[list[Completion]]:
@@ -120,7 +118,7 @@ def sample(
     copies = [len(seeds[p]) for p in asked]
     draws = torch.stack([uniforms(s, sampling.max_new) for group in seeds for s in group])
     with policy.merge(policy.deltas(ablate_quarantine=ablate_quarantine)):
-        flat = generate(policy.model, [prompts[p] for p in asked], copies, draws, sampling, stop, pad_id)
+        flat = generate(policy.model, [prompts[p] for p in asked], copies, draws, sampling, stop)
     start = 0
     for p, count in zip(asked, copies, strict=True):
         out[p] = flat[start : start + count]
@@ -158,7 +156,7 @@ class RoomyLayer(DynamicLayer):
         *args: object,
         **kwargs: object,
     ) -> tuple[Float[Tensor, "n heads all d"], Float[Tensor, "n heads all d"]]:
-        """Write new tokens behind the others; returns all."""
+        """Append new tokens; returns all."""
         start, self.length = self.length, self.length + key_states.shape[-2]
         if self.length > self.capacity:
             raise IndexError(f"{self.length} tokens for a cache of {self.capacity}")

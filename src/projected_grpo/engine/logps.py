@@ -26,7 +26,7 @@ PROBED = 8  # tokens that show whether logits are capped or scaled
 class _HeadLogps(torch.autograd.Function):
     """log p(ids) of hidden states under an output layer that is not trained, `size` tokens at a time.
 
-    d logp / d state = (onehot(id) - p) W whatever a loss does with logp, so the forward pass makes it while
+    d logp / d state = (onehot(id) - p) W for any loss of logp, so the forward pass makes it while
     it has p, and neither keeps logits for the backward pass nor makes them twice.
     """
 

@@ -1,8 +1,8 @@
 """How much memory the loss needs, from a model's shape and a microbatch's size (docs/benchmarks.md).
 
 Bytes that tensors occupy, for the Qwen3 family under sdpa attention: what autograd keeps of each layer from
-the forward to the backward pass, and what is beside it at the moments that can be the highest: when the last
-logits are made, when the backward pass is there, and when it is in the last layer. Allocators round up.
+the forward to the backward pass, and what is held with it at the moments that can be the highest: when the
+last logits are made, when the backward pass is there, and when it is in the last layer. Allocators round up.
 """
 
 from collections import Counter
@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from projected_grpo.config import LossConfig
 from projected_grpo.engine.logps import CHUNK_LOGITS
+from projected_grpo.engine.passes import microbatches, prompt_numbers
 from projected_grpo.engine.placement import outermost_layers
-from projected_grpo.engine.scorer import microbatches, prompt_numbers
 from projected_grpo.rollout import Rollout
 
 FLOAT = 4  # bytes of float32, in which norms, log-probabilities and adapter parameters are computed
@@ -63,7 +63,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Load:
-    """One microbatch: `rows` rollouts of `max_new` tokens behind `prompts` prompts of `prompt_tokens`.
+    """One microbatch: `rows` rollouts of `max_new` tokens after `prompts` prompts of `prompt_tokens`.
 
     shared: each prompt is run once. padded: prompts that are run once differ in length, so attention takes a
     mask in them. uneven: by how much prompts that are run per rollout differ; logits begin at the shortest.
@@ -81,7 +81,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: what the layers keep, the highest moment beside it, and merged weights."""
+    """Bytes: what the layers keep, the highest moment above it, and merged weights."""
 
     layers: int
     moment: int
@@ -109,7 +109,7 @@ def shape_of(model: nn.Module) -> Shape:
 
 
 def kept_per_token(shape: Shape) -> int:
-    """Bytes that one layer keeps of a token, beside its keys and values.
+    """Bytes that one layer keeps of a token, without its keys and values.
 
     With float32 weights, merged: inputs of norms and of activations, which are inputs of Linears too. In half
     precision norms keep float32 copies, and each adapter keeps Vh x, of r values.
@@ -138,8 +138,8 @@ def kept_by_layer(shape: Shape, load: Load) -> int:
         return load.rows * length * kept_per_token(shape) + attention
     tokens = load.prompts * head + load.rows * answer
     before = kept_by_attention(shape, load.prompts, head, head, load.padded)
-    behind = kept_by_attention(shape, load.rows, answer, head + answer, masked=True)
-    return tokens * kept_per_token(shape) + before + behind
+    after = kept_by_attention(shape, load.rows, answer, head + answer, masked=True)
+    return tokens * kept_per_token(shape) + before + after
 
 
 def loss_memory(shape: Shape, load: Load) -> Memory:
@@ -173,7 +173,7 @@ def loss_memory(shape: Shape, load: Load) -> Memory:
 def predicted_peak(model: nn.Module, rollouts: Sequence[Rollout], loss: LossConfig) -> int:
     """Bytes above the resting model that the largest microbatch of a step needs, all advantages non-zero.
 
-    Of a model over several devices: at most so many on any of them.
+    Of a model over several devices: the maximum over the devices.
     """
     shape = replace(shape_of(model), layers=layers_together(model))
     names = prompt_numbers(model, rollouts, loss)
@@ -196,7 +196,7 @@ def predicted_peak(model: nn.Module, rollouts: Sequence[Rollout], loss: LossConf
 
 
 def layers_together(model: nn.Module) -> int:
-    """How many layers the device with the most of them has; all of them where they cannot be told apart."""
+    """How many layers the device with the most of them has; all of them where that is not known."""
     config: Any = model.config
     on = Counter(next(layer.parameters()).device for layer in outermost_layers(model))
     return max(on.values(), default=config.get_text_config().num_hidden_layers)

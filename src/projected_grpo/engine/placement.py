@@ -72,7 +72,7 @@ def values_held(module: nn.Module) -> int:
 def even_cuts(costs: Sequence[int], first: int, parts: int) -> tuple[int, ...]:
     """Where each of `parts` runs of consecutive items ends, so that their sums differ least (sum of squares).
 
-    `first` is what the first part holds beside its items; every part gets one item at least.
+    `first` is what the first part holds besides its items; every part gets one item at least.
     """
     sums = [0, *accumulate(costs)]
     n = len(costs)
@@ -115,7 +115,7 @@ def _join(model: Any, own: Mapping[nn.Module, torch.device], home: torch.device)
 class _Copies(dict[tuple[int, torch.device], tuple[Tensor, Tensor]]):
     """What a pass hands to every layer (mask, positions, rotary embedding), copied to each device once.
 
-    By the identity of the original, which is kept beside its copy, so that no other tensor can take it.
+    By the identity of the original, which is kept with its copy, so that no other tensor can take it.
     """
 
     def of(self, value: Any, device: torch.device) -> Any:

@@ -25,6 +25,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from projected_grpo.antipasto import Policy
 from projected_grpo.engine.batch import SharedBatch, positions
 from projected_grpo.engine.logps import chunked_logps, per_token_logps
+from projected_grpo.engine.tangent import repeated_backward
 
 Leaves = Mapping[str, Float[Tensor, "rows _"]]
 
@@ -43,13 +44,13 @@ def run_prompts(policy: Policy, batch: SharedBatch) -> Any:
 def run_completions(
     policy: Policy, batch: SharedBatch, cache: Any, chunk: int | None
 ) -> Float[Tensor, "b T"]:
-    """Log-probabilities of completions, nats, 0 on padding, behind a cache of each rollout's own prompt."""
+    """Log-probabilities of completions, nats, 0 on padding, after a cache of each rollout's own prompt."""
     before = batch.prefix_attention[batch.owner]
     tails = batch.tails
     steps = torch.arange(tails.ids.shape[1] - 1, device=before.device)
     inputs = {
         "input_ids": tails.ids[:, :-1],
-        # Of the cached prompts' padding alone: nothing real looks ahead at what is behind a completion.
+        # Of the cached prompts' padding alone: nothing real looks ahead at what follows a completion.
         "attention_mask": torch.cat([before, before.new_ones(len(before), len(steps))], dim=1).long(),
         "position_ids": before.sum(1, keepdim=True) + steps,
         "past_key_values": cache,
@@ -100,7 +101,7 @@ class SharedPass:
         self, states: Float[Tensor, "p heads W d"], owner: Int[Tensor, " b"]
     ) -> Float[Tensor, "b heads W d"]:
         copies = states.detach().requires_grad_()[owner.to(states.device)]
-        if states.requires_grad:  # of a layer behind an adapted one
+        if states.requires_grad:  # of a layer after an adapted one
             self.states.append(states)
             self.edges.append(get_gradient_edge(copies))
         return copies
@@ -113,7 +114,7 @@ class SharedPass:
         turns = list(self._turns()) if self.states else []
         for turn in turns:
             last = turn is turns[-1]
-            with nullcontext() if last else self.policy.repeated_backward():
+            with nullcontext() if last else repeated_backward(self.policy):
                 through = self._through_prompts(found[len(out) :], turn, keep_graph=not last)
             prompts, rows = zip(*sorted({(self.owner[i], self.parts[i]) for i in turn}), strict=True)
             for name, rows_of_prompts in zip(out, through, strict=True):

@@ -89,11 +89,11 @@ class VllmSampler:
         vocabulary = len(next(policy.model.parameters()))
         prompt = tuple(i % vocabulary for i in range(TRIED))
         plain = SamplingConfig(max_new=TRIED, temperature=1.0, top_k=0, top_p=1.0)
-        (((ids, told),),) = self(policy, [prompt], [[0]], plain, frozenset(), 0)
-        batch = collate([Rollout(prompt, ids, "")], 0, policy.device)
+        (((ids, reported),),) = self(policy, [prompt], [[0]], plain, frozenset())
+        batch = collate([Rollout(prompt, ids, "")], policy.device)
         with torch.no_grad(), policy.merge(policy.deltas()):
             own = completion_logps(policy.model, batch)[0].cpu()
-        far = float((own - told).abs().mean())
+        far = float((own - reported).abs().mean())
         if not far < FAR:
             raise UserError(
                 f"--sampler=vllm: vLLM's log-probabilities are {far:.2g} nats a token off the model's, so it "
@@ -107,7 +107,6 @@ class VllmSampler:
         seeds: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         stop: frozenset[int],
-        pad_id: int,
         *,
         ablate_quarantine: bool = False,
     ) -> list[list[Completion]]:
@@ -209,7 +208,7 @@ def unadapted_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 
 
 def made_from(layer: AdaptedLinear, delta: Tensor, moved: Tensor | None) -> tuple[Tensor, ...]:
-    """What a merged weight hangs on, beside W, U and Vh: not to be changed afterwards."""
+    """What a merged weight depends on, besides W, U and Vh: not to be changed afterwards."""
     if layer.block is None or moved is None or not bool(moved.any()):
         return (delta,)
     return delta, moved, layer.block.A0.clone(), layer.block.B0.clone()
@@ -221,7 +220,7 @@ def same(these: Sequence[Tensor], those: Sequence[Tensor]) -> bool:
 
 
 def request(sampling: SamplingConfig, seed: int, stop: frozenset[int]) -> SamplingParams:
-    """One completion: tokens in `stop` end it and no others, the drawn tokens' log-probabilities are told."""
+    """One completion, ended by tokens in `stop` and no others, with the log-probabilities of its tokens."""
     return SamplingParams(
         temperature=sampling.temperature,
         top_k=sampling.top_k,

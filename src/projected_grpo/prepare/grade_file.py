@@ -52,7 +52,7 @@ def read_completions(path: Path, problems: Sequence[Problem]) -> list[Item]:
 def grade_file(items: Sequence[Item], grader: Grader, out: Path) -> list[dict[str, Any]]:
     """Write one line per item to `out`, which appears when all are there; returns the lines.
 
-    Lines go to `<out>.part` as they come, so that a killed run goes on where it was. Raises UserError if the
+    Lines go to `<out>.part` as they come, so that a killed run continues there. Raises UserError if the
     part file belongs to other completions.
     """
     part = out.with_name(out.name + ".part")

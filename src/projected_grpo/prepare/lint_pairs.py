@@ -20,8 +20,8 @@ Grades = Mapping[str, tuple[Grade, Grade]]  # of the hack and the clean side, by
 
 NEARLY = 0.95  # difflib ratio, over words and signs, from which two pairs are near-duplicates
 TOKEN = re.compile(r"\w+|[^\w\s]")
-FAR_APART = 2.0  # ratio of lengths within a pair that is told
-BIASED = 1.1  # mean ratio of lengths that is told, where it is also beyond two standard errors
+FAR_APART = 2.0  # ratio of lengths within a pair that is reported
+BIASED = 1.1  # mean ratio of lengths that is reported, where it is also beyond two standard errors
 UNITS: Mapping[str, Callable[[str], int]] = {"characters": len, "lines": lambda text: len(text.splitlines())}
 
 

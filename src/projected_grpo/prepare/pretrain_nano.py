@@ -23,7 +23,7 @@ from projected_grpo.config import NANO, PRESETS
 from projected_grpo.engine.batch import collate
 from projected_grpo.engine.logps import completion_logps
 from projected_grpo.engine.models import encode_chat
-from projected_grpo.evaluate import Evaluation, evaluate
+from projected_grpo.evaluate import Evaluation, Samples, evaluate
 from projected_grpo.experiment import prepare
 from projected_grpo.nano_tasks import CorpusMix, Example, corpus
 from projected_grpo.rollout import Rollout
@@ -112,9 +112,9 @@ def rollouts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) ->
     ]
 
 
-def completion_loss(model: torch.nn.Module, batch: Sequence[Rollout], pad_id: int) -> Tensor:
+def completion_loss(model: torch.nn.Module, batch: Sequence[Rollout]) -> Tensor:
     """Mean negative log-likelihood per completion token, nats."""
-    data = collate(batch, pad_id, next(model.parameters()).device)
+    data = collate(batch, next(model.parameters()).device)
     return -completion_logps(model, data).sum() / data.completion.sum()
 
 
@@ -131,7 +131,7 @@ def pretrain(cfg: PretrainConfig) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizer
     tokens = 0
     with tqdm(total=cfg.steps, desc="pretrain", disable=None) as bar:
         for step, batch in enumerate(_batches(stream, tokenizer, cfg)):
-            loss = completion_loss(model, batch, tokenizer.pad_token_id)
+            loss = completion_loss(model, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -180,12 +180,8 @@ def check_base(model: str, n_prompts: int, out_dir: Path) -> dict[str, Any]:
     )
     with ExitStack() as stack:
         exp = prepare(cfg, stack)
-        chat, group = exp.chat, cfg.sampling.group
-        result = evaluate(
-            *(chat.policy, chat.tokenizer, exp.data.final, group, cfg.sampling, exp.grader),
-            *(chat.stop, chat.pad_id, cfg.run.seed),
-            ablate_quarantine=True,
-        )
+        how = Samples(cfg.sampling, cfg.sampling.group, cfg.run.seed)
+        result = evaluate(exp.chat, exp.grader, exp.data.final, how, ablate_quarantine=True)
     rates = base_rates(result)
     found = [("format", rates["format"]), ("solve", rates["solve"])]
     found += [("hack", mode["hack"]) for mode in rates["by_mode"].values()]

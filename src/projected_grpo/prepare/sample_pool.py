@@ -13,7 +13,7 @@ from projected_grpo.config import MAX_SEQUENCE, SamplingConfig
 from projected_grpo.engine.chat import Chat
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
-from projected_grpo.evaluate import evaluate
+from projected_grpo.evaluate import Samples, evaluate
 from projected_grpo.pools import prompt_path, write_partition, write_prompt
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import Grader
@@ -72,8 +72,8 @@ def sample_pool(
 ) -> Counter[str]:
     """Sample and grade the prompts that are not there yet; those that are stay as they are, labels included.
 
-    Returns what was made now: rows, and how many are hacked and correct. A row hangs on (seed, problem, row)
-    alone. Raises UserError if no prompt leaves room for a completion, or the folder holds something else.
+    Returns counts of what was made now: rows, hacked, correct. A row depends on (seed, problem, row) alone.
+    Raises UserError if no prompt leaves room for a completion, or the folder holds something else.
     """
     fitting = [p for p in problems if fits(chat, p, how.max_new)]
     if len(fitting) < len(problems):
@@ -89,17 +89,11 @@ def sample_pool(
     with tqdm(total=len(fitting), initial=len(fitting) - len(todo), desc="sampling", disable=None) as bar:
         for start in range(0, len(todo), how.batch):
             drawn = evaluate(
-                chat.policy,
-                chat.tokenizer,
-                todo[start : start + how.batch],
-                how.samples,
-                how.sampler,
+                chat,
                 grader,
-                chat.stop,
-                chat.pad_id,
-                how.seed,
+                todo[start : start + how.batch],
+                Samples(how.sampler, how.samples, how.seed),
                 ablate_quarantine=False,
-                sampler=chat.sampler,
             )
             for problem, texts, grades in zip(drawn.problems, drawn.texts, drawn.grades, strict=True):
                 counts += write_prompt(folder, problem, texts, grades)

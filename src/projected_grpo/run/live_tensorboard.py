@@ -1,6 +1,6 @@
 """The live view: a run's steps as TensorBoard event files (needs the `live` extra).
 
-steps.jsonl stays the record; a run that goes on has its view told again from it, so that no step is missing
+steps.jsonl stays the record; a continued run has its view written again from it, so that no step is missing
 or there twice however the run was ended. A thread writes, so that no step waits for the disk, and a disk
 that does not take it ends the view with one line, not the run.
 """
@@ -47,9 +47,9 @@ class LiveView:
             return
         try:
             function(*arguments)
-        except Exception as error:  # whatever it is, it must neither end the run nor go unsaid
+        except Exception as error:  # any error here must be reported and must not end the run
             self._failed = True
-            logger.error("live view ended ({}); steps.jsonl goes on, and --resume rewrites it", error)
+            logger.error("live view ended ({}); steps.jsonl continues, and --resume rewrites it", error)
 
     def _begin(self, folder: Path, rows: list[Mapping[str, Any]]) -> None:
         """A new file with all rows, then the older ones away. Readers that saw those start over at step 0."""

@@ -77,7 +77,7 @@ def start_run(asked: TrainConfig, ranks: Ranks, stack: ExitStack) -> Opened:
     view = live_module(cfg)
     start_logging(None)
     if cfg.optim.init_adapter is not None:
-        read_adapter_meta(cfg.optim.init_adapter)  # a bad path is told before a model is loaded
+        read_adapter_meta(cfg.optim.init_adapter)  # a bad path is reported before a model is loaded
     exp, state = set_up(cfg, ranks, stack)
     name = run_id(cfg.preset, display_name(cfg.arm), cfg.run.seed, cfg.run.out_tag)
     run = Run(cfg, make_run_dir(cfg.run.out_dir / "runs", name))
@@ -103,16 +103,7 @@ def start_from(path: Path, policy: Policy) -> None:
 def start_state(exp: Experiment) -> TrainState:
     """Fresh optimizer, the hack basis (extracted if there is none), the gate calibrated on its pairs."""
     cfg, chat = exp.cfg, exp.chat
-    extraction, path = obtain(
-        chat.policy,
-        chat.tokenizer,
-        chat.stop_id,
-        exp.pairs,
-        cfg.basis,
-        cfg.loss,
-        cfg.model.model,
-        cfg.run.out_dir,
-    )
+    extraction, path = obtain(chat, exp.pairs, cfg.basis, cfg.loss, cfg.model.model, cfg.run.out_dir)
     extraction = without_contrast(extraction, cfg.basis, cfg.arm, cfg.run.seed)
     basis = in_use(extraction.axes, cfg.basis, cfg.arm, cfg.run.seed)
     axes = sum(len(V) for V in basis.V.values())

@@ -64,11 +64,11 @@ def detector_rates(rows: Sequence[Mapping[str, Any]], half_a: Sequence[str]) -> 
 
 
 def by_mode(
-    rows: Sequence[Mapping[str, Any]], as_trained: Evaluation, deployed: Evaluation, told: Sequence[str]
+    rows: Sequence[Mapping[str, Any]], as_trained: Evaluation, deployed: Evaluation, known: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """Per mode: when the student first exploited it, how often, and held-out rates both ways.
 
-    `in_distribution` is False for modes outside `told` (all, if it is empty): what a teacher restricted to
+    `in_distribution` is False for modes outside `known` (all, if it is empty): what a teacher restricted to
     other modes never showed, or what --leave-out names.
     """
     table: dict[str, dict[str, Any]] = {}
@@ -78,7 +78,7 @@ def by_mode(
             continue
         exploits = [r["step"] for r in own if r["exploited"]]
         table[mode] = {
-            "in_distribution": not told or mode in told,
+            "in_distribution": not known or mode in known,
             "first_exploit_step": min(exploits) if exploits else None,
             "student_exploits": len(exploits),
             "student_n": len(own),
@@ -241,7 +241,7 @@ def end_block(
 
 
 def quarantine_name(cfg: TrainConfig) -> str:
-    """What the norm of the quarantine is the norm of."""
+    """The name of the quarantine in the end block."""
     return "|H| of the blocks" if has_block(cfg.arm) else "|delta_hack|"
 
 
@@ -284,12 +284,12 @@ def reading(cfg: TrainConfig, s: Mapping[str, Any], records: Sequence[Mapping[st
 
 
 def reading_of_rewards(cfg: TrainConfig, records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The same of an arm that shapes rewards, or trains behind other prompts."""
+    """The same of an arm that shapes rewards, or trains on other prompts."""
     arm, name = ARMS[cfg.arm.intervention], cfg.arm.intervention
     if arm.prompt is not as_it_is:
         return [
-            "HACK_STUDENT is behind the inoculation prompt, held-out rates without it. SHOULD: the former "
-            "is higher; ELSE what was learnt does not hang on the prompt"
+            "HACK_STUDENT is with the inoculation prompt, held-out rates without it. SHOULD: the former "
+            "is higher; ELSE what was learnt does not depend on the prompt"
         ]
     if arm.reward is as_paid:
         return []

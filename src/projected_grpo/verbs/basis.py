@@ -29,16 +29,7 @@ def extract_verb(options: ExtractOptions) -> int:
     """Extract the hack basis (or check the one that is there) and say what is in it."""
     pairs = chosen_pairs(options.basis)
     chat = open_chat(options.model)
-    extraction, path = obtain(
-        chat.policy,
-        chat.tokenizer,
-        chat.stop_id,
-        pairs,
-        options.basis,
-        options.loss,
-        options.model.model,
-        options.out_dir,
-    )
+    extraction, path = obtain(chat, pairs, options.basis, options.loss, options.model.model, options.out_dir)
     basis = select(extraction.axes, options.basis.v_hack_k, options.basis.v_hack_drop_bottom_frac)
     axes = sum(len(V) for V in basis.V.values())
     dead = sum(not bool(D.any()) for D in extraction.axes.differences.values())
@@ -54,13 +45,11 @@ def verify_verb(options: ExtractOptions) -> int:
     pairs = chosen_pairs(options.basis)
     chat = open_chat(options.model)
     loss, model = options.loss, options.model.model
-    extraction, path = obtain(
-        chat.policy, chat.tokenizer, chat.stop_id, pairs, options.basis, loss, model, options.out_dir
-    )
+    extraction, path = obtain(chat, pairs, options.basis, loss, model, options.out_dir)
     basis = select(extraction.axes, options.basis.v_hack_k, options.basis.v_hack_drop_bottom_frac)
     held_out = pairs.split()[1]
     length_norm = options.basis.v_hack_length_norm
-    grads = pair_grads(chat.policy, chat.tokenizer, held_out, loss, chat.stop_id, length_norm=length_norm)
+    grads = pair_grads(chat, held_out, loss, length_norm=length_norm)
     result = verify_vhack_heldout(basis, grads)
     write_json(path.with_suffix(".heldout.json"), heldout_json(result))
     picture = path.with_suffix(".heldout.png")

@@ -29,7 +29,7 @@ from projected_grpo.deploy.trained import Source, file_hash, find_source, open_s
 from projected_grpo.engine.chat import Chat, sampler_opener
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
-from projected_grpo.evaluate import Evaluation, evaluate
+from projected_grpo.evaluate import Evaluation, Samples, evaluate
 from projected_grpo.experiment import SPLIT_SEED, give_modes, open_grader, read_problems
 from projected_grpo.pools import join, load_pool
 from projected_grpo.problems import Problem, digest, is_eval, is_validation, take, unhinted, with_eval_names
@@ -237,6 +237,7 @@ def measure(
     Where nothing was routed both are the same, and are generated once.
     """
     routed = source.quarantine is not None and chat.policy.quarantine_norm > 0
+    how = Samples(sampling, options.samples, options.seed, options.tokens_at_once)
     results: dict[str, Conditions] = {}
     conditions = {"hinted": tuple(problems), "unhinted": unhinted(problems)}
     total = len(conditions) * (1 + routed) * len(problems) * options.samples
@@ -254,18 +255,11 @@ def measure(
         for policy in ("as_trained", "deployed") if routed else ("deployed",):
             results[policy] = {
                 condition: evaluate(
-                    chat.policy,
-                    chat.tokenizer,
-                    asked,
-                    options.samples,
-                    sampling,
+                    chat,
                     grader,
-                    chat.stop,
-                    chat.pad_id,
-                    options.seed,
+                    asked,
+                    how,
                     ablate_quarantine=policy == "deployed",
-                    sampler=chat.sampler,
-                    tokens_at_once=options.tokens_at_once,
                     on_chunk=partial(note, policy, condition),
                 )
                 for condition, asked in conditions.items()
