@@ -43,6 +43,7 @@ from projected_grpo.pairs import load_pairs
 from projected_grpo.proj import HackBasis, haar_basis
 from projected_grpo.run.checkpoint import state_paths
 from projected_grpo.run.start import start_state
+from projected_grpo.state import learning_rate
 from projected_grpo.step import adapter_parameters, as_deployed, train_step
 from stepping import apply_update
 
@@ -500,7 +501,7 @@ def test_purge_is_adamw_with_a_projected_first_moment(experiment, gate_mode):
         state.basis = HackBasis(V, {m: axes[0] for m, axes in V.items()})
         keep = {m: 0.1 * torch.randn(r, generator=generator) for m, r in ranks.items()}
         size = math.sqrt(sum(float(g.double().square().sum()) for g in keep.values()))
-        lr = state.learning_rate(state.step, o)
+        lr = learning_rate(state.step, o)
         apply_update(exp, state, Update(keep, {}, None, {}))
         for m in ranks:
             g = keep[m].double().numpy() * min(1.0, o.grad_clip / size)
