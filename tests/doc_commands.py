@@ -25,8 +25,8 @@ class Command:
 
 
 def pages() -> list[Path]:
-    """README.md and every page of docs/. The journal tells what was typed once, so it is not one of them."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """README, CONTRIBUTING and every page of docs/. The journal and the changelog name what is gone."""
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def name(page: Path) -> str:
