@@ -2,7 +2,8 @@
 
 Each does its share of the expensive work (sampling, grading, loss) and gathers what the others found; the
 rest is cheap, and all do it alike on the same data. So all processes hold the whole step and the same
-adapter, bit for bit, and only the first one writes.
+adapter, bit for bit, and only the first one writes. After each step they compare a hash of the adapter, and
+agree whether one of them got a signal to stop. A saved state does not say how many they were.
 
 What is sent is megabytes a step (more in route2, which sends a row per rollout: docs/scaling.md), so it goes
 over gloo between GPUs too: with gloo a process that dies is an error in the others at once, where NCCL leaves
