@@ -162,7 +162,7 @@ def check(command: Command) -> None:
 def nothing_is_run(monkeypatch):
     verbs = {verb: (options, lambda parsed: 0) for verb, (options, _) in cli.VERBS.items()}
     monkeypatch.setattr(cli, "VERBS", verbs)
-    monkeypatch.setattr(train, "run_training", lambda cfg: validate(cfg) or 0)
+    monkeypatch.setattr(train, "train", lambda cfg: validate(cfg) or 0)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
