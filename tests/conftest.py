@@ -1,15 +1,17 @@
 """Settings that must stand before the package is imported, and the small models that tests share."""
 
 import copy
+import functools
 import os
 
 os.environ.setdefault("PROJECTED_GRPO_CHECK_SHAPES", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 import transformers
@@ -17,6 +19,7 @@ from hypothesis import settings
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from projected_grpo import problems
 from projected_grpo.antipasto import Policy, wrap
 from projected_grpo.config import TINY_RANDOM, ModelConfig
 from projected_grpo.engine.models import load_model
@@ -69,6 +72,24 @@ def tiny() -> tuple[nn.Module, PreTrainedTokenizerBase]:
 def unchecked_children(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that a test starts do not check shapes, which triples their imports: it is done in here."""
     monkeypatch.setenv("PROJECTED_GRPO_CHECK_SHAPES", "0")
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """No checks of shapes, a third of a short run's time: for runs of what other tests run with them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packaged_problems_once() -> Iterator[None]:
+    """The packaged problems are read once: nano's take seconds to draw, and every run asks for some."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_embedded", "_nano"):
+            read = getattr(problems, name)
+            patch.setattr(problems, name, functools.cache(lambda read=read: tuple(read())))
+        yield
 
 
 @pytest.fixture(scope="session")

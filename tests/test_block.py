@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_checkpoint import edit
 from torch.func import functional_call
 
 from fake_runs import few_pairs
@@ -30,6 +29,7 @@ from projected_grpo.proj import HackBasis, haar_basis
 from projected_grpo.rollout import Rollout
 from projected_grpo.run.checkpoint import load_adapter, save_adapter, state_paths
 from projected_grpo.run.start import start_from
+from test_checkpoint import edit
 
 K = 3
 IDS = torch.tensor([[5, 9, 20, 31, 7]])

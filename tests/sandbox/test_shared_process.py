@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from test_sandbox import SCAN
 
 from hacks import CANONICAL, HACKS, WRONG, fenced, make_task
 from projected_grpo.rewards import MODES, Grader, file_reports_pass
 from projected_grpo.sandbox.child import HOSTING
 from projected_grpo.sandbox.host import Limits, Program, Sandbox
+from test_sandbox import SCAN
 
 SHORT = Limits(wall_s=2.5, cpu_s=1)
 
