@@ -1,162 +1,190 @@
 """What the source tree promises: import order, small functions, one writer of gradients, one test command."""
 
-import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from projected_grpo import config, rewards
+import source_tree
+from projected_grpo import rewards
+from projected_grpo.config import EnvMode
+from source_tree import (
+    CHECKS,
+    HEADING,
+    SourceTree,
+    foreign_imports,
+    functions,
+    gradient_writers,
+    listed,
+)
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "projected_grpo"
-TABLE = re.compile(r"^\| (?P<room>\w+)(?P<folder>/?) \|(?P<modules>[\w, ]*)\|", re.MULTILINE)
+TREE = SourceTree(SOURCE, listed((ROOT / "docs" / "architecture.md").read_text()))
 
 
-def listed() -> list[str]:
-    """Every module, in the order of the page's table: `errors`, ..., `sandbox.encode`, ..."""
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    _, _, table = page.partition("## Rooms, in import order")
-    names: list[str] = []
-    for row in TABLE.finditer(table.partition("\n## ")[0]):
-        inside = [f"{row['room']}.{module}" for module in row["modules"].strip().split(", ") if module]
-        names += inside if row["folder"] else [row["room"]] if row["room"] != "room" else []
-    return names
-
-
-def module_name(path: Path) -> str:
-    """`sandbox.encode` for sandbox/encode.py, `sandbox` for the folder."""
-    inside = path.relative_to(SOURCE)
-    return ".".join((*inside.parent.parts, inside.stem)) if inside.name else ""
-
-
-ORDER = listed()
-LONGEST = 80
-LONGEST_BY_NAME = {"train_step": 60}
-FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
-FILES = [path for path in sorted(SOURCE.rglob("*.py")) if "data" not in path.relative_to(SOURCE).parts]
-TREES = {module_name(path): ast.parse(path.read_text()) for path in FILES if path.name != "__init__.py"}
-DOOR_SIGNS = {module_name(path.parent): path for path in FILES if path.name == "__init__.py"}
-
-
-def functions(tree: ast.AST) -> list[ast.FunctionDef]:
-    return [node for node in ast.walk(tree) if isinstance(node, FUNCTION)]
-
-
-def imported(node: ast.AST) -> set[str]:
-    """Full names of what an import statement may bind; `from a import b` may be the module a.b."""
-    if isinstance(node, ast.Import):
-        return {alias.name for alias in node.names}
-    if isinstance(node, ast.ImportFrom):
-        assert node.level == 0, "relative import"
-        return {f"{node.module}.{alias.name}" for alias in node.names}
-    return set()
-
-
-def project_imports(tree: ast.AST) -> set[str]:
-    """Modules of the project that a module imports: of `a.b.c`, the longest part that is one."""
-    names = {name for node in ast.walk(tree) for name in imported(node)}
-    found = set()
-    for parts in (name.split(".")[1:] for name in names if name.split(".")[0] == "projected_grpo"):
-        prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-        found.add(next((prefix for prefix in prefixes if prefix in TREES), "__init__"))
-    return found
-
-
-def test_the_page_lists_every_module_once():
-    assert sorted(ORDER) == sorted(TREES)
-
-
-@pytest.mark.parametrize("module", ORDER)
-def test_a_module_imports_only_what_stands_before_it(module):
-    assert project_imports(TREES[module]) <= {"__init__", *ORDER[: ORDER.index(module)]}
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_source_keeps_its_promises(check):
+    assert check(TREE) == []
 
 
 def test_the_top_level_is_read_at_a_glance():
     assert len(list(SOURCE.glob("*.py"))) <= 30
 
 
-def test_a_folders_init_is_its_door_sign_and_no_more():
-    folders = {path.parent for path in FILES} - {SOURCE}
-    assert {module_name(folder) for folder in folders} | {module_name(SOURCE)} == set(DOOR_SIGNS)
-    for name, path in DOOR_SIGNS.items():
-        if name != module_name(SOURCE):
-            (only,) = ast.parse(path.read_text()).body
-            assert isinstance(only, ast.Expr) and "\n\n\n" not in ast.literal_eval(only.value)
-
-
-@pytest.mark.parametrize("module", ORDER)
-def test_nothing_is_imported_inside_a_function(module):
-    inside = [
-        (function.name, node.lineno)
-        for function in functions(TREES[module])
-        for node in ast.walk(function)
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-    ]
-    assert not inside
-
-
-@pytest.mark.parametrize("module", ORDER)
-def test_functions_fit_a_screen(module):
-    lengths = {f.name: f.end_lineno - f.lineno + 1 for f in functions(TREES[module])}
-    assert not {n: size for n, size in lengths.items() if size > LONGEST_BY_NAME.get(n, LONGEST)}
-
-
 def test_train_step_is_where_its_limit_is_looked_for():
-    assert "train_step" in {f.name for f in functions(TREES["step"])}
+    assert "train_step" in {f.name for f in functions(TREE.modules["step"])}
 
 
-@pytest.mark.parametrize(
-    "module", [f"sandbox.{name}" for name in ("child", "run", "contain", "seccomp", "encode")]
-)
+@pytest.mark.parametrize("module", ["child", "run", "contain", "seccomp", "encode"])
 def test_the_sandboxed_interpreter_needs_the_standard_library_alone(module):
     """Beside its own parts: it runs without site-packages, in every untrusted child."""
-    names = {name for node in ast.walk(TREES[module]) for name in imported(node)}
-    foreign = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
-    assert {name for name in foreign if not name.startswith("projected_grpo.sandbox.")} == set()
+    assert foreign_imports(TREE, f"sandbox.{module}") == []
 
 
 def test_one_function_writes_gradients():
     """Of a run, that is: pretraining makes the packaged model, and nothing but its verb may reach it."""
     pretraining = "prepare.pretrain_nano"
-    importers = {module for module, tree in TREES.items() if pretraining in project_imports(tree)}
-    assert importers <= {"verbs.study"}
-    of_a_run = {module: tree for module, tree in TREES.items() if module != pretraining}
-    writers = set()
-    for module, tree in of_a_run.items():
-        for function in functions(tree):
-            for node in ast.walk(function):
-                targets = (
-                    node.targets
-                    if isinstance(node, ast.Assign)
-                    else [node.target]
-                    if isinstance(node, (ast.AugAssign, ast.AnnAssign))
-                    else []
-                )
-                attributes = [a for t in targets for a in ast.walk(t) if isinstance(a, ast.Attribute)]
-                if any(a.attr == "grad" for a in attributes):
-                    writers.add((module, function.name))
-    assert writers == {("step", "write_gradients")}
-    calls = {n.attr for tree in of_a_run.values() for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    assert "backward" not in calls, "Tensor.backward() writes .grad too"
+    assert {module for module in TREE.modules if pretraining in TREE.imports(module)} <= {"verbs.study"}
+    writers = {writer for writer in gradient_writers(TREE) if not writer.startswith(pretraining)}
+    assert writers == {"step.write_gradients"}
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_public_names_have_docstrings(module):
-    tree = TREES[module]
-    named = [n for n in tree.body if isinstance(n, (*FUNCTION, ast.ClassDef)) and not n.name.startswith("_")]
-    assert ast.get_docstring(tree)
-    assert [n.name for n in named if not ast.get_docstring(n)] == []
+def test_every_mode_of_the_settings_has_its_rules():
+    assert set(get_args(EnvMode)) == set(rewards.MODES)
 
 
-def test_both_lists_of_modes_agree():
-    """The grader does not import the configuration, so it has its own."""
-    assert get_args(config.EnvMode) == get_args(rewards.EnvMode) == tuple(rewards.MODES)
+# The checks themselves, each on a small package that breaks what it is there for
+
+SOUND = {
+    "__init__.py": "import os\n\nVERSION = os.name\n",
+    "low.py": '"""Low."""\nLIMIT = 1\n\ndef helper():\n    pass\n',
+    "room/__init__.py": '"""A room."""\n',
+    "room/inner.py": '"""Inner."""\nfrom projected_grpo.low import LIMIT\n',
+    "high.py": '"""High."""\nfrom projected_grpo import low\nfrom projected_grpo.room.inner import LIMIT\n',
+    "data/odd.py": "import projected_grpo.high\n",
+}
+PAGE = f"""# Page
+| other | | a table above |
+{HEADING}
+
+| room | modules, in order | one idea |
+|-|-|-|
+| low | | x |
+| room/ | inner | y |
+| high | | z |
+
+## After
+| late | | a table below |
+"""
+
+
+@pytest.fixture
+def build(tmp_path):
+    """build(FILE=SOURCE, ...): a sound package but for these files; None leaves one out."""
+
+    def write(changes, page=PAGE):
+        for name, text in {**SOUND, **changes}.items():
+            if text is not None:
+                path = tmp_path / name
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text)
+        return SourceTree(tmp_path, listed(page))
+
+    return write
+
+
+def complaints(tree):
+    return {check.__name__: found for check in CHECKS if (found := check(tree))}
+
+
+def test_a_sound_package_has_no_complaints(build):
+    tree = build({})
+    assert tree.order == ["low", "room.inner", "high"] and set(tree.modules) == set(tree.order)
+    assert tree.imports("high") == {"low", "room.inner"}
+    assert complaints(tree) == {} and gradient_writers(tree) == set()
+
+
+@pytest.mark.parametrize(
+    ("check", "changes"),
+    [
+        ("not_listed_once", {"new.py": '"""New."""\n'}),
+        ("not_listed_once", {"room/new.py": '"""New."""\n'}),
+        ("not_listed_once", {"high.py": None}),
+        ("backward_imports", {"low.py": '"""Low."""\nimport projected_grpo.high\n'}),
+        ("backward_imports", {"low.py": '"""Low."""\nfrom projected_grpo.room import inner\n'}),
+        ("backward_imports", {"room/inner.py": '"""Inner."""\nfrom projected_grpo.high import LIMIT\n'}),
+        ("backward_imports", {"room/inner.py": '"""Inner."""\nif 1:\n    from projected_grpo import high\n'}),
+        ("backward_imports", {"low.py": '"""Low."""\nfrom projected_grpo import low\n'}),
+        ("relative_imports", {"room/inner.py": '"""Inner."""\nfrom . import other\n'}),
+        ("late_imports", {"low.py": '"""Low."""\ndef f():\n    import json\n'}),
+        (
+            "late_imports",
+            {"low.py": '"""Low."""\nclass A:\n    async def f(self):\n        from os import path\n'},
+        ),
+        ("long_functions", {"low.py": '"""Low."""\ndef f():\n' + "    x = 1\n" * 80}),
+        ("long_functions", {"low.py": '"""Low."""\ndef train_step():\n' + "    x = 1\n" * 60}),
+        ("bad_door_signs", {"room/__init__.py": None}),
+        ("bad_door_signs", {"room/__init__.py": ""}),
+        ("bad_door_signs", {"room/__init__.py": '"""A room."""\nimport os\n'}),
+        ("bad_door_signs", {"room/__init__.py": '"""A room.\n' + "long\n" * 6 + '"""\n'}),
+        ("undocumented", {"low.py": "LIMIT = 1\n"}),
+        ("undocumented", {"high.py": '"""High."""\nfrom projected_grpo.low import helper\n'}),
+        ("undocumented", {"high.py": '"""High."""\nfrom projected_grpo import low as l\nl.helper()\n'}),
+    ],
+    ids=str,
+)
+def test_a_broken_promise_is_seen_by_its_check_alone(build, check, changes):
+    assert list(complaints(build(changes))) == [check]
+
+
+def test_a_circle_is_seen_whatever_the_order(build):
+    changes = {"low.py": '"""Low."""\nfrom projected_grpo import high\n'}
+    tree = build(changes)
+    for order in (
+        ["low", "room.inner", "high"],
+        ["high", "low", "room.inner"],
+        ["room.inner", "high", "low"],
+    ):
+        assert source_tree.backward_imports(replace(tree, order=order))
+
+
+def test_a_module_that_the_table_repeats_or_invents_is_seen(build):
+    for row in ("| low | | x |\n", "| room/ | inner, ghost | y |\n"):
+        tree = build({}, PAGE.replace("| high |", f"{row}| high |"))
+        assert source_tree.not_listed_once(tree)
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["p.grad = None", "p.grad += 1", "p.grad: int = 1", "a, (p.grad, b) = x", "for p.grad in x: pass"],
+)
+def test_a_writer_of_gradients_is_seen(build, body):
+    tree = build({"low.py": f'"""Low."""\ndef f(p):\n    {body}\n'})
+    assert gradient_writers(tree) == {"low.f"}
+
+
+def test_backward_is_seen_and_reading_a_gradient_is_no_writing(build):
+    reads = '"""Low."""\ndef f(p):\n    return p.grad\n'
+    assert gradient_writers(build({"low.py": reads})) == set()
+    assert gradient_writers(build({"low.py": reads + "\ndef g(x):\n    x.backward()\n"})) == {
+        "low:6 backward"
+    }
+
+
+def test_a_library_in_the_sandbox_is_seen(build):
+    lines = ("import os", "import numpy", "from projected_grpo.room import x", "import projected_grpo.low")
+    tree = build({"room/inner.py": "\n".join(lines)})
+    assert foreign_imports(tree, "room.inner") == ["numpy", "projected_grpo.low"]
+
+
+# The commands that the pages give
 
 
 def test_ci_runs_the_readmes_test_command():
@@ -173,6 +201,8 @@ def test_both_commands_stand_on_the_readmes_first_screen():
     head = (ROOT / "README.md").read_text().splitlines()[:40]
     assert sum(line.startswith("python3 -m venv ") for line in head) == 2
 
+
+# The hook that checks shapes
 
 SOUGHT_BY_THE_HOOK = """
 import sys
@@ -195,24 +225,24 @@ def test_checking_shapes_leaves_the_bytecode_of_libraries_alone():
     assert len(listing) - len(ours) < 60, sorted(set(listing) - set(ours))
 
 
-def test_a_run_with_checked_shapes_leaves_no_bytecode_that_others_cannot_load(tmp_path):
+def test_a_module_run_with_checked_shapes_leaves_no_bytecode_that_others_cannot_load(tmp_path):
     """`python -m` loads its module past the place where jaxtyping's hook names bytecode of its own."""
     copy = tmp_path / "projected_grpo"
-    shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__", "data"))
     plain = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {
         "PYTHONPATH": str(tmp_path),
         "PROJECTED_GRPO_CHECK_SHAPES": "0",
     }
-    command = [sys.executable, "-m", "projected_grpo.train", "--help"]
+    command = [sys.executable, "-m", "projected_grpo.rewards"]  # imports config, and no torch by itself
     for env in (plain | {"PROJECTED_GRPO_CHECK_SHAPES": "1"}, plain):
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     cached = {path.name for path in (copy / "__pycache__").iterdir()}
-    assert {name.count("jaxtyping") for name in cached if name.startswith("proj.")} == {
-        0,
-        1,
-    }  # both ran in here
+    of_config = {name.count("jaxtyping") for name in cached if name.startswith("config.")}
+    assert of_config == {0, 1}  # both ran in here
 
+
+# What no tracked file says
 
 HOSTS = ("github.com", "www.w3.org")  # any other, by name or number, is refused
 

@@ -27,7 +27,7 @@ def logits(policy, *, ablate_quarantine):
 
 
 @pytest.fixture(params=[TINY_RANDOM, NANO])
-def adapter_parameters(request, tmp_path, svd_cache):
+def adapter(request, tmp_path, svd_cache):
     """An adapter file of a model, both adapter parameters far from zero."""
     policy = wrap(load_model(ModelConfig(model=request.param, **CPU))[0], svd_cache)
     generator = torch.Generator().manual_seed(3)

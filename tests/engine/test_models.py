@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from projected_grpo.config import TINY_RANDOM, ModelConfig
-from projected_grpo.engine import models
+from projected_grpo.engine import placement
 from projected_grpo.engine.models import encode_chat, load_model, render_chat, stop_ids
 from projected_grpo.engine.placement import pick_attention, pick_device, pick_dtype
 from projected_grpo.errors import UserError
@@ -140,11 +140,11 @@ def test_choices_that_this_machine_cannot_serve_are_refused(monkeypatch):
     assert pick_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="--device"):
         pick_device("no-such-device")
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="flash-attn"):
         pick_attention("flash_attention_2", torch.device("cpu"))
     assert pick_attention("auto", torch.device("cuda")) == "sdpa"
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: object())
     assert pick_attention("auto", torch.device("cuda")) == "flash_attention_2"
     assert pick_attention("auto", torch.device("cpu")) == "sdpa"
 

@@ -1,7 +1,7 @@
 """One model over several devices: the same numbers, every operation on one device, the adapter at home.
 
-No machine with two GPUs has run this. `tests/devices.py` stands in for one: real numbers on the CPU, and an
-error wherever tensors of two devices would meet.
+No machine with two GPUs has run this. `tests/engine/devices.py` stands in for one: real numbers on the CPU,
+and an error wherever tensors of two devices would meet.
 """
 
 import copy
