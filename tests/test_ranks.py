@@ -284,7 +284,7 @@ def test_two_processes_make_the_run_that_one_makes(alone, home, monkeypatch):
     assert said.count("HACK_RATE") == 2  # one process logs
 
 
-def test_four_processes_make_the_run_that_one_makes(alone):
+def test_four_processes_make_the_run_that_one_makes(alone, unchecked):
     """More than there are prompts or held-out problems, so groups are split and some have nothing to ask."""
     assert (
         in_processes(4, lambda rank: main(command("route4", "--intervention=route2")), "four.txt") == [0] * 4
@@ -304,7 +304,7 @@ def at_step(step, act):
     train.train_step = train_step
 
 
-def test_a_killed_process_ends_the_run_and_any_number_goes_on(alone):
+def test_a_killed_process_ends_the_run_and_any_number_goes_on(alone, unchecked):
     """Two of which one dies in step 3; two that are told to stop in their first step; then one to the end."""
 
     def killed(rank):

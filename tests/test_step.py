@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import random
-import shutil
 from collections import Counter
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -13,15 +12,12 @@ from threading import Timer
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from fake_runs import few_pairs
 from projected_grpo import step as step_module
-from projected_grpo import train as train_module
 from projected_grpo.arms.gate import GateState
 from projected_grpo.arms.route2 import find_anchors
 from projected_grpo.checks import CONTROLS_OF
-from projected_grpo.cli import main
 from projected_grpo.collect import (
     collect,
     gather_evidence,
@@ -36,7 +32,6 @@ from projected_grpo.errors import UserError
 from projected_grpo.experiment import fit_prompts, prepare, read_data
 from projected_grpo.pools import TeacherRow
 from projected_grpo.rewards import Grade, Grader
-from projected_grpo.run.checkpoint import state_paths
 from projected_grpo.run.columns import complete
 from projected_grpo.run.resume import start_digest
 from projected_grpo.run.start import start_state
@@ -641,114 +636,7 @@ def test_the_split_of_the_cosine_can_be_turned_off(begin):
     assert complete(train_step(exp, state)[0])["cos_pre_t"] is None
 
 
-# Whole runs
-
-
-@pytest.fixture
-def run(settings, tmp_path, monkeypatch):
-    """Run the training verb in an own folder, with the module's caches; returns (exit code, run folder)."""
-    monkeypatch.chdir(tmp_path)
-    for cache in settings.run.out_dir.glob("*"):  # what earlier tests of this module left to reuse
-        if cache.name in ("pools", "vhack"):
-            shutil.copytree(cache, tmp_path / "out" / cache.name, dirs_exist_ok=True)
-
-    def start(*options, arm="route2", steps=4):
-        common = [
-            "--n-problems=6",
-            "--eval-n-prompts=2",
-            "--max-new=8",
-            f"--svd-cache={settings.model.svd_cache}",
-        ]
-        common += [f"--vhack-pairs-path={settings.basis.vhack_pairs_path}"]
-        common += ["--workers=1", f"--intervention={arm}", f"--steps={steps}", "--device=cpu"]
-        before = set((tmp_path / "out").glob("runs/*"))
-        code = main(["train", "smoke", *common, *options])
-        (folder,) = set((tmp_path / "out").glob("runs/*")) - before or {None}
-        return code, folder
-
-    return start
-
-
-def lines(folder, name="steps.jsonl"):
-    rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
-
-
-def same_run(one, two):
-    assert lines(one) == lines(two)
-    assert (one / "rollouts.jsonl").read_bytes() == (two / "rollouts.jsonl").read_bytes()
-    a, b = (load_file(folder / "train.safetensors") for folder in (one, two))
-    assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
-    a, b = (load_file(state_paths(folder)[0]) for folder in (one, two))
-    assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
-    a, b = (json.loads((folder / "deploy.json").read_text()) for folder in (one, two))
-    assert a == b
-
-
-def test_the_same_seed_gives_the_same_run_whatever_the_workers(run):
-    one, two = run("--workers=1"), run("--workers=2")
-    assert one[0] == two[0] == 0
-    same_run(one[1], two[1])
-    assert (one[1] / "train.safetensors").read_bytes() == (two[1] / "train.safetensors").read_bytes()
-
-
-def test_another_seed_gives_another_run(run):
-    one, two = run("--seed=1")[1], run("--seed=2")[1]
-    assert lines(one, "rollouts.jsonl") != lines(two, "rollouts.jsonl")
-    held = [json.loads((f / "deploy.json").read_text())["problems"] for f in (one, two)]
-    assert held[0] == held[1]  # seeds of a comparison share their problems
-
-
-class Stopped(Exception):
-    """Stands for a machine that was taken away."""
-
-
-INTERRUPTED = (
-    "--save-every=2",
-    "--eval-ablate-every=2",
-    "--vhack-refresh-every=3",
-    "--rollout-ablate-frac=0.5",
-)
-
-
-@pytest.mark.parametrize(
-    ("arm", "options"),
-    [
-        ("erase", ("--project=purge",)),
-        ("route2", ()),
-        ("advmod", ("--advmod-buffer=5",)),
-        ("route2", ("--quarantine=block", "--block-init=direction")),
-    ],
-    ids=["erase", "route2", "advmod", "block"],
-)
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, monkeypatch, tmp_path, arm, options):
-    _, whole = run(*INTERRUPTED, *options, arm=arm, steps=6)
-    real = train_module.Run.write_step
-
-    def stop_later(self, record, rows):
-        real(self, record, rows)
-        if record["step"] == 4:
-            raise Stopped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module.Run, "write_step", stop_later)
-        with pytest.raises(Stopped):
-            run(*INTERRUPTED, *options, arm=arm, steps=6)
-    (cut,) = set((tmp_path / "out" / "runs").iterdir()) - {whole}
-    assert len(lines(cut)) == 5 and not (cut / "summary.json").exists()
-    with open(cut / "steps.jsonl", "a") as file:
-        file.write('{"step": 5, "re')  # cut off in mid-write
-    code, new = run_resumed(cut, tmp_path)
-    assert code == 0 and new == {whole, cut}
-    same_run(whole, cut)
-    assert {p.name for p in cut.iterdir()} == {p.name for p in whole.iterdir()}
-    summaries = [json.loads((f / "summary.json").read_text()) | {"seconds": 0} for f in (whole, cut)]
-    assert summaries[0] == summaries[1] and summaries[1]["finished"]
-
-
-def run_resumed(folder, home):
-    code = main(["train", "smoke", f"--resume={folder}"])
-    return code, set((home / "out" / "runs").iterdir())
+# What is not finite
 
 
 def poison(patch, steps, *, loss=None, size=float("nan")):
@@ -792,111 +680,3 @@ def test_a_step_that_is_not_finite_moves_nothing_and_is_counted(begin, monkeypat
     state.step = 2
     record, _ = train_step(exp, state)
     assert record["skipped"] == 0 and record["gn"] > 0 and not same(values(exp), before)
-
-
-def test_a_run_goes_on_behind_skipped_steps_and_says_how_many(run, monkeypatch):
-    poison(monkeypatch, {0, 1, 3})
-    code, folder = run("--max-skipped=3", steps=5)
-    assert code == 0
-    assert [r["skipped"] for r in lines(folder)] == [1, 1, 0, 1, 0]
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["skipped"] == 3 and summary["finished"]
-
-
-def test_a_run_ends_after_so_many_skipped_steps_in_a_row_with_its_state(run, monkeypatch, tmp_path):
-    with monkeypatch.context() as patch:
-        poison(patch, {1, 2})
-        code, folder = run("--max-skipped=2", steps=5)
-    assert code == train_module.DIVERGED
-    assert [r["skipped"] for r in lines(folder)] == [0, 1, 1]
-    assert json.loads((folder / "summary.json").read_text())["finished"] is False
-    assert state_paths(folder)[0].name == "state_step0003.safetensors"
-    assert run_resumed(folder, tmp_path)[0] == 0
-    assert len(lines(folder)) == 5
-
-
-def test_a_refresh_that_is_not_finite_ends_the_run_with_the_state_before_it(run, monkeypatch, tmp_path):
-    _, whole = run("--vhack-refresh-every=2", steps=4)
-
-    def broken(*arguments):
-        raise FloatingPointError("a pair gradient is not finite")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(step_module, "refresh", broken)
-        code, cut = run("--vhack-refresh-every=2", steps=4)
-    assert code == train_module.DIVERGED
-    assert len(lines(cut)) == 2
-    assert json.loads((cut / "summary.json").read_text())["finished"] is False
-    assert run_resumed(cut, tmp_path)[0] == 0
-    same_run(whole, cut)
-
-
-def watched(monkeypatch, series):
-    """Let the loop see these (lp_t, lp_ref) instead of the measured ones."""
-    real = train_module.train_step
-
-    def altered(exp, state):
-        record, data = real(exp, state)
-        lp_t, lp_ref = series[state.step]
-        return record | {"lp_t": lp_t, "lp_ref": lp_ref}, data
-
-    monkeypatch.setattr(train_module, "train_step", altered)
-
-
-@pytest.mark.parametrize(
-    "series",
-    [
-        [(-1.0, -1.0), (-1.0, -1.0), (-6.5, -1.0), (-6.5, -1.0), (-1.0, -1.0)],
-        [(None, -1.0), (None, -1.0), (None, -6.5), (None, -6.5), (None, -1.0)],
-    ],
-    ids=["teacher text", "student text"],
-)
-def test_a_falling_log_probability_ends_the_run(run, monkeypatch, series):
-    watched(monkeypatch, series)
-    code, folder = run(steps=5)
-    assert code == train_module.DIVERGED
-    assert len(lines(folder)) == 4
-    assert json.loads((folder / "summary.json").read_text())["finished"] is False
-
-
-def test_teacher_and_student_text_are_each_held_to_their_own_best(run, monkeypatch):
-    """When the teacher leaves, the student's text is not measured against the teacher's."""
-    watched(monkeypatch, [(-1.0, -8.0), (-1.0, -8.0), (None, -8.0), (None, -8.0), (None, -8.1)])
-    code, folder = run(steps=5)
-    assert code == 0 and len(lines(folder)) == 5
-
-
-def test_the_teachers_leaving_shows_in_the_log(run):
-    _, folder = run("--teacher-off-step=2", "--ref-every=1")
-    rows = lines(folder)
-    assert [r["hack_t"] is not None for r in rows] == [True, True, False, False]
-    assert [r["hack_s"][1] for r in rows] == [2, 2, 4, 4]
-
-
-def test_ablated_rollouts_are_told_apart_in_the_files(run):
-    _, folder = run("--rollout-ablate-frac=0.5", arm="route")
-    for row in lines(folder):
-        assert row["hack_abl"][1] == row["solve_abl"][1] == 1
-    rollouts = lines(folder, "rollouts.jsonl")
-    assert Counter(r["ablated"] for r in rollouts) == {True: 4, False: 4}
-    _, plain = run(arm="route")
-    assert all(r["hack_abl"] is None and r["solve_abl"] is None for r in lines(plain))
-
-
-def test_the_first_hack_keeps_its_adapter(run, monkeypatch):
-    """A student that hacks at step 1 (played by a teacher's text in its mouth)."""
-    real = train_module.rollout_rows
-
-    def hacking(step, data, group):
-        rows = real(step, data, group)
-        return [r | {"exploited": True, "mechanism": r["env_mode"]} for r in rows] if step >= 1 else rows
-
-    monkeypatch.setattr(train_module, "rollout_rows", hacking)
-    _, folder = run(arm="route")
-    names = {name.split("/")[0] for name in load_file(folder / "first_hack.safetensors")}
-    assert names == {"delta_s", "delta_hack"}
-    final = load_file(state_paths(folder)[0])
-    assert any(not torch.equal(final[n], t) for n, t in load_file(folder / "first_hack.safetensors").items())
-    by_mode = json.loads((folder / "summary.json").read_text())["by_mode"]
-    firsts = [m["first_exploit_step"] for m in by_mode.values() if m["student_n"]]
-    assert min(f for f in firsts if f is not None) == 1

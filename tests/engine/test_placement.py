@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from devices import MixedDevices, devices
+from fake_runs import few_pairs
 from projected_grpo.antipasto import Policy, unwrap, wrap
 from projected_grpo.block import random_start
 from projected_grpo.cli import main
@@ -205,12 +206,12 @@ def test_anything_misplaced_is_noticed(small_model, broken):
             outcome(policy, "apart")
 
 
-def test_a_whole_run_on_two_devices_is_the_run_on_one(tmp_path, unchecked_children):
+def test_a_whole_run_on_two_devices_is_the_run_on_one(tmp_path, unchecked):
     """route2 with a block where V lies uses every part that knows devices: basis, gate, block, files."""
     argv = (
         *("train", "smoke", "--intervention=route2", "--quarantine=block", "--block-init=direction"),
         *("--steps=2", "--n-problems=6", "--eval-n-prompts=1", "--max-new=6", "--eval-ablate-every=0"),
-        *("--workers=1", "--vhack-pairs-modes", "run_tests", "--v-hack-drop-bottom-frac=0"),
+        *("--workers=1", f"--vhack-pairs-path={few_pairs(tmp_path)}", "--v-hack-drop-bottom-frac=0"),
         *("--svd-cache=None", "--vhack-refresh-every=0", "--v-hack-extract-top-k=2"),
     )
     found = []

@@ -1,6 +1,5 @@
-"""The folder of all short runs, and those that several tests begin from: made once, copied for each."""
+"""The folder of all short runs, and the one that several tests compare with and begin from copies of."""
 
-import functools
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 from fake_runs import few_pairs
 from projected_grpo.cli import main
-from short_runs import command, cut_short, folder_of
+from short_runs import command, copied_after, folder_of
 
 
 @pytest.fixture(scope="session")
@@ -33,24 +32,15 @@ def whole(home):
     before = Path.cwd()
     os.chdir(home)
     try:
-        assert main(command("whole")) == 0
+        with copied_after(home / "cut", 3, 5):
+            assert main(command("whole")) == 0
         return folder_of("whole").absolute()
     finally:
         os.chdir(before)
 
 
-@pytest.fixture(scope="session")
-def gone_after():
-    """The folder of a run that was gone after so many steps, tagged `cut` and their number; to be copied."""
-    return functools.cache(lambda steps: cut_short(f"cut{steps}", steps))
-
-
 @pytest.fixture
-def cut(here, gone_after):
-    """cut(tag, steps): a run of one's own that was gone after so many steps."""
-
-    def copy(tag, steps):
-        original = gone_after(steps)
-        return shutil.copytree(original, original.with_name(f"{original.name}_{tag}"))
-
-    return copy
+def cut(here, home, whole):
+    """cut(tag, steps): a run of one's own, the whole one as it was after three or five of its six steps."""
+    runs = Path("out/runs")
+    return lambda tag, steps: shutil.copytree(home / "cut" / str(steps), runs / f"{whole.name}_{tag}")

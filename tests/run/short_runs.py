@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -53,14 +55,30 @@ def cut_short(tag, steps, *options):
     return folder_of(tag)
 
 
-def lines(folder):
-    rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
-    return [json.dumps({k: v for k, v in row.items() if k not in TIMINGS}) for row in rows]
+@contextmanager
+def copied_after(into, *steps):
+    """Copy a run's folder to into/STEPS each time so many steps are written: what a kill then would leave."""
+    real = train_module.Run.write_step
+
+    def write_step(self, record, rows):
+        real(self, record, rows)
+        if record["step"] + 1 in steps:
+            shutil.copytree(self.folder, into / str(record["step"] + 1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module.Run, "write_step", write_step)
+        yield
+
+
+def lines(folder, name="steps.jsonl"):
+    """The objects of a run's file, without what a clock measured."""
+    rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
 
 
 def same_bytes(one, two):
     """Two runs wrote the same, timings aside."""
-    assert lines(one) == lines(two)
+    assert json.dumps(lines(one)) == json.dumps(lines(two))
     assert (one / "rollouts.jsonl").read_bytes() == (two / "rollouts.jsonl").read_bytes()
     for name in ("train.safetensors", "best.safetensors", "deploy.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes()

@@ -25,20 +25,20 @@ def test_auto_begins_goes_on_and_stays_done(here, whole, capsys):
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
-def test_auto_takes_no_run_of_other_settings(here, gone_after):
-    folder = gone_after(3)
+def test_auto_takes_no_run_of_other_settings(cut):
+    folder = cut("other", 3)
     before = (folder / "steps.jsonl").read_bytes()
-    assert main(command("cut3", "--resume=auto", "--seed=9")) == 0
+    assert main(command("whole", "--resume=auto", "--seed=9")) == 0
     assert (folder / "steps.jsonl").read_bytes() == before
-    assert len(list(Path("out/runs").glob("*_seed9_cut3"))) == 1
+    assert len(list(Path("out/runs").glob("*_seed9_whole"))) == 1
 
 
-def test_auto_takes_the_newest(here, whole, gone_after):
-    folder = gone_after(3)
-    later = folder.with_name("2999" + folder.name[4:])
+def test_auto_takes_the_newest(whole, cut):
+    folder = cut("newest", 3)
+    later = folder.with_name("2999" + whole.name[4:])
     shutil.copytree(folder, later)
     shutil.copytree(folder, later.with_name(later.name + "-2"))
-    assert main(command("cut3", "--resume=auto")) == 0
+    assert main(command("whole", "--resume=auto")) == 0
     assert not (folder / "summary.json").exists() and not (later / "summary.json").exists()
     same_bytes(whole, later.with_name(later.name + "-2"))
 
