@@ -1,6 +1,5 @@
 """The pages hold: commands run in small or at least parse, options exist, links lead on, the site builds."""
 
-import functools
 import json
 import re
 import runpy
@@ -27,7 +26,7 @@ from doc_commands import (
     scripts,
     simple_commands,
 )
-from projected_grpo import cli, experiment, train
+from projected_grpo import cli, train
 from projected_grpo.checks import validate
 from projected_grpo.config import PRESETS
 
@@ -317,24 +316,22 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("reader")
 
 
-def test_the_quick_start(tmp_path, monkeypatch):
+def test_the_quick_start(unchecked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    once = functools.cache(experiment.load_problems)  # the nano problems take seconds to draw
-    monkeypatch.setattr(experiment, "load_problems", once)
     ran = follow("docs/index.md", monkeypatch)
     assert ran[:2] == ["train nano", "plot"] and "report" in ran
     assert Path("pictures/dynamics.png").read_bytes().startswith(b"\x89PNG")
     assert all(Path(run).name in Path("report.html").read_text() for run in Path("out/runs").glob("*"))
 
 
-def test_reading_a_run(home, monkeypatch, capsys):
+def test_reading_a_run(unchecked, home, monkeypatch, capsys):
     monkeypatch.chdir(home)
     assert follow("docs/howto/read_a_run.md", monkeypatch)[:2] == ["train smoke", "read_run.py"]
     assert "routing hack" in capsys.readouterr().out
     assert Path("pictures/routed.png").is_file() and json.loads(Path("rates.json").read_text())["deployed"]
 
 
-def test_ones_own_problems(tmp_path, monkeypatch, capsys):
+def test_ones_own_problems(unchecked, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (row,) = (
         content for language, content in blocks(PAGES["docs/howto/own_problems.md"]) if language == "json"
@@ -348,7 +345,7 @@ def test_ones_own_problems(tmp_path, monkeypatch, capsys):
     )  # two of each for all 20: none is refused
 
 
-def test_ones_own_pairs(tmp_path, monkeypatch, capsys):
+def test_ones_own_pairs(unchecked, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     follow("docs/howto/own_pairs.md", monkeypatch)
     said = capsys.readouterr().out
@@ -356,7 +353,7 @@ def test_ones_own_pairs(tmp_path, monkeypatch, capsys):
     assert len({run.name.split("_", 2)[2] for run in Path("out/runs").glob("*")}) == 2  # arm, and its control
 
 
-def test_ones_own_model(home, monkeypatch):
+def test_ones_own_model(unchecked, home, monkeypatch):
     monkeypatch.chdir(home)
     if not Path("out/runs").is_dir():
         assert cli.main(["train", "smoke", "--intervention=route", *SMALL["train smoke"]]) == 0

@@ -190,7 +190,7 @@ def test_a_subclass_carries_its_plain_base():
     assert decode(Encoder().encode(object())) == Opaque("object")
 
 
-def test_values_without_end_are_unencodable():
+def test_values_without_end_are_unencodable(unchecked):
     ring = Node(1)
     ring.next = ring
     loop: list = []

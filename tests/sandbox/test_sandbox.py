@@ -476,7 +476,7 @@ def test_a_folder_without_rights_or_gone_does_not_end_the_interpreter(sandbox):
         assert alive(sandbox)
 
 
-def test_an_ordinary_user_can_run_it():
+def test_an_ordinary_user_can_run_it(unchecked_children):
     if shutil.which("unshare") is None or os.geteuid() != 0:
         pytest.skip("needs root and unshare(1) to become an ordinary user")
     script = (
