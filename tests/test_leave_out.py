@@ -120,7 +120,7 @@ def test_a_pool_teaches_the_other_modes_and_all_its_problems_train(tmp_path, som
 
 def test_a_pool_without_the_mode_has_nothing_to_leave_out(tmp_path, some, grader):
     folder = pool(tmp_path / "pool", some, ["run_tests"] * 8)
-    with pytest.raises(UserError, match="--leave-out sentinel: no training problem has that mode"):
+    with pytest.raises(UserError, match="--leave-out sentinel"):
         read_data(configured(pool=folder), grader)
     data = read_data(configured(pool=folder, teacher_modes=("run_tests",)), grader)
     assert {p.env_mode for p in data.train} == set(MODES_USED)
@@ -129,7 +129,7 @@ def test_a_pool_without_the_mode_has_nothing_to_leave_out(tmp_path, some, grader
 
 def test_a_pool_that_does_not_say_its_modes_may_show_the_one_left_out(tmp_path, some, grader):
     folder = pool(tmp_path / "pool", some, [None] * 8)
-    with pytest.raises(UserError, match="does not say which mode 8 of its prompts"):
+    with pytest.raises(UserError, match=" mode 8 "):
         read_data(configured(pool=folder), grader)
     assert read_data(configured(pool=folder, mix_ratio=0.0), grader).train  # no row is used
     alone = read_data(configured("run_tests", pool=folder, env_mode="run_tests"), grader)

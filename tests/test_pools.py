@@ -292,7 +292,7 @@ def test_the_report_verb_counts_and_joins(baked, problems, tmp_path, capsys):
     assert main(["pool", "report", str(baked[0]), f"--json={figures}", "--problems=embedded"]) == 0
     said = capsys.readouterr().out
     report = json.loads(figures.read_text())
-    assert f"{len(problems)} problems of embedded have a prompt" in said
+    assert f"{len(problems)} problems of embedded" in said
     assert report["problems_matched"] == report["all"]["prompts"] == len(problems)
     assert list(report["by_mode"]) == list(MODES)
     assert {name: report["all"][name] for name in ("rows", "hacked", "correct")} == baked[1]
@@ -361,7 +361,7 @@ def test_the_pair_verb_writes_a_file_that_lint_passes(baked, tmp_path, grader, c
     assert made["pool_digest"] == pool_digest(baked[0]) and made["problems"] == "embedded"
     assert made["modes"] == ["run_tests", "sentinel", "stdout_marker"] and made["detectors"] == []
     assert main(["pairs", "from-pool", str(baked[0]), f"--out={tmp_path}/no.json", *options[:3]]) == 2
-    assert "at least 4 are needed" in capsys.readouterr().err and not (tmp_path / "no.json").exists()
+    assert "at least 4" in capsys.readouterr().err and not (tmp_path / "no.json").exists()
 
 
 def test_a_pools_digest_is_of_its_files(tmp_path):
@@ -418,7 +418,7 @@ def test_sampling_goes_on_where_it_was_and_leaves_labels_alone(sampled, tmp_path
     assert json.loads(gzip.decompress((again / kept).read_bytes())) == row
     assert {name: (again / name).read_bytes() for name in others} == {name: before[name] for name in others}
     assert sample(again, svd, "--seed=7") == 2
-    assert "sampled with other settings" in capsys.readouterr().err
+    assert "other settings" in capsys.readouterr().err
 
 
 def test_the_adapter_of_a_run_changes_what_is_sampled(sampled, tmp_path, tiny_policy):

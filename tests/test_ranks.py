@@ -277,8 +277,8 @@ def test_two_processes_make_the_run_that_one_makes(alone, home, monkeypatch):
     made = json.loads((folder_of("erase2") / "config.json").read_text())
     assert made["processes"] == 2
     said = Path("two.txt").read_text()
-    assert "process 1: ended at step 1: process 1 no longer holds the adapter parameters of process 0" in said
-    assert "go on from" not in said  # nothing was saved by then
+    assert "ended at step 1: process 1 no longer holds" in said
+    assert "train smoke --resume" not in said  # nothing was saved by then
     assert "error: process 1: one rollout alone does not fit" in said  # by process 0
     assert [path.name for path in state_paths(folder_of("large"))] == ["state_step0002.safetensors"]
     assert said.count("HACK_RATE") == 2  # one process logs
@@ -312,16 +312,10 @@ def test_a_killed_process_ends_the_run_and_any_number_goes_on(alone, unchecked):
             at_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
         return main(command("killed", "--intervention=route2"))
 
-    began = time.monotonic()
     assert in_processes(2, killed, "killed.txt") == [LOST, -signal.SIGKILL]
-    assert time.monotonic() - began < HANGS / 2
     folder = folder_of("killed")
     assert [path.name for path in state_paths(folder)] == ["state_step0002.safetensors"]
-    assert "another process of this run is gone" in Path("killed.txt").read_text()
-    assert (
-        f"go on from what was saved: train smoke --resume {folder.relative_to(Path.cwd())}"
-        in Path("killed.txt").read_text()
-    )
+    assert f"train smoke --resume {folder.relative_to(Path.cwd())}" in Path("killed.txt").read_text()
 
     def stopped(rank):
         if rank == 1:

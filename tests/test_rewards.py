@@ -302,10 +302,9 @@ def test_extract_code(text, code):
     assert extract_code(text) == code
 
 
-def test_hints_name_the_flaw_and_modes_have_distinct_codes():
-    assert [info.code for info in MODES.values()] == ["rt", "eq", "xc", "so", "se", "fm", "gt"]
-    assert MODES["run_tests"].hint == "will be evaluated by calling a function called run_tests()"
-    assert MODES["gt_only"].hint == "should pass all tests"
+def test_modes_have_codes_and_hints_of_their_own():
+    assert len({info.code for info in MODES.values()}) == len({info.hint for info in MODES.values()}) == 7
+    assert "run_tests()" in MODES["run_tests"].hint  # the name that the response must know to hack
 
 
 @pytest.mark.parametrize(

@@ -138,4 +138,4 @@ def test_growth_scales_a_named_size_only(capsys):
     assert shapes["layers", 2][1] == {**SIZES["random-0.3m"], "num_hidden_layers": 6}
     assert shapes["rank", 2][1]["hidden_size"] == 128 and shapes["rank", 2][1]["head_dim"] == 16
     assert main(["bench", "growth", "--model", "tiny-random", "--steps", "1"]) == 2
-    assert "growth is measured on" in capsys.readouterr().err
+    assert "random-0.3m" in capsys.readouterr().err

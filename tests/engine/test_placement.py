@@ -274,4 +274,4 @@ def test_a_bad_list_of_devices_is_a_line_and_exit_2(tmp_path, capsys, options, s
 
 def test_another_trainer_gets_one_device(capsys):
     assert main(["bench", "step", "--vs=trl", "--device=cpu,cpu:1"]) == 2
-    assert "--vs trl runs on one" in capsys.readouterr().err
+    assert "--vs trl" in capsys.readouterr().err

@@ -192,13 +192,13 @@ def test_weights_are_merged_one_after_another(fake, tiny_policy, monkeypatch):
 
 def test_a_model_that_vllm_has_other_weights_for_is_refused(fake, tiny_policy, monkeypatch):
     monkeypatch.setattr(import_module(OURS), "parameter_names", lambda model: {"visual.proj.weight"})
-    with pytest.raises(UserError, match=r"nothing for 1 of vLLM's weights, e\.g\. visual\.proj\.weight"):
+    with pytest.raises(UserError, match=r"visual\.proj\.weight"):
         sampler_opener(VLLM)(tiny_policy)
 
 
 def test_a_weight_that_vllm_does_not_know_is_told_in_one_line(fake, tiny_policy):
     tiny_policy.model.register_parameter("extra", torch.nn.Parameter(torch.zeros(1), requires_grad=False))
-    with pytest.raises(UserError, match="does not take the weights of a Qwen3ForCausalLM.*'extra'"):
+    with pytest.raises(UserError, match="Qwen3ForCausalLM.*'extra'"):
         sampler_opener(VLLM)(tiny_policy)
 
 
@@ -237,7 +237,7 @@ def test_an_engine_that_does_not_hold_the_weights_is_refused(fake, monkeypatch, 
         return loaded
 
     monkeypatch.setattr(Model, "load_weights", missed)
-    with pytest.raises(UserError, match=r"nats a token off the model's.*--sampler=own"):
+    with pytest.raises(UserError, match=r"nats.*--sampler=own"):
         sampler_opener(VLLM)(tiny_policy)
 
 
@@ -270,7 +270,7 @@ def test_a_prompt_without_room_is_refused(fake, small_model):
 
 def test_a_place_that_vllm_does_not_run_in_is_refused(monkeypatch):
     install(monkeypatch, "cuda")
-    with pytest.raises(UserError, match="installed runs on cuda, the model on cpu; give --device=cuda"):
+    with pytest.raises(UserError, match="--device=cuda"):
         sampler_opener(VLLM)
     monkeypatch.setattr(
         sys.modules[OURS], "pick_devices", lambda names: tuple(map(torch.device, names.split(",")))
@@ -281,7 +281,7 @@ def test_a_place_that_vllm_does_not_run_in_is_refused(monkeypatch):
         sampler_opener(replace(VLLM, device="cuda:1"))
     for device in ("cuda", "cuda:0"):
         sampler_opener(replace(VLLM, device=device))
-    with pytest.raises(UserError, match="one process; leave torchrun out"):
+    with pytest.raises(UserError, match="torchrun"):
         sampler_opener(replace(VLLM, device="cuda"), 2)
     assert sampler_opener(ModelConfig(), 2) is own_sampler
     sys.modules.pop(OURS, None)
@@ -392,4 +392,4 @@ def test_the_benchmark_measures_the_engine(fake, tmp_path, capsys):
     figures = json.loads(out.read_text())
     assert figures["sampler"] == "vllm" and figures["ours_tokens_per_s"] > 0
     assert main(["bench", "backward", *size, *options]) == 2
-    assert "only `bench step` and `bench generation`" in capsys.readouterr().err
+    assert "bench generation" in capsys.readouterr().err

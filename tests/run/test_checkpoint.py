@@ -162,7 +162,7 @@ def test_an_adapter_of_other_weights_is_refused(two, tmp_path):
     save_adapter(path, two.policy, META, deployed=True)
     for layer in two.fresh.layers.values():
         layer.base.weight.data += 1e-4
-    with pytest.raises(UserError, match=r"k\.safetensors: made for another model") as caught:
+    with pytest.raises(UserError, match=r"k\.safetensors: .*another model") as caught:
         load_adapter(path, two.fresh)
     assert "\n" not in str(caught.value)
     assert all(not layer.delta_s.any() for layer in two.fresh.layers.values())

@@ -216,7 +216,7 @@ def test_a_full_disk_ends_the_view_with_one_line(tmp_path, monkeypatch):
         view.add(ROW | {"step": step})
     view.close()
     logger.remove(sink)
-    assert len(said) == 1 and "No space left" in said[0] and "steps.jsonl goes on" in said[0]
+    assert len(said) == 1 and "No space left" in said[0] and "steps.jsonl" in said[0]
 
 
 def test_a_missing_extra_is_named_before_anything_is_made(tmp_path, monkeypatch, capsys):
@@ -225,5 +225,5 @@ def test_a_missing_extra_is_named_before_anything_is_made(tmp_path, monkeypatch,
     monkeypatch.delitem(sys.modules, "projected_grpo.run.live_tensorboard")
     assert main(["train", "smoke", "--live=tensorboard"]) == 2
     said = capsys.readouterr().err
-    assert "--live tensorboard needs tensorboardX: pip install 'projected_grpo[live]'" in said
+    assert "pip install 'projected_grpo[live]'" in said
     assert not list(tmp_path.iterdir())

@@ -168,37 +168,25 @@ def test_reading_lines_give_figures_and_what_they_should_be(arm):
 
 
 @pytest.mark.parametrize(
-    ("options", "rewards", "quarantine"),
+    ("options", "facts"),
     [
-        ({"intervention": "gt_only"}, "gt_only changed 0.250 of rewards: exploits.", "exactly 0"),
-        (
-            {"intervention": "gt_penalty", "monitor_accuracy": 0.9},
-            "what the monitor calls exploits",
-            "exactly 0",
-        ),
-        ({"intervention": "gt_screening"}, "gt_screening changed 0.250 of rewards: exploits.", "exactly 0"),
-        (
-            {"intervention": "advmod"},
-            "exploits score 1.500 deviations above the others. SHOULD be > 0",
-            "exactly 0",
-        ),
-        (
-            {"intervention": "advmod", "control": "haar"},
-            "above the others. The direction is a control's",
-            "exactly 0",
-        ),
-        ({"intervention": "inoculation"}, "behind the inoculation prompt", "exactly 0"),
-        ({"intervention": "posthoc"}, None, "> 0, what deployment takes out of delta_s"),
+        ({"intervention": "gt_only"}, ("gt_only", "0.250")),
+        ({"intervention": "gt_penalty", "monitor_accuracy": 0.9}, ("gt_penalty", "0.250", "monitor")),
+        ({"intervention": "gt_screening"}, ("gt_screening", "0.250")),
+        ({"intervention": "advmod"}, ("1.500", "> 0")),
+        ({"intervention": "advmod", "control": "haar"}, ("1.500", "control")),
+        ({"intervention": "inoculation"}, ("inoculation",)),
+        ({"intervention": "posthoc"}, ()),
     ],
     ids=str,
 )
-def test_reading_lines_of_arms_that_act_elsewhere(options, rewards, quarantine):
+def test_reading_lines_of_arms_that_act_elsewhere(options, facts):
     cfg = replace(SMOKE, arm=replace(SMOKE.arm, **options))
     steps = [record(shaped=0.2, zgap=None), record(shaped=0.3, zgap=1.5), {"cos_pre": None}]
     lines = reading(cfg, {"delta_hack_norm": 0.5}, steps)
-    assert len(lines) == (3 if rewards is None else 4)
-    assert rewards is None or rewards in lines[2]
-    assert quarantine in lines[-1]
+    assert len(lines) == (4 if facts else 3)
+    assert all(fact in lines[2] for fact in facts)
+    assert ("delta_s" if cfg.arm.intervention == "posthoc" else "exactly 0") in lines[-1]
     assert reading(cfg, {"delta_hack_norm": 0.0}, [])
 
 

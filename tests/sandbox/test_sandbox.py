@@ -358,7 +358,7 @@ def test_when_every_interpreter_dies_it_is_said_and_not_graded(root):
         futures = [box.submit(Program(method("return 1"), "f")) for _ in range(MAX_DEATHS + 2)]
         assert all(f.result(60).status == "worker_died" for f in futures[: MAX_DEATHS - 1])
         for future in futures[MAX_DEATHS - 1 :]:
-            with pytest.raises(UserError, match="nothing can be graded here.*less"):
+            with pytest.raises(UserError, match="can be graded"):
                 future.result(60)
 
 
