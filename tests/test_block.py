@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 from fake_runs import few_pairs
+from projected_grpo import grpo
 from projected_grpo.antipasto import block_name, merged_weight, unwrap, wrap
 from projected_grpo.arms.absorb import block_starts
 from projected_grpo.arms.gate import Anchors, GateState
@@ -97,7 +98,7 @@ def unmerged(policy, deltas, n):
 def test_a_blocks_rows_are_those_of_plain_parameters_one_rollout_at_a_time(small_model, monkeypatch, how):
     policy, base = with_blocks(small_model("qwen3")), small_model("qwen3")
     if how == "unmerged":
-        monkeypatch.setattr(type(policy), "rows", unmerged)
+        monkeypatch.setattr(grpo, "rows", unmerged)
     parts = PARTS if how == "parts" else None
     advantage = torch.tensor(A, dtype=torch.float64)
     got = per_rollout_grads(policy, ROLLOUTS, advantage, LossConfig(), MAX_NEW, parts=parts)
