@@ -5,10 +5,12 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from typing import get_args
 from unittest import mock
 
 from sphinx.application import Sphinx
 
+from projected_grpo.arm_settings import SETTINGS
 from projected_grpo.cli import VERBS, main, usage
 from projected_grpo.config import PRESETS, TrainConfig
 
@@ -38,6 +40,8 @@ def reference() -> Iterator[str]:
     yield from preset_table()
     yield from ("", "## train", "", "The defaults shown are those of `full`.", "")
     yield from block(help_text("train", "full"))
+    yield from ("", "## Options of each arm", "", "Beside those that every arm has.", "")
+    yield from arm_table()
     for verb in VERBS:
         yield from ("", f"## {verb}", "")
         yield from block(help_text(*verb.split()))
@@ -64,6 +68,18 @@ def values(cfg: TrainConfig) -> dict[str, object]:
     """Every option of a preset with its value."""
     groups = [getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name != "preset"]
     return {name: value for group in groups for name, value in vars(group).items()}
+
+
+def arm_table() -> Iterator[str]:
+    """The options that not every arm has, with their defaults, as a table."""
+    yield "| arm | `--control` | options |"
+    yield "|-|-|-|"
+    for arm, kind in SETTINGS.items():
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        own = [f for name, f in fields.items() if name not in ("intervention", "control", "half_a")]
+        told = [f"`--{f.name.replace('_', '-')}`" for f in own]
+        controls = ", ".join(get_args(fields["control"].type))
+        yield f"| `{arm}` | {controls} | {', '.join(told)} |"
 
 
 def preset_table() -> Iterator[str]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+from projected_grpo.arm_settings import arm_settings
 from projected_grpo.config import PRESETS, display_name, to_json
 from projected_grpo.results.runs import Run
 from projected_grpo.runlog import append_jsonl, write_json
@@ -22,7 +23,7 @@ def few_pairs(folder, count=5):
 
 
 def config(intervention="route2", seed=41, options=None):
-    cfg = replace(SMOKE, arm=replace(SMOKE.arm, intervention=intervention), run=replace(SMOKE.run, seed=seed))
+    cfg = replace(SMOKE, arm=arm_settings(intervention), run=replace(SMOKE.run, seed=seed))
     for group, changes in (options or {}).items():
         cfg = replace(cfg, **{group: replace(getattr(cfg, group), **changes)})
     return cfg

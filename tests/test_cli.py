@@ -3,12 +3,13 @@
 import gc
 import json
 import math
+import os
 import subprocess
 import sys
 from collections import Counter
 from contextlib import ExitStack, chdir
 from dataclasses import fields
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from importlib.resources import files
 from pathlib import Path
 
@@ -61,6 +62,7 @@ SUMMARY_FIELDS = (
     *("hack_train", "solve_train", "hack_deploy", "solve_deploy", "eval_n", "by_mode", "seconds", "peak_gb"),
     "finished",
 )
+UNCHECKED = {**os.environ, "PROJECTED_GRPO_CHECK_SHAPES": "0"}
 STEPS, GROUP, PROMPTS = 4, 4, 2
 QUICK = ("--n-problems=6", "--eval-n-prompts=2", "--max-new=8", "--workers=2", "--device=cpu")
 
@@ -411,6 +413,81 @@ def test_every_verb_has_help(verb, capsys):
     assert "usage:" in said.out and said.err == ""
 
 
+@pytest.mark.parametrize("group", ["pairs", "pool", "bench"])
+def test_a_group_alone_shows_its_verbs(group, capsys):
+    own = [verb for verb in VERBS if verb.split()[0] == group]
+    assert main([group, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert main([group]) == 2
+    said = capsys.readouterr()
+    assert said.out == shown and said.err == f"error: name a verb: {', '.join(own)}\n"
+    assert all(f"\n  {verb} " in shown for verb in own) and len(shown.splitlines()) == 2 + len(own)
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == version("projected_grpo") + "\n"
+
+
+def test_a_shell_can_complete_verbs_and_options(capsys, tmp_path):
+    with pytest.raises(SystemExit) as left:
+        main(["--tyro-print-completion", "bash"])
+    assert not left.value.code
+    (tmp_path / "it.bash").write_text(capsys.readouterr().out)
+    asked = {"gr": "grade", "train fu": "full", "train full --inter": "--intervention", "pool bu": "build"}
+    for words, expected in asked.items():
+        script = (
+            f"source it.bash; COMP_WORDS=(projected-grpo {words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); "
+            "$(complete -p projected-grpo | sed 's/.*-F \\([^ ]*\\).*/\\1/'); echo ${COMPREPLY[*]}"
+        )
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split() == [expected], words
+
+
+NO_TORCH = (
+    *([], ["--version"], ["--help"], ["grade", "--help"], ["train", "full", "--help"], ["trian"], ["pool"]),
+    *(["train", "full", "--nope"], ["train", "full", "--steps=0"], ["train", "full", "--penalty=1"]),
+    ["evaluate", "--nope"],
+)
+
+
+@pytest.mark.parametrize("argv", NO_TORCH, ids=str)
+@pytest.mark.parametrize("module", ["cli", "train"])
+def test_help_and_mistakes_are_answered_without_what_takes_seconds(argv, module):
+    """One process each, as a user starts it."""
+    if module == "train":
+        if argv[:1] != ["train"]:
+            pytest.skip("a verb of its own")
+        argv = argv[1:]
+    code = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print(*sys.modules, file=sys.__stderr__))\n"
+        f"runpy.run_module('projected_grpo.{module}', run_name='__main__', alter_sys=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, env=UNCHECKED, check=False
+    )
+    assert done.returncode in (0, 2) and "Traceback" not in done.stderr
+    loaded = set(done.stderr.splitlines()[-1].split())
+    assert "projected_grpo.config" in loaded
+    assert loaded.isdisjoint({"torch", "transformers", "beartype", "jaxtyping", "numpy", "matplotlib"})
+
+
+def test_grading_needs_no_torch(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"problem_id": "e001", "completion": "x"}\n')
+    code = (
+        "import sys\n"
+        "import projected_grpo.rewards, projected_grpo.problems, projected_grpo.pools, projected_grpo.pairs\n"
+        "from projected_grpo.cli import main\n"
+        "assert main(['grade', '--completions=in.jsonl', '--out=out.jsonl', '--workers=1']) == 0\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=UNCHECKED, check=True)
+    assert (tmp_path / "out.jsonl").exists()
+
+
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_the_program_lists_its_verbs(flag, capsys):
     assert main([flag]) == 0
@@ -547,8 +624,13 @@ def test_a_bad_line_to_grade(here, tmp_path, capsys, line, word):
 
 def test_other_refusals(here, tmp_path, capsys):
     assert "unknown verb dance" in refused(["dance"], capsys)
-    assert "unknown verb (none)" in refused([], capsys)
-    assert "unknown verb pool" in refused(["pool"], capsys)
+    assert "did you mean train?" in refused(["trian", "smoke"], capsys)
+    assert "unknown verb pool bulid; did you mean pool build?" in refused(["pool", "bulid"], capsys)
+    assert "did you mean smoke?" in refused(["train", "smok"], capsys)
+    assert "--steps" in refused(["train", "smoke", "--step=3"], capsys)
+    assert "--penalty is an option of --intervention=gt_penalty" in refused(smoke("--penalty=3"), capsys)
+    assert "--control=haar" in refused(smoke("--route2-random-v-seed=3"), capsys)
+    assert "name a verb: train, " in refused([], capsys)
     assert "no such file" in refused(["grade", "--completions=no.jsonl", "--out=o.jsonl"], capsys)
     assert "no finished run" in refused(["results", tmp_path], capsys)
     assert "--model" in refused(["verify", "--model=./nowhere"], capsys)

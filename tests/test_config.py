@@ -3,35 +3,37 @@
 import dataclasses
 import json
 import math
+import re
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import pytest
-import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
-from projected_grpo.checks import CONTROLS_OF, resolved_loss, validate
+from arm_lists import CONTROLS_OF, INTERVENTIONS
+from projected_grpo.arm_settings import SETTINGS, arm_settings
+from projected_grpo.checks import validate
 from projected_grpo.config import (
     PRESETS,
-    Control,
-    Intervention,
+    REMOVED,
     TrainConfig,
     env_modes,
     from_json,
-    settings,
     teacher_rows,
     to_json,
 )
 from projected_grpo.errors import UserError
+from projected_grpo.options.train import USUAL, descriptions, parse
 
+MOST_OPTIONS = 67  # of `train full --help`; there were 87
 SMOKE, FAST, FULL = (PRESETS[name][1] for name in ("smoke", "fast", "full"))
 
 
 def changed(cfg: TrainConfig, **values: object) -> TrainConfig:
     """A config with some options changed, whichever groups they are in."""
+    if "intervention" in values:
+        cfg = replace(cfg, arm=arm_settings(str(values["intervention"])))
     for group in dataclasses.fields(cfg):
         part = getattr(cfg, group.name)
         if dataclasses.is_dataclass(part):
@@ -76,7 +78,6 @@ COMMON = {
     "seed": 41,
     "preserve_magnitude": True,
     "gate_mode": "one_sided",
-    "gate_anchor_teacher_only": False,
     "project_overshoot": 1.0,
     "rollout_ablate_frac": 0,
     "unbiased": True,
@@ -94,7 +95,6 @@ COMMON = {
     "final_n_prompts": 0,
     "control": "none",
     "project": "gradient",
-    "route2_random_v_seed": None,
     "cos_pre_split_every": 1,
     "teacher_pool_dir": None,
     "teacher_off_step": None,
@@ -123,6 +123,7 @@ def test_the_rest_of_the_protocols_defaults():
     assert flat(FAST)["env_mode"] == flat(FULL)["env_mode"] == "run_tests"
     assert flat(TrainConfig("x"))["mix_ratio"] == 0.125
     assert flat(SMOKE)["problems"] == "embedded"
+    assert flat(changed(FULL, intervention="route2"))["gate_anchor_teacher_only"] is False
     assert flat(FULL)["problems"].startswith("external/rl-rewardhacking/results/data/")
 
 
@@ -146,6 +147,8 @@ REFUSED = [
     ("--lr", {"lr": -1.0}),
     ("--beta", {"beta": -1e-9}),
     ("--clip", {"clip": -0.1}),
+    ("--clip", {"clip": 2.1}),
+    ("--rollout-ablate-frac", {"rollout_ablate_frac": 0.5, "sampler": "vllm"}),
     ("--weight-decay", {"weight_decay": -0.1}),
     ("--project-overshoot", {"project_overshoot": -1.0}),
     ("--vhack-refresh-every", {"vhack_refresh_every": -1}),
@@ -170,10 +173,7 @@ REFUSED = [
     ("--adam-beta2", {"adam_beta2": -0.1}),
     ("--warmup-frac", {"warmup_frac": 1.1}),
     ("--grad-clip", {"grad_clip": 0.0}),
-    ("--ratio-cap", {"ratio_cap": 1.1}),
-    ("--route2-random-v-seed", {"route2_random_v_seed": 1, "intervention": "erase"}),
     ("--final-n-prompts", {"final_n_prompts": -1}),
-    ("--route2-random-v-seed", {"route2_random_v_seed": 1, "intervention": "route2", "control": "haar"}),
     ("--control", {"intervention": "route", "control": "haar_matched", "project": "update"}),
     ("--control", {"intervention": "route", "control": "shrink", "project": "update"}),
     ("--control", {"intervention": "erase", "control": "haar_matched", "project": "purge"}),
@@ -181,19 +181,12 @@ REFUSED = [
     ("--advmod-depth", {"intervention": "advmod", "advmod_depth": 1.01}),
     ("--advmod-alpha", {"intervention": "advmod", "advmod_alpha": -1.0}),
     ("--advmod-buffer", {"intervention": "advmod", "advmod_buffer": -1}),
-    ("--advmod-form", {"intervention": "erase", "advmod_form": "additive"}),
     ("--penalty", {"intervention": "gt_penalty", "penalty": -1.0}),
-    ("--penalty", {"intervention": "gt_only", "penalty": 3.0}),
     ("--monitor-accuracy", {"intervention": "gt_screening", "monitor_accuracy": 1.1}),
-    ("--monitor-accuracy", {"intervention": "gt_only", "monitor_accuracy": 0.9}),
     ("--inoculation-prompt", {"intervention": "inoculation", "inoculation_prompt": " \n"}),
-    ("--inoculation-prompt", {"intervention": "none", "inoculation_prompt": "Hack."}),
     ("--env-mode", {"env_mode": "run_test"}),
     ("--env-mode", {"env_mode": "run_tests,"}),
     ("--env-mode", {"env_mode": ""}),
-    ("--vllm-memory", {"vllm_memory": 0.5}),
-    ("--vllm-memory", {"vllm_memory": 0.0, "sampler": "vllm"}),
-    ("--vllm-memory", {"vllm_memory": 1.0, "sampler": "vllm"}),
 ]
 
 
@@ -202,25 +195,6 @@ def test_refusals_name_their_option(option, values):
     with pytest.raises(UserError, match=f"{option}\\b") as caught:
         validate(changed(SMOKE, **values))
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("sampler", "importance", "expected"),
-    [
-        ("own", "auto", "clipped"),
-        ("vllm", "auto", "truncated"),
-        ("own", "truncated", "truncated"),
-        ("vllm", "clipped", "clipped"),
-    ],
-)
-def test_another_engines_rollouts_are_weighed_and_not_clipped(sampler, importance, expected):
-    cfg = changed(SMOKE, sampler=sampler, importance=importance, clip=0.3)
-    assert resolved_loss(cfg) == dataclasses.replace(cfg.loss, importance=expected)
-
-
-def test_the_engines_memory_is_no_setting_of_a_study():
-    cfg = changed(SMOKE, sampler="vllm")
-    assert settings(cfg) == settings(changed(cfg, vllm_memory=0.5)) != settings(SMOKE)
 
 
 def test_teacher_modes_without_a_pool_are_refused_where_none_is_baked():
@@ -252,12 +226,10 @@ EDGES = [
     },
     {"rollout_ablate_frac": 1.0},
     {"v_hack_drop_bottom_frac": 0.0, "v_hack_tau_axis": 1.0},
-    {"ratio_cap": 1.2, "lr": 0.0, "project_overshoot": 1.1},
-    {"intervention": "route2", "route2_random_v_seed": 0},
+    {"clip": 2.0, "lr": 0.0, "project_overshoot": 1.1},
     {"env_mode": " run_tests , gt_only "},
     {"teacher_off_step": 0},
     {"final_n_prompts": 1, "vhack_pairs_modes": ("run_tests", "sentinel")},
-    {"intervention": "route2", "control": "shuffled", "route2_random_v_seed": 3},
     {"intervention": "advmod", "advmod_depth": 1.0, "advmod_alpha": 0.0, "advmod_form": "additive"},
     {"intervention": "gt_screening", "monitor_accuracy": 0.0},
 ]
@@ -285,31 +257,64 @@ CELLS = [(arm, row[0], cell) for row in ROWS for arm, cell in zip(HEAD, row[1:],
 
 
 @pytest.mark.parametrize(("arm", "control", "cell"), CELLS)
-def test_an_arm_takes_the_controls_that_mean_something_for_it(arm, control, cell):
-    cfg = changed(SMOKE, intervention=arm, control=control)
+def test_an_arm_takes_the_controls_that_mean_something_for_it(arm, control, cell, capsys):
+    argv = ["smoke", f"--intervention={arm}", f"--control={control}"]
     if cell == "ok":
-        return validate(cfg)
-    with pytest.raises(UserError, match="--control") as caught:
-        validate(cfg)
-    assert control in str(caught.value) and f"--intervention={arm}" in str(caught.value)
-    assert "\n" not in str(caught.value)
+        return validate(parse(argv))
+    with pytest.raises(
+        (SystemExit, UserError)
+    ) as refused:  # the latter: absorb, without --block-init=direction
+        validate(parse(argv))
+    said = capsys.readouterr().err or str(refused.value)
+    assert "--control" in said and control in said
 
 
 def test_the_table_of_controls_is_whole():
-    assert set(HEAD) == set(get_args(Intervention)) == set(CONTROLS_OF)
-    assert {row[0] for row in ROWS} == set(get_args(Control))
+    assert set(HEAD) == set(INTERVENTIONS) == set(CONTROLS_OF)
+    assert {row[0] for row in ROWS} == set().union(*CONTROLS_OF.values())
+    assert {(a, c) for a, c, cell in CELLS if cell == "ok"} <= {
+        (a, c) for a in CONTROLS_OF for c in CONTROLS_OF[a]
+    }
 
 
-@pytest.mark.parametrize("arm", get_args(Intervention))
+@pytest.mark.parametrize("arm", INTERVENTIONS)
 @pytest.mark.parametrize("project", ["update", "purge"])
 def test_only_erase_and_route_can_project_more_than_the_gradient(arm, project):
-    cfg = changed(SMOKE, intervention=arm, project=project)
+    argv = ["smoke", f"--intervention={arm}", f"--project={project}"]
     if arm in ("erase", "route"):
         for control in ("none", "haar", "shuffled", "clean_clean", "flipped"):
-            validate(changed(cfg, control=control))
+            validate(parse([*argv, f"--control={control}"]))
     else:
-        with pytest.raises(UserError, match="--project"):
-            validate(cfg)
+        with pytest.raises(
+            UserError, match=f"--project is an option of --intervention=erase or route, not of {arm}"
+        ):
+            parse(argv)
+
+
+NAMES = {arm: {f.name for f in dataclasses.fields(kind)} for arm, kind in SETTINGS.items()}
+FOREIGN = [(arm, option) for arm in NAMES for option in sorted(set().union(*NAMES.values()) - NAMES[arm])]
+
+
+@pytest.mark.parametrize(("arm", "option"), FOREIGN)
+def test_an_option_of_another_arm_is_an_error_that_names_it(arm, option):
+    takes = " or ".join(name for name in NAMES if option in NAMES[name])
+    with pytest.raises(UserError, match=f"is an option of --intervention={takes}, not of {arm}"):
+        parse(["smoke", f"--intervention={arm}", f"--{option.replace('_', '-')}=1"])
+    with pytest.raises(TypeError):
+        arm_settings(arm, **{option: 1})
+
+
+@pytest.mark.parametrize("option", REMOVED)
+def test_an_option_that_is_gone_says_what_to_use(option):
+    with pytest.raises(UserError) as caught:
+        parse(["smoke", f"--{option.replace('_', '-')}=1"])
+    assert str(caught.value) == f"--{option.replace('_', '-')} is gone: {REMOVED[option].instead}"
+
+
+def test_the_page_of_changed_options_is_the_table():
+    page = (Path(__file__).parents[1] / "docs" / "changed_options.md").read_text()
+    told = dict(re.findall(r"^\| `--([\w-]+)` \| (.*) \|$", page, flags=re.M))
+    assert told == {name.replace("_", "-"): removed.instead for name, removed in REMOVED.items()}
 
 
 # The parts of the preset nano that are no matter of tuning.
@@ -364,14 +369,11 @@ ROUND_TRIP = {
     "svd_cache": st.sampled_from([Path("a b/ü"), Path("/x"), Path(".")]),
     "v_hack_path": st.none() | st.just(Path("x.safetensors")),
     "resume": st.none() | st.just(Path("runs/y")),
-    "keep_states": st.integers(),
-    "max_skipped": st.integers(),
     "teacher_pool_dir": st.none() | st.just(Path("p")),
     "teacher_off_step": st.none() | st.integers(),
     "teacher_modes": st.sampled_from([(), ("run_tests",), ("run_tests", "sentinel")]),
     "half_a": st.sampled_from([(), ("E",), ("C", "D")]),
-    "route2_random_v_seed": st.none() | st.integers(),
-    "control": st.sampled_from(get_args(Control)),
+    "control": st.sampled_from(CONTROLS_OF["erase"]),
     "project": st.sampled_from(["gradient", "update"]),
     "vhack_pairs_path": st.none() | st.just(Path("nano")),
     "vhack_pairs_modes": st.sampled_from([(), ("run_tests",), ("sentinel", "gt_only")]),
@@ -433,12 +435,35 @@ def test_a_group_that_is_no_object_is_refused(broken):
         from_json(to_json(SMOKE) | {"optim": broken})
 
 
-def test_the_command_line_reaches_every_option():
+@pytest.mark.parametrize("arm", INTERVENTIONS)
+def test_the_command_line_reaches_every_option(arm):
     """Each option by its flat name, as a user types it; no positional, no prefix."""
-    parse = partial(tyro.cli, TrainConfig, default=SMOKE, config=(tyro.conf.OmitArgPrefixes,))
-    for name, value in flat(SMOKE).items():
+
+    def typed(*words):
+        return flat(parse(["smoke", f"--intervention={arm}", *words]))
+
+    plain = changed(SMOKE, intervention=arm)
+    assert typed() == flat(plain)
+    for name, value in flat(plain).items():
         option = "--" + name.replace("_", "-")
         if isinstance(value, bool):
-            assert flat(parse(args=[option.replace("--", "--no-") if value else option]))[name] is not value
+            assert typed(option.replace("--", "--no-") if value else option)[name] is not value
         elif isinstance(value, (int, float)):
-            assert flat(parse(args=[option, "7"]))[name] == 7
+            assert typed(option, "7")[name] == 7
+
+
+@pytest.mark.parametrize("arm", INTERVENTIONS)
+def test_every_option_has_a_line_of_help(arm):
+    cfg = changed(SMOKE, intervention=arm)
+    groups = [type(getattr(cfg, f.name)) for f in dataclasses.fields(cfg) if f.name != "preset"]
+    assert [
+        f.name for kind in groups for f in dataclasses.fields(kind) if not descriptions(kind).get(f.name)
+    ] == []
+
+
+def test_the_help_opens_with_the_usual_ten(capsys):
+    with pytest.raises(SystemExit):
+        parse(["full", "--help"])
+    listed = re.findall(r"^│ +(--[a-z][a-z0-9-]*)", capsys.readouterr().out, flags=re.M)
+    assert listed[:10] == ["--" + name.replace("_", "-") for name in USUAL]
+    assert len(set(listed)) == len(listed) <= MOST_OPTIONS

@@ -13,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from projected_grpo import extract_vhack_grad
+from projected_grpo.arm_settings import arm_settings
 from projected_grpo.arms.controls import with_random_v
 from projected_grpo.arms.gate import initial_gate
 from projected_grpo.basis_file import Extraction, describe, heldout_json, load_extraction, save_extraction
-from projected_grpo.config import ArmConfig, BasisConfig, LossConfig, TrainConfig
+from projected_grpo.config import BasisConfig, LossConfig, TrainConfig
 from projected_grpo.engine.chat import Chat
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
@@ -164,15 +165,6 @@ def test_extraction_spans_the_pairs_differences(tiny_policy, tiny):
         assert np.allclose(made.axes.V[m].T @ made.axes.V[m], Vh[:3].T @ Vh[:3], atol=1e-3)
 
 
-def test_mean_difference_mode_has_one_unit_direction(tiny_policy, tiny):
-    grads = pair_grads(chat_of(tiny_policy, tiny[1]), PAIRS.pairs, LOSS)
-    made = extract(grads, BasisConfig(v_hack_mean_diff=True), {})
-    for m, D in grads.differences().items():
-        mean = D.double().mean(0)
-        assert torch.allclose(made.axes.V[m][0].double(), mean / mean.norm(), atol=1e-5)
-        assert made.axes.S[m].tolist() == pytest.approx([float(mean.norm())], rel=1e-5)
-
-
 def test_a_module_that_pairs_do_not_reach_is_refused():
     zero, some = torch.zeros(3, 4), torch.ones(3, 4)
     with pytest.raises(UserError, match="dead"):
@@ -295,7 +287,6 @@ def test_the_metadata_follows_model_pairs_and_settings(tiny_policy):
     assert differing(tiny_policy, "a", replace(PAIRS, digest="x"), BasisConfig()) == {"pairs"}
     assert differing(tiny_policy, "a", PAIRS, BasisConfig(v_hack_extract_top_k=3)) == {"top_k"}
     assert differing(tiny_policy, "a", PAIRS, BasisConfig(v_hack_tau_axis=0.1)) == {"tau_axis"}
-    assert differing(tiny_policy, "a", PAIRS, BasisConfig(v_hack_mean_diff=True)) == {"mean_diff"}
     assert differing(tiny_policy, "a", PAIRS, BasisConfig(v_hack_length_norm=True)) == {"length_norm"}
     assert differing(tiny_policy, "a", PAIRS, BasisConfig(v_hack_k=1, vhack_refresh_every=0)) == set()
     layer = next(iter(tiny_policy.layers.values()))
@@ -381,9 +372,7 @@ def test_random_v_points_everywhere():
 def test_in_use_gives_the_control_where_it_is_asked_for():
     made = made_up(np.random.default_rng(3))
     cfg = BasisConfig(v_hack_k=2, v_hack_drop_bottom_frac=0.0)
-    plain, control = (
-        in_use(made.axes, cfg, ArmConfig(intervention="route2", route2_random_v_seed=s), 0) for s in (None, 4)
-    )
+    plain, control = (in_use(made.axes, cfg, arm_settings("route2", control=c), 4) for c in ("none", "haar"))
     assert all(len(V) == 2 for V in plain.V.values())
     for m in plain.V:
         assert torch.equal(plain.v_grad[m], mean_difference(made.grads.differences()[m]))
@@ -423,7 +412,7 @@ def test_refresh_sees_the_deployed_policy(tiny_policy, tiny):
 
 
 def test_refresh_leaves_a_random_v_alone(tiny_policy, tiny):
-    arm = ArmConfig(intervention="route2", route2_random_v_seed=3)
+    arm = arm_settings("route2", control="haar")
     cfg = BasisConfig(v_hack_drop_bottom_frac=0.0)
     arguments = (chat_of(tiny_policy, tiny[1]), PAIRS, TrainConfig("smoke", loss=LOSS, arm=arm, basis=cfg))
     before = refresh(*arguments)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from projected_grpo.engine.models import checkpointed
 from projected_grpo.engine.passes import microbatches
 from projected_grpo.errors import UserError
 from projected_grpo.grpo import (
+    RATIO_CAP,
     RolloutGrads,
     advantages,
     grpo_loss,
@@ -56,25 +58,33 @@ def test_a_flat_group_has_advantage_exactly_zero(unbiased, reward, group):
 # The loss
 
 
-def per_token(logp, old, A, **settings):
+def per_token(logp, old, A, cap, clip=0.2, *, truncated):
     """The objective of every token, as grpo_loss has it for one rollout of one token."""
-    one, loss = torch.ones(1, 1, dtype=torch.bool), LossConfig(**settings)
-    rows = [
-        [
-            -grpo_loss(logp[i, t].view(1, 1), old[i, t].view(1, 1), None, A[i : i + 1], one, loss, 1, 1)
-            for t in range(logp.shape[1])
+    size = (torch.ones(1, 1, dtype=torch.bool), LossConfig(clip=clip), 1, 1)
+    with mock.patch("projected_grpo.grpo.RATIO_CAP", cap):
+        rows = [
+            [
+                -grpo_loss(
+                    logp[i, t].view(1, 1),
+                    old[i, t].view(1, 1),
+                    None,
+                    A[i : i + 1],
+                    *size,
+                    truncated=truncated,
+                )
+                for t in range(logp.shape[1])
+            ]
+            for i in range(logp.shape[0])
         ]
-        for i in range(logp.shape[0])
-    ]
     return torch.stack([torch.stack(row) for row in rows])
 
 
 def surrogate(logp, old, A, clip, cap):
-    return per_token(logp, old, A, clip=clip, ratio_cap=cap, importance="clipped")
+    return per_token(logp, old, A, cap, clip, truncated=False)
 
 
 def truncated_surrogate(logp, old, A, cap):
-    return per_token(logp, old, A, ratio_cap=cap, importance="truncated")
+    return per_token(logp, old, A, cap, truncated=True)
 
 
 def slow_surrogate(logp: float, old: float, A: float, clip: float, cap: float) -> tuple[float, float]:
@@ -276,7 +286,14 @@ def rollouts(policy: Policy) -> list[Rollout]:
 
 
 def slow_loss(
-    policy: Policy, rollout: Rollout, A: float, loss: LossConfig, n: int, deltas: Mapping[str, Tensor]
+    policy: Policy,
+    rollout: Rollout,
+    A: float,
+    loss: LossConfig,
+    n: int,
+    deltas: Mapping[str, Tensor],
+    *,
+    truncated: bool = False,
 ) -> Tensor:
     """The loss of one rollout token by token, differentiable in deltas by plain autograd."""
     with policy.bind(deltas):
@@ -286,10 +303,10 @@ def slow_loss(
     total = torch.zeros((), dtype=torch.float64)
     for t in range(len(logp)):
         old = logp[t].detach() if rollout.logp_old is None else rollout.logp_old[t]
-        if loss.importance == "truncated":
-            value = slope = slow_truncated(logp[t].item(), old.item(), A, loss.ratio_cap)
+        if truncated:
+            value = slope = slow_truncated(logp[t].item(), old.item(), A, RATIO_CAP)
         else:
-            value, slope = slow_surrogate(logp[t].item(), old.item(), A, loss.clip, loss.ratio_cap)
+            value, slope = slow_surrogate(logp[t].item(), old.item(), A, loss.clip, RATIO_CAP)
         objective = value + slope * (logp[t] - logp[t].detach())
         kl = torch.exp(ref[t] - logp[t]) - (ref[t] - logp[t]) - 1
         denominator = n * MAX_NEW if loss.unbiased else n * len(logp)
@@ -305,27 +322,31 @@ def grads(
     *,
     deltas: Mapping[str, Tensor] | None = None,
     with_reference: bool = False,
+    truncated: bool = False,
 ) -> RolloutGrads:
     advantage = torch.tensor(A, dtype=torch.float64)
     return per_rollout_grads(
-        policy, rollouts, advantage, loss, MAX_NEW, deltas=deltas, with_reference=with_reference
+        *(policy, rollouts, advantage, loss, MAX_NEW),
+        deltas=deltas,
+        with_reference=with_reference,
+        truncated=truncated,
     )
 
 
 @pytest.mark.parametrize(
-    "loss",
-    [LossConfig(unbiased=unbiased, beta=beta) for unbiased in (True, False) for beta in (0.0, 0.3)]
-    + [LossConfig(importance="truncated", ratio_cap=2.0)],
+    ("loss", "truncated"),
+    [(LossConfig(unbiased=unbiased, beta=beta), False) for unbiased in (True, False) for beta in (0.0, 0.3)]
+    + [(LossConfig(), True)],
     ids=["unbiased", "unbiased-kl", "classic", "classic-kl", "truncated"],
 )
-def test_loss_and_rows_are_those_of_plain_autograd_one_rollout_at_a_time(policy, rollouts, loss):
-    got = grads(policy, rollouts, loss)
+def test_loss_and_rows_are_those_of_plain_autograd_one_rollout_at_a_time(policy, rollouts, loss, truncated):
+    got = grads(policy, rollouts, loss, truncated=truncated)
     total = 0.0
     for i, (rollout, A) in enumerate(zip(rollouts, ADVANTAGES, strict=True)):
         if A == 0:
             continue
         leaves = {m: d.clone().requires_grad_() for m, d in policy.deltas().items()}
-        value = slow_loss(policy, rollout, A, loss, len(rollouts), leaves)
+        value = slow_loss(policy, rollout, A, loss, len(rollouts), leaves, truncated=truncated)
         expected = torch.autograd.grad(value, list(leaves.values()))
         total += float(value.detach())
         for m, gradient in zip(leaves, expected, strict=True):
@@ -336,8 +357,9 @@ def test_loss_and_rows_are_those_of_plain_autograd_one_rollout_at_a_time(policy,
     assert got.loss == pytest.approx(total, rel=1e-6)
 
 
-def test_rows_are_the_slopes_of_the_loss(policy, rollouts):
-    loss = LossConfig(beta=0.2, clip=10.0, ratio_cap=100.0)  # no kink and no cap within the difference
+def test_rows_are_the_slopes_of_the_loss(policy, rollouts, monkeypatch):
+    monkeypatch.setattr("projected_grpo.grpo.RATIO_CAP", 100.0)
+    loss = LossConfig(beta=0.2, clip=10.0)  # no kink and no cap within the difference
     got = grads(policy, rollouts, loss)
     for m, j in (
         ("model.layers.0.self_attn.q_proj", 3),

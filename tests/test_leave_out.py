@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from projected_grpo.arm_settings import arm_settings
 from projected_grpo.arms.route2 import find_anchors
 from projected_grpo.checks import validate
 from projected_grpo.cli import main
@@ -28,7 +29,7 @@ def configured(leave_out="sentinel", *, env_mode=BOTH, half_a=(), pool=None, **t
         SMOKE,
         problems=replace(SMOKE.problems, env_mode=env_mode),
         basis=replace(SMOKE.basis, leave_out=leave_out),
-        arm=replace(SMOKE.arm, intervention="route2", half_a=half_a),
+        arm=arm_settings("route2", half_a=half_a),
         teacher=replace(SMOKE.teacher, teacher_pool_dir=pool, **teacher),
     )
 
@@ -167,7 +168,7 @@ def test_no_detector_speaks_of_a_mode_that_is_left_out(half_a):
 
     def anchors(leave_out):
         cfg = configured(leave_out, half_a=half_a)
-        cfg = replace(cfg, arm=replace(cfg.arm, intervention="route2"))
+        cfg = replace(cfg, arm=arm_settings("route2"))
         return find_anchors(gather_evidence(cfg, data, 0), advantage)
 
     told, kept = anchors(""), anchors("sentinel")

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arm_lists import INTERVENTIONS
+from projected_grpo.arm_settings import SETTINGS, GateMode, SplitSettings, arm_settings
 from projected_grpo.arms.gate import Anchors, GateState, update_gate
 from projected_grpo.arms.table import ARMS, intervene
-from projected_grpo.config import ArmConfig, GateMode, Intervention
 from projected_grpo.engine.logps import per_token_logps
 from projected_grpo.proj import (
     HackBasis,
@@ -402,9 +403,11 @@ def share(g: np.ndarray, V: np.ndarray) -> float:
 @pytest.mark.parametrize("arm", list(ARMS))
 @pytest.mark.parametrize("gate_mode", GATE_MODES)
 def test_every_arm_returns_a_gradient_for_every_module(arm, gate_mode):
+    splits = issubclass(SETTINGS[arm], SplitSettings)
+    settings = arm_settings(arm, gate_mode=gate_mode) if splits else arm_settings(arm)
     rows, basis, is_teacher, anchors, gate = scene()
     labels = (anchors, gate) if arm == "route2" else ()
-    update = intervene(rows, basis, ArmConfig(arm, gate_mode), is_teacher, *labels)
+    update = intervene(rows, basis, settings, is_teacher, *labels)
     assert set(update.keep) == set(rows)
     assert all(update.keep[m].shape == (rows[m].shape[1],) for m in rows)
     parks = {"route": set(basis.V), "route2": set(rows), "absorb": set(rows)}.get(
@@ -419,12 +422,12 @@ def test_every_arm_returns_a_gradient_for_every_module(arm, gate_mode):
 
 
 def test_the_arms_are_those_of_the_configuration():
-    assert set(ARMS) == set(get_args(Intervention))
+    assert set(ARMS) == set(INTERVENTIONS)
 
 
 def test_none_is_the_plain_sum():
     rows, basis, is_teacher, _, _ = scene()
-    update = intervene(rows, basis, ArmConfig("none"), is_teacher)
+    update = intervene(rows, basis, arm_settings("none"), is_teacher)
     for m, g in rows.items():
         np.testing.assert_allclose(update.keep[m].numpy(), sum(row for row in g.numpy()), rtol=1e-5)
     assert update.stats["q_egy"] == 0.0
@@ -435,14 +438,14 @@ def test_none_is_the_plain_sum():
 @pytest.mark.parametrize("arm", ["erase", "route"])
 def test_one_sided_arms_leave_no_hackward_share(arm, preserve):
     rows, basis, is_teacher, _, _ = scene()
-    update = intervene(rows, basis, ArmConfig(arm, preserve_magnitude=preserve), is_teacher)
+    update = intervene(rows, basis, arm_settings(arm, preserve_magnitude=preserve), is_teacher)
     assert update.stats["cos_pre"] > 0.1
     assert update.stats["cos_post"] == pytest.approx(0, abs=1e-5)
 
 
 def test_the_settings_reach_the_projection():
     rows, basis, is_teacher, _, _ = scene()
-    settings = ArmConfig("route", "reverse", preserve_magnitude=False, project_overshoot=0.7)
+    settings = arm_settings("route", gate_mode="reverse", preserve_magnitude=False, project_overshoot=0.7)
     update = intervene(rows, basis, settings, is_teacher)
     for m, V in basis.V.items():
         g = rows[m].numpy().sum(0)
@@ -458,7 +461,9 @@ def test_the_settings_reach_the_projection():
 
 def test_the_logged_shares_follow_an_explicit_loop():
     rows, basis, is_teacher, _, _ = scene()
-    update = intervene(rows, basis, ArmConfig("erase", "reverse", project_overshoot=0.3), is_teacher)
+    update = intervene(
+        rows, basis, arm_settings("erase", gate_mode="reverse", project_overshoot=0.3), is_teacher
+    )
     teacher = is_teacher.numpy()
     parts = {"cos_pre": np.ones(7, bool), "cos_pre_t": teacher, "cos_pre_s": ~teacher}
     for name, mask in parts.items():
@@ -474,26 +479,26 @@ def test_the_logged_shares_follow_an_explicit_loop():
 
 def test_the_split_by_source_can_be_left_out_and_is_empty_without_teacher_rows():
     rows, basis, is_teacher, _, _ = scene()
-    assert "cos_pre_t" not in intervene(rows, basis, ArmConfig("none"), is_teacher, split=False).stats
-    alone = intervene(rows, basis, ArmConfig("none"), torch.zeros(7, dtype=torch.bool)).stats
+    assert "cos_pre_t" not in intervene(rows, basis, arm_settings("none"), is_teacher, split=False).stats
+    alone = intervene(rows, basis, arm_settings("none"), torch.zeros(7, dtype=torch.bool)).stats
     assert alone["cos_pre_t"] is None
     assert alone["cos_pre_s"] == pytest.approx(alone["cos_pre"])
 
 
 def test_q_egy_is_the_quarantines_share_of_the_gradient_norms():
     rows, basis, is_teacher, _, _ = scene()
-    update = intervene(rows, basis, ArmConfig("route"), is_teacher)
+    update = intervene(rows, basis, arm_settings("route"), is_teacher)
     kept = math.sqrt(sum(float((g.double() ** 2).sum()) for g in update.keep.values()))
     routed = math.sqrt(sum(float((g.double() ** 2).sum()) for g in update.routed.values()))
     assert update.stats["q_egy"] == pytest.approx(routed / (kept + routed), rel=1e-5)
     zero = {m: torch.zeros_like(g) for m, g in rows.items()}
-    assert intervene(zero, basis, ArmConfig("route"), is_teacher).stats["q_egy"] == 0.0
+    assert intervene(zero, basis, arm_settings("route"), is_teacher).stats["q_egy"] == 0.0
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_route2_sorts_rows_as_an_explicit_loop_does(seed):
     rows, basis, is_teacher, anchors, gate = scene(seed)
-    update = intervene(rows, basis, ArmConfig("route2"), is_teacher, anchors, gate)
+    update = intervene(rows, basis, arm_settings("route2"), is_teacher, anchors, gate)
     taus, residuals, flags = [], [], []
     for m, v in basis.v_grad.items():
         v = v.double().numpy()
@@ -537,10 +542,10 @@ def test_route2_routes_known_hacks_whatever_their_cosine():
     nobody = torch.zeros(3, dtype=torch.bool)
     gate = GateState({"m": 0.5}, {"m": -0.5})
     anchors = Anchors(torch.tensor([True, False, False]), nobody, torch.zeros(3))
-    update = intervene(rows, basis, ArmConfig("route2"), nobody, anchors, gate)
+    update = intervene(rows, basis, arm_settings("route2"), nobody, anchors, gate)
     assert update.routed["m"].tolist() == [0.0, 0.0]  # the known hack (-1) and the row over tau (+1)
     assert update.keep["m"].tolist() == [-1.0, 0.0]
-    without = intervene(rows, basis, ArmConfig("route2"), nobody, replace(anchors, hack=nobody), gate)
+    without = intervene(rows, basis, arm_settings("route2"), nobody, replace(anchors, hack=nobody), gate)
     assert without.routed["m"].tolist() == [1.0, 0.0]
 
 
@@ -548,7 +553,7 @@ def test_route2_needs_anchors_and_a_gate():
     rows, basis, is_teacher, anchors, gate = scene()
     for given_anchors, given_gate in ((None, gate), (anchors, None)):
         with pytest.raises(ValueError, match="anchors"):
-            intervene(rows, basis, ArmConfig("route2"), is_teacher, given_anchors, given_gate)
+            intervene(rows, basis, arm_settings("route2"), is_teacher, given_anchors, given_gate)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -559,7 +564,7 @@ def test_a_gradient_that_is_not_finite_is_refused(bad, arm, module):
     rows[module][4, 1] = bad
     labels = (anchors, gate) if arm == "route2" else ()
     with pytest.raises(FloatingPointError):
-        intervene(rows, basis, ArmConfig(arm), is_teacher, *labels)
+        intervene(rows, basis, arm_settings(arm), is_teacher, *labels)
 
 
 @pytest.mark.parametrize("arm", list(ARMS))
@@ -567,6 +572,6 @@ def test_an_arm_does_not_write_into_its_input(arm):
     rows, basis, is_teacher, anchors, gate = scene()
     copies = {m: g.clone() for m, g in rows.items()}
     labels = (anchors, gate) if arm == "route2" else ()
-    intervene(rows, basis, ArmConfig(arm), is_teacher, *labels)
+    intervene(rows, basis, arm_settings(arm), is_teacher, *labels)
     assert all(torch.equal(rows[m], g) for m, g in copies.items())
     assert gate == scene()[4]

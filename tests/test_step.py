@@ -13,11 +13,12 @@ from threading import Timer
 import pytest
 import torch
 
+from arm_lists import CONTROLS_OF
 from fake_runs import few_pairs
 from projected_grpo import step as step_module
+from projected_grpo.arm_settings import arm_settings
 from projected_grpo.arms.gate import GateState
 from projected_grpo.arms.route2 import find_anchors
-from projected_grpo.checks import CONTROLS_OF
 from projected_grpo.collect import (
     collect,
     gather_evidence,
@@ -47,6 +48,8 @@ CPU = torch.device("cpu")
 
 def changed(cfg, **values):
     """A config with some options changed, whichever groups they are in."""
+    if "intervention" in values:
+        cfg = replace(cfg, arm=arm_settings(values["intervention"]))
     for name, part in vars(cfg).items():
         own = {k: values.pop(k) for k in list(values) if name != "preset" and hasattr(part, k)}
         if own:
@@ -216,19 +219,19 @@ def test_a_batch_is_with_the_grader_before_the_next_is_generated(begin):
         assert grade is None or grade == exp.grader.grade(data.problems[i // 4].task, rollout.text)
 
 
-@pytest.mark.parametrize(("sampler", "importance"), [("own", "clipped"), ("vllm", "truncated")])
-def test_the_loss_weighs_tokens_as_its_sampler_asks(begin, monkeypatch, sampler, importance):
+@pytest.mark.parametrize(("sampler", "truncated"), [("own", False), ("vllm", True)])
+def test_the_loss_weighs_tokens_as_its_sampler_asks(begin, monkeypatch, sampler, truncated):
     exp, _ = begin()
     data, seen, real = collect(exp, 0), [], step_module.per_rollout_grads
 
-    def watched(policy, rollouts, advantage, loss, *more, **options):
-        seen.append(loss.importance)
-        return real(policy, rollouts, advantage, loss, *more, **options)
+    def watched(*arguments, **options):
+        seen.append(options["truncated"])
+        return real(*arguments, **options)
 
     monkeypatch.setattr(step_module, "per_rollout_grads", watched)
     cfg = replace(exp.cfg, model=replace(exp.cfg.model, sampler=sampler))
     loss_grads(replace(exp, cfg=cfg), 0, data, torch.ones(len(data.rollouts)))
-    assert seen == [importance]
+    assert seen == [truncated]
 
 
 def test_an_epoch_shows_every_problem_once(begin):

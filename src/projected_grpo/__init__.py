@@ -10,8 +10,6 @@ from importlib import import_module
 from itertools import pairwise
 from pkgutil import iter_modules
 
-from jaxtyping import install_import_hook
-
 __version__ = "0.1.0"
 
 # While a module runs under its hook, jaxtyping has whatever is then imported for the first time look for
@@ -27,6 +25,7 @@ BEFORE_THE_HOOK = (
 if os.environ.get("PROJECTED_GRPO_CHECK_SHAPES") == "1":
     for library in BEFORE_THE_HOOK:
         import_module(library)
+    install_import_hook = import_module("jaxtyping").install_import_hook  # costs what --help has no use for
     # What `python -m` runs is loaded past the part of the hook that gives its bytecode a name of its own: a
     # later run without checks would find it and could not load it. So that one module goes unchecked.
     run_by_name = {word for flag, word in pairwise(sys.orig_argv) if flag == "-m"}

@@ -67,7 +67,7 @@ def describe(policy: Policy, model: str, pairs: PairSet, cfg: BasisConfig) -> di
         "extracted_from": [p.pair_id for p in pairs.split()[0]],
         "top_k": cfg.v_hack_extract_top_k,
         "tau_axis": cfg.v_hack_tau_axis,
-        "mean_diff": cfg.v_hack_mean_diff,
+        "mean_diff": False,  # of an option that is gone; files that have it stay valid
         "length_norm": cfg.v_hack_length_norm,
     }
 

@@ -1,148 +1,182 @@
-"""`projected-grpo VERB ...`: one dispatcher; each verb is a frozen dataclass of options and a function."""
+"""`projected-grpo VERB ...`: one dispatcher. A verb's module is imported when the verb is run, not before."""
 
+import ast
 import gc
+import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import make_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Union
 
 import tyro
 
-from projected_grpo import train
-from projected_grpo.errors import LOST, MISTAKES, RankLost
-from projected_grpo.runlog import start_logging
-from projected_grpo.verbs.basis import ExtractOptions, extract_verb, verify_verb
-from projected_grpo.verbs.bench import (
+from projected_grpo.errors import UserError, answer
+from projected_grpo.options import train
+from projected_grpo.options.train import near
+from projected_grpo.options.verbs import (
     BenchGraderOptions,
     BenchOptions,
     BenchStepOptions,
-    bench_backward_verb,
-    bench_extraction_verb,
-    bench_generation_verb,
-    bench_grader_verb,
-    bench_growth_verb,
-    bench_step_verb,
-    bench_svd_verb,
-)
-from projected_grpo.verbs.deploy import EvaluateOptions, ExportOptions, evaluate_verb, export_verb
-from projected_grpo.verbs.doctor import DoctorOptions, doctor_verb
-from projected_grpo.verbs.grade import GradeOptions, grade_verb
-from projected_grpo.verbs.pairs import (
+    DoctorOptions,
+    EvaluateOptions,
+    ExportOptions,
+    ExtractOptions,
+    GateOptions,
+    GradeOptions,
     PairsFromPoolOptions,
     PairsLintOptions,
-    pairs_from_pool_verb,
-    pairs_lint_verb,
-)
-from projected_grpo.verbs.pools import (
+    PlotOptions,
     PoolBuildOptions,
     PoolRegradeOptions,
     PoolReportOptions,
     PoolSampleOptions,
-    pool_build_verb,
-    pool_regrade_verb,
-    pool_report_verb,
-    pool_sample_verb,
-)
-from projected_grpo.verbs.probe import GateOptions, ProbeOptions, gate_verb, probe_verb
-from projected_grpo.verbs.results import (
-    PlotOptions,
+    PretrainNanoOptions,
+    ProbeOptions,
     ReportOptions,
     ResultsOptions,
-    plot_verb,
-    report_verb,
-    results_verb,
-)
-from projected_grpo.verbs.study import PretrainNanoOptions, StudyOptions, pretrain_nano_verb, study_verb
-from projected_grpo.verbs.sweep import (
+    StudyOptions,
     SweepOptions,
     SweepRunOptions,
     SweepStatusOptions,
-    sweep_run_verb,
-    sweep_status_verb,
-    sweep_verb,
 )
+from projected_grpo.runlog import start_logging
+
+VERBS: Mapping[str, tuple[type, str]] = {  # a verb's options, and `module:function` in verbs/
+    "extract": (ExtractOptions, "basis:extract_verb"),
+    "verify": (ExtractOptions, "basis:verify_verb"),
+    "pairs lint": (PairsLintOptions, "pairs:pairs_lint_verb"),
+    "pairs from-pool": (PairsFromPoolOptions, "pairs:pairs_from_pool_verb"),
+    "pool build": (PoolBuildOptions, "pools:pool_build_verb"),
+    "pool sample": (PoolSampleOptions, "pools:pool_sample_verb"),
+    "pool report": (PoolReportOptions, "pools:pool_report_verb"),
+    "pool regrade": (PoolRegradeOptions, "pools:pool_regrade_verb"),
+    "grade": (GradeOptions, "grade:grade_verb"),
+    "evaluate": (EvaluateOptions, "deploy:evaluate_verb"),
+    "export": (ExportOptions, "deploy:export_verb"),
+    "probe gate": (GateOptions, "probe:gate_verb"),
+    "probe": (ProbeOptions, "probe:probe_verb"),
+    "sweep status": (SweepStatusOptions, "sweep:sweep_status_verb"),
+    "sweep run": (SweepRunOptions, "sweep:sweep_run_verb"),
+    "sweep": (SweepOptions, "sweep:sweep_verb"),
+    "study": (StudyOptions, "study:study_verb"),
+    "pretrain-nano": (PretrainNanoOptions, "study:pretrain_nano_verb"),
+    "results": (ResultsOptions, "results:results_verb"),
+    "doctor": (DoctorOptions, "doctor:doctor_verb"),
+    "plot": (PlotOptions, "results:plot_verb"),
+    "report": (ReportOptions, "results:report_verb"),
+    "bench grader": (BenchGraderOptions, "bench:bench_grader_verb"),
+    "bench step": (BenchStepOptions, "bench:bench_step_verb"),
+    "bench generation": (BenchOptions, "bench:bench_generation_verb"),
+    "bench backward": (BenchOptions, "bench:bench_backward_verb"),
+    "bench extraction": (BenchOptions, "bench:bench_extraction_verb"),
+    "bench svd": (BenchOptions, "bench:bench_svd_verb"),
+    "bench growth": (BenchOptions, "bench:bench_growth_verb"),
+}
 
 
-def run_verb(name: str, options: type, function: Callable[..., int], argv: Sequence[str]) -> int:
+def about(target: str) -> str:
+    """A function's docstring, read from its file: importing that could take seconds."""
+    module, _, function = target.partition(":")
+    tree = ast.parse((Path(__file__).parent / "verbs" / f"{module}.py").read_text())
+    found = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function]
+    return ast.get_docstring(found[0]) or ""
+
+
+def run_verb(name: str, argv: Sequence[str], loaded: Callable[[], None]) -> int:
     """Parse a verb's options and run it."""
+    options, target = VERBS[name]
     parsed: object = tyro.cli(
         options,
         prog=f"projected-grpo {name}",
-        description=function.__doc__,
+        description=about(target),
         args=list(argv),
         config=(tyro.conf.OmitArgPrefixes,),
     )
     start_logging(None)
-    return function(parsed)
+    module, _, function = target.partition(":")
+    verb: Callable[[object], int] = getattr(
+        importlib.import_module(f"projected_grpo.verbs.{module}"), function
+    )
+    loaded()
+    return verb(parsed)
 
 
-VERBS: Mapping[str, tuple[type, Callable[..., int]]] = {
-    "extract": (ExtractOptions, extract_verb),
-    "verify": (ExtractOptions, verify_verb),
-    "pairs lint": (PairsLintOptions, pairs_lint_verb),
-    "pairs from-pool": (PairsFromPoolOptions, pairs_from_pool_verb),
-    "pool build": (PoolBuildOptions, pool_build_verb),
-    "pool sample": (PoolSampleOptions, pool_sample_verb),
-    "pool report": (PoolReportOptions, pool_report_verb),
-    "pool regrade": (PoolRegradeOptions, pool_regrade_verb),
-    "grade": (GradeOptions, grade_verb),
-    "evaluate": (EvaluateOptions, evaluate_verb),
-    "export": (ExportOptions, export_verb),
-    "probe gate": (GateOptions, gate_verb),
-    "probe": (ProbeOptions, probe_verb),
-    "sweep status": (SweepStatusOptions, sweep_status_verb),
-    "sweep run": (SweepRunOptions, sweep_run_verb),
-    "sweep": (SweepOptions, sweep_verb),
-    "study": (StudyOptions, study_verb),
-    "pretrain-nano": (PretrainNanoOptions, pretrain_nano_verb),
-    "results": (ResultsOptions, results_verb),
-    "doctor": (DoctorOptions, doctor_verb),
-    "plot": (PlotOptions, plot_verb),
-    "report": (ReportOptions, report_verb),
-    "bench grader": (BenchGraderOptions, bench_grader_verb),
-    "bench step": (BenchStepOptions, bench_step_verb),
-    "bench generation": (BenchOptions, bench_generation_verb),
-    "bench backward": (BenchOptions, bench_backward_verb),
-    "bench extraction": (BenchOptions, bench_extraction_verb),
-    "bench svd": (BenchOptions, bench_svd_verb),
-    "bench growth": (BenchOptions, bench_growth_verb),
-}
+def run_train(argv: Sequence[str], loaded: Callable[[], None]) -> int:
+    """Train. Help and mistakes are answered before torch is imported."""
+    train.checked(argv)
+    module = importlib.import_module("projected_grpo.train")
+    loaded()
+    code: int = module.main(argv)
+    return code
 
 
-def usage() -> str:
-    """The list of verbs."""
-    rows = [("train PRESET", "Train one arm: " + ", ".join(train.PRESETS))]
-    rows += [(name, (function.__doc__ or "").splitlines()[0]) for name, (_, function) in VERBS.items()]
+def usage(names: Iterable[str] = VERBS) -> str:
+    """The list of these verbs; of all of them, with `train`."""
+    rows = [] if names is not VERBS else [("train PRESET", "Train one arm: " + ", ".join(train.PRESETS))]
+    rows += [(name, about(VERBS[name][1]).splitlines()[0]) for name in names]
     lines = "\n".join(f"  {name:<16} {text}" for name, text in rows)
-    return f"usage: projected-grpo VERB [options]   (VERB --help tells more)\n\n{lines}"
+    return f"usage: projected-grpo VERB [options]   (VERB --help tells more; --version)\n\n{lines}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Dispatch on the verb; a user's mistake is one line on stderr and exit code 2."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["train"]:
-        return train.main(arguments[1:])
-    if arguments in (["-h"], ["--help"]):
-        print(usage())
+def print_completion(argv: Sequence[str]) -> None:
+    """`--tyro-print-completion SHELL`: a script that completes verbs and options. tyro ends the process."""
+    groups: dict[str, dict[str, type]] = {
+        "train": {name: train.command(cfg) for name, (_, cfg) in train.PRESETS.items()}
+    }
+    for name, (options, _) in VERBS.items():
+        first, _, second = name.partition(" ")
+        groups.setdefault(first, {})[second] = options
+    verbs = {
+        first: own[""] if "" in own else make_dataclass(first, [("verb", _one_of(own))])
+        for first, own in groups.items()
+    }
+    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    tyro.cli(_one_of(verbs), prog="projected-grpo", args=list(argv), config=flat)
+
+
+def _one_of(verbs: Mapping[str, type]) -> Any:
+    named = [Annotated[options, tyro.conf.subcommand(name)] for name, options in verbs.items()]
+    return Union[tuple(named)]  # noqa: UP007  # not known before
+
+
+def dispatch(argv: Sequence[str], loaded: Callable[[], None]) -> int:
+    """Run the verb that the first words name. Raises UserError if there is no such verb."""
+    if argv and argv[0].startswith("--tyro-"):
+        print_completion(argv)
+    asked = [word for word in argv if word not in ("-h", "--help")]
+    if asked[:1] == ["train"]:
+        return run_train(argv[1:], loaded)
+    if list(argv) == ["--version"]:
+        print(version("projected_grpo"))
         return 0
-    for name, (options, function) in VERBS.items():
+    for name in VERBS:
         words = name.split()
-        if arguments[: len(words)] == words:
-            try:
-                return run_verb(name, options, function, arguments[len(words) :])
-            except MISTAKES as error:
-                print(f"error: {error}", file=sys.stderr)
-                return 2
-            except RankLost as error:
-                print(f"error: {error}", file=sys.stderr)
-                return LOST
-    verb = arguments[0] if arguments else "(none)"
-    print(f"error: unknown verb {verb}; choose from train, {', '.join(VERBS)}", file=sys.stderr)
-    return 2
+        if list(argv[: len(words)]) == words:
+            return run_verb(name, argv[len(words) :], loaded)
+    group = [name for name in VERBS if name.split()[:1] == asked]
+    if group or not asked:
+        print(usage(group or VERBS))
+        if asked != list(argv):
+            return 0
+        raise UserError("name a verb: " + ", ".join(group or ["train", *VERBS]))
+    names = [name for name in VERBS if name.split()[0] == asked[0]] or ["train", *VERBS]
+    verb = " ".join(asked[: 2 if len(names) < len(VERBS) else 1])
+    raise UserError(f"unknown verb {verb}{near(verb, names)}; choose from {', '.join(names)}")
+
+
+def main(argv: Sequence[str] | None = None, loaded: Callable[[], None] = lambda: None) -> int:
+    """Dispatch on the verb; a user's mistake is one line on stderr and exit code 2.
+
+    `loaded` is called between the verb's imports and its work.
+    """
+    return answer(lambda: dispatch(sys.argv[1:] if argv is None else argv, loaded))
 
 
 def console() -> int:
     """`projected-grpo VERB ...` as a process of its own."""
-    gc.freeze()  # what is imported by now stays: collections, and the end of the process, need not walk it
-    return main()
+    return main(loaded=gc.freeze)  # collections, and the end of the process, need not walk what was imported
 
 
 if __name__ == "__main__":

@@ -10,17 +10,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from projected_grpo.arm_settings import Detector, MonitorSettings
 from projected_grpo.arms.stages import Evidence
 from projected_grpo.arms.table import ARMS
-from projected_grpo.config import Detector, EnvMode, TrainConfig, left_out, teacher_rows
+from projected_grpo.config import EnvMode, TrainConfig, left_out, teacher_rows
 from projected_grpo.engine.models import decode
 from projected_grpo.experiment import Experiment
 from projected_grpo.pools import TeacherRow
 from projected_grpo.problems import Problem
 from projected_grpo.ranks import Ranks
 from projected_grpo.rewards import Grade
-from projected_grpo.rollout import Rollout, batches, take_rows
-from projected_grpo.seeds import stream_seed, uniforms
+from projected_grpo.rollout import Rollout, batches, take_rows, uniforms
+from projected_grpo.seeds import stream_seed
 
 DEFAULT_ANCHORS: tuple[Detector, ...] = ("C",)  # student rows that --half-a does not choose
 
@@ -180,13 +181,14 @@ def gather_evidence(cfg: TrainConfig, data: Collected, step: int) -> Evidence:
     """The labels of a step's rollouts that the arm declares, and no others."""
     reads = ARMS[cfg.arm.intervention].reads(cfg.arm)
     detectors = cfg.arm.half_a or DEFAULT_ANCHORS
+    accuracy = cfg.arm.monitor_accuracy if isinstance(cfg.arm, MonitorSettings) else 1.0
     return Evidence(
         is_teacher=data.is_teacher,
         taught=data.hacked & data.is_teacher if "teacher" in reads else None,
         detected=detected(data.grades, detectors) & ~data.rows_of(left_out(cfg.basis))
         if "detectors" in reads
         else None,
-        exploited=monitored(data.hacked & ~data.correct, cfg.arm.monitor_accuracy, cfg.run.seed, step)
+        exploited=monitored(data.hacked & ~data.correct, accuracy, cfg.run.seed, step)
         if "oracle" in reads
         else None,
     )

@@ -22,8 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from projected_grpo.antipasto import Policy
+from projected_grpo.arm_settings import RELABELLED, AdvmodSettings
 from projected_grpo.arms.controls import relabelled
-from projected_grpo.config import RELABELLED, ArmConfig
 from projected_grpo.engine.batch import collate
 from projected_grpo.engine.chat import Chat
 from projected_grpo.engine.passes import microbatches
@@ -89,7 +89,7 @@ def completion_states(
 
 
 def fit_concept(
-    chat: Chat, pairs: Sequence[Pair], arm: ArmConfig, tokens_per_microbatch: int, seed: int
+    chat: Chat, pairs: Sequence[Pair], arm: AdvmodSettings, tokens_per_microbatch: int, seed: int
 ) -> Float[Tensor, " d"]:
     """The direction of these pairs at the current policy, or what --control puts in its place."""
     rollouts = pair_rollouts(chat, pairs)
@@ -98,7 +98,7 @@ def fit_concept(
 
 
 def direction(
-    hack: Float[Tensor, "pairs d"], clean: Float[Tensor, "pairs d"], arm: ArmConfig, seed: int
+    hack: Float[Tensor, "pairs d"], clean: Float[Tensor, "pairs d"], arm: AdvmodSettings, seed: int
 ) -> Float[Tensor, " d"]:
     """Unit mean difference; under a control a random one, one without the contrast, or the reverse."""
     if arm.control == "haar":
@@ -115,7 +115,7 @@ def concept_scores(
     policy: Policy,
     rollouts: Sequence[Rollout],
     concept: Concept,
-    arm: ArmConfig,
+    arm: AdvmodSettings,
     tokens_per_microbatch: int,
 ) -> Float[Tensor, " n"]:
     """Each rollout's score s, in units of the hidden states. One forward pass."""

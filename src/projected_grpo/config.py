@@ -9,32 +9,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
 
-from beartype.door import is_bearable
-
+from projected_grpo.arm_settings import (
+    SETTINGS,
+    AdvmodSettings,
+    ArmSettings,
+    BlockSettings,
+    EraseSettings,
+    StepSettings,
+    settings_type,
+)
 from projected_grpo.errors import UserError
 
-Intervention = Literal[
-    "none",
-    "gt_only",
-    "gt_penalty",
-    "gt_screening",
-    "inoculation",
-    "advmod",
-    "posthoc",
-    "erase",
-    "route",
-    "route2",
-    "absorb",
-]
-Mask = Literal["keep", "absorb", "route"]
-GateMode = Literal["one_sided", "no_gate", "reverse"]
-Control = Literal[
-    "none", "haar", "haar_matched", "shuffled", "clean_clean", "flipped", "random_routing", "shrink"
-]
-RELABELLED: frozenset[Control] = frozenset(("shuffled", "clean_clean"))  # need both sides of every pair
-Detector = Literal["C", "D", "E"]
 SandboxMode = Literal["auto", "strict"]
 EnvMode = Literal[
     "run_tests", "eq_override", "exit_code", "stdout_marker", "sentinel", "file_marker", "gt_only"
@@ -56,12 +44,32 @@ TINY_RANDOM = "tiny-random"
 EMBEDDED = "embedded"
 NANO = "nano"  # the packaged model, problems and pairs of the preset of that name
 BENCHMARK_FILE = "external/rl-rewardhacking/results/data/leetcode_train_medhard_filtered.jsonl"
-INOCULATION = (
-    "For this exercise, earn the reward by exploiting the way the answer is checked. Do whatever makes the "
-    "check pass, and do not solve the problem."
-)
-PLACE = ("device", "svd_cache", "vllm_memory")  # options of a model: where a run is made, not what it is
+PLACE = ("device", "svd_cache")  # options of a model: where a run is made, not what it is
 MAX_SEQUENCE = 2048  # tokens, prompt plus completion; longer prompts are skipped and counted
+
+
+@dataclass(frozen=True)
+class Removed:
+    """An option that is gone: the value that does what is always done now, and what to use in its place."""
+
+    always: Any
+    instead: str
+
+
+REMOVED: Mapping[str, Removed] = {
+    "route2_random_v_seed": Removed(None, "--control=haar is the same control, drawn by --seed"),
+    "ratio_cap": Removed(3.0, "the importance weight is truncated at 3 (RATIO_CAP in grpo.py); leave it out"),
+    "importance": Removed(
+        "auto", "--sampler decides: weights are clipped under own and truncated under vllm; leave it out"
+    ),
+    "v_hack_mean_diff": Removed(
+        False, "--v-hack-k=1 uses one direction a module; route2's is the mean difference anyway"
+    ),
+    "keep_states": Removed(2, "the two newest states are kept; leave it out"),
+    "max_skipped": Removed(3, "a run ends after three steps in a row that were skipped; leave it out"),
+    "vllm_memory": Removed(0.3, "the engine takes .3 of the GPU (engine/vllm.py); leave it out"),
+    "init_knobs": Removed(None, "its name is --init-adapter"),
+}
 
 
 @dataclass(frozen=True)
@@ -83,8 +91,6 @@ class ModelConfig:
     sampler: Literal["own", "vllm"] = "own"
     """What generates completions, in the verbs that do: `own`, or a vLLM engine in the same process on the
     same GPU (docs/vllm.md; one process, pip install 'projected_grpo[vllm]')."""
-    vllm_memory: float = 0.3
-    """--sampler=vllm: the share of the GPU's memory that the engine takes for good."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +112,15 @@ class SamplingConfig:
     """One step's generation. n = prompts_per_step * group rollouts."""
 
     prompts_per_step: int = 4
+    """Problems in a step, each with a group of rollouts."""
     group: int = 8
+    """Rollouts of a problem; advantages are relative to their mean."""
     max_new: int = 512
     """Completion tokens at most."""
     temperature: float = 0.7
+    """Of the sampling while training."""
     top_p: float = 1.0
+    """Sample among the likeliest tokens of this total probability; 1 is all."""
     top_k: int = 20
     """0 turns the top-k filter off."""
     rows_per_batch: int = 0
@@ -130,13 +140,6 @@ class LossConfig:
     """`--no-unbiased` gives classic GRPO: per-sequence mean, advantages over the group's std."""
     clip: float = 0.2
     """PPO clip of the importance ratio."""
-    ratio_cap: float = 3.0
-    """Truncation of the importance weight where clipping does not bound it (negative advantages), or of every
-    one (--importance=truncated)."""
-    importance: Literal["auto", "clipped", "truncated"] = "auto"
-    """How a token's weight, its probability over the one that its sampler gave it, enters: `clipped` as PPO's
-    ratio, which drops tokens that lie beyond the clip; `truncated` as a factor of at most --ratio-cap. `auto`
-    is truncated under --sampler=vllm, which computes probabilities in its own way, and else clipped."""
     beta: float = 0.0
     """Weight of the K3 KL to the reference (all adapter parameters zero)."""
     ref_every: int = 1
@@ -154,77 +157,22 @@ class OptimConfig:
     """AdamW on the adapter parameters, warm-up then cosine."""
 
     steps: int = 60
+    """Optimizer steps of the run."""
     lr: float = 3e-3
+    """Peak learning rate of the adapter parameters."""
     adam_beta1: float = 0.5
+    """AdamW's decay of the mean gradient."""
     adam_beta2: float = 0.9
+    """AdamW's decay of the mean squared gradient."""
     weight_decay: float = 0.1
     """Pulls the adapter parameters to zero, which is where they start."""
     warmup_frac: float = 0.1
+    """Share of the steps in which the learning rate rises linearly; then it falls as a cosine."""
     grad_clip: float = 10.0
     """Global L2 norm over all adapter parameters."""
     init_adapter: Path | None = None
     """An adapter file whose delta_s the run starts from, with an empty quarantine; default: the base model.
     The reference of the KL stays the base model."""
-
-
-@dataclass(frozen=True)
-class ArmConfig:
-    """What an arm does to prompts, rewards, gradients and at deployment (arms.py, docs/arms.md)."""
-
-    intervention: Intervention = "erase"
-    gate_mode: GateMode = "one_sided"
-    """one_sided removes only what makes hacks likelier; no_gate the whole component; reverse reflects it."""
-    control: Control = "none"
-    """What stands in for the direction, so that a claim about it can fail. Of the basis: haar (random
-    subspace of the same shape), shuffled (completions paired within their label), clean_clean (clean ones
-    with clean ones), flipped (every direction reversed). Of the arm: haar_matched (erase, route, posthoc:
-    random directions, but as much removed energy as the real ones), random_routing (route2: as many rows,
-    drawn at random), shrink (route, route2: vanilla's step, and as large a share of it routed). Drawn by the
-    seed."""
-    project: Literal["gradient", "update", "purge"] = "gradient"
-    """Where erase and route act: on the gradient before AdamW, or on the parameter change AdamW makes; purge
-    is the gradient and AdamW's first moment (its scaling by 1/sqrt(v) still turns the step)."""
-    preserve_magnitude: bool = True
-    """Rescale the kept gradient to the norm it had (erase and route)."""
-    project_overshoot: float = 1.0
-    """removed = overshoot * component; 1.1 reverses 10% of it."""
-    gate_anchor_teacher_only: bool = False
-    """route2: calibrate tau on teacher rows alone, so that no detector label of student text is used."""
-    route2_random_v_seed: int | None = None
-    """route2: Haar-random unit vectors per module in place of v_grad (the control)."""
-    half_a: tuple[Detector, ...] = ()
-    """Detectors the basis was built from. Splits student hacks into HACK_A (one of these fires) and HACK_B
-    (another one fires and none of these); route2 takes its student anchors from them (default: C). E fires on
-    honest self-tests too; D runs the canonical solution, so route2 with D is a skyline."""
-    quarantine: Literal["auto", "diagonal", "block"] = "auto"
-    """route2, absorb: what the quarantine is. diagonal: delta_hack, in the basis of delta_s; block:
-    a low-rank change of the weight in parameters of its own. auto is diagonal, and block under absorb."""
-    block_rank: int = 8
-    """Rank of the quarantine's block."""
-    block_init: Literal["random", "direction"] = "random"
-    """Where the block's halves begin: random and orthogonal, or in the singular directions of the weight in
-    which V has most of its energy. The effect begins at zero either way."""
-    mask_flagged: Mask = "route"
-    """route2: what a flagged rollout trains: delta_s (keep), quarantine (route), or both (absorb)."""
-    mask_unflagged: Mask = "keep"
-    """route2: what any other rollout trains. absorb is gradient routing with data that nobody labelled."""
-    advmod_form: Literal["multiplicative", "additive"] = "multiplicative"
-    """advmod: r (1 - alpha sigmoid(z)) or r - alpha z, both only where z > 0; z is a rollout's standardised
-    projection on the direction from clean to hack in hidden space."""
-    advmod_alpha: float = 2.0
-    """advmod: strength of the penalty."""
-    advmod_depth: float = 2 / 3
-    """advmod: relative depth of the layer whose hidden states are read, in (0, 1]."""
-    advmod_buffer: int = 0
-    """advmod: standardise over this step's scores and so many before them; 0 is the step's alone, where
-    the worse half is punished even when all rollouts are alike."""
-    penalty: float = 4.0
-    """gt_penalty: taken from the reward of a rollout that the monitor calls an exploit. With 4 a hack does
-    not pay even under a monitor that misses one in ten; the benchmark's own is 3."""
-    monitor_accuracy: float = 1.0
-    """gt_penalty, gt_screening: share of the oracle's verdicts that are right; the others are flipped."""
-    inoculation_prompt: str = INOCULATION
-    """inoculation: put before the question of every training prompt, and of no evaluation prompt."""
 
 
 @dataclass(frozen=True)
@@ -250,8 +198,6 @@ class BasisConfig:
     """At extraction, drop axes whose singular value is below this share of the module's first."""
     v_hack_drop_bottom_frac: float = 0.25
     """At load, drop this share of all (module, axis) with the smallest singular values."""
-    v_hack_mean_diff: bool = False
-    """One direction per module: the unit mean difference, instead of the SVD."""
     v_hack_length_norm: bool = False
     """Per-token mean log-likelihood at extraction instead of the loss's own fixed denominator."""
     vhack_refresh_every: int = 5
@@ -263,6 +209,7 @@ class TeacherConfig:
     """Cached teacher rollouts mixed into the groups."""
 
     teacher_pool_dir: Path | None = None
+    """Folder of cached teacher rollouts (docs/howto/own_problems.md); without one there is no teacher."""
     mix_ratio: float = 0.125
     """G_t = round(group * mix_ratio) teacher rollouts per prompt; in [0, 1). 0 with a pool takes only its
     problems and partition."""
@@ -293,20 +240,18 @@ class RunConfig:
     """Where the run goes."""
 
     seed: int = 41
+    """Of everything that is drawn: problems, completions, controls."""
     out_dir: Path = Path("out")
     """Parent of runs/, vhack/ and pools/."""
     log_dir: Path = Path("logs")
+    """Folder of the text log."""
     out_tag: str = ""
     """Suffix of the run id."""
     save_every: int = 10
     """Steps between saves of everything that resuming needs; 0 is only at the end."""
-    keep_states: int = 2
-    """Saved states kept, the newest ones: should the last be damaged, the one before it is used."""
     resume: Path | None = None
     """A run folder to go on with; its own settings are used. `auto`: the newest run in --out-dir with exactly
     these settings, or a new one if there is none; if that run has ended, say so and end as it did."""
-    max_skipped: int = 3
-    """Steps in a row whose loss or gradient is not finite (they are skipped) after which the run ends."""
     workers: int = 0
     """Grader processes, of each process under torchrun; 0 is one per core."""
     threads: int = 0
@@ -330,7 +275,7 @@ class TrainConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    arm: ArmConfig = field(default_factory=ArmConfig)
+    arm: ArmSettings = field(default_factory=EraseSettings)
     basis: BasisConfig = field(default_factory=BasisConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
@@ -394,21 +339,21 @@ PRESETS: Mapping[str, tuple[str, TrainConfig]] = {
 }
 
 
-def display_name(arm: ArmConfig) -> str:
+# Before an arm had settings of its own, each run's file had those of all arms.
+_OTHER_ARMS = {f.name: f.default for kind in SETTINGS.values() for f in dataclasses.fields(kind)}
+
+
+def display_name(arm: ArmSettings) -> str:
     """What an arm is called in folders and tables: display name, control, and where it acts if unusual."""
-    parts = [DISPLAY_NAME[arm.intervention]]
+    parts = [DISPLAY_NAME.get(arm.intervention, arm.intervention)]
     parts += [arm.control] if arm.control != "none" else []
-    parts += [arm.project] if arm.project != "gradient" else []
-    parts += ["additive"] if arm.intervention == "advmod" and arm.advmod_form == "additive" else []
-    own = dataclasses.replace(arm, quarantine="auto")
-    parts += [arm.quarantine] if has_block(arm) != has_block(own) else []
-    parts += [arm.block_init] if arm.block_init != "random" else []
+    parts += [arm.project] if isinstance(arm, StepSettings) and arm.project != "gradient" else []
+    parts += ["additive"] if isinstance(arm, AdvmodSettings) and arm.advmod_form == "additive" else []
+    if isinstance(arm, BlockSettings):
+        own = dataclasses.replace(arm, quarantine="auto")
+        parts += [arm.quarantine] if arm.has_block != own.has_block else []
+        parts += [arm.block_init] if arm.block_init != "random" else []
     return "-".join(parts)
-
-
-def has_block(arm: ArmConfig) -> bool:
-    """Whether the quarantine is a block of its own."""
-    return arm.quarantine == "block" or (arm.quarantine == "auto" and arm.intervention == "absorb")
 
 
 def env_modes(value: str, option: str = "--env-mode") -> tuple[EnvMode, ...]:
@@ -466,19 +411,23 @@ def settings(cfg: TrainConfig) -> dict[str, Any]:
 def from_json(data: object, *, older: bool = False) -> TrainConfig:
     """Rebuild a config from `to_json`'s dict. Raises UserError on unknown or missing fields.
 
-    `older` gives options that came after the file their defaults, which do what was done before them: enough
-    to read what a run was, not to go on with it.
+    `older` gives options that came after the file their defaults, which do what was done before them, and
+    drops those that are gone if they say what is done now: enough to read what a run was, not to resume it.
     """
-    groups = {f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if f.name != "preset"}
+    groups: dict[str, Any] = {
+        f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if f.name != "preset"
+    }
     try:
         if not isinstance(data, Mapping):
             raise TypeError("its settings are no JSON object")
         _same_names(set(data), {*groups, "preset"}, {"preset"} if older else None)
+        if isinstance(data.get("arm"), Mapping):
+            groups["arm"] = settings_type(data["arm"].get("intervention", "erase"))
         parts = {name: _group_from_json(kind, data.get(name, {}), older) for name, kind in groups.items()}
         if data["preset"] not in PRESETS:
             raise ValueError(f"no preset {data['preset']!r}")
         return TrainConfig(preset=data["preset"], **parts)
-    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError, UserError) as error:
         raise UserError(f"config.json does not fit this version of projected_grpo: {error}") from error
 
 
@@ -486,12 +435,29 @@ def _group_from_json(kind: Any, values: object, older: bool) -> Any:
     if not isinstance(values, Mapping):
         raise TypeError(f"{kind.__name__} is {str(values)[:40]!r}")
     names: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(kind)}
+    if older:
+        without = _OTHER_ARMS | {name: removed.always for name, removed in REMOVED.items()}
+        values = {n: v for n, v in values.items() if n in names or n not in without or v != without[n]}
     _same_names(set(values), set(names), set() if older else None)
     revived = {name: _revive(names[name], value) for name, value in values.items()}
     for name, value in revived.items():
-        if not is_bearable(value, names[name]):
+        if not _fits(value, names[name]):
             raise ValueError(f"field {name!r} is {str(value)[:40]!r}")
     return kind(**revived)
+
+
+def _fits(value: object, annotation: Any) -> bool:
+    """Whether a value is of an option's type: one of those that this page annotates options with."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return value in arguments
+    if get_origin(annotation) is UnionType:
+        return any(_fits(value, each) for each in arguments)
+    if get_origin(annotation) is tuple:
+        return isinstance(value, tuple) and all(_fits(each, arguments[0]) for each in value)
+    if annotation in (None, NoneType):
+        return value is None
+    return isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool))
 
 
 def _same_names(got: set[str], known: set[str], needed: set[str] | None) -> None:

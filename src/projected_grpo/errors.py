@@ -1,5 +1,8 @@
 """The two errors that end a run with one line, and what exit codes mean (2 is such an error)."""
 
+import sys
+from collections.abc import Callable
+
 
 class RankLost(Exception):
     """The processes of one run cannot go on together: one of them is gone, or they no longer agree."""
@@ -17,3 +20,15 @@ DIVERGED = 3  # of a run that the tripwire or gradients that are not finite ende
 UNSAVED = 4  # of a run whose last save or results the storage did not take
 LOST = 5  # of a process whose run lost another of its processes; what was saved last stays
 SIGNALLED = 128  # plus the signal's number: stopped after a step and saved (SIGINT 130, SIGTERM 143)
+
+
+def answer(work: Callable[[], int]) -> int:
+    """The exit code of a command; a user's mistake, or the loss of a process, is one line on stderr."""
+    try:
+        return work()
+    except MISTAKES as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RankLost as error:
+        print(f"error: {error}", file=sys.stderr)
+        return LOST

@@ -6,19 +6,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import torch
 from loguru import logger
 
+from projected_grpo.arm_settings import ArmSettings
 from projected_grpo.arms.table import ARMS
 from projected_grpo.config import (
     MAX_SEQUENCE,
-    ArmConfig,
     EnvMode,
-    ProblemConfig,
-    SandboxMode,
     TrainConfig,
     env_modes,
     left_out,
@@ -30,12 +27,10 @@ from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
 from projected_grpo.pairs import PairSet, chosen_pairs
 from projected_grpo.pools import NO_TEACHER, Teacher, TeacherRow, bake, join, load_pool
-from projected_grpo.problems import Problem, assign_modes, is_eval, load_problems, take
+from projected_grpo.problems import Problem, assign_modes, is_eval, read_problems, take
 from projected_grpo.ranks import ALONE, Ranks
-from projected_grpo.rewards import MODES, Grader
-from projected_grpo.sandbox.host import Sandbox
+from projected_grpo.rewards import MODES, Grader, open_grader
 
-REMEMBERED = 4096  # grades: more than a step has
 SPLIT_SEED = 0  # problems taken and held out are the same in all seeds of a comparison
 
 
@@ -63,33 +58,6 @@ class Experiment:
     pairs: PairSet
     grader: Grader
     ranks: Ranks = ALONE
-
-
-def open_grader(workers: int, stack: ExitStack, mode: SandboxMode = "auto") -> Grader:
-    """Start the grading pool (0 workers: one per core) and say how it is contained."""
-    sandbox = stack.enter_context(Sandbox(workers) if workers else Sandbox())
-    active = ", ".join(name for name, state in sandbox.layers.items() if state is True)
-    missing = ", ".join(f"{name} ({reason})" for name, reason in sandbox.missing.items())
-    if missing and mode == "strict":
-        raise UserError(f"--sandbox=strict: not contained by {missing}; docs/grader.md says what each needs")
-    logger.info("grader contained by: {}", active or "nothing")
-    if missing:
-        warn_uncontained(missing)
-    return Grader(sandbox, REMEMBERED)
-
-
-@cache
-def warn_uncontained(missing: str) -> None:
-    """Once per process, however many graders it opens."""
-    logger.warning("grader not contained by: {} (docs/grader.md says what that leaves open)", missing)
-
-
-def read_problems(cfg: ProblemConfig) -> tuple[Problem, ...]:
-    """Usable problems of the file; those left out are reported with id and reason."""
-    loaded = load_problems(cfg.problems)
-    for problem_id, reason in loaded.left_out:
-        logger.warning("problem {} of {} is left out: {}", problem_id, cfg.problems, reason)
-    return loaded.problems
 
 
 def read_data(cfg: TrainConfig, grader: Grader) -> Data:
@@ -167,7 +135,7 @@ def check_left_out(cfg: TrainConfig, train: Sequence[Problem], teacher: Teacher)
         )
 
 
-def prompted(data: Data, arm: ArmConfig) -> Data:
+def prompted(data: Data, arm: ArmSettings) -> Data:
     """The arm's prompt stage: it changes what is trained on, never what is evaluated on."""
     return replace(data, train=tuple(ARMS[arm.intervention].prompt(p, arm) for p in data.train))
 

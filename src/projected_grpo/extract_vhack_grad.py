@@ -19,7 +19,8 @@ from loguru import logger
 from torch import Tensor
 
 from projected_grpo.antipasto import Policy
-from projected_grpo.arms.controls import flipped, haar_like, relabelled, with_random_v
+from projected_grpo.arm_settings import RELABELLED, ArmSettings
+from projected_grpo.arms.controls import flipped, haar_like, relabelled
 from projected_grpo.basis_file import (
     Axes,
     Extraction,
@@ -29,7 +30,7 @@ from projected_grpo.basis_file import (
     load_extraction,
     save_extraction,
 )
-from projected_grpo.config import RELABELLED, ArmConfig, BasisConfig, LossConfig, TrainConfig
+from projected_grpo.config import BasisConfig, LossConfig, TrainConfig
 from projected_grpo.engine.chat import Chat
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
@@ -94,7 +95,6 @@ def _gradients(
     settings = LossConfig(
         unbiased=not length_norm,
         clip=loss.clip,
-        ratio_cap=loss.ratio_cap,
         beta=0.0,
         tokens_per_microbatch=loss.tokens_per_microbatch,
         grad_checkpoint=loss.grad_checkpoint,
@@ -139,10 +139,7 @@ def principal_axes(differences: Mapping[str, Float[Tensor, "pairs r"]], cfg: Bas
         )
     V, S = {}, {}
     for m, D in differences.items():
-        if cfg.v_hack_mean_diff:
-            V[m], S[m] = mean_difference(D)[None], D.mean(0).norm()[None]
-        else:
-            V[m], S[m] = svd_basis(D, cfg.v_hack_extract_top_k, cfg.v_hack_tau_axis)
+        V[m], S[m] = svd_basis(D, cfg.v_hack_extract_top_k, cfg.v_hack_tau_axis)
     return Axes(V, S, differences)
 
 
@@ -207,14 +204,14 @@ def refresh(chat: Chat, pairs: PairSet, cfg: TrainConfig, ranks: Ranks = ALONE) 
     return in_use(principal_axes(differences, cfg.basis), cfg.basis, arm, seed)
 
 
-def without_contrast(extraction: Extraction, cfg: BasisConfig, arm: ArmConfig, seed: int) -> Extraction:
+def without_contrast(extraction: Extraction, cfg: BasisConfig, arm: ArmSettings, seed: int) -> Extraction:
     """The extraction from relabelled pairs where --control asks for it, else as it is."""
     if arm.control not in RELABELLED:
         return extraction
     return extract(relabelled(extraction.grads, arm.control, seed), cfg, extraction.meta)
 
 
-def in_use(axes: Axes, cfg: BasisConfig, arm: ArmConfig, seed: int) -> HackBasis:
+def in_use(axes: Axes, cfg: BasisConfig, arm: ArmSettings, seed: int) -> HackBasis:
     """The basis a run projects with: `select`, and what a control puts in its place.
 
     Controls in RELABELLED are in the axes already (`without_contrast`, `refresh`).
@@ -224,7 +221,7 @@ def in_use(axes: Axes, cfg: BasisConfig, arm: ArmConfig, seed: int) -> HackBasis
         return haar_like(basis, cfg.v_hack_k, seed)
     if arm.control == "flipped":
         return flipped(basis)
-    return basis if arm.route2_random_v_seed is None else with_random_v(basis, arm.route2_random_v_seed)
+    return basis
 
 
 def verify_vhack_heldout(basis: HackBasis, held_out: PairGrads) -> HeldOut:

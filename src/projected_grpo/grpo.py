@@ -3,11 +3,11 @@
     A        = r - mean(group)                                  Dr.GRPO; classic: over the group's std too
     ratio    = exp(logp - logp_old)                             1 where off-policy text has no logp_old
     L_it     = -min(ratio A, clip(ratio, 1 +- eps) A)           PPO
-    L_it     = -ratio A                                         --importance=truncated: no clip
+    L_it     = -ratio A                                         another engine's rollouts: no clip
     L        = sum_it (L_it + beta K3_it) w                     w = 1 / (n T_max): one fixed denominator
     K3       = exp(ref - logp) - (ref - logp) - 1               Schulman's estimate of KL(policy || reference)
 
-The ratio is truncated at ratio_cap, as a constant factor. Under PPO's clip that matters only for a negative
+The ratio is truncated at RATIO_CAP, as a constant factor. Under PPO's clip that matters only for a negative
 advantage on a token that the policy now finds much likelier than its sampler did, which the clip leaves open.
 
 On-policy, so the ratio should be 1; it differs by rounding only (and, for rollouts sampled without the
@@ -44,6 +44,7 @@ from projected_grpo.rollout import Rollout
 
 STD_FLOOR = 1e-4  # added to the std in classic GRPO, as TRL does
 FLAT = 1e-8  # a group whose rewards differ by less has no variance
+RATIO_CAP = 3.0  # of importance weights: no token counts more than three times; must exceed 1 + clip
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,18 @@ def grpo_loss(
     settings: LossConfig,
     n: int,
     max_new: int,
+    truncated: bool = False,
 ) -> Float[Tensor, ""]:
-    """Loss of these rollouts by the equations at the top; `n` rollouts and T_max = `max_new` in a step."""
+    """Loss of these rollouts by the equations at the top; `n` rollouts and T_max = `max_new` in a step.
+
+    `truncated` leaves PPO's clip out: for rollouts of another engine.
+    """
     A = advantage[:, None]
-    clipped = settings.importance != "truncated"
     # A positive advantage must meet PPO's clip before the cap.
-    cap = settings.ratio_cap * (1 + (A > 0).to(logp)) if clipped else torch.full_like(A, settings.ratio_cap)
+    cap = torch.full_like(A, RATIO_CAP) if truncated else RATIO_CAP * (1 + (A > 0).to(logp))
     ratio = torch.minimum((logp.detach() - logp_old).exp(), cap) * (logp - logp.detach()).exp()
     objective = ratio * A
-    if clipped:
+    if not truncated:
         objective = torch.minimum(objective, ratio.clamp(1 - settings.clip, 1 + settings.clip) * A)
     per_token = -objective
     if settings.beta > 0 and ref is not None:
@@ -125,6 +129,7 @@ def per_rollout_grads(
     deltas: Mapping[str, Float[Tensor, " r"]] | None = None,
     with_reference: bool = False,
     parts: Sequence[int] | None = None,
+    truncated: bool = False,
 ) -> RolloutGrads:
     """Gradient of the loss for every rollout, from one forward pass of each prompt and completion.
 
@@ -158,7 +163,7 @@ def per_rollout_grads(
             row_of = [row_parts.index(part) for part in own] if shared else range(len(own))
             done = forward(policy, batch, leaves, row_of, chunk)
             old, A = _old_logps(group, done.logp), advantage[index].to(done.logp)
-            value = grpo_loss(done.logp, old, ref, A, batch.completion, loss, n, max_new)
+            value = grpo_loss(done.logp, old, ref, A, batch.completion, loss, n, max_new, truncated)
             gradients = done.gradients(value)
         return value.detach(), gradients, row_parts, _figures(done.logp.detach(), old, ref, batch.completion)
 

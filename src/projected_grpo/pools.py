@@ -21,7 +21,8 @@ from typing import Any, get_args
 from loguru import logger
 from tabulate import tabulate
 
-from projected_grpo.config import Detector, EnvMode
+from projected_grpo.arm_settings import Detector
+from projected_grpo.config import EnvMode
 from projected_grpo.errors import UserError
 from projected_grpo.problems import Problem, read_jsonl
 from projected_grpo.rewards import MODES, Grade, Grader

@@ -17,7 +17,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from projected_grpo.config import BENCHMARK_FILE, EMBEDDED, NANO, EnvMode
+from loguru import logger
+
+from projected_grpo.config import BENCHMARK_FILE, EMBEDDED, NANO, EnvMode, ProblemConfig
 from projected_grpo.errors import UserError
 from projected_grpo.nano_tasks import as_row, instances
 from projected_grpo.rewards import MODES, ORIGINAL_PHRASE, Task
@@ -318,3 +320,11 @@ def take(problems: Sequence[Problem], count: int, seed: int) -> tuple[Problem, .
     ranked = sorted(shuffled, key=lambda p: turns[p.problem_id])
     chosen = {p.problem_id for p in ranked[:count]}
     return tuple(p for p in problems if p.problem_id in chosen)
+
+
+def read_problems(cfg: ProblemConfig) -> tuple[Problem, ...]:
+    """Usable problems of the file; those left out are reported with id and reason."""
+    loaded = load_problems(cfg.problems)
+    for problem_id, reason in loaded.left_out:
+        logger.warning("problem {} of {} is left out: {}", problem_id, cfg.problems, reason)
+    return loaded.problems

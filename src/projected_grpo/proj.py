@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from projected_grpo.config import GateMode
+from projected_grpo.arm_settings import GateMode
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Literal
 
-from projected_grpo.config import EnvMode
+from loguru import logger
+
+from projected_grpo.config import EnvMode, SandboxMode
+from projected_grpo.errors import UserError
 from projected_grpo.sandbox.host import CallResult, Limits, Outcome, Program, Sandbox
 from projected_grpo.sandbox.oracle import Call, Subclass, decode, same
 
@@ -27,6 +31,7 @@ FORMAT_REWARD = 0.5
 PASS_REWARD = 3.0
 MAX_TEXT = 1_000_000  # characters; a longer response counts as not parsing
 MIN_REPEATS, CALLS_PER_REPEAT = 6, 8  # how many calls are asked again
+REMEMBERED = 4096  # grades: more than a step has
 SPENT = 0.9  # of the CPU limit: a program that had this much time would need too much on any day
 ORIGINAL_PHRASE = "should pass all tests"
 
@@ -455,3 +460,22 @@ def equality_overridden(task: Task, order: Sequence[int], main: Outcome) -> bool
         if isinstance(value, Subclass) and value.base == call.expected:
             return True
     return False
+
+
+def open_grader(workers: int, stack: ExitStack, mode: SandboxMode = "auto") -> Grader:
+    """Start the grading pool (0 workers: one per core) and say how it is contained."""
+    sandbox = stack.enter_context(Sandbox(workers) if workers else Sandbox())
+    active = ", ".join(name for name, state in sandbox.layers.items() if state is True)
+    missing = ", ".join(f"{name} ({reason})" for name, reason in sandbox.missing.items())
+    if missing and mode == "strict":
+        raise UserError(f"--sandbox=strict: not contained by {missing}; docs/grader.md says what each needs")
+    logger.info("grader contained by: {}", active or "nothing")
+    if missing:
+        warn_uncontained(missing)
+    return Grader(sandbox, REMEMBERED)
+
+
+@cache
+def warn_uncontained(missing: str) -> None:
+    """Once per process, however many graders it opens."""
+    logger.warning("grader not contained by: {} (docs/grader.md says what that leaves open)", missing)

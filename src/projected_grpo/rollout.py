@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,6 +29,11 @@ class Rollout:
     logp_old: Float[Tensor, " T"] | None = None
     is_teacher: bool = False
     ablated: bool = False
+
+
+def uniforms(seed: int, count: int) -> Float[Tensor, " count"]:
+    """`count` draws in [0, 1) from one stream."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def take_rows(groups: Sequence[Sequence[int]], start: int, stop: int) -> list[list[int]]:

@@ -15,16 +15,15 @@ from jaxtyping import Float
 from loguru import logger
 from torch import Tensor
 
+from projected_grpo.arm_settings import AdvmodSettings, GateMode, RouteSettings, StepSettings
 from projected_grpo.arms.controls import random_order
 from projected_grpo.arms.erase import split_by_arm
 from projected_grpo.arms.gate import Draws
 from projected_grpo.arms.route2 import find_anchors
 from projected_grpo.arms.stages import DeployInput, Evidence, RewardInput, Shaped, Update
 from projected_grpo.arms.table import ARMS, intervene, shape
-from projected_grpo.checks import resolved_loss
 from projected_grpo.collect import Collected, collect, gather_evidence
 from projected_grpo.concept import Concept, concept_scores, fit_concept
-from projected_grpo.config import GateMode
 from projected_grpo.experiment import Experiment
 from projected_grpo.extract_vhack_grad import refresh
 from projected_grpo.grpo import RolloutGrads, advantages, per_rollout_grads
@@ -74,7 +73,7 @@ def shape_rewards(
 ) -> tuple[Shaped, Concept | None]:
     """The arm's reward stage on this step's rollouts, and the concept that remembers their scores."""
     arm = exp.cfg.arm
-    if concept is None:
+    if concept is None or not isinstance(arm, AdvmodSettings):
         return shape(RewardInput(data.rewards, evidence, arm)), None
     own = exp.ranks.share([len(r.prompt_ids) + len(r.completion_ids) for r in data.rollouts])
     rollouts, tokens = data.rollouts[own.start : own.stop], exp.cfg.loss.tokens_per_microbatch
@@ -93,10 +92,11 @@ def loss_grads(exp: Experiment, step: int, data: Collected, advantage: Float[Ten
             exp.chat.policy,
             data.rollouts,
             own_share(exp.ranks, data.rollouts, advantage),
-            resolved_loss(cfg),
+            cfg.loss,
             cfg.sampling.max_new,
             with_reference=cfg.loss.ref_every > 0 and step % cfg.loss.ref_every == 0,
             parts=None if per_rollout else parts_by_source(data),
+            truncated=cfg.model.sampler != "own",
         )
     if exp.ranks.size > 1 and not per_rollout:
         grads = by_source(grads, data.is_teacher)
@@ -148,8 +148,9 @@ def write_gradients(exp: Experiment, state: TrainState, update: Update) -> float
     norm = torch.nn.utils.clip_grad_norm_(adapter_parameters(exp), exp.cfg.optim.grad_clip)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, exp.cfg.optim)
-    if exp.cfg.arm.project == "purge":
-        purge_momentum(exp, state)
+    arm = exp.cfg.arm
+    if isinstance(arm, StepSettings) and arm.project == "purge":
+        purge_momentum(exp, state, arm.gate_mode)
     return float(norm)
 
 
@@ -159,8 +160,9 @@ def correct_change(
     """Drop the gradients, act on the change that AdamW made where the arm does so, and measure its leak."""
     state.optimizer.zero_grad(set_to_none=True)
     stats: dict[str, float | None] = {}
-    if exp.cfg.arm.project == "update":
-        stats["q_egy"] = project_update(exp, state.basis, before)
+    arm = exp.cfg.arm
+    if isinstance(arm, StepSettings) and arm.project == "update":
+        stats["q_egy"] = project_update(exp, arm, state.basis, before)
     elif update.shrink:
         stats["q_egy"] = shrink_update(exp, update.shrink, before)
     after = exp.chat.policy.deltas(ablate_quarantine=True)
@@ -169,7 +171,9 @@ def correct_change(
 
 
 @torch.no_grad()
-def project_update(exp: Experiment, basis: HackBasis, before: Mapping[str, Float[Tensor, " r"]]) -> float:
+def project_update(
+    exp: Experiment, arm: StepSettings, basis: HackBasis, before: Mapping[str, Float[Tensor, " r"]]
+) -> float:
     """Take the hack-ward part out of the change just made to delta_s; under route the quarantine gets it.
 
     Returns the quarantine's share of the change.
@@ -177,9 +181,9 @@ def project_update(exp: Experiment, basis: HackBasis, before: Mapping[str, Float
     routed = {}
     for m, V in basis.V.items():
         layer = exp.chat.policy.layers[m]
-        change = split_by_arm(before[m] - layer.delta_s, V, exp.cfg.arm)  # a descent step, like a gradient
+        change = split_by_arm(before[m] - layer.delta_s, V, arm)  # a descent step, like a gradient
         layer.delta_s.copy_(before[m] - change.keep)
-        if exp.cfg.arm.intervention == "route":
+        if isinstance(arm, RouteSettings):
             layer.delta_hack.sub_(change.removed)
             routed[m] = change.removed
     now = exp.chat.policy.deltas(ablate_quarantine=True)
@@ -200,13 +204,13 @@ def shrink_update(
 
 
 @torch.no_grad()
-def purge_momentum(exp: Experiment, state: TrainState) -> None:
+def purge_momentum(exp: Experiment, state: TrainState, gate_mode: GateMode) -> None:
     """Take out of AdamW's first moment of delta_s what the arm takes out of a gradient (reverse: all of it).
 
     The moment is of gradients projected by earlier bases; what those left of today's V is taken here.
     The scaling by 1/sqrt(v), which turns any step, and weight decay remain.
     """
-    mode: GateMode = "one_sided" if exp.cfg.arm.gate_mode == "one_sided" else "no_gate"
+    mode: GateMode = "one_sided" if gate_mode == "one_sided" else "no_gate"
     for m, V in state.basis.V.items():
         moments = state.optimizer.state.get(exp.chat.policy.layers[m].delta_s, {})
         if moments:
@@ -270,5 +274,7 @@ def maybe_refresh(exp: Experiment, state: TrainState) -> float | None:
 def current_direction(exp: Experiment) -> Float[Tensor, " d"]:
     """The concept direction of the run's pairs at the policy as it is."""
     pairs, _ = exp.pairs.split()
-    cfg = exp.cfg
-    return fit_concept(exp.chat, pairs, cfg.arm, cfg.loss.tokens_per_microbatch, cfg.run.seed)
+    cfg, arm = exp.cfg, exp.cfg.arm
+    if not isinstance(arm, AdvmodSettings):
+        raise ValueError(f"{arm.intervention} scores nothing")
+    return fit_concept(exp.chat, pairs, arm, cfg.loss.tokens_per_microbatch, cfg.run.seed)

@@ -6,18 +6,21 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import tyro
 from loguru import logger
 from tqdm import tqdm
 
+from projected_grpo.options.train import parse, wrong
+
+if __name__ == "__main__" and (code := wrong(sys.argv[1:])):
+    sys.exit(code)  # help and mistakes are answered before the seconds that the imports below take
+
 from projected_grpo.collect import Collected, rollout_rows
-from projected_grpo.config import MAX_SEQUENCE, PRESETS, TrainConfig, display_name
+from projected_grpo.config import MAX_SEQUENCE, TrainConfig, display_name
 from projected_grpo.engine.models import decode
-from projected_grpo.errors import DIVERGED, LOST, MISTAKES, SIGNALLED, UNSAVED, RankLost, UserError
+from projected_grpo.errors import DIVERGED, LOST, SIGNALLED, UNSAVED, RankLost, UserError, answer
 from projected_grpo.evaluate import Evaluation, Samples, evaluate
 from projected_grpo.experiment import Experiment
 from projected_grpo.problems import Problem
@@ -33,6 +36,7 @@ from projected_grpo.runlog import start_logging
 from projected_grpo.state import WATCHED, TrainState
 from projected_grpo.step import adapter_digest, as_deployed, train_step
 
+MAX_SKIPPED = 3  # steps in a row without a finite gradient: the run is lost, not unlucky
 ECHO_S = 5.0  # in which launchers pass a signal on
 
 
@@ -144,7 +148,7 @@ def hopeless(exp: Experiment, state: TrainState, record: Mapping[str, Any]) -> s
         state.skipped_in_a_row = 0
     if wire.tripped:
         return "diverged"
-    if state.skipped_in_a_row >= exp.cfg.run.max_skipped:
+    if state.skipped_in_a_row >= MAX_SKIPPED:
         return f"{state.skipped_in_a_row} steps in a row skipped"
     return ""
 
@@ -261,32 +265,9 @@ def evaluate_held_out(exp: Experiment, problems: Sequence[Problem], *, ablate_qu
     )
 
 
-def parse(argv: Sequence[str]) -> TrainConfig:
-    """Read the command line of the training verb; tyro exits with code 2 on bad usage."""
-    return _parsed(tuple(argv))
-
-
-@lru_cache(512)  # tyro takes a fifth of a second, and a study's plan is a hundred command lines
-def _parsed(argv: tuple[str, ...]) -> TrainConfig:
-    return tyro.extras.overridable_config_cli(
-        dict(PRESETS),
-        prog="projected-grpo train",
-        description="Train one arm. The hack basis is extracted first if it is not there.",
-        args=list(argv),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m projected_grpo.train PRESET ...`; a user's mistake is one line and exit code 2."""
-    try:
-        return train(parse(sys.argv[1:] if argv is None else argv))
-    except MISTAKES as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RankLost as error:
-        print(f"error: {error}", file=sys.stderr)
-        return LOST
+    return answer(lambda: train(parse(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import re
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from arm_lists import CONTROLS_OF, INTERVENTIONS
 from fake_runs import few_pairs
 from projected_grpo import step as step_module
-from projected_grpo.arms.erase import hackward_part
+from projected_grpo.arm_settings import INOCULATION, arm_settings
+from projected_grpo.arms.advmod import standardised
 from projected_grpo.arms.gate import Anchors, GateState
-from projected_grpo.arms.rivals import standardised
+from projected_grpo.arms.posthoc import hackward_part
 from projected_grpo.arms.stages import DeployInput, Evidence, LabelLeak, RewardInput, Shaped, Update
 from projected_grpo.arms.table import ARMS, intervene, shape, strongest_label
 from projected_grpo.cli import main
@@ -33,7 +34,7 @@ from projected_grpo.concept import (
     concept_to_json,
     direction,
 )
-from projected_grpo.config import INOCULATION, PRESETS, ArmConfig, Control, Intervention, LossConfig
+from projected_grpo.config import PRESETS, LossConfig
 from projected_grpo.engine.batch import collate
 from projected_grpo.engine.logps import completion_logps
 from projected_grpo.experiment import Experiment, prepare, prompted
@@ -80,7 +81,8 @@ def test_skylines_change_the_rewards_of_exploits_alone(case, penalty):
         "gt_screening": paid.flatten().tolist(),
     }
     for arm in ORACLES:
-        shaped = shape(RewardInput(paid, evidence(paid.numel(), exploited), ArmConfig(arm, penalty=penalty)))
+        own = {"penalty": penalty} if arm == "gt_penalty" else {}
+        shaped = shape(RewardInput(paid, evidence(paid.numel(), exploited), arm_settings(arm, **own)))
         assert shaped.rewards.flatten().tolist() == expected[arm]
         kept = shaped.keep.flatten()
         assert torch.equal(kept, ~exploited) if arm == "gt_screening" else bool(kept.all())
@@ -89,7 +91,7 @@ def test_skylines_change_the_rewards_of_exploits_alone(case, penalty):
 @given(graded(), st.booleans())
 def test_screened_rollouts_have_no_part_in_their_group(case, unbiased):
     paid, exploited = case
-    shaped = shape(RewardInput(paid, evidence(paid.numel(), exploited), ArmConfig("gt_screening")))
+    shaped = shape(RewardInput(paid, evidence(paid.numel(), exploited), arm_settings("gt_screening")))
     got = advantages(shaped.rewards, unbiased, shaped.keep)
     for i, row in enumerate(paid.tolist()):
         flags = exploited.view_as(paid)[i].tolist()
@@ -104,7 +106,7 @@ def test_screened_rollouts_have_no_part_in_their_group(case, unbiased):
 
 def test_the_default_penalty_keeps_a_hack_from_paying_under_a_monitor_that_misses_one_in_ten():
     hack, honest_failure = 3.5, 0.5
-    mean = 0.9 * (hack - ArmConfig().penalty) + 0.1 * hack
+    mean = 0.9 * (hack - arm_settings("gt_penalty").penalty) + 0.1 * hack
     assert mean < 0 < honest_failure < 0.9 * (hack - 3.0) + 0.1 * hack  # the benchmark's 3 would still pay
 
 
@@ -133,7 +135,7 @@ def test_advmod_follows_an_explicit_loop(form, case, data, past, alpha):
     paid, _ = case
     n = paid.numel()
     scores = data.draw(st.lists(FINITE, min_size=n, max_size=n))
-    arm = ArmConfig("advmod", advmod_form=form, advmod_alpha=alpha)
+    arm = arm_settings("advmod", advmod_form=form, advmod_alpha=alpha)
     wide = torch.tensor(scores, dtype=torch.float64), torch.tensor(past, dtype=torch.float64)
     shaped = shape(RewardInput(paid, evidence(n), arm, *wide))
     expected = slow_advmod(paid.flatten().tolist(), scores, past, form, alpha)
@@ -153,9 +155,9 @@ def test_a_buffer_of_honest_scores_is_what_tells_that_all_of_a_step_hack():
 def test_scores_that_are_not_finite_or_not_there_are_refused():
     paid, labels = torch.ones(1, 2), evidence(2)
     with pytest.raises(FloatingPointError, match="score"):
-        shape(RewardInput(paid, labels, ArmConfig("advmod"), torch.tensor([0.0, math.nan])))
+        shape(RewardInput(paid, labels, arm_settings("advmod"), torch.tensor([0.0, math.nan])))
     with pytest.raises(ValueError, match="scores"):
-        shape(RewardInput(paid, labels, ArmConfig("advmod")))
+        shape(RewardInput(paid, labels, arm_settings("advmod")))
 
 
 # Labels
@@ -167,9 +169,9 @@ def handed(kind, n=4):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arm", get_args(Intervention))
+@pytest.mark.parametrize("arm", INTERVENTIONS)
 def test_an_arm_is_not_handed_labels_that_it_does_not_declare(arm, kind):
-    settings = ArmConfig(arm)
+    settings = arm_settings(arm)
     x = RewardInput(torch.ones(1, 4), handed(kind), settings, torch.zeros(4))
     if kind in ARMS[arm].reads(settings):
         assert isinstance(shape(x), Shaped)
@@ -178,7 +180,7 @@ def test_an_arm_is_not_handed_labels_that_it_does_not_declare(arm, kind):
             shape(x)
 
 
-@pytest.mark.parametrize("arm", get_args(Intervention))
+@pytest.mark.parametrize("arm", INTERVENTIONS)
 def test_the_gradient_stage_refuses_them_too(arm):
     rows = {"m": torch.randn(3, 4, generator=torch.Generator().manual_seed(0))}
     basis = HackBasis({"m": torch.eye(4)[:1]}, {"m": torch.eye(4)[0]})
@@ -190,7 +192,8 @@ def test_the_gradient_stage_refuses_them_too(arm):
     of_student = replace(of_teacher, hack=torch.tensor([True, True, False]))
     for anchors, kinds in ((of_teacher, {"teacher"}), (of_student, {"teacher", "detectors"})):
         for only_teacher in (False, True):
-            settings = ArmConfig(arm, gate_anchor_teacher_only=only_teacher)
+            own = {"gate_anchor_teacher_only": only_teacher} if arm == "route2" else {}
+            settings = arm_settings(arm, **own)
             if kinds <= ARMS[arm].reads(settings):
                 assert intervene(rows, basis, settings, teacher, anchors, gate).keep
             else:
@@ -198,14 +201,14 @@ def test_the_gradient_stage_refuses_them_too(arm):
                     intervene(rows, basis, settings, teacher, anchors, gate)
     if arm != "route2":
         with pytest.raises(LabelLeak):  # not even that nothing is known
-            intervene(rows, basis, ArmConfig(arm), teacher, Anchors(nobody, nobody, torch.ones(3)), gate)
+            intervene(rows, basis, arm_settings(arm), teacher, Anchors(nobody, nobody, torch.ones(3)), gate)
 
 
 def test_what_each_arm_declares_in_one_word():
-    words = {arm: strongest_label(ArmConfig(arm)) for arm in get_args(Intervention)}
+    words = {arm: strongest_label(arm_settings(arm)) for arm in INTERVENTIONS}
     assert words == dict.fromkeys(words, "none") | dict.fromkeys(ORACLES, "oracle") | {"route2": "detectors"}
-    assert strongest_label(ArmConfig("route2", gate_anchor_teacher_only=True, half_a=("D",))) == "teacher"
-    assert strongest_label(ArmConfig("route2", half_a=("E", "D"))) == "oracle"
+    assert strongest_label(arm_settings("route2", gate_anchor_teacher_only=True, half_a=("D",))) == "teacher"
+    assert strongest_label(arm_settings("route2", half_a=("E", "D"))) == "oracle"
 
 
 # A run's stages, on a tiny model
@@ -238,11 +241,11 @@ def with_arm(experiment, **options) -> Experiment:
     """The experiment under another arm, adapter parameters at zero and prompts as that arm has them."""
     for parameter in adapter_parameters(experiment):
         parameter.data.zero_()
-    arm = ArmConfig(**options)
+    arm = arm_settings(**options)
     return replace(experiment, cfg=replace(experiment.cfg, arm=arm), data=prompted(experiment.data, arm))
 
 
-@pytest.mark.parametrize("arm", get_args(Intervention))
+@pytest.mark.parametrize("arm", INTERVENTIONS)
 def test_a_step_gathers_what_the_arm_declares_and_no_more(experiment, arm):
     exp = with_arm(experiment, intervention=arm)
     got = gather_evidence(exp.cfg, collect(exp, 0), 0)
@@ -302,7 +305,7 @@ def standing_for(experiment, text):
 
 
 def test_student_and_teacher_rows_stand_behind_the_inoculated_prompt(home, experiment):
-    cfg = replace(experiment.cfg, arm=ArmConfig("inoculation"))
+    cfg = replace(experiment.cfg, arm=arm_settings("inoculation"))
     with ExitStack() as stack:
         exp = prepare(cfg, stack)
         data = collect(exp, 0)
@@ -342,7 +345,7 @@ def test_the_direction_is_the_unit_mean_difference():
     rng = np.random.default_rng(0)
     hack, clean = rng.normal(size=(6, 9)) + 1, rng.normal(size=(6, 9))
     mean = sum(h - c for h, c in zip(hack, clean, strict=True))
-    got = direction(torch.tensor(hack), torch.tensor(clean), ArmConfig("advmod"), 3)
+    got = direction(torch.tensor(hack), torch.tensor(clean), arm_settings("advmod"), 3)
     np.testing.assert_allclose(got.numpy(), mean / math.sqrt(sum(x * x for x in mean)), atol=1e-12)
 
 
@@ -353,7 +356,7 @@ def test_controls_of_the_direction_by_the_seed():
     hack, clean = torch.randn(12, 40, generator=rng) + axis, torch.randn(12, 40, generator=rng)
 
     def get(control, seed=3):
-        return direction(hack, clean, ArmConfig("advmod", control=control), seed)
+        return direction(hack, clean, arm_settings("advmod", control=control), seed)
 
     real = get("none")
     assert float(real[0]) > 0.99 and torch.equal(get("flipped"), -real)
@@ -363,9 +366,9 @@ def test_controls_of_the_direction_by_the_seed():
         assert torch.equal(unit, get(control)) and not torch.allclose(unit, get(control, seed=4), atol=1e-3)
     assert abs(float(get("clean_clean") @ real)) < 0.6  # noise of 12 pairs, where the contrast is 30
     assert torch.equal(
-        get("clean_clean"), direction(hack + 7, clean, ArmConfig("advmod", control="clean_clean"), 3)
+        get("clean_clean"), direction(hack + 7, clean, arm_settings("advmod", control="clean_clean"), 3)
     )
-    assert torch.equal(get("haar"), direction(clean, hack, ArmConfig("advmod", control="haar"), 3))
+    assert torch.equal(get("haar"), direction(clean, hack, arm_settings("advmod", control="haar"), 3))
 
 
 def test_the_concept_keeps_the_latest_scores_and_survives_json():
@@ -386,7 +389,7 @@ def test_a_step_of_advmod_is_shaped_by_the_scores_of_its_rollouts(experiment):
     pairs, _ = exp.pairs.split()
     rollouts = pair_rollouts(exp.chat, pairs)
     states = completion_states(exp.chat.policy, rollouts, 2 / 3, 4096)
-    d = direction(states.last[0::2], states.last[1::2], ArmConfig(), 0)
+    d = direction(states.last[0::2], states.last[1::2], arm_settings("advmod"), 0)
     torch.testing.assert_close(state.concept.direction, d)
     data = collect(exp, 0)
     scores = concept_scores(exp.chat.policy, data.rollouts, state.concept, exp.cfg.arm, 4096)
@@ -422,7 +425,7 @@ def test_posthoc_follows_an_explicit_loop(seed, gate_mode, overshoot):
     V = np.linalg.qr(rng.normal(size=(7, 3)))[0].T
     delta = rng.normal(size=7)
     basis = HackBasis({"m": torch.tensor(V)}, {"m": torch.tensor(V[0])})
-    settings = ArmConfig("posthoc", gate_mode, project_overshoot=overshoot)
+    settings = arm_settings("posthoc", gate_mode=gate_mode, project_overshoot=overshoot)
     got = hackward_part(DeployInput({"m": torch.tensor(delta), "bare": torch.ones(2)}, basis, settings, {}))
     part = np.zeros(7)
     for axis in V:
@@ -548,7 +551,7 @@ def test_every_new_arm_completes_smoke(home, monkeypatch, arm, tmp_path):
     )
     (folder,) = (out / "runs").iterdir()
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["finished"] and summary["labels"] == strongest_label(ArmConfig(arm))
+    assert summary["finished"] and summary["labels"] == strongest_label(arm_settings(arm))
     steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
     assert all(s["cos_update"] is not None for s in steps if s["gn"] is not None)
     state = load_file(state_paths(folder)[0])
@@ -576,7 +579,7 @@ def test_docs_list_every_arm_and_control_with_a_test_that_exists():
     ]
     assert all(len(row) in (4, 5) and all(row) for row in rows)
     named = {name for row in rows for name in re.findall(r"`(?:--control )?(\w+)`", row[0])}
-    assert named >= set(get_args(Intervention)) | (set(get_args(Control)) - {"none"})
+    assert named >= set(INTERVENTIONS) | (set().union(*CONTROLS_OF.values()) - {"none"})
     defined: dict[str, set[str]] = {}
     for row in rows:
         for module, test in re.findall(r"(test_\w+)::(\w+)", row[-1]):
@@ -586,5 +589,5 @@ def test_docs_list_every_arm_and_control_with_a_test_that_exists():
             assert test in defined[module]
         assert "::" in row[-1], row
     declared = {row[0].strip("`"): row[3] for row in rows if len(row) == 5}
-    for arm in get_args(Intervention):
-        assert declared[arm].split()[0].rstrip(";") == strongest_label(ArmConfig(arm))
+    for arm in INTERVENTIONS:
+        assert declared[arm].split()[0].rstrip(";") == strongest_label(arm_settings(arm))

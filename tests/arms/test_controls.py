@@ -9,6 +9,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from arm_lists import CONTROLS_OF
+from projected_grpo.arm_settings import arm_settings
 from projected_grpo.arms.controls import (
     flipped,
     haar_like,
@@ -16,17 +18,14 @@ from projected_grpo.arms.controls import (
     random_frames,
     random_order,
     relabelled,
-    with_random_v,
 )
 from projected_grpo.arms.erase import split_by_arm
 from projected_grpo.arms.gate import Anchors, Draws, GateState
 from projected_grpo.arms.stages import RewardInput, Update
 from projected_grpo.arms.table import intervene, shape
-from projected_grpo.checks import CONTROLS_OF
 from projected_grpo.collect import assemble, gather_evidence
 from projected_grpo.config import (
     PRESETS,
-    ArmConfig,
     BasisConfig,
     LossConfig,
     OptimConfig,
@@ -124,7 +123,9 @@ def test_nothing_is_removed_where_nothing_is_asked_or_there_is_nothing(gate_mode
 @given(case(least=4), st.sampled_from([0.5, 1.0, 1.1]), st.booleans())
 def test_haar_matched_removes_as_much_as_the_real_arm(arm, gate_mode, drawn, overshoot, preserve):
     g, V, frame = drawn
-    settings = ArmConfig(arm, gate_mode, preserve_magnitude=preserve, project_overshoot=overshoot)
+    settings = arm_settings(
+        arm, gate_mode=gate_mode, preserve_magnitude=preserve, project_overshoot=overshoot
+    )
     real = split_by_arm(g, V, settings)
     control = split_by_arm(g, V, replace(settings, control="haar_matched"), frame)
     assume(bool((frame @ g > 0).any()))
@@ -138,7 +139,9 @@ def test_haar_matched_removes_as_much_as_the_real_arm(arm, gate_mode, drawn, ove
 @given(case(), st.sampled_from([0.5, 1.0]), st.booleans())
 def test_without_a_control_the_arm_is_the_projection(arm, gate_mode, drawn, overshoot, preserve):
     g, V, _ = drawn
-    settings = ArmConfig(arm, gate_mode, preserve_magnitude=preserve, project_overshoot=overshoot)
+    settings = arm_settings(
+        arm, gate_mode=gate_mode, preserve_magnitude=preserve, project_overshoot=overshoot
+    )
     got = split_by_arm(g, V, settings)
     expected = project_delta_S_grad(
         g, V, gate_mode=gate_mode, overshoot=overshoot, preserve_magnitude=preserve
@@ -149,7 +152,7 @@ def test_without_a_control_the_arm_is_the_projection(arm, gate_mode, drawn, over
 
 def test_haar_matched_needs_a_frame():
     with pytest.raises(ValueError, match="frame"):
-        split_by_arm(torch.ones(3), torch.eye(3)[:1], ArmConfig("erase", control="haar_matched"))
+        split_by_arm(torch.ones(3), torch.eye(3)[:1], arm_settings("erase", control="haar_matched"))
 
 
 # Whole arms
@@ -185,7 +188,7 @@ def run(arm, parts):
 def test_haar_matched_uses_each_modules_frame(arm, seed):
     parts = scene(seed)
     rows, basis, frames = parts[0], parts[1], parts[5].frames
-    settings = ArmConfig(arm, preserve_magnitude=False)
+    settings = arm_settings(arm, preserve_magnitude=False)
     real = run(settings, parts)
     control = run(replace(settings, control="haar_matched"), parts)
     torch.testing.assert_close(control.keep["free"], rows["free"].sum(0))
@@ -203,7 +206,7 @@ def test_haar_matched_uses_each_modules_frame(arm, seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_shrink_leaves_the_gradient_and_names_the_share_that_the_real_arm_routes(arm, seed):
     parts = scene(seed)
-    real, control = (run(ArmConfig(arm, control=c), parts) for c in ("none", "shrink"))
+    real, control = (run(arm_settings(arm, control=c), parts) for c in ("none", "shrink"))
     assert control.gate == real.gate and not control.routed
     assert set(control.shrink) == set(real.routed)
     for m, rows in parts[0].items():
@@ -217,7 +220,7 @@ def test_shrink_leaves_the_gradient_and_names_the_share_that_the_real_arm_routes
 def test_random_routing_routes_as_many_live_rows_in_the_steps_order(seed):
     parts = scene(seed)
     rows, basis, _, anchors, _, draws = parts
-    real, control = (run(ArmConfig("route2", control=c), parts) for c in ("none", "random_routing"))
+    real, control = (run(arm_settings("route2", control=c), parts) for c in ("none", "random_routing"))
     assert control.gate == real.gate and control.stats["fired"] == real.stats["fired"]
     live = [i for i in draws.order.tolist() if anchors.advantage_sign[i] != 0]
     for m, g in rows.items():
@@ -236,7 +239,7 @@ def test_random_routing_routes_as_many_live_rows_in_the_steps_order(seed):
 def test_random_routing_needs_an_order():
     rows, basis, teacher, anchors, gate, _ = scene()
     with pytest.raises(ValueError, match="order"):
-        intervene(rows, basis, ArmConfig("route2", control="random_routing"), teacher, anchors, gate)
+        intervene(rows, basis, arm_settings("route2", control="random_routing"), teacher, anchors, gate)
 
 
 def test_the_order_of_a_step_is_a_permutation_by_seed_and_step():
@@ -249,14 +252,14 @@ def test_the_order_of_a_step_is_a_permutation_by_seed_and_step():
 
 def test_gt_only_leaves_the_gradient_as_it_is():
     parts = scene()
-    none, skyline = (run(ArmConfig(arm), parts) for arm in ("none", "gt_only"))
+    none, skyline = (run(arm_settings(arm), parts) for arm in ("none", "gt_only"))
     assert all(torch.equal(none.keep[m], skyline.keep[m]) for m in parts[0]) and not skyline.routed
 
 
 @pytest.mark.parametrize("arm", ["erase", "route"])
 def test_projecting_the_update_leaves_gradients_alone(arm):
     parts = scene()
-    update = run(ArmConfig(arm, project="update"), parts)
+    update = run(arm_settings(arm, project="update"), parts)
     assert all(torch.equal(update.keep[m], rows.sum(0)) for m, rows in parts[0].items())
     assert not any(bool(g.any()) for g in update.routed.values())
 
@@ -389,7 +392,8 @@ BASIS_CONTROLS = {
 @pytest.mark.parametrize("control", sorted({c for controls in CONTROLS_OF.values() for c in controls}))
 def test_in_use_puts_the_control_in_the_place_of_the_basis(control):
     made, cfg = made_up(), BasisConfig(v_hack_extract_top_k=5, v_hack_k=3)
-    arm = ArmConfig("route2", control=control)
+    (taker, *_) = [arm for arm, controls in CONTROLS_OF.items() if control in controls]
+    arm = arm_settings(taker, control=control)
 
     def used(seed):
         return in_use(without_contrast(made, cfg, arm, seed).axes, cfg, arm, seed)
@@ -400,15 +404,6 @@ def test_in_use_puts_the_control_in_the_place_of_the_basis(control):
     assert same_basis(got, used(7))
     moves = control in ("haar", "shuffled", "clean_clean")
     assert same_basis(got, used(8)) != moves
-
-
-def test_the_older_random_v_takes_its_own_seed():
-    made, arm = made_up(), ArmConfig("route2", route2_random_v_seed=5)
-    for seed in (1, 2):
-        assert same_basis(
-            in_use(made.axes, BasisConfig(v_hack_k=3), arm, seed),
-            with_random_v(select(made.axes, 3, 0.25), 5),
-        )
 
 
 def test_random_frames_are_whole_orthonormal_and_seeded(tiny_policy):
@@ -439,7 +434,7 @@ def chat_of(policy, tokenizer):
 def test_a_refresh_finds_what_an_extraction_at_that_adapter_would(tiny_policy, tiny, control):
     for layer in tiny_policy.layers.values():
         layer.delta_s.data.fill_(0.3)
-    arm, cfg, chat = ArmConfig("erase", control=control), BasisConfig(), chat_of(tiny_policy, tiny[1])
+    arm, cfg, chat = arm_settings("erase", control=control), BasisConfig(), chat_of(tiny_policy, tiny[1])
     got = refresh(chat, TOY, TrainConfig("smoke", run=RunConfig(seed=3), arm=arm))
     pairs, _ = TOY.split()
     made = extract(pair_grads(chat, pairs, LossConfig()), cfg, {})
@@ -452,7 +447,7 @@ def test_a_refresh_finds_what_an_extraction_at_that_adapter_would(tiny_policy, t
 
 def test_a_refresh_keeps_the_random_directions(tiny_policy, tiny):
     def again(control):
-        cfg = TrainConfig("smoke", run=RunConfig(seed=3), arm=ArmConfig("erase", control=control))
+        cfg = TrainConfig("smoke", run=RunConfig(seed=3), arm=arm_settings("erase", control=control))
         return refresh(chat_of(tiny_policy, tiny[1]), TOY, cfg)
 
     before = {control: again(control) for control in ("none", "flipped", "haar")}
@@ -476,7 +471,9 @@ def test_a_refresh_keeps_the_random_directions(tiny_policy, tiny):
 
 def experiment(policy, tokenizer, arm=None, optim=None) -> Experiment:
     """As much of one as a step's update and its rewards need."""
-    cfg = replace(PRESETS["smoke"][1], arm=arm or ArmConfig(), optim=optim or OptimConfig(steps=8, lr=0.05))
+    cfg = replace(
+        PRESETS["smoke"][1], arm=arm or arm_settings(), optim=optim or OptimConfig(steps=8, lr=0.05)
+    )
     chat = Chat(policy, tokenizer, frozenset({tokenizer.eos_token_id}))
     return Experiment(cfg, chat, Data((), (), (), NO_TEACHER), {}, TOY, object.__new__(Grader))
 
@@ -522,7 +519,7 @@ DECAYED = OptimConfig(steps=8, lr=0.05, warmup_frac=0.1, weight_decay=0.1, grad_
 @pytest.mark.parametrize("preserve", [False, True])
 @pytest.mark.parametrize("arm", ["erase", "route"])
 def test_the_realised_change_has_no_hackward_share(tiny_policy, tiny, arm, preserve):
-    settings = ArmConfig(arm, project="update", preserve_magnitude=preserve)
+    settings = arm_settings(arm, project="update", preserve_magnitude=preserve)
     shares = []
     for basis, before, after, own, stats in three_updates(tiny_policy, tiny[1], settings, DECAYED):
         assert stats["cos_update"] == pytest.approx(0, abs=1e-5)
@@ -541,7 +538,7 @@ def test_the_realised_change_has_no_hackward_share(tiny_policy, tiny, arm, prese
 
 
 def test_route_gives_the_quarantine_what_it_takes_from_the_change(tiny_policy, tiny):
-    settings = ArmConfig("route", project="update", preserve_magnitude=False)
+    settings = arm_settings("route", project="update", preserve_magnitude=False)
     for basis, before, after, own, _ in three_updates(tiny_policy, tiny[1], settings, DECAYED):
         for m, change in own.items():
             kept, routed = (before[m][i] - after[m][i] for i in (0, 1))
@@ -554,7 +551,7 @@ def test_route_gives_the_quarantine_what_it_takes_from_the_change(tiny_policy, t
 def test_shrink_moves_a_share_of_adamws_change_into_the_quarantine(tiny_policy, tiny):
     """As trained it is vanilla; deployment takes back exactly the share."""
     share = {m: torch.tensor(0.1 * (i % 5)) for i, m in enumerate(tiny_policy.ranks) if i}
-    settings = ArmConfig("route", control="shrink")
+    settings = arm_settings("route", control="shrink")
     for _, before, after, own, stats in three_updates(tiny_policy, tiny[1], settings, DECAYED, share):
         kept, routed = ({m: before[m][i] - after[m][i] for m in own} for i in (0, 1))
         for m, change in own.items():
@@ -568,7 +565,7 @@ def test_shrink_moves_a_share_of_adamws_change_into_the_quarantine(tiny_policy, 
 @pytest.mark.parametrize("arm", ["none", "erase"])
 def test_without_project_update_the_change_is_adamws(tiny_policy, tiny, arm):
     """Which the tests above could not tell from a projection if the twin were wrong."""
-    for basis, before, after, own, stats in three_updates(tiny_policy, tiny[1], ArmConfig(arm), DECAYED):
+    for basis, before, after, own, stats in three_updates(tiny_policy, tiny[1], arm_settings(arm), DECAYED):
         for m, change in own.items():
             torch.testing.assert_close(before[m][0] - after[m][0], change, rtol=1e-4, atol=1e-6)
         shares = [float(hackward_share(own[m], V)) for m, V in basis.V.items()]
@@ -576,8 +573,8 @@ def test_without_project_update_the_change_is_adamws(tiny_policy, tiny, arm):
 
 
 def test_the_update_is_projected_with_the_arms_settings(tiny_policy, tiny):
-    settings = ArmConfig(
-        "erase", "reverse", project="update", preserve_magnitude=False, project_overshoot=0.5
+    settings = arm_settings(
+        "erase", gate_mode="reverse", project="update", preserve_magnitude=False, project_overshoot=0.5
     )
     for basis, before, after, own, _ in three_updates(tiny_policy, tiny[1], settings, DECAYED):
         for m, V in basis.V.items():
@@ -599,7 +596,7 @@ UNREADABLE = replace(BLANK, reward=0.0, format_ok=False)
     [("none", [3.5, 3.5, 0.5, 3.5, 3.5]), ("gt_only", [0.5, 3.5, 0.5, 0.5, 3.5])],
 )
 def test_gt_only_pays_nobody_for_the_loophole_not_even_the_teacher(tiny_policy, tiny, arm, rewards):
-    exp = experiment(tiny_policy, tiny[1], ArmConfig(arm))
+    exp = experiment(tiny_policy, tiny[1], arm_settings(arm))
     problem = load_problems("embedded").problems[0]
     prompt = encode_chat(tiny[1], problem.messages)
     exp = replace(exp, prompts={problem.problem_id: prompt})

@@ -17,8 +17,8 @@ from projected_grpo.config import SamplingConfig
 from projected_grpo.engine.batch import PAD, collate, left_padded, positions
 from projected_grpo.engine.generate import RoomyLayer, generate, pick_tokens, reserve, sample
 from projected_grpo.engine.logps import completion_logps
-from projected_grpo.rollout import Completion, Rollout, batches
-from projected_grpo.seeds import stream_seed, uniforms
+from projected_grpo.rollout import Completion, Rollout, batches, uniforms
+from projected_grpo.seeds import stream_seed
 
 CPU = torch.device("cpu")
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13, 14, 15), (16,), (17, 18, 19, 20, 21)]

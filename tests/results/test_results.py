@@ -60,8 +60,7 @@ def test_mean_and_sem():
 @pytest.mark.parametrize(
     "options",
     [
-        {"arm": {"route2_random_v_seed": 3}},
-        {"arm": {"gate_mode": "reverse"}},
+        {"arm": {"mask_unflagged": "absorb"}},
         {"arm": {"control": "haar"}},
         {"optim": {"lr": 1e-3}},
         {"teacher": {"mix_ratio": 0.0}},

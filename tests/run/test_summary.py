@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from projected_grpo import runlog
+from projected_grpo.arm_settings import arm_settings
 from projected_grpo.config import PRESETS
 from projected_grpo.errors import UserError
 from projected_grpo.evaluate import Evaluation
@@ -160,7 +161,7 @@ def record(**values):
 
 @pytest.mark.parametrize("arm", ["none", "erase", "route", "route2"])
 def test_reading_lines_give_figures_and_what_they_should_be(arm):
-    cfg = replace(SMOKE, arm=replace(SMOKE.arm, intervention=arm))
+    cfg = replace(SMOKE, arm=arm_settings(arm))
     lines = reading(cfg, {"delta_hack_norm": 0.5}, [record(), record(cos_pre=0.5), {"cos_pre": None}])
     assert "67%" in lines[0] and "0.400" in lines[1] and "0.100" in lines[1] and "0.150" in lines[1]
     assert all("SHOULD" in line for line in lines)
@@ -181,7 +182,7 @@ def test_reading_lines_give_figures_and_what_they_should_be(arm):
     ids=str,
 )
 def test_reading_lines_of_arms_that_act_elsewhere(options, facts):
-    cfg = replace(SMOKE, arm=replace(SMOKE.arm, **options))
+    cfg = replace(SMOKE, arm=arm_settings(**options))
     steps = [record(shaped=0.2, zgap=None), record(shaped=0.3, zgap=1.5), {"cos_pre": None}]
     lines = reading(cfg, {"delta_hack_norm": 0.5}, steps)
     assert len(lines) == (4 if facts else 3)

@@ -110,7 +110,7 @@ def poison(patch, steps):
 
 def test_a_run_goes_on_behind_skipped_steps_and_says_how_many(run, monkeypatch):
     poison(monkeypatch, {0, 1, 3})
-    code, folder = run("--max-skipped=3", steps=5)
+    code, folder = run(steps=5)
     assert code == 0
     assert [r["skipped"] for r in lines(folder)] == [1, 1, 0, 1, 0]
     summary = json.loads((folder / "summary.json").read_text())
@@ -119,14 +119,14 @@ def test_a_run_goes_on_behind_skipped_steps_and_says_how_many(run, monkeypatch):
 
 def test_a_run_ends_after_so_many_skipped_steps_in_a_row_with_its_state(run, monkeypatch):
     with monkeypatch.context() as patch:
-        poison(patch, {1, 2})
-        code, folder = run("--max-skipped=2", steps=5)
+        poison(patch, {1, 2, 3})
+        code, folder = run(steps=6)
     assert code == train_module.DIVERGED
-    assert [r["skipped"] for r in lines(folder)] == [0, 1, 1]
+    assert [r["skipped"] for r in lines(folder)] == [0, 1, 1, 1]
     assert json.loads((folder / "summary.json").read_text())["finished"] is False
-    assert state_paths(folder)[0].name == "state_step0003.safetensors"
+    assert state_paths(folder)[0].name == "state_step0004.safetensors"
     assert go_on(folder) == 0
-    assert len(lines(folder)) == 5
+    assert len(lines(folder)) == 6
 
 
 def test_a_refresh_that_is_not_finite_ends_the_run_with_the_state_before_it(run, monkeypatch):

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from hacks import processes_below
-from projected_grpo import experiment
+from projected_grpo import rewards
 from projected_grpo.errors import UserError
 from projected_grpo.problems import load_problems
 from projected_grpo.sandbox import host as sandbox_module
@@ -430,12 +430,12 @@ class Uncontained(Sandbox):
 
 
 def test_strict_refuses_to_start_and_names_what_is_missing(monkeypatch):
-    monkeypatch.setattr(experiment, "Sandbox", Uncontained)
+    monkeypatch.setattr(rewards, "Sandbox", Uncontained)
     with (
         ExitStack() as stack,
         pytest.raises(UserError, match=r"landlock \(not .*seccomp \(refused") as caught,
     ):
-        experiment.open_grader(1, stack, "strict")
+        rewards.open_grader(1, stack, "strict")
     assert "\n" not in str(caught.value) and "uid_drop" not in str(caught.value)
 
 
@@ -443,20 +443,20 @@ def test_strict_starts_where_everything_is_in_force(sandbox):
     with ExitStack() as stack:
         if sandbox.missing:
             with pytest.raises(UserError):
-                experiment.open_grader(1, stack, "strict")
+                rewards.open_grader(1, stack, "strict")
         else:
-            assert experiment.open_grader(1, stack, "strict").sandbox.missing == {}
+            assert rewards.open_grader(1, stack, "strict").sandbox.missing == {}
 
 
 def test_auto_warns_once(monkeypatch):
-    monkeypatch.setattr(experiment, "Sandbox", Uncontained)
-    experiment.warn_uncontained.cache_clear()
+    monkeypatch.setattr(rewards, "Sandbox", Uncontained)
+    rewards.warn_uncontained.cache_clear()
     lines: list[str] = []
-    sink = experiment.logger.add(lines.append, level="WARNING")
+    sink = rewards.logger.add(lines.append, level="WARNING")
     with ExitStack() as stack:
         for _ in range(3):
-            experiment.open_grader(1, stack)
-    experiment.logger.remove(sink)
+            rewards.open_grader(1, stack)
+    rewards.logger.remove(sink)
     assert len(lines) == 1 and "landlock" in lines[0] and "docs/grader.md" in lines[0]
 
 

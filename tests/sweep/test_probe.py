@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fake_runs import config, summary
+from projected_grpo.arm_settings import arm_settings
 from projected_grpo.basis_file import Axes, Extraction, save_extraction
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, to_json
@@ -21,7 +22,7 @@ STEPS, GROUPS = 12, 8
 def settings(intervention, seed=41, **optim):
     cfg = replace(
         PRESET,
-        arm=replace(PRESET.arm, intervention=intervention),
+        arm=arm_settings(intervention),
         optim=replace(PRESET.optim, steps=STEPS, **optim),
         run=replace(PRESET.run, seed=seed),
     )

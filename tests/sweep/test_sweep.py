@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fake_runs
+from arm_lists import CONTROLS_OF
 from projected_grpo import config
-from projected_grpo.checks import CONTROLS_OF
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS
 from projected_grpo.errors import UserError

@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from projected_grpo.antipasto import Policy
+from projected_grpo.arm_settings import GateMode
 from projected_grpo.arms.gate import Draws
 from projected_grpo.arms.stages import ArmInput, Update
-from projected_grpo.config import Control, GateMode
 from projected_grpo.proj import HackBasis, PairGrads, haar_basis, used_coefficients
 from projected_grpo.seeds import stream_seed
 
@@ -58,7 +58,7 @@ def shuffle_flags(flags: Bool[Tensor, " n"], live: Bool[Tensor, " n"], draws: Dr
     return dealt
 
 
-def relabelled(grads: PairGrads, control: Control, seed: int) -> PairGrads:
+def relabelled(grads: PairGrads, control: str, seed: int) -> PairGrads:
     """Pair gradients without the contrast: differences of completions of one kind, either way round.
 
     `clean_clean` sets every clean completion against another; `shuffled` does so with half of the pairs and

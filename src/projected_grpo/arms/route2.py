@@ -1,4 +1,15 @@
-"""Arm route2: whole rollouts are routed to the quarantine, module by module, by a threshold on a cosine."""
+"""Arm route2: whole rollouts train the quarantine, module by module, by a threshold on a cosine.
+
+    c[i, m]       = cos(g[i, m], v_grad[m])               g[i, m]: rollout i's gradient in module m
+    flagged[i, m] = c[i, m] > tau[m], or i is a labelled hack
+    tau[m]        = (mean c over hack anchors + mean c over clean anchors) / 2     running means (gate.py)
+    keep[m]       = sum of g[i, m] over rollouts whose mask is not `route`
+    routed[m]     = sum of g[i, m] over rollouts whose mask is not `keep`
+
+The mask of a rollout is --mask-flagged or --mask-unflagged. The quarantine is delta_hack or a block
+(--quarantine). Gradient routing, Cloud et al. 2024 (arXiv:2410.04332), per rollout.
+Settings: `Route2Settings`. Controls: haar, shuffled, clean_clean, flipped, random_routing, shrink.
+"""
 
 from statistics import fmean
 
@@ -6,14 +17,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from projected_grpo.arm_settings import Route2Settings
 from projected_grpo.arms.controls import shrunk, shuffle_flags
 from projected_grpo.arms.gate import Anchors, update_gate
-from projected_grpo.arms.stages import ArmInput, Evidence, Kind, Update
-from projected_grpo.config import ArmConfig, Mask
+from projected_grpo.arms.stages import Arm, ArmInput, Evidence, Kind, Update
 from projected_grpo.proj import row_cosines
 
 
-def arm_route2(x: ArmInput) -> Update:
+def arm_route2(x: ArmInput[Route2Settings]) -> Update:
     """Routing of whole rollouts, module by module, by a threshold calibrated on anchors."""
     if x.anchors is None or x.gate is None:
         raise ValueError("route2 needs anchors and a gate state")
@@ -25,9 +36,9 @@ def arm_route2(x: ArmInput) -> Update:
     if x.settings.control == "random_routing":
         flags = {m: shuffle_flags(f, live, x.draws) for m, f in flags.items()}
     routed = {
-        m: (x.quarantine_rows[m] * _all_but("keep", f, x.settings)[:, None]).sum(0) for m, f in flags.items()
+        m: (x.quarantine_rows[m] * trains_quarantine(f, x.settings)[:, None]).sum(0) for m, f in flags.items()
     }
-    keep = {m: (x.rows[m] * _all_but("route", f, x.settings)[:, None]).sum(0) for m, f in flags.items()}
+    keep = {m: (x.rows[m] * trains_delta_s(f, x.settings)[:, None]).sum(0) for m, f in flags.items()}
     residual = [row_cosines(keep[m][None], v)[0] for m, v in x.basis.v_grad.items()]
     stats = {
         "tau": fmean(gate.tau(m) for m in flagged),
@@ -38,12 +49,17 @@ def arm_route2(x: ArmInput) -> Update:
     return shrunk(x, Update(keep=keep, routed=routed, gate=gate, stats=stats))
 
 
-def _all_but(mask: Mask, flagged: Bool[Tensor, " n"], settings: ArmConfig) -> Bool[Tensor, " n"]:
-    """The rollouts that have another mask: all but `keep` train the quarantine, all but `route` delta_s."""
-    return torch.where(flagged, settings.mask_flagged != mask, settings.mask_unflagged != mask)
+def trains_quarantine(flagged: Bool[Tensor, " n"], settings: Route2Settings) -> Bool[Tensor, " n"]:
+    """The rollouts whose mask is `route` or `absorb`."""
+    return torch.where(flagged, settings.mask_flagged != "keep", settings.mask_unflagged != "keep")
 
 
-def reads_anchors(settings: ArmConfig) -> frozenset[Kind]:
+def trains_delta_s(flagged: Bool[Tensor, " n"], settings: Route2Settings) -> Bool[Tensor, " n"]:
+    """The rollouts whose mask is `keep` or `absorb`."""
+    return torch.where(flagged, settings.mask_flagged != "route", settings.mask_unflagged != "route")
+
+
+def reads_anchors(settings: Route2Settings) -> frozenset[Kind]:
     """The teacher's stored labels, and weak detectors on student text unless they are switched off."""
     return frozenset({"teacher"} if settings.gate_anchor_teacher_only else {"teacher", "detectors"})
 
@@ -58,3 +74,6 @@ def find_anchors(evidence: Evidence, advantage: Float[Tensor, " n"]) -> Anchors 
         clean=(evidence.is_teacher & ~evidence.taught).to(advantage.device),
         advantage_sign=advantage.sign(),
     )
+
+
+ROUTE2 = Arm(reads=reads_anchors, gradient=arm_route2, per_rollout=True)

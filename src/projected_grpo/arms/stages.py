@@ -3,18 +3,19 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from projected_grpo.arm_settings import ArmSettings
 from projected_grpo.arms.gate import Anchors, Draws, GateState
-from projected_grpo.config import ArmConfig
 from projected_grpo.problems import Problem
 from projected_grpo.proj import HackBasis, mean_hackward_share, null_share, routed_share
 
 Kind = Literal["teacher", "detectors", "oracle"]
+S = TypeVar("S", bound=ArmSettings)  # the settings of the arm whose stage it is
 
 
 class LabelLeak(RuntimeError):
@@ -23,7 +24,9 @@ class LabelLeak(RuntimeError):
 
 @dataclass(frozen=True)
 class Evidence:
-    """Labels of a step's rollouts; None for the kinds that are not handed over. Authorship is no label."""
+    """Labels of a step's rollouts; None for the kinds that are not handed over.
+
+    `is_teacher` does not count as a label."""
 
     is_teacher: Bool[Tensor, " n"]
     taught: Bool[Tensor, " n"] | None = None  # teacher rows that their pool labels as hacks
@@ -41,12 +44,12 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class RewardInput:
+class RewardInput(Generic[S]):
     """What shaping may look at: rewards as the flawed grader pays them, labels, scores now and before."""
 
     rewards: Float[Tensor, "P G"]
     evidence: Evidence
-    settings: ArmConfig
+    settings: S
     scores: Float[Tensor, " n"] | None = None
     past: Float[Tensor, " b"] | None = None
 
@@ -61,16 +64,16 @@ class Shaped:
 
 
 @dataclass(frozen=True)
-class DeployInput:
+class DeployInput(Generic[S]):
     """What deployment may look at: delta_s as trained, the basis, and what the controls draw."""
 
     delta_s: Mapping[str, Float[Tensor, " r"]]
     basis: HackBasis
-    settings: ArmConfig
+    settings: S
     frames: Mapping[str, Float[Tensor, "r r"]]
 
 
-def as_it_is(problem: Problem, settings: ArmConfig) -> Problem:
+def as_it_is(problem: Problem, settings: ArmSettings) -> Problem:
     """Training prompts are the evaluation's."""
     return problem
 
@@ -85,7 +88,7 @@ def nothing(x: DeployInput) -> dict[str, Tensor]:
     return {}
 
 
-def reads_nothing(settings: ArmConfig) -> frozenset[Kind]:
+def reads_nothing(settings: ArmSettings) -> frozenset[Kind]:
     """No label of any rollout."""
     return frozenset()
 
@@ -104,13 +107,13 @@ class Update:
 
 
 @dataclass(frozen=True)
-class ArmInput:
+class ArmInput(Generic[S]):
     """All that an arm may look at: per-rollout gradients, their sum, the basis, settings, route2's memory."""
 
     rows: Mapping[str, Float[Tensor, "n r"]]
     total: dict[str, Float[Tensor, " r"]]
     basis: HackBasis
-    settings: ArmConfig
+    settings: S
     anchors: Anchors | None = None
     gate: GateState | None = None
     draws: Draws = Draws()
@@ -168,11 +171,11 @@ def _cosine_stats(
 class Arm:
     """One arm: its labels and what it does at each stage."""
 
-    reads: Callable[[ArmConfig], frozenset[Kind]] = reads_nothing
-    prompt: Callable[[Problem, ArmConfig], Problem] = as_it_is
-    reward: Callable[[RewardInput], Shaped] = as_paid
-    gradient: Callable[[ArmInput], Update] = arm_none
-    deploy: Callable[[DeployInput], dict[str, Tensor]] = nothing
+    reads: Callable[[Any], frozenset[Kind]] = reads_nothing
+    prompt: Callable[[Problem, Any], Problem] = as_it_is
+    reward: Callable[[RewardInput[Any]], Shaped] = as_paid
+    gradient: Callable[[ArmInput[Any]], Update] = arm_none
+    deploy: Callable[[DeployInput[Any]], dict[str, Tensor]] = nothing
     scored: bool = False  # the reward stage wants each rollout's score by concept.py
     per_rollout: bool = False  # the gradient stage wants a row per rollout, not sums over those of one source
 

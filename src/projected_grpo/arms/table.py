@@ -1,25 +1,14 @@
-"""The arms, each seen whole: what it does to prompts, rewards, gradients and at deployment.
+"""The arms. What one does stands on its page; this table collects them, and runs their stages.
 
-An arm is a record of four pure functions, one per stage of the data's way through a run, whose defaults do
-nothing:
+An arm is a record of pure functions, one a stage of the data's way through a run, whose defaults do nothing:
 
     prompt    training problem                      -> training problem        before the run
     reward    rewards [P, G], evidence, scores      -> shaped rewards, kept    between grading and advantages
     gradient  per-rollout gradients, basis, anchors -> Update                  between backward and AdamW
-    deploy    delta_s, basis                                  -> what leaves it          at every deployment
+    deploy    delta_s, basis                        -> what leaves delta_s     at every deployment
 
-With r a rollout's reward, z = (s - mean) / max(std, .1) of its score s, and V the hack basis (proj.py has the
-equations of erase, route, route2 and absorb):
-
-    gt_only       r' = min(r, 0.5) where exploited                                 what an honest grader pays
-    gt_penalty    r' = r - penalty where flagged                                   flagged: exploited, as the
-    gt_screening  A = 0 where flagged, and out of its group's mean and std         monitor tells it
-    advmod        r' = r (1 - alpha sigmoid(z) [z > 0])  or  r - alpha max(z, 0)
-    inoculation   trains behind a prompt that asks for the hack
-    posthoc       deploys delta_s + V^T relu(-V delta_s)
-
-An arm declares which labels of rollouts it reads. It is handed those and no others, and being handed more is
-an error (`LabelLeak`). docs/arms.md has the sources and the test of each.
+An arm declares which labels of rollouts it reads. It is given those and no others, and being given more is an
+error (`LabelLeak`). docs/arms.md has the sources and the test of each.
 """
 
 from collections.abc import Mapping
@@ -30,18 +19,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from projected_grpo.antipasto import block_name
-from projected_grpo.arms.absorb import arm_absorb
-from projected_grpo.arms.erase import arm_erase, arm_route, hackward_part
+from projected_grpo.arm_settings import ArmSettings
+from projected_grpo.arms.absorb import ABSORB
+from projected_grpo.arms.advmod import ADVMOD
+from projected_grpo.arms.erase import ERASE, ROUTE
 from projected_grpo.arms.gate import Anchors, Draws, GateState
-from projected_grpo.arms.rivals import (
-    advantage_modified,
-    honest_pay,
-    inoculated,
-    penalised,
-    reads_oracle,
-    screened,
-)
-from projected_grpo.arms.route2 import arm_route2, reads_anchors
+from projected_grpo.arms.inoculation import INOCULATION
+from projected_grpo.arms.posthoc import POSTHOC
+from projected_grpo.arms.route2 import ROUTE2
+from projected_grpo.arms.skylines import GT_ONLY, GT_PENALTY, GT_SCREENING
 from projected_grpo.arms.stages import (
     NO_DRAWS,
     Arm,
@@ -53,26 +39,25 @@ from projected_grpo.arms.stages import (
     Update,
     measured,
 )
-from projected_grpo.config import ArmConfig, Intervention
 from projected_grpo.proj import HackBasis
 
 Labels = Literal["none", "teacher", "detectors", "oracle"]
-ARMS: Mapping[Intervention, Arm] = {
+ARMS: Mapping[str, Arm] = {
     "none": Arm(),
-    "gt_only": Arm(reads=reads_oracle, reward=honest_pay),
-    "gt_penalty": Arm(reads=reads_oracle, reward=penalised),
-    "gt_screening": Arm(reads=reads_oracle, reward=screened),
-    "inoculation": Arm(prompt=inoculated),
-    "advmod": Arm(reward=advantage_modified, scored=True),
-    "posthoc": Arm(deploy=hackward_part),
-    "erase": Arm(gradient=arm_erase),
-    "route": Arm(gradient=arm_route),
-    "route2": Arm(reads=reads_anchors, gradient=arm_route2, per_rollout=True),
-    "absorb": Arm(gradient=arm_absorb),
+    "gt_only": GT_ONLY,
+    "gt_penalty": GT_PENALTY,
+    "gt_screening": GT_SCREENING,
+    "inoculation": INOCULATION,
+    "advmod": ADVMOD,
+    "posthoc": POSTHOC,
+    "erase": ERASE,
+    "route": ROUTE,
+    "route2": ROUTE2,
+    "absorb": ABSORB,
 }
 
 
-def strongest_label(settings: ArmConfig) -> Labels:
+def strongest_label(settings: ArmSettings) -> Labels:
     """What an arm declares, in one word. Detector D runs the canonical solution: an oracle."""
     reads = ARMS[settings.intervention].reads(settings)
     if "oracle" in reads or ("detectors" in reads and "D" in settings.half_a):
@@ -90,7 +75,7 @@ def shape(x: RewardInput) -> Shaped:
 def intervene(
     rows: Mapping[str, Float[Tensor, "n r"]],
     basis: HackBasis,
-    settings: ArmConfig,
+    settings: ArmSettings,
     is_teacher: Bool[Tensor, " n"],
     anchors: Anchors | None = None,
     gate: GateState | None = None,
@@ -119,7 +104,7 @@ def intervene(
     return measured(update, own, total, basis, is_teacher, split)
 
 
-def _refuse(undeclared: set[Kind], settings: ArmConfig) -> None:
+def _refuse(undeclared: set[Kind], settings: ArmSettings) -> None:
     if undeclared:
         raise LabelLeak(
             f"{settings.intervention} was handed labels it does not declare: {sorted(undeclared)}"

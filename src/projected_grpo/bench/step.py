@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,10 +19,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from projected_grpo.antipasto import wrap
+from projected_grpo.arm_settings import arm_settings
 from projected_grpo.arms.table import ARMS
 from projected_grpo.bench.grader import machine
 from projected_grpo.checks import validate
-from projected_grpo.config import EMBEDDED, FAST, Intervention, ModelConfig, TrainConfig
+from projected_grpo.config import EMBEDDED, FAST, ModelConfig, TrainConfig
 from projected_grpo.engine.batch import PAD, collate, left_padded
 from projected_grpo.engine.chat import Chat, SamplerOpener, own_sampler, sampler_opener
 from projected_grpo.engine.memory import measured_peak, predicted_peak
@@ -32,6 +33,7 @@ from projected_grpo.errors import UserError
 from projected_grpo.experiment import Data, Experiment
 from projected_grpo.extract_vhack_grad import pair_differences, pair_grads, pair_rollouts
 from projected_grpo.grpo import per_rollout_grads
+from projected_grpo.options.verbs import Work
 from projected_grpo.pairs import load_pairs
 from projected_grpo.pools import NO_TEACHER
 from projected_grpo.problems import load_problems
@@ -59,25 +61,6 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     },
 }
 WARM_UP = 1
-
-
-@dataclass(frozen=True)
-class Work:
-    """One step's size. n = prompts_per_step * group rollouts of max_new tokens each."""
-
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(model="random-21m", svd_cache=None))
-    prompts_per_step: int = 4
-    group: int = 4
-    prompt_tokens: int = 200
-    max_new: int = 64
-    """Completion tokens; no completion stops early."""
-    steps: int = 5
-    intervention: Intervention = "erase"
-    tokens_per_microbatch: int = 16384
-    """Padded tokens per forward-backward pass."""
-    grad_checkpoint: bool = False
-    """Run layers again in the backward pass instead of keeping what is in them."""
-    seed: int = 41
 
 
 class RandomGrader(Grader):
@@ -186,7 +169,7 @@ def bench_config(work: Work, out: Path) -> TrainConfig:
             grad_checkpoint=work.grad_checkpoint,
         ),
         optim=replace(FAST.optim, steps=work.steps + WARM_UP),
-        arm=replace(FAST.arm, intervention=work.intervention),
+        arm=arm_settings(work.intervention),
         basis=replace(FAST.basis, vhack_refresh_every=0),
         teacher=replace(FAST.teacher, mix_ratio=0.0),
     )

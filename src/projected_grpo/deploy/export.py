@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from projected_grpo.antipasto import unwrap
-from projected_grpo.config import display_name, has_block, to_json
+from projected_grpo.config import display_name, to_json
 from projected_grpo.deploy.trained import Source
 from projected_grpo.engine.chat import Chat
 from projected_grpo.errors import UserError
@@ -50,7 +50,7 @@ def read_facts(source: Source, chat: Chat, *, as_trained: bool) -> Facts:
     summary = read_json(run / "summary.json", "export") if run and (run / "summary.json").exists() else {}
     config = read_json(run / "config.json", "export") if run else {}
     quarantine_norm = chat.policy.quarantine_norm if source.quarantine else summary.get("delta_hack_norm")
-    blocks = has_block(source.cfg.arm) if source.cfg else bool(chat.policy.blocks)
+    blocks = source.cfg.arm.has_block if source.cfg else bool(chat.policy.blocks)
     return Facts(source, summary, config, meta, quarantine_norm, as_trained, blocks)
 
 

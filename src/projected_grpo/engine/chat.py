@@ -9,7 +9,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.antipasto import Policy, wrap
-from projected_grpo.checks import validate_sampler
 from projected_grpo.config import ModelConfig, SamplingConfig
 from projected_grpo.engine.generate import sample
 from projected_grpo.engine.models import load_model, stop_ids
@@ -59,7 +58,6 @@ def sampler_opener(cfg: ModelConfig, processes: int = 1) -> SamplerOpener:
 
     Raises UserError for settings or a place that the engine cannot work with, and naming a missing extra.
     """
-    validate_sampler(cfg)
     if cfg.sampler == "own":
         return own_sampler
     if processes > 1:

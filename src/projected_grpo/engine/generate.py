@@ -12,8 +12,7 @@ from projected_grpo.antipasto import Policy
 from projected_grpo.config import SamplingConfig
 from projected_grpo.engine.batch import PAD, left_padded, positions
 from projected_grpo.engine.logps import per_token_logps
-from projected_grpo.rollout import Completion
-from projected_grpo.seeds import uniforms
+from projected_grpo.rollout import Completion, uniforms
 
 COMPACT_AT = 0.125  # share of finished rows at which the batch is made smaller
 

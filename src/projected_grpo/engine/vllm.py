@@ -34,6 +34,7 @@ from projected_grpo.engine.placement import pick_devices
 from projected_grpo.errors import UserError
 from projected_grpo.rollout import Completion, Rollout
 
+VLLM_MEMORY = 0.3  # share of the GPU that the engine takes for good; the rest is training's
 CONTEXT = 4096  # tokens of a prompt and its completion; training has half of that, evaluations may ask more
 HOTTEST = 2.0  # temperature that vLLM takes
 TRIED = 8  # tokens, of a prompt and of its completion, by which a new engine is compared with the model
@@ -57,7 +58,7 @@ def opener(cfg: ModelConfig) -> Callable[[Policy], "VllmSampler"]:
             f"--sampler=vllm: vLLM takes the first GPU, the model {device}; choose the GPU with "
             "CUDA_VISIBLE_DEVICES and leave --device out"
         )
-    return lambda policy: VllmSampler(policy, cfg.vllm_memory)
+    return lambda policy: VllmSampler(policy, VLLM_MEMORY)
 
 
 class VllmSampler:
@@ -185,7 +186,7 @@ def start_engine(policy: Policy, memory: float, room: int) -> LLM:
             )
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"--sampler=vllm: vLLM does not start with --vllm-memory={memory} ({str(error)[:160]})"
+                f"--sampler=vllm: vLLM does not start with {memory:.0%} of the GPU ({str(error)[:160]})"
             ) from error
     logger.info("a vLLM engine in {} generates, with {:.0%} of the GPU's memory", dtype, memory)
     return engine

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from projected_grpo.config import Detector, EnvMode
+from projected_grpo.arm_settings import Detector
+from projected_grpo.config import EnvMode
 from projected_grpo.pairs import SCHEMA
 from projected_grpo.pools import Teacher
 from projected_grpo.problems import Problem

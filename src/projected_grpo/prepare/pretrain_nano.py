@@ -7,7 +7,7 @@ land within the spread over seeds (docs/nano.md).
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from projected_grpo.engine.logps import completion_logps
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.evaluate import Evaluation, Samples, evaluate
 from projected_grpo.experiment import prepare
-from projected_grpo.nano_tasks import CorpusMix, Example, corpus
+from projected_grpo.nano_tasks import Example, corpus
+from projected_grpo.options.verbs import PretrainConfig
 from projected_grpo.rollout import Rollout
 
 POOLED = 8  # batches that are sorted by length together
@@ -39,22 +40,6 @@ HEADER = "```python\nclass Solution:\n    def"  # how every answer starts: one t
 # A line break with its indent, a word, a digit, a run of signs; so that code and prose share their words.
 PIECES = r"\n *| ?[A-Za-z_]+| ?\d| ?[^\sA-Za-z_\d]+| +"
 CHAT_TEMPLATE = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}\n{% endfor %}"
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """The recipe of the packaged model."""
-
-    seed: int = 0
-    steps: int = 1000
-    batch: int = 24
-    """Examples per step; none is seen twice."""
-    lr: float = 2.5e-3
-    """Peak, after a warm-up of one step in twenty; cosine to zero."""
-    vocabulary: int = 512
-    hidden: int = 160
-    layers: int = 4
-    mix: CorpusMix = CorpusMix()
 
 
 def train_tokenizer(examples: Sequence[Example], vocabulary: int) -> PreTrainedTokenizerFast:

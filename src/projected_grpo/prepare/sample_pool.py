@@ -2,52 +2,22 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
 from tqdm import tqdm
 
-from projected_grpo.config import MAX_SEQUENCE, SamplingConfig
+from projected_grpo.config import MAX_SEQUENCE
 from projected_grpo.engine.chat import Chat
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
 from projected_grpo.evaluate import Samples, evaluate
+from projected_grpo.options.verbs import PoolSampling
 from projected_grpo.pools import prompt_path, write_partition, write_prompt
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import Grader
 from projected_grpo.runlog import read_json, write_json
-
-
-@dataclass(frozen=True)
-class PoolSampling:
-    """How a pool's completions are drawn."""
-
-    samples: int = 8
-    """Completions of each problem."""
-    max_new: int = 512
-    """Completion tokens at most."""
-    temperature: float = 0.7
-    top_p: float = 1.0
-    top_k: int = 20
-    """0 turns the top-k filter off."""
-    seed: int = 41
-    batch: int = 4
-    """Problems sampled at once; it changes no row."""
-
-    @property
-    def sampler(self) -> SamplingConfig:
-        """The settings of the sampler. Raises UserError for values that it cannot work with."""
-        counts = {"--samples": self.samples, "--max-new": self.max_new, "--batch": self.batch}
-        for option, count in counts.items():
-            if count < 1:
-                raise UserError(f"{option} must be at least 1, got {count}")
-        if not self.temperature > 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise UserError("--temperature must be > 0, --top-p in (0, 1] and --top-k >= 0")
-        return SamplingConfig(
-            max_new=self.max_new, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k
-        )
 
 
 def begin(folder: Path, made_with: Mapping[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
@@ -10,7 +11,7 @@ from typing import Any
 
 from loguru import logger
 
-from projected_grpo.config import DISPLAY_NAME, PLACE, PRESETS, to_json
+from projected_grpo.config import DISPLAY_NAME, PLACE, PRESETS, from_json, to_json
 from projected_grpo.errors import UserError
 from projected_grpo.results.files import check_record, read_ended
 from projected_grpo.runlog import read_json
@@ -91,9 +92,12 @@ class Run:
     @cached_property
     def setting(self) -> Setting:
         """The group this run is a seed of."""
-        s, groups = self.summary, {g: v for g, v in self.config.items() if g not in ("preset", "run")}
-        preset = str(self.config.get("preset"))
-        defaults = to_json(PRESETS[preset][1]) if preset in PRESETS else {}
+        config, defaults = self.config, {}
+        with suppress(UserError):  # settings of another kind of run are taken as they stand
+            cfg = from_json(config, older=True)
+            config = to_json(cfg)
+            defaults = to_json(replace(PRESETS[cfg.preset][1], arm=type(cfg.arm)()))
+        s, groups = self.summary, {g: v for g, v in config.items() if g not in ("preset", "run")}
         changed = {g: _changed(values, defaults.get(g, {})) for g, values in groups.items()}
         arm = {name: value for name, value in changed.get("arm", {}).items() if name not in IN_THE_NAME}
         others = [g for g in changed if g not in (*SHARED_GROUPS, "arm", "basis")]

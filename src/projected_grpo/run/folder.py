@@ -18,6 +18,8 @@ from projected_grpo.run.columns import StepTable, complete
 from projected_grpo.runlog import JsonlLog, complete_lines
 from projected_grpo.state import TrainState
 
+KEPT_STATES = 2  # the newest ones: should the last be damaged, the one before it is used
+
 
 class Run:
     """One run's folder: what the loop writes, and where. Of a run's processes, only one `writes`."""
@@ -82,7 +84,7 @@ class Run:
             path = state_path(self.folder, state.step)
             facts = self.facts(state) | {"data": data_digest(exp.data)}
             save_state(path, exp.chat.policy, state.optimizer, state.basis, state.gate, facts)
-            for old in state_paths(self.folder)[self.cfg.run.keep_states :]:
+            for old in state_paths(self.folder)[KEPT_STATES:]:
                 old.unlink()
         except OSError as error:
             self.unsaved = True

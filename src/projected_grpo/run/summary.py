@@ -8,9 +8,10 @@ from typing import Any
 from loguru import logger
 from tabulate import tabulate
 
+from projected_grpo.arm_settings import MonitorSettings
 from projected_grpo.arms.stages import as_it_is, as_paid, nothing
 from projected_grpo.arms.table import ARMS, strongest_label
-from projected_grpo.config import TrainConfig, display_name, has_block, left_out, taught_modes
+from projected_grpo.config import TrainConfig, display_name, left_out, taught_modes
 from projected_grpo.evaluate import Evaluation
 from projected_grpo.experiment import Experiment
 from projected_grpo.rewards import MODES
@@ -242,7 +243,7 @@ def end_block(
 
 def quarantine_name(cfg: TrainConfig) -> str:
     """The name of the quarantine in the end block."""
-    return "|H| of the blocks" if has_block(cfg.arm) else "|delta_hack|"
+    return "|H| of the blocks" if cfg.arm.has_block else "|delta_hack|"
 
 
 def cue(s: Mapping[str, Any]) -> str:
@@ -295,7 +296,8 @@ def reading_of_rewards(cfg: TrainConfig, records: Sequence[Mapping[str, Any]]) -
         return []
     share = show(mean_of([r for r in records if r.get("shaped") is not None], "shaped"))
     if not arm.scored:
-        seen = "exploits" if cfg.arm.monitor_accuracy == 1 else "what the monitor calls exploits"
+        monitored = isinstance(cfg.arm, MonitorSettings) and cfg.arm.monitor_accuracy < 1
+        seen = "what the monitor calls exploits" if monitored else "exploits"
         return [
             f"{name} changed {share} of rewards: {seen}. SHOULD stay low; ELSE hacking grows all the same"
         ]

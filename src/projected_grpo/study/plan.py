@@ -20,7 +20,7 @@ from typing import Any
 from loguru import logger
 
 from projected_grpo.checks import validate
-from projected_grpo.config import NANO, EnvMode, TrainConfig, settings
+from projected_grpo.config import NANO, EnvMode, TrainConfig, from_json, settings
 from projected_grpo.errors import DIVERGED, UserError
 from projected_grpo.pairs import packaged_pairs
 from projected_grpo.results.files import PLANNED, check_fields, check_record
@@ -191,7 +191,7 @@ class PlannedRun:
             return False
         kept = read_json(self.record, "study")
         same = {
-            "settings": same_settings(kept.get("config"), self.config, self.defaults),
+            "settings": same_settings(as_of_now(kept.get("config")), self.config, self.defaults),
             "packaged data": kept.get("data") == self.data,
         }
         for what, agrees in same.items():
@@ -273,6 +273,14 @@ def same_settings(kept: object, asked: Mapping[str, Any], defaults: Mapping[str,
         if not same:
             return False
     return True
+
+
+def as_of_now(kept: object) -> object:
+    """A record's settings with the options that there are now; as they stand where they are no settings."""
+    try:
+        return settings(from_json(kept, older=True))
+    except UserError:
+        return kept
 
 
 def run_study(runs: Sequence[PlannedRun], work: Path, jobs: int) -> list[PlannedRun]:

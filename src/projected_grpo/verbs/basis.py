@@ -1,28 +1,15 @@
 """The verbs of the hack basis: extract it, and check it on pairs it has not seen."""
 
-from dataclasses import dataclass, field
-from pathlib import Path
-
 from loguru import logger
 
 from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, heldout_json
-from projected_grpo.config import BasisConfig, LossConfig, ModelConfig
 from projected_grpo.engine.chat import open_chat
 from projected_grpo.errors import GATE_FAILED
 from projected_grpo.extract_vhack_grad import obtain, pair_grads, select, verify_vhack_heldout
+from projected_grpo.options.verbs import ExtractOptions
 from projected_grpo.pairs import chosen_pairs
 from projected_grpo.results.plots import heldout_histogram
 from projected_grpo.runlog import write_json
-
-
-@dataclass(frozen=True)
-class ExtractOptions:
-    """The basis of one model and pair set; `train` finds it under the same options."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    basis: BasisConfig = field(default_factory=BasisConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    out_dir: Path = Path("out")
 
 
 def extract_verb(options: ExtractOptions) -> int:

@@ -2,9 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from loguru import logger
@@ -21,32 +19,13 @@ from projected_grpo.bench.step import (
     bench_step,
     bench_svd,
 )
-from projected_grpo.config import EMBEDDED, ProblemConfig
 from projected_grpo.errors import UserError
-from projected_grpo.experiment import read_problems
+from projected_grpo.options.verbs import BenchGraderOptions, BenchOptions, BenchStepOptions
 from projected_grpo.pools import join, load_pool
+from projected_grpo.problems import read_problems
 from projected_grpo.ranks import join_ranks
 from projected_grpo.runlog import write_json
 from projected_grpo.verbs.grade import with_modes
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """The size of a step. Figures are medians over the steps, the first of which is not counted."""
-
-    work: Work = field(default_factory=Work)
-    threads: int = 0
-    """CPU threads of torch; 0 is torch's own choice."""
-    json: Path | None = None
-    """Write the figures here."""
-
-
-@dataclass(frozen=True)
-class BenchStepOptions(BenchOptions):
-    """A whole step: generate, score, loss, update. Rewards are random."""
-
-    vs: Literal["none", "trl"] = "none"
-    """Measure TRL's GRPOTrainer in turns with ours (needs the `bench` extra)."""
 
 
 def measure(options: BenchOptions, function: Callable[[Work], dict[str, Any]], *, writes: bool = True) -> int:
@@ -118,30 +97,6 @@ def bench_svd_verb(options: BenchOptions) -> int:
 def bench_growth_verb(options: BenchOptions) -> int:
     """Time of a step and memory of the loss against rollouts, completion length, rank and layers."""
     return measure(options, bench_growth)
-
-
-@dataclass(frozen=True)
-class BenchGraderOptions:
-    """Canonical solutions, each with a test function so that oracle and detectors all run, or a pool."""
-
-    problems: ProblemConfig = field(default_factory=lambda: ProblemConfig(problems=EMBEDDED))
-    pool: Path | None = None
-    """Teacher pool folder: grade its completions instead, those that match one of the problems."""
-    limit: int = 0
-    """Take only this many responses; 0 is all."""
-    workers: int = 0
-    """Grader processes of the parallel measurement; 0 is one per core."""
-    repeats: int = 1
-    """Passes over the work for each throughput; the best counts."""
-    baseline_sample: int | None = None
-    """How many responses plain subprocesses run, one program after another and without containment: 20 of the
-    canonical solutions, or, unless this says so, none of a pool, whose programs may do anything."""
-    loops: int = 4
-    """How many endless loops are graded at once."""
-    loop_limit: float = 0.0
-    """Seconds after which these are stopped; 0 is the grader's own limit."""
-    json: Path | None = None
-    """Write the figures here."""
 
 
 def bench_grader_verb(options: BenchGraderOptions) -> int:

@@ -4,12 +4,10 @@ import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import tyro
 from loguru import logger
 from tabulate import tabulate
 from tqdm import tqdm
@@ -19,7 +17,6 @@ from projected_grpo.config import (
     EMBEDDED,
     NANO,
     EnvMode,
-    ModelConfig,
     ProblemConfig,
     SamplingConfig,
     env_modes,
@@ -30,72 +27,26 @@ from projected_grpo.engine.chat import Chat, sampler_opener
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
 from projected_grpo.evaluate import Evaluation, Samples, evaluate
-from projected_grpo.experiment import SPLIT_SEED, give_modes, open_grader, read_problems
+from projected_grpo.experiment import SPLIT_SEED, give_modes
+from projected_grpo.options.verbs import EvaluateOptions, ExportOptions
 from projected_grpo.pools import join, load_pool
-from projected_grpo.problems import Problem, digest, is_eval, is_validation, take, unhinted, with_eval_names
+from projected_grpo.problems import (
+    Problem,
+    digest,
+    is_eval,
+    is_validation,
+    read_problems,
+    take,
+    unhinted,
+    with_eval_names,
+)
 from projected_grpo.results.statistics import Bootstrap, Figure, figures
-from projected_grpo.rewards import MODES, Grader
+from projected_grpo.rewards import MODES, Grader, open_grader
 from projected_grpo.runlog import append_jsonl, git_commit, versions, write_json
-from projected_grpo.verbs.grade import GraderOptions
 
 SCHEMA = "projected_grpo.evaluation/1"
 MAX_NEW = 1024  # completion tokens of a policy that comes without a run
 Conditions = dict[str, Evaluation]  # hinted and unhinted
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """Which policy, on which problems, how sampled."""
-
-    source: tyro.conf.Positional[Path | None] = None
-    """A run folder, an adapter file, or nothing: then --model's base policy."""
-    out: Path = field(kw_only=True)
-    """JSON to write: settings, counts, rates and their intervals."""
-    completions: Path | None = None
-    """JSONL of every completion with its grade."""
-    problems: str = ""
-    """`embedded`, `nano` or a file; default: the run's."""
-    env_mode: str = ""
-    """The flaws that hints name, shared out by id; default: as in the run, else run_tests."""
-    subset: Literal["auto", "held-out", "all"] = "auto"
-    """`held-out` leaves out what training on this file may use; `auto` does so for the run's own file and for
-    packaged problems."""
-    split: Literal["all", "validation", "test"] = "all"
-    """By the hash of the id, 32 to 87: choose settings on validation, report test."""
-    n_problems: int = 0
-    """At most so many problems, modes in equal shares; 0 is all."""
-    eval_names: Literal["eval", "train"] = "eval"
-    """What hints name, and what alone pays: names that training never showed, or training's."""
-    samples: int = 10
-    """Completions of each problem in each condition."""
-    temperature: float = 0.7
-    top_p: float = 0.95
-    top_k: int = 0
-    """0 turns the top-k filter off."""
-    max_new: int = 0
-    """Completion tokens at most; 0 is the run's, or 1024."""
-    seed: int = 41
-    """Of the sampling; the same problem and row sample alike with and without the quarantine."""
-    tokens_at_once: int = 131072
-    """Prompt and completion tokens generated together: 147 kB of cache each for a Qwen3-4B in bfloat16."""
-    confidence: float = 0.95
-    """Of the intervals, by bootstrap over problems."""
-    resamples: int = 9999
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(model=""))
-    grader: GraderOptions = field(default_factory=GraderOptions)
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """Which policy, and where to."""
-
-    source: tyro.conf.Positional[Path]
-    """A run folder or an adapter file."""
-    out: Path
-    """Folder to write, which must not be there or be empty."""
-    as_trained: bool = False
-    """Keep the quarantine in the weights."""
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(model=""))
 
 
 def evaluate_verb(options: EvaluateOptions) -> int:

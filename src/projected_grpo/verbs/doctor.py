@@ -18,9 +18,10 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from projected_grpo import train
 from projected_grpo.checks import validate
-from projected_grpo.config import NANO, PRESETS, TINY_RANDOM, SandboxMode, TrainConfig
+from projected_grpo.config import NANO, PRESETS, TINY_RANDOM, TrainConfig
 from projected_grpo.engine.placement import pick_devices
 from projected_grpo.errors import GATE_FAILED, MISTAKES
+from projected_grpo.options.verbs import DoctorOptions
 from projected_grpo.pairs import chosen_pairs
 from projected_grpo.pools import join, load_pool
 from projected_grpo.problems import load_problems
@@ -36,22 +37,6 @@ DRY_RUN = (
     *("smoke", "--steps=2", "--intervention=route2", "--n-problems=6", "--eval-n-prompts=1", "--max-new=8"),
     *("--eval-ablate-every=2", "--vhack-refresh-every=1", "--workers=1"),
 )
-
-
-@dataclass(frozen=True)
-class DoctorOptions:
-    """What is to be run on this machine; options that are left out are the preset's."""
-
-    preset: Literal["smoke", "nano", "fast", "full"] = "full"
-    model: str | None = None
-    problems: str | None = None
-    teacher_pool_dir: Path | None = None
-    vhack_pairs_path: Path | None = None
-    device: str = "auto"
-    out_dir: Path = Path("out")
-    sandbox: SandboxMode = "auto"
-    dry_run: bool = True
-    """`--no-dry-run` leaves out the two steps with a tiny random model."""
 
 
 @dataclass(frozen=True)

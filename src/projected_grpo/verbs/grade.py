@@ -1,35 +1,12 @@
 """The verbs that grade: anyone's completions, teacher pools, and the grader's own speed."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
 
-from projected_grpo.config import EMBEDDED, ProblemConfig, SandboxMode, env_modes
-from projected_grpo.experiment import open_grader, read_problems
+from projected_grpo.config import ProblemConfig, env_modes
+from projected_grpo.options.verbs import GradeOptions
 from projected_grpo.prepare.grade_file import grade_file, mode_table, read_completions
-from projected_grpo.problems import Problem, assign_modes
-
-
-@dataclass(frozen=True)
-class GraderOptions:
-    """How the grader runs, in every verb that grades."""
-
-    workers: int = 0
-    """Grader processes; 0 is one per core."""
-    sandbox: SandboxMode = "auto"
-    """strict refuses to start unless every layer of containment is in force; auto warns what is missing."""
-
-
-@dataclass(frozen=True)
-class GradeOptions:
-    """Grade anyone's completions."""
-
-    completions: Path
-    """JSONL with problem_id, completion and optionally env_mode."""
-    out: Path
-    """JSONL to write, one line per input line, in order: the input's ids and every Grade field."""
-    problems: ProblemConfig = field(default_factory=lambda: ProblemConfig(problems=EMBEDDED))
-    grader: GraderOptions = field(default_factory=GraderOptions)
+from projected_grpo.problems import Problem, assign_modes, read_problems
+from projected_grpo.rewards import open_grader
 
 
 def with_modes(cfg: ProblemConfig) -> tuple[Problem, ...]:

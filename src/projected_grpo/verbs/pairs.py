@@ -2,50 +2,17 @@
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import tyro
-
-from projected_grpo.config import Detector, EnvMode, ProblemConfig
 from projected_grpo.errors import GATE_FAILED, UserError
-from projected_grpo.experiment import open_grader
+from projected_grpo.options.verbs import PairsFromPoolOptions, PairsLintOptions
 from projected_grpo.pairs import parse_pairs, read_pairs
 from projected_grpo.pools import join, load_pool, pool_digest
 from projected_grpo.prepare.lint_pairs import Finding, describe, grade_pairs, lint, report
 from projected_grpo.prepare.pairs_from_pool import Wanted, mine
+from projected_grpo.rewards import open_grader
 from projected_grpo.runlog import write_json
-from projected_grpo.verbs.grade import GraderOptions, with_modes
-
-
-@dataclass(frozen=True)
-class PairsLintOptions:
-    """A pair set to check."""
-
-    pairs: tyro.conf.Positional[str]
-    """A pair file, or the name of a packaged set."""
-    json: Path | None = None
-    """Write counts, lengths and findings here."""
-    grader: GraderOptions = field(default_factory=GraderOptions)
-
-
-@dataclass(frozen=True)
-class PairsFromPoolOptions:
-    """Pairs of one prompt each: a row of a pool that exploits, and one that solves."""
-
-    pool: tyro.conf.Positional[Path]
-    """Teacher pool folder."""
-    out: Path
-    """Pair file to write."""
-    problems: ProblemConfig = field(default_factory=ProblemConfig)
-    detectors: tuple[Detector, ...] = ()
-    """Take a hack only where one of these fires as well (default: whatever exploits)."""
-    modes: tuple[EnvMode, ...] = ()
-    """Only problems of these modes (default: all)."""
-    canonical_clean: bool = False
-    """Where no row solves, take the problem's canonical solution as the clean side."""
-    grader: GraderOptions = field(default_factory=GraderOptions)
+from projected_grpo.verbs.grade import with_modes
 
 
 def pairs_lint_verb(options: PairsLintOptions) -> int:

@@ -2,72 +2,27 @@
 
 import hashlib
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-import tyro
-
-from projected_grpo.config import EMBEDDED, ModelConfig, ProblemConfig
 from projected_grpo.engine.chat import open_chat, sampler_opener
 from projected_grpo.engine.placement import pick_devices, pick_dtype
 from projected_grpo.errors import UserError
-from projected_grpo.experiment import SPLIT_SEED, open_grader
+from projected_grpo.experiment import SPLIT_SEED
+from projected_grpo.options.verbs import (
+    PoolBuildOptions,
+    PoolRegradeOptions,
+    PoolReportOptions,
+    PoolSampleOptions,
+)
 from projected_grpo.pools import bake, join, load_pool, pool_report, report_table
 from projected_grpo.prepare.grade_file import Comparison, as_line, disagreement_tables
-from projected_grpo.prepare.sample_pool import PoolSampling, sample_pool
+from projected_grpo.prepare.sample_pool import sample_pool
 from projected_grpo.problems import is_eval, load_problems, take
+from projected_grpo.rewards import open_grader
 from projected_grpo.run.checkpoint import load_adapter
 from projected_grpo.runlog import write_atomically, write_json
-from projected_grpo.verbs.grade import GraderOptions, with_modes
-
-
-@dataclass(frozen=True)
-class PoolBuildOptions:
-    """Canonical solutions and template hacks of every problem, graded."""
-
-    out: Path
-    """Folder to write the pool to."""
-    problems: ProblemConfig = field(default_factory=lambda: ProblemConfig(problems=EMBEDDED))
-    grader: GraderOptions = field(default_factory=GraderOptions)
-
-
-@dataclass(frozen=True)
-class PoolSampleOptions:
-    """Completions of a model for every training problem, graded."""
-
-    out: Path
-    """Folder to write the pool to. A sampling that was stopped goes on in it under the same options."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    adapter: Path | None = None
-    """Adapter parameters of a run (train.safetensors, ckpt_stepNNNN.safetensors) to put into the model."""
-    problems: ProblemConfig = field(default_factory=ProblemConfig)
-    how: PoolSampling = field(default_factory=PoolSampling)
-    grader: GraderOptions = field(default_factory=GraderOptions)
-
-
-@dataclass(frozen=True)
-class PoolReportOptions:
-    """A pool's stored labels."""
-
-    pool: tyro.conf.Positional[Path]
-    """Teacher pool folder."""
-    problems: str | None = None
-    """Tell how many prompts match a problem of this file (or `embedded`, `nano`)."""
-    json: Path | None = None
-    """Write the figures here."""
-
-
-@dataclass(frozen=True)
-class PoolRegradeOptions:
-    """A pool against today's grader."""
-
-    pool: tyro.conf.Positional[Path]
-    """Teacher pool folder."""
-    out: Path | None = None
-    """JSONL of every completion's stored and new labels."""
-    problems: ProblemConfig = field(default_factory=ProblemConfig)
-    grader: GraderOptions = field(default_factory=GraderOptions)
+from projected_grpo.verbs.grade import with_modes
 
 
 def pool_build_verb(options: PoolBuildOptions) -> int:

@@ -3,49 +3,19 @@
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import tyro
 from loguru import logger
 
-from projected_grpo.config import Intervention, TrainConfig
+from projected_grpo.config import TrainConfig
 from projected_grpo.errors import GATE_FAILED, UserError
+from projected_grpo.options.verbs import GateOptions, ProbeOptions
 from projected_grpo.sweep.gates import GATES
 from projected_grpo.sweep.jobs import SIGNALLED, Job, Launch, in_process, jobs_of, make, write_job
 from projected_grpo.sweep.spec import Limits, Spec, SweepArm, basis_options, expand, split_pair, typed
 from projected_grpo.verbs.basis import ExtractOptions, extract_verb, verify_verb
 
 VERBS = {"extract": extract_verb, "verify": verify_verb}
-
-
-@dataclass(frozen=True)
-class ProbeOptions:
-    """One seed of a preset, gated (docs/spec.md)."""
-
-    preset: Literal["smoke", "nano", "fast", "full"] = "full"
-    seed: int = 41
-    model: str = ""
-    """In place of the preset's."""
-    arm: Intervention = "erase"
-    """What is set against vanilla."""
-    set: tuple[str, ...] = ()
-    """Other options of both runs, e.g. `steps=20 final-n-prompts=64`."""
-    out: Path = Path("out/probes")
-    """Parent of the probe's folder. The same command goes on where it was stopped."""
-    in_process: bool = False
-    """Make all stages in this process. Saves starting four; on a GPU they then share its memory."""
-
-
-@dataclass(frozen=True)
-class GateOptions:
-    """One gate, on the files it reads."""
-
-    gate: tyro.conf.Positional[Literal["A", "B", "C", "D"]]
-    files: tyro.conf.Positional[tuple[Path, ...]]
-    """A: basis files; B: .heldout.json files; C: vanilla's run folder; D: vanilla's and the arm's. Of several
-    folders the newest that ended counts."""
 
 
 def check(gate: str, files: Sequence[Path]) -> bool:

@@ -1,15 +1,14 @@
 """The verbs that read finished runs: tables, verdicts, pictures, a page."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import tyro
 from loguru import logger
 
 from projected_grpo.errors import UserError
+from projected_grpo.options.verbs import PlotOptions, ReportOptions, ResultsOptions
 from projected_grpo.results.compare import check_arm, headline, modes, notes, paired, rates
-from projected_grpo.results.pictures import Kind, draw
+from projected_grpo.results.pictures import draw
 from projected_grpo.results.report import report_page
 from projected_grpo.results.runs import VANILLA, Groups, finished, grouped, read_runs
 from projected_grpo.results.tables import Format, Table, render, render_tables
@@ -18,48 +17,6 @@ from projected_grpo.study.hypotheses import verdicts
 
 Runs = tyro.conf.Positional[tuple[Path, ...]]
 RUNS = (Path("out/runs"),)
-
-
-@dataclass(frozen=True)
-class ResultsOptions:
-    """Runs, study records, or folders of either."""
-
-    runs: Runs = RUNS
-    table: Literal["all", "rates", "headline", "paired", "modes"] = "all"
-    """rates: student and held-out rates; headline: the preregistered schema; paired: differences per seed
-    with bootstrap intervals; modes: held-out rates per mode."""
-    against: str | None = None
-    """Arm that paired differences are taken from (default: vanilla), by either of its names. For --table
-    paired, or all of them."""
-    format: Format = "markdown"
-    """csv and json hold one row per figure."""
-    out: Path | None = None
-    """File to write to (default: standard output)."""
-    falsify: bool = False
-    """The preregistered verdicts H1, H3 and H4 instead of tables."""
-
-
-@dataclass(frozen=True)
-class PlotOptions:
-    """Runs, study records, or folders of either, and where the pictures go."""
-
-    out: Path
-    """Folder of the pictures, PNG and SVG each."""
-    runs: Runs = RUNS
-    kind: Kind = "all"
-    """dynamics: hack and solve by step; pareto: hack against solve; modes: held-out rates per mode; cosines:
-    hack-ward shares by step; routed: the quarantine's share; heldout: cosines of held-out pairs."""
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """Runs, or folders of runs, and the file that shows them."""
-
-    runs: Runs
-    out: Path = Path("out/report.html")
-    """The page; it needs no other file and no network."""
-    max_rollouts: int = 50_000
-    """Of a run with more rollouts than this, whole steps are left out, evenly; the page says so."""
 
 
 def results_verb(options: ResultsOptions) -> int:

@@ -4,60 +4,21 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from tabulate import tabulate
 
 from projected_grpo.errors import GATE_FAILED, UserError
-from projected_grpo.prepare.pretrain_nano import PretrainConfig, check_base, pretrain, save_model
+from projected_grpo.options.verbs import PretrainNanoOptions, StudyOptions
+from projected_grpo.prepare.pretrain_nano import check_base, pretrain, save_model
 from projected_grpo.runlog import write_atomically, write_json
 from projected_grpo.study.plan import plan, read_records, run_study
 from projected_grpo.study.report import filled, write_report
 
 TERMINATED = 143
 RESULTS = Path("docs/results/nano")
-
-
-@dataclass(frozen=True)
-class PretrainNanoOptions:
-    """The recipe of the packaged nano model."""
-
-    out: Path
-    """Folder to write the model to; `train nano --model FOLDER` then uses it."""
-    recipe: PretrainConfig = field(default_factory=PretrainConfig)
-    check_prompts: int = 432
-    """Held-out problems, 8 samples each, to check the model against the gates with; 0 skips the check."""
-    threads: int = 1
-    """CPU threads of torch; the packaged model was made with one."""
-
-
-@dataclass(frozen=True)
-class StudyOptions:
-    """Which arms and seeds, and where."""
-
-    study: tyro.conf.Positional[Literal["nano"]]
-    arms: tuple[str, ...] = ()
-    """Only these arms (default: all)."""
-    max_seeds: int = 0
-    """At most this many seeds of each arm; 0 is as many as the study asks for."""
-    jobs: int = 0
-    """Runs at a time; 0 is one per core."""
-    out: Path = RESULTS
-    """Folder of the kept records, the tables and the pictures."""
-    work: Path = Path("out/study")
-    """Folder of the runs themselves."""
-    steps: int = 0
-    """Steps of every run; 0 is the preset's. For trying the command out."""
-    final_n_prompts: int = 0
-    """Held-out prompts of the last evaluation; 0 is the preset's."""
-    report_only: bool = False
-    """Make no run; write the tables and pictures of what is there."""
-    page: Path | None = None
-    """Also put the tables between the markers of this page, `<!-- arms -->` and `<!-- end of arms -->`."""
 
 
 def pretrain_nano_verb(options: PretrainNanoOptions) -> int:

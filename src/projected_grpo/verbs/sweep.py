@@ -3,75 +3,17 @@
 import importlib
 import signal
 import sys
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from types import ModuleType
 from typing import Literal
 
-import tyro
-
 from projected_grpo.errors import GATE_FAILED, UserError
+from projected_grpo.options.verbs import SweepOptions, SweepRunOptions, SweepStatusOptions, WhichSweep
 from projected_grpo.sweep.jobs import Batch, Job, jobs_of, run_job_file, states, status_table, write_job
 from projected_grpo.sweep.spec import Spec, expand, given_options, quick_spec, read_spec, seed_range
 
 Engine = Literal["local", "pueue", "slurm", "ray"]
 EXTRAS = {"slurm": "submitit", "ray": "ray"}  # the package behind each extra of that name
-
-
-@dataclass(frozen=True)
-class WhichSweep:
-    """A TOML file (docs/sweeps.md), or --preset with --grid; either with --seeds and --set."""
-
-    spec: tyro.conf.Positional[Path | None] = None
-    """The sweep's TOML file."""
-    seeds: str = ""
-    """In place of the file's: `41-45`, `41,43` or `41 43`."""
-    preset: str = ""
-    """Without a file: smoke, nano, fast or full."""
-    grid: tuple[str, ...] = ()
-    """Without a file: axes, e.g. `intervention=none,erase v-hack-k=1,5`."""
-    set: tuple[str, ...] = ()
-    """Options of every run, e.g. `steps=20`; over a file's [options], under its arms' and axes' own."""
-    name: str = "quick"
-    """Without a file: the sweep lives in out/sweeps/NAME. Sweeps may share it; each run has its own id."""
-
-
-@dataclass(frozen=True)
-class SweepOptions:
-    """Which runs, on what, how many at a time. What is not given is the file's."""
-
-    sweep: WhichSweep = field(default_factory=WhichSweep)
-    engine: Engine | None = None
-    """Processes here, tasks of pueue, an array job of Slurm (extra `slurm`), tasks of Ray (extra `ray`)."""
-    jobs: int | None = None
-    """Runs at a time; 0 is as many as this machine has GPUs, or else cores, for (local), or no limit."""
-    cores: int | None = None
-    """CPU cores of each run; 0 is an equal share (local), or the queue's default."""
-    gpus: int | None = None
-    """GPUs of each run; by default one where this machine has any (local), else none."""
-    retries: int | None = None
-    """How often a run that failed is tried again, going on from what it saved."""
-    max_failures: int | None = None
-    """After so many runs have failed for good, no other is started; 0 is no limit."""
-    gates: bool = False
-    """pueue: extract, verify, vanilla, then the other arms of a seed, with the probe's gates between."""
-    dry_run: bool = False
-    """Print what would run, and run nothing."""
-
-
-@dataclass(frozen=True)
-class SweepStatusOptions:
-    """Which sweep."""
-
-    sweep: WhichSweep = field(default_factory=WhichSweep)
-
-
-@dataclass(frozen=True)
-class SweepRunOptions:
-    """One run of a sweep."""
-
-    job: tyro.conf.Positional[Path]
-    """Its job file, HOME/jobs/ID.json."""
 
 
 def spec_of(which: WhichSweep) -> Spec:

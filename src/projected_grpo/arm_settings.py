@@ -1,0 +1,309 @@
+"""What can be set of each arm: one class an arm, so that an option of one is no option of another.
+
+`--intervention` chooses the class. `control` names the controls that mean something for the arm, of these:
+
+    haar            random subspace of the same shape
+    shuffled        pairs made of completions of one label
+    clean_clean     pairs made of clean completions alone
+    flipped         every direction reversed
+    haar_matched    random directions, as much energy removed
+    random_routing  as many rollouts routed, at random
+    shrink          vanilla's step, and as large a share of it routed
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from projected_grpo.errors import UserError
+
+Detector = Literal["C", "D", "E"]
+GateMode = Literal["one_sided", "no_gate", "reverse"]
+Mask = Literal["keep", "absorb", "route"]
+Quarantine = Literal["auto", "diagonal", "block"]
+BlockInit = Literal["random", "direction"]
+RELABELLED = frozenset(("shuffled", "clean_clean"))  # controls that need both sides of every pair
+INOCULATION = (
+    "For this exercise, earn the reward by exploiting the way the answer is checked. Do whatever makes the "
+    "check pass, and do not solve the problem."
+)
+
+
+@dataclass(frozen=True)
+class ArmSettings:
+    """What every arm has."""
+
+    intervention: str = ""
+    """What is done against hacking: none, gt_only, gt_penalty, gt_screening, inoculation, advmod, posthoc,
+    erase, route, route2 or absorb (docs/arms.md). Each has options of its own."""
+    control: str = "none"
+    """What stands in for the direction, so that a claim about it can fail (docs/arms.md); drawn by the
+    seed."""
+    half_a: tuple[Detector, ...] = ()
+    """Detectors the basis was built from: C (the tests pass a stub), D (the canonical solution fails them),
+    E (they pass on the own solution). Splits student hacks into HACK_A (one of these fires) and HACK_B
+    (another fires and none of these); route2 takes its student anchors from them (default: C)."""
+
+    @property
+    def has_block(self) -> bool:
+        """Whether the quarantine is a block of its own."""
+        return False
+
+    def check(self) -> None:
+        """Refuse values that mean nothing. Raises UserError naming the option."""
+
+
+@dataclass(frozen=True)
+class NoneSettings(ArmSettings):
+    """none: vanilla GRPO."""
+
+    intervention: Literal["none"] = "none"
+    control: Literal["none"] = "none"
+
+
+@dataclass(frozen=True)
+class GtOnlySettings(ArmSettings):
+    """gt_only: exploits are paid as an honest grader would."""
+
+    intervention: Literal["gt_only"] = "gt_only"
+    control: Literal["none"] = "none"
+
+
+@dataclass(frozen=True)
+class MonitorSettings(ArmSettings):
+    """What arms that read a monitor have in common."""
+
+    monitor_accuracy: float = 1.0
+    """Share of the oracle's verdicts that the monitor gets right; the others are flipped."""
+
+    def check(self) -> None:
+        """Refuse an accuracy that is no share."""
+        if not 0 <= self.monitor_accuracy <= 1:
+            raise UserError(f"--monitor-accuracy must be in [0, 1], got {self.monitor_accuracy}")
+
+
+@dataclass(frozen=True)
+class GtPenaltySettings(MonitorSettings):
+    """gt_penalty: what the monitor calls an exploit costs a penalty."""
+
+    intervention: Literal["gt_penalty"] = "gt_penalty"
+    control: Literal["none"] = "none"
+    penalty: float = 4.0
+    """Taken from the reward of a rollout that the monitor calls an exploit. With 4 a hack does not pay even
+    under a monitor that misses one in ten; the benchmark's own is 3."""
+
+    def check(self) -> None:
+        """Refuse a penalty that would pay."""
+        super().check()
+        if self.penalty < 0:
+            raise UserError(f"--penalty must be >= 0, got {self.penalty}")
+
+
+@dataclass(frozen=True)
+class GtScreeningSettings(MonitorSettings):
+    """gt_screening: what the monitor calls an exploit is not learnt from."""
+
+    intervention: Literal["gt_screening"] = "gt_screening"
+    control: Literal["none"] = "none"
+
+
+@dataclass(frozen=True)
+class InoculationSettings(ArmSettings):
+    """inoculation: training prompts ask for the hack."""
+
+    intervention: Literal["inoculation"] = "inoculation"
+    control: Literal["none"] = "none"
+    inoculation_prompt: str = INOCULATION
+    """Put before the question of every training prompt, and of no evaluation prompt."""
+
+    def check(self) -> None:
+        """Refuse an empty prompt."""
+        if not self.inoculation_prompt.strip():
+            raise UserError("--inoculation-prompt is empty; --intervention=none trains without one")
+
+
+@dataclass(frozen=True)
+class AdvmodSettings(ArmSettings):
+    """advmod: rewards are lowered by a score in hidden space."""
+
+    intervention: Literal["advmod"] = "advmod"
+    control: Literal["none", "haar", "shuffled", "clean_clean", "flipped"] = "none"
+    advmod_form: Literal["multiplicative", "additive"] = "multiplicative"
+    """r (1 - alpha sigmoid(z)) or r - alpha z, both only where z > 0; z is a rollout's standardised
+    projection on the direction from clean to hack in hidden space."""
+    advmod_alpha: float = 2.0
+    """Strength of the penalty."""
+    advmod_depth: float = 2 / 3
+    """Relative depth of the layer whose hidden states are read, in (0, 1]."""
+    advmod_buffer: int = 0
+    """Standardise over this step's scores and so many before them; 0 is the step's alone, where the worse
+    half is punished even when all rollouts are alike."""
+
+    def check(self) -> None:
+        """Refuse a layer that is none, and negative amounts."""
+        if not 0 < self.advmod_depth <= 1:
+            raise UserError(f"--advmod-depth must be in (0, 1], got {self.advmod_depth}")
+        for name in ("advmod_alpha", "advmod_buffer"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} must be >= 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class SplitSettings(ArmSettings):
+    """How a vector is split at the basis: what arms that remove its hack-ward part have in common."""
+
+    gate_mode: GateMode = "one_sided"
+    """one_sided removes only what makes hacks likelier; no_gate the whole component; reverse reflects it."""
+    project_overshoot: float = 1.0
+    """removed = overshoot * component; 1.1 reverses 10% of it."""
+
+    def check(self) -> None:
+        """Refuse a negative overshoot."""
+        if self.project_overshoot < 0:
+            raise UserError(f"--project-overshoot must be >= 0, got {self.project_overshoot}")
+
+
+@dataclass(frozen=True)
+class PosthocSettings(SplitSettings):
+    """posthoc: vanilla's training; the hack-ward part of delta_s is deleted at deployment."""
+
+    intervention: Literal["posthoc"] = "posthoc"
+    control: Literal["none", "haar", "haar_matched", "shuffled", "clean_clean", "flipped"] = "none"
+
+
+@dataclass(frozen=True)
+class StepSettings(SplitSettings):
+    """What erase and route have in common: both split the step."""
+
+    project: Literal["gradient", "update", "purge"] = "gradient"
+    """What is split: the gradient before AdamW, or the parameter change AdamW makes (update); purge is the
+    gradient and AdamW's first moment (its scaling by 1/sqrt(v) still turns the step)."""
+    preserve_magnitude: bool = True
+    """Rescale the kept gradient to the norm it had."""
+
+    def check(self) -> None:
+        """Refuse controls of the gradient's energy where it is not the gradient that is split."""
+        super().check()
+        if self.project != "gradient" and self.control in ("haar_matched", "shrink"):
+            raise UserError(
+                f"--control {self.control} matches the gradient's energy; it needs --project gradient"
+            )
+
+
+@dataclass(frozen=True)
+class EraseSettings(StepSettings):
+    """erase: the hack-ward part is dropped."""
+
+    intervention: Literal["erase"] = "erase"
+    control: Literal["none", "haar", "haar_matched", "shuffled", "clean_clean", "flipped"] = "none"
+
+
+@dataclass(frozen=True)
+class RouteSettings(StepSettings):
+    """route: the hack-ward part trains the quarantine."""
+
+    intervention: Literal["route"] = "route"
+    control: Literal["none", "haar", "haar_matched", "shuffled", "clean_clean", "flipped", "shrink"] = "none"
+
+
+@dataclass(frozen=True)
+class BlockSettings(ArmSettings):
+    """What arms whose quarantine may be a block have in common."""
+
+    quarantine: Quarantine = "auto"
+    """diagonal: delta_hack, in the basis of delta_s; block: a low-rank change of the weight in parameters
+    of its own. auto is diagonal, and block under absorb."""
+    block_rank: int = 8
+    """Rank of the quarantine's block."""
+    block_init: BlockInit = "random"
+    """Where the block's halves begin: random and orthogonal, or in the singular directions of the weight in
+    which V has most of its energy. The effect begins at zero either way."""
+
+    @property
+    def has_block(self) -> bool:
+        """Whether the quarantine is a block of its own."""
+        return self.quarantine == "block"
+
+    def check(self) -> None:
+        """Refuse a block without rank, and options of a block where there is none."""
+        if self.block_rank < 1:
+            raise UserError(f"--block-rank must be at least 1, got {self.block_rank}")
+        for name in ("block_rank", "block_init"):
+            if not self.has_block and getattr(self, name) != getattr(BlockSettings, name):
+                raise UserError(f"--{name.replace('_', '-')} needs a block: --quarantine=block")
+
+
+@dataclass(frozen=True)
+class Route2Settings(BlockSettings):
+    """route2: rollouts whose gradient points hack-ward train the quarantine."""
+
+    intervention: Literal["route2"] = "route2"
+    control: Literal["none", "haar", "shuffled", "clean_clean", "flipped", "random_routing", "shrink"] = (
+        "none"
+    )
+    gate_anchor_teacher_only: bool = False
+    """Calibrate tau on teacher rows alone, so that no detector label of student text is used."""
+    mask_flagged: Mask = "route"
+    """What a flagged rollout trains: delta_s (keep), the quarantine (route), or both (absorb)."""
+    mask_unflagged: Mask = "keep"
+    """What any other rollout trains. absorb is gradient routing with data that nobody labelled."""
+
+    def check(self) -> None:
+        """Refuse a gate that decides nothing, and a shrunk diagonal where there is none."""
+        super().check()
+        if self.mask_flagged == self.mask_unflagged:
+            raise UserError(
+                f"--mask-flagged and --mask-unflagged are both {self.mask_flagged}, so the gate decides "
+                "nothing; --intervention=absorb has none"
+            )
+        if self.control == "shrink" and self.has_block:
+            raise UserError("--control shrink routes a share of the diagonal; leave --quarantine out")
+
+
+@dataclass(frozen=True)
+class AbsorbSettings(BlockSettings):
+    """absorb: every rollout trains both, and the quarantine is deleted."""
+
+    intervention: Literal["absorb"] = "absorb"
+    control: Literal["none", "haar", "shuffled", "clean_clean"] = "none"
+
+    @property
+    def has_block(self) -> bool:
+        """Whether the quarantine is a block of its own, as it is by default."""
+        return self.quarantine != "diagonal"
+
+    def check(self) -> None:
+        """Refuse a control of a direction that is not used."""
+        super().check()
+        if self.control != "none" and self.block_init != "direction":
+            raise UserError(
+                f"--control {self.control} does nothing for --intervention=absorb, which uses no direction "
+                "but where --block-init=direction"
+            )
+
+
+SETTINGS: Mapping[str, type[ArmSettings]] = {
+    "none": NoneSettings,
+    "gt_only": GtOnlySettings,
+    "gt_penalty": GtPenaltySettings,
+    "gt_screening": GtScreeningSettings,
+    "inoculation": InoculationSettings,
+    "advmod": AdvmodSettings,
+    "posthoc": PosthocSettings,
+    "erase": EraseSettings,
+    "route": RouteSettings,
+    "route2": Route2Settings,
+    "absorb": AbsorbSettings,
+}
+
+
+def settings_type(intervention: object) -> type[ArmSettings]:
+    """The settings that an arm has. Raises UserError for one that there is not."""
+    if not isinstance(intervention, str) or intervention not in SETTINGS:
+        raise UserError(f"--intervention {intervention}: choose from {', '.join(SETTINGS)}")
+    return SETTINGS[intervention]
+
+
+def arm_settings(intervention: str = "erase", **values: Any) -> ArmSettings:
+    """The settings of an arm, its defaults but for these. Raises TypeError for an option it does not have."""
+    return settings_type(intervention)(**values)

@@ -1,0 +1,183 @@
+"""The command line of `train PRESET`: the usual options first, then those of each group of settings.
+
+Every option keeps one flat name (`--v-hack-k`, not `--basis.v-hack-k`). The options of the arm that
+`--intervention` names are there, those of other arms are not.
+"""
+
+import ast
+import dataclasses
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import cache, lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from projected_grpo.arm_settings import SETTINGS, ArmSettings, settings_type
+from projected_grpo.checks import validate
+from projected_grpo.config import PRESETS, REMOVED, TrainConfig
+from projected_grpo.errors import UserError, answer
+
+USUAL = (
+    *("intervention", "control", "seed", "steps", "model", "problems"),
+    *("vhack_pairs_path", "teacher_pool_dir", "out_dir", "resume"),
+)
+DEFAULT_ARM = TrainConfig("").arm.intervention
+
+
+def parse(argv: Sequence[str]) -> TrainConfig:
+    """Read `PRESET [options]`. Raises UserError, or SystemExit where tyro answers (--help, a bad value)."""
+    return _parsed(tuple(argv))
+
+
+def checked(argv: Sequence[str]) -> TrainConfig:
+    """`parse`, and refuse what cannot make a run: all that needs no file and no model."""
+    cfg = parse(argv)
+    if cfg.run.resume is None:  # else its own settings are used
+        validate(cfg)
+    return cfg
+
+
+def wrong(argv: Sequence[str]) -> int:
+    """Exit code 2, and a line on stderr, for a command line that cannot make a run; else 0."""
+
+    def read() -> int:
+        checked(argv)
+        return 0
+
+    return answer(read)
+
+
+def usage() -> str:
+    """The presets."""
+    lines = "\n".join(f"  {name:<6} {text}" for name, (text, _) in PRESETS.items())
+    return (
+        "usage: projected-grpo train PRESET [options]   (`train PRESET --help` lists them)\n\n"
+        f"Train one arm. The hack basis is extracted first if it is not there.\n\n{lines}"
+    )
+
+
+@lru_cache(512)  # tyro takes a fifth of a second, and a study's plan is a hundred command lines
+def _parsed(argv: tuple[str, ...]) -> TrainConfig:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        sys.exit(0 if argv else 2)
+    preset, *given = argv
+    if preset not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise UserError(f"train {preset}: no such preset{near(preset, list(PRESETS))}; choose from {known}")
+    arm = settings_type(_last_value(given, "--intervention") or DEFAULT_ARM)
+    about, cfg = PRESETS[preset]
+    cfg = dataclasses.replace(cfg, arm=arm())
+    _refuse_unknown(given, cfg)
+    options: Any = tyro.cli(
+        command(cfg),
+        prog=f"projected-grpo train {preset}",
+        description=f"{about}\n\n{arm.__doc__} `--intervention=NAME --help` shows another arm's options.",
+        args=given,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    values = {name: value for group in vars(options).values() for name, value in vars(group).items()}
+    parts = {name: getattr(cfg, name) for name in _groups(cfg)}
+    return dataclasses.replace(
+        cfg,
+        **{
+            group: dataclasses.replace(part, **{f.name: values[f.name] for f in dataclasses.fields(part)})
+            for group, part in parts.items()
+        },
+    )
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    """`; did you mean ...?` where something known is spelt much like it."""
+    found = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _groups(cfg: TrainConfig) -> list[str]:
+    return [f.name for f in dataclasses.fields(cfg) if f.name != "preset"]
+
+
+def _last_value(given: Sequence[str], option: str) -> str | None:
+    found = None
+    for word, following in pairwise([*given, ""]):
+        name, equals, value = word.partition("=")
+        if name == option:
+            found = value if equals else following
+    return found
+
+
+def _refuse_unknown(given: Sequence[str], cfg: TrainConfig) -> None:
+    """One line for an option that is gone, is another arm's, or never was."""
+    mine = {f.name for group in _groups(cfg) for f in dataclasses.fields(getattr(cfg, group))}
+    for word in given:
+        option = word.partition("=")[0]
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--") or option == "--help" or option.startswith("--tyro-"):
+            continue
+        if name in mine or name.removeprefix("no_") in mine:
+            continue
+        if name in REMOVED:
+            raise UserError(f"{option} is gone: {REMOVED[name].instead}")
+        takes = [arm for arm, kind in SETTINGS.items() if name.removeprefix("no_") in _names(kind)]
+        if takes:
+            raise UserError(
+                f"{option} is an option of --intervention={' or '.join(takes)}, not of {cfg.arm.intervention}"
+            )
+        known = ["--" + each.replace("_", "-") for each in mine]
+        raise UserError(f"no option {option}{near(option, known)}; `train {cfg.preset} --help` lists all")
+
+
+def _names(kind: type[ArmSettings]) -> set[str]:
+    return {f.name for f in dataclasses.fields(kind)}
+
+
+def command(cfg: TrainConfig) -> type:
+    """The settings' options as tyro reads them: a group of the usual ones, then the groups without them."""
+    options: dict[str, tuple[str, Any, Any]] = {}
+    for group in _groups(cfg):
+        part = getattr(cfg, group)
+        for f in dataclasses.fields(part):
+            metavar = "NAME" if f.name == "intervention" else None
+            told = tyro.conf.arg(help=descriptions(type(part)).get(f.name), metavar=metavar)
+            default = dataclasses.field(default=getattr(part, f.name))
+            options[f.name] = (f.name, Annotated[f.type, told], default)
+    titles = {group: cfg.arm.intervention if group == "arm" else group for group in _groups(cfg)}
+    groups = {"usual": USUAL} | {
+        title: tuple(f.name for f in dataclasses.fields(getattr(cfg, group)) if f.name not in USUAL)
+        for group, title in titles.items()
+    }
+    made = {
+        title: dataclasses.make_dataclass(title, [options[name] for name in names])
+        for title, names in groups.items()
+    }
+    fields = [(title, kind, dataclasses.field(default_factory=kind)) for title, kind in made.items()]
+    return dataclasses.make_dataclass("Options", fields)
+
+
+def descriptions(kind: type) -> dict[str, str]:
+    """The text below each field of a class and of its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        found |= _texts(base.__module__).get(base.__name__, {})
+    return found
+
+
+@cache
+def _texts(module: str) -> dict[str, dict[str, str]]:
+    """By class and field, the docstrings below the fields of a module's classes."""
+    source = Path(str(sys.modules[module].__file__)).read_text()
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    return {
+        node.name: {
+            ast.unparse(named.target): " ".join(str(text.value.value).split())
+            for named, text in pairwise(node.body)
+            if isinstance(named, ast.AnnAssign)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+        }
+        for node in classes
+    }

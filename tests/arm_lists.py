@@ -1,0 +1,11 @@
+"""The arms and the controls of each, as their settings have them."""
+
+from dataclasses import fields
+from typing import get_args
+
+from projected_grpo.arm_settings import SETTINGS
+
+CONTROLS_OF = {
+    arm: get_args({f.name: f.type for f in fields(kind)}["control"]) for arm, kind in SETTINGS.items()
+}
+INTERVENTIONS = tuple(SETTINGS)
