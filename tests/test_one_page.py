@@ -15,6 +15,7 @@ import torch
 from jaxtyping import install_import_hook
 
 from projected_grpo import step as step_module
+from projected_grpo.arm_settings import SETTINGS
 from projected_grpo.collect import Collected
 from projected_grpo.config import NANO_PRESET
 from projected_grpo.engine.batch import collate
@@ -78,7 +79,7 @@ class Both:
     """The page and the package at the start of an arm, and what last went through `intervene` of each."""
 
     def __init__(self, page, experiment, arm, monkeypatch):
-        cfg = replace(experiment.cfg, arm=replace(experiment.cfg.arm, intervention=arm))
+        cfg = replace(experiment.cfg, arm=SETTINGS[arm]())
         self.exp = replace(experiment, cfg=cfg)
         self.layers = experiment.chat.policy.layers
         for parameter in adapter_parameters(self.exp):
