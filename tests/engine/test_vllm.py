@@ -118,9 +118,9 @@ def test_biases_and_untied_output_layers_are_brought_too(fake, small_model, fami
 def test_what_is_asked_of_the_engine(fake, tiny_policy):
     vllm = sampler_opener(VLLM)(tiny_policy)
     vllm._engine.requests.clear()  # of the comparison with the model
-    assert vllm(tiny_policy, PROMPTS, [[]] * 4, SAMPLING, STOP, 0) == [[]] * 4
+    assert vllm(tiny_policy, PROMPTS, [[]] * 4, SAMPLING, STOP) == [[]] * 4
     assert not vllm._engine.requests
-    vllm(tiny_policy, PROMPTS, SEEDS, SAMPLING, STOP, 0)
+    vllm(tiny_policy, PROMPTS, SEEDS, SAMPLING, STOP)
     asked = vllm._engine.requests
     assert [request.seed for request in asked] == [seed for group in SEEDS for seed in group]
     assert {(r.temperature, r.top_k, r.top_p, r.max_tokens) for r in asked} == {(0.7, 20, 0.9, 8)}
@@ -148,7 +148,7 @@ def test_each_weight_is_brought_merged_and_only_when_it_changed(fake, tiny_polic
     def bring(ablate_quarantine=False):
         model.loads.clear()
         deltas = tiny_policy.deltas(ablate_quarantine=ablate_quarantine)
-        vllm(tiny_policy, PROMPTS, SEEDS, SAMPLING, STOP, 0, ablate_quarantine=ablate_quarantine)
+        vllm(tiny_policy, PROMPTS, SEEDS, SAMPLING, STOP, ablate_quarantine=ablate_quarantine)
         for m, layer in tiny_policy.layers.items():
             expected = merged_weight(layer, deltas[m], deltas.get(block_name(m)))
             assert torch.equal(model.held[f"{m}.weight"], expected)
@@ -213,7 +213,7 @@ def test_a_completion_that_was_given_up_is_no_rollout(fake, tiny_policy, monkeyp
 
     monkeypatch.setattr(vllm._engine, "generate", aborted)
     with pytest.raises(RuntimeError, match="abort"):
-        vllm(tiny_policy, PROMPTS, SEEDS, SAMPLING, STOP, 0)
+        vllm(tiny_policy, PROMPTS, SEEDS, SAMPLING, STOP)
 
 
 def test_a_cache_that_is_not_reset_ends_the_run(fake, tiny_policy, monkeypatch):
@@ -221,7 +221,7 @@ def test_a_cache_that_is_not_reset_ends_the_run(fake, tiny_policy, monkeypatch):
     monkeypatch.setattr(vllm._engine, "reset_prefix_cache", lambda: False)
     set_adapter(tiny_policy, 0.2, 0.0)
     with pytest.raises(UserError, match="keys and values"):
-        vllm(tiny_policy, PROMPTS, SEEDS, SAMPLING, STOP, 0)
+        vllm(tiny_policy, PROMPTS, SEEDS, SAMPLING, STOP)
 
 
 def test_an_engine_that_does_not_hold_the_weights_is_refused(fake, monkeypatch, tiny_policy):
@@ -250,7 +250,7 @@ def test_an_engine_that_does_not_start_is_told_in_one_line(fake, monkeypatch, ti
 def test_what_vllm_does_not_take_is_refused(fake, tiny_policy):
     vllm = sampler_opener(VLLM)(tiny_policy)
     with pytest.raises(UserError, match="--temperature 2.5: vLLM takes at most 2"):
-        vllm(tiny_policy, PROMPTS, SEEDS, replace(SAMPLING, temperature=2.5), STOP, 0)
+        vllm(tiny_policy, PROMPTS, SEEDS, replace(SAMPLING, temperature=2.5), STOP)
     smoke = PRESETS["smoke"][1]
     ablated = replace(smoke, model=VLLM, sampling=replace(smoke.sampling, rollout_ablate_frac=0.5))
     with pytest.raises(UserError, match="--rollout-ablate-frac needs --sampler=own"):
@@ -261,7 +261,7 @@ def test_a_prompt_without_room_is_refused(fake, small_model):
     policy = wrap(small_model("qwen3", torch.float32), None)  # of 128 positions
     vllm = sampler_opener(VLLM)(policy)
     with pytest.raises(UserError, match="131 tokens, at most 128; lower --max-new"):
-        vllm(policy, [(1, 2, 3)], [[1]], replace(SAMPLING, max_new=128), STOP, 0)
+        vllm(policy, [(1, 2, 3)], [[1]], replace(SAMPLING, max_new=128), STOP)
 
 
 def test_a_place_that_vllm_does_not_run_in_is_refused(monkeypatch):
