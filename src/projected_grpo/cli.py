@@ -95,12 +95,18 @@ def run_verb(name: str, argv: Sequence[str], loaded: Callable[[], None]) -> int:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     start_logging(None)
-    module, _, function = target.partition(":")
-    verb: Callable[[object], int] = getattr(
-        importlib.import_module(f"projected_grpo.verbs.{module}"), function
-    )
+    verb = implementation(target)
     loaded()
     return verb(parsed)
+
+
+def implementation(target: str) -> Callable[[object], int]:
+    """A verb's function, which takes its options and returns the exit code."""
+    module, _, function = target.partition(":")
+    found: Callable[[object], int] = getattr(
+        importlib.import_module(f"projected_grpo.verbs.{module}"), function
+    )
+    return found
 
 
 def run_train(argv: Sequence[str], loaded: Callable[[], None]) -> int:
