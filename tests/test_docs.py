@@ -89,6 +89,7 @@ FOREIGN_OPTIONS = {
     **dict.fromkeys(("--standalone", "--nproc-per-node", "--shutdown-timeout", "--max-restarts"), "torchrun"),
     "--fit": "scripts/cost_model.py",
     "--help": "of every verb",
+    "--version": "of the program",
 }
 
 
@@ -108,7 +109,7 @@ def parse_ours(argv: Sequence[str]) -> None:
     try:
         code = cli.main(argv)
     except SystemExit as ended:
-        code = ended.code
+        code = ended.code or 0
     assert code == 0, f"does not parse: {' '.join(argv)}"
 
 
