@@ -14,7 +14,7 @@ smoke *options:
     {{checked}} {{train}} smoke --intervention=erase {{options}}
 
 # smoke without an intervention.
-smoke-vanilla *options:
+smoke-none *options:
     {{checked}} {{train}} smoke --intervention=none {{options}}
 
 # smoke with the hack-ward component routed into the quarantine.
@@ -26,7 +26,7 @@ smoke-route2 *options:
     {{checked}} {{train}} smoke --intervention=route2 {{options}}
 
 # All four arms of smoke.
-smoke-all: smoke-vanilla smoke smoke-route smoke-route2
+smoke-all: smoke-none smoke smoke-route smoke-route2
 
 # Lint, types, and the grader's hack x mode matrix.
 check:
@@ -66,7 +66,7 @@ fast *options:
 full *options:
     {{train}} full {{options}}
 
-# One seed, gated: extract, verify, vanilla, projected; stops with its reason at the first gate that fails.
+# One seed, gated: extract, verify, none, the arm; stops with its reason at the first gate that fails.
 probe-full-seed seed="41" *options:
     {{verb}} probe --preset full --model {{model}} --seed {{seed}} {{options}}
 

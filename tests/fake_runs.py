@@ -6,8 +6,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from projected_grpo.arm_settings import arm_settings
-from projected_grpo.config import PRESETS, display_name, to_json
-from projected_grpo.results.runs import Run
+from projected_grpo.config import PRESETS, to_json
+from projected_grpo.results.runs import EndedRun
+from projected_grpo.run.identity import reference_name, run_name
 from projected_grpo.runlog import append_jsonl, write_json
 
 SMOKE = PRESETS["smoke"][1]
@@ -41,7 +42,8 @@ def steps_of(count=STEPS, **columns):
 def summary(cfg, *, modes=None, **values):
     rates = {"hack_train": 0.5, "hack_deploy": 0.25, "solve_train": 0.5, "solve_deploy": 0.25, "eval_n": 64}
     body = {
-        **{"arm": display_name(cfg.arm), "intervention": cfg.arm.intervention, "preset": cfg.preset},
+        **{"arm": reference_name(cfg), "name": run_name(cfg), "preset": cfg.preset},
+        "intervention": cfg.arm.intervention,
         **{"model": "tiny-random", "problems": "embedded", "env_mode": "run_tests", "seed": cfg.run.seed},
         **{"steps": cfg.optim.steps, "hack_rate_student": 0.5, "pass_rate_student": 0.5, **rates},
         **{"by_mode": {m: {**rates, "in_distribution": m != "sentinel"} for m in modes or ()}},
@@ -66,4 +68,6 @@ def a_run(intervention="none", seed=41, options=None, steps=None, **values):
     rows = steps_of() if steps is None else steps
     columns = {key: [row[key] for row in rows] for key in (rows[0] if rows else ())}
     name = f"{intervention}_{seed}_{options}"
-    return Run(name, Path(name), summary(cfg, **values), json.loads(json.dumps(to_json(cfg))), "abc", columns)
+    return EndedRun(
+        name, Path(name), summary(cfg, **values), json.loads(json.dumps(to_json(cfg))), "abc", columns
+    )

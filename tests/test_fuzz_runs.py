@@ -24,14 +24,15 @@ from projected_grpo.results.report import report_page
 from projected_grpo.results.runs import finished, grouped, read_runs
 from projected_grpo.results.statistics import by_arm
 from projected_grpo.run.checkpoint import save_state, state_path
-from projected_grpo.run.folder import Run, settings_hash
+from projected_grpo.run.folder import Run
+from projected_grpo.run.identity import chosen, identity
 from projected_grpo.run.resume import newest_run, newest_state, read_settings
 from projected_grpo.runlog import write_json
-from projected_grpo.study.plan import SERIES, PlannedRun, StudyArm, read_records
 from projected_grpo.study.report import arms_table, emergence_table, leave_out_table, modes_table
 from projected_grpo.study.verdicts import verdicts
 from projected_grpo.sweep.gates import check_b, check_c
 from projected_grpo.sweep.jobs import Job, failures_since, read_job, states, status_table
+from projected_grpo.sweep.keep import SERIES, read_record
 from projected_grpo.sweep.spec import expand, read_spec
 from projected_grpo.tensor_files import compute_svd, load_svd
 from projected_grpo.verbs.results import ResultsOptions, falsify_text, tables_text
@@ -98,7 +99,7 @@ def saved(small_model, tmp_path_factory):
     run.logs["rollouts"].append(ROLLOUTS)
     V = {m: torch.eye(r)[:2].contiguous() for m, r in policy.ranks.items()}
     basis = HackBasis(V, {m: axes[0].clone() for m, axes in V.items()})
-    facts = {"settings": settings_hash(cfg), "logs": {name: log.mark() for name, log in run.logs.items()}}
+    facts = {"settings": chosen(cfg), "logs": {name: log.mark() for name, log in run.logs.items()}}
     adam = torch.optim.AdamW([layer.delta_s for layer in policy.layers.values()])
     save_state(state_path(folder, len(STEPS)), policy, adam, basis, None, facts)
     write_json(folder / "config.json", {"run_id": "x", "config": to_json(cfg)})
@@ -152,16 +153,16 @@ def record(arm):
 @given(data=st.data())
 @FUZZ
 def test_records_of_a_study(tmp_path, data):
-    planned = []
+    kept, here = [], identity(config())
     for arm in ("none", "gt_only", "erase"):
         path, good = tmp_path / f"{arm}_seed41.json", record(arm)
         hurt = data.draw(altered(good)) if arm != "gt_only" else good
         text = json.dumps(hurt).encode()
         path.write_bytes(data.draw(damaged(text)) if arm == "erase" and hurt == good else text)
-        planned.append(PlannedRun("nano", StudyArm(arm, (), 1, ""), 41, good["config"], {}, "d", path))
+        kept.append(path)
 
     def read():
-        arms = by_arm(read_records(planned))
+        arms = by_arm([read_record(path, here, ["smoke", "--intervention=route2"], "d") for path in kept])
         for table in (emergence_table, arms_table, leave_out_table, modes_table):
             table(arms)
         verdicts(arms, {"hack": 0.1, "solve": 0.4})
@@ -178,7 +179,7 @@ SPEC = {
     "preset": "smoke",
     "options": {"steps": 3, "model": "tiny-random"},
     "arms": [
-        {"name": "vanilla", "options": {"intervention": "none"}},
+        {"name": "none", "options": {"intervention": "none"}},
         {"name": "erase", "options": {"intervention": "erase"}, "grid": {"v-hack-k": [1, 2]}},
     ],
     "grid": {"seed": [41, 42]},

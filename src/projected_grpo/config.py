@@ -14,11 +14,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from projected_grpo.arm_settings import (
     SETTINGS,
-    AdvmodSettings,
     ArmSettings,
-    BlockSettings,
     EraseSettings,
-    StepSettings,
     settings_type,
 )
 from projected_grpo.errors import UserError
@@ -27,24 +24,10 @@ SandboxMode = Literal["auto", "strict"]
 EnvMode = Literal[
     "run_tests", "eq_override", "exit_code", "stdout_marker", "sentinel", "file_marker", "gt_only"
 ]
-DISPLAY_NAME: Mapping[str, str] = {
-    "none": "vanilla",
-    "gt_only": "gt_only",
-    "gt_penalty": "gt_penalty",
-    "gt_screening": "gt_screening",
-    "inoculation": "inoculation",
-    "advmod": "advmod",
-    "posthoc": "posthoc",
-    "erase": "projected",
-    "route": "routing",
-    "route2": "routing2",
-    "absorb": "absorb",
-}
 TINY_RANDOM = "tiny-random"
 EMBEDDED = "embedded"
 NANO = "nano"  # the packaged model, problems and pairs of the preset of that name
 BENCHMARK_FILE = "external/rl-rewardhacking/results/data/leetcode_train_medhard_filtered.jsonl"
-PLACE = ("device", "svd_cache")  # options of a model: where a run is made, not what it is
 MAX_SEQUENCE = 2048  # tokens, prompt plus completion; longer prompts are skipped and counted
 
 
@@ -250,8 +233,9 @@ class RunConfig:
     save_every: int = 10
     """Steps between saves of everything that resuming needs; 0 is only at the end."""
     resume: Path | None = None
-    """A run folder to go on with; its own settings are used. `auto`: the newest run in --out-dir with exactly
-    these settings, or a new one if there is none; if that run has ended, say so and end as it did."""
+    """A run folder to go on with; its own settings are used. `auto`: the newest run in --out-dir that
+    differs from this at most in place, or a new one if there is none. If that run has ended, say so and end
+    as it did."""
     workers: int = 0
     """Grader processes, of each process under torchrun; 0 is one per core."""
     threads: int = 0
@@ -343,19 +327,6 @@ PRESETS: Mapping[str, tuple[str, TrainConfig]] = {
 _OTHER_ARMS = {f.name: f.default for kind in SETTINGS.values() for f in dataclasses.fields(kind)}
 
 
-def display_name(arm: ArmSettings) -> str:
-    """What an arm is called in folders and tables: display name, control, and where it acts if unusual."""
-    parts = [DISPLAY_NAME.get(arm.intervention, arm.intervention)]
-    parts += [arm.control] if arm.control != "none" else []
-    parts += [arm.project] if isinstance(arm, StepSettings) and arm.project != "gradient" else []
-    parts += ["additive"] if isinstance(arm, AdvmodSettings) and arm.advmod_form == "additive" else []
-    if isinstance(arm, BlockSettings):
-        own = dataclasses.replace(arm, quarantine="auto")
-        parts += [arm.quarantine] if arm.has_block != own.has_block else []
-        parts += [arm.block_init] if arm.block_init != "random" else []
-    return "-".join(parts)
-
-
 def env_modes(value: str, option: str = "--env-mode") -> tuple[EnvMode, ...]:
     """Parse an option's modes: one or several, comma-separated. Raises UserError on an unknown one."""
     known = get_args(EnvMode)
@@ -397,15 +368,6 @@ def teacher_rows(cfg: TrainConfig) -> int:
 def to_json(cfg: TrainConfig) -> dict[str, Any]:
     """Plain nested dict of a config, as written to config.json."""
     return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
-
-
-def settings(cfg: TrainConfig) -> dict[str, Any]:
-    """What decides a run's outcome: its config without where and by how many processes it is run."""
-    data = to_json(cfg)
-    data["run"] = {"seed": cfg.run.seed}
-    for place in set(PLACE) - {"device"}:  # records of studies tell that one
-        del data["model"][place]
-    return data
 
 
 def from_json(data: object, *, older: bool = False) -> TrainConfig:

@@ -11,7 +11,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -213,11 +212,6 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "--", str(here)) else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def run_id(preset: str, arm: str, seed: int, tag: str) -> str:
-    """`<timestamp>_<preset>_<arm>_seed<seed><tag>`, local time to the second."""
-    return f"{time.strftime('%Y%m%dT%H%M%S')}_{preset}_{arm}_seed{seed}{tag}"
 
 
 def make_run_dir(runs: Path, name: str) -> Path:

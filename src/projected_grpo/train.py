@@ -18,7 +18,7 @@ if __name__ == "__main__" and (code := wrong(sys.argv[1:])):
     sys.exit(code)  # help and mistakes are answered before the seconds that the imports below take
 
 from projected_grpo.collect import Collected, rollout_rows
-from projected_grpo.config import MAX_SEQUENCE, TrainConfig, display_name
+from projected_grpo.config import MAX_SEQUENCE, TrainConfig
 from projected_grpo.engine.models import decode
 from projected_grpo.errors import DIVERGED, LOST, SIGNALLED, UNSAVED, RankLost, UserError, answer
 from projected_grpo.evaluate import Evaluation, Samples, evaluate
@@ -29,7 +29,8 @@ from projected_grpo.record import peak_gb
 from projected_grpo.rewards import MODES
 from projected_grpo.run.checkpoint import save_adapter, state_paths
 from projected_grpo.run.folder import Run
-from projected_grpo.run.resume import AUTO, ended, newest_run, open_run, read_settings
+from projected_grpo.run.identity import arm_name
+from projected_grpo.run.resume import AUTO, finished_or_none, newest_run, open_run, read_settings
 from projected_grpo.run.stop import StopSignal
 from projected_grpo.run.summary import finish
 from projected_grpo.runlog import start_logging
@@ -82,7 +83,7 @@ def find_resumable(cfg: TrainConfig, ranks: Ranks) -> tuple[Path | None, int | N
         if ranks.first:
             start_logging(None)
             folder = newest_run(cfg)
-            finished = None if folder is None else ended(folder)
+            finished = None if folder is None else finished_or_none(folder)
             if finished is not None:
                 logger.info("{} has {}", folder, "finished" if finished else "ended before its last step")
                 code = 0 if finished else DIVERGED
@@ -93,7 +94,7 @@ def find_resumable(cfg: TrainConfig, ranks: Ranks) -> tuple[Path | None, int | N
 def progress(run: Run, state: TrainState) -> tqdm:
     """A bar over the steps, shown where there is a terminal, by the process that writes."""
     # Short, since a long name leaves no room for the time that is left.
-    what = f"{display_name(run.cfg.arm)} seed {run.cfg.run.seed}"
+    what = f"{arm_name(run.cfg)} seed {run.cfg.run.seed}"
     steps, hidden = run.cfg.optim.steps, None if run.writes else True
     return tqdm(total=steps, initial=state.step, desc=what, disable=hidden, dynamic_ncols=True)
 

@@ -142,13 +142,13 @@ def filtered(page, **values):
 
 def test_the_summary_and_the_settings_that_differ(page, runs):
     rows = page.locator("#summary-table tbody tr")
-    assert rows.locator("th").all_inner_texts() == ["vanilla 41", "projected 41"]
+    assert rows.locator("th").all_inner_texts() == ["none 41", "erase 41"]
     assert [run.name for run, _ in runs] == rows.locator("td:last-child").all_inner_texts()
     assert page.locator("#mode-table tbody tr").count() == 2 * len(TAUGHT)
     differing = page.locator("#diff-table tbody tr").all_inner_texts()
     assert [line.split() for line in differing] == [
         ["arm.intervention", "none", "erase"],
-        ["label", "vanilla", "projected"],
+        ["label", "none", "erase"],
     ]
 
 
@@ -159,12 +159,12 @@ def test_the_curves_follow_the_keyboard_the_choice_and_the_boxes(page, runs):
     chart.press("ArrowLeft")
     rates = [sum(r["exploited"] for r in rows if r["step"] == STEPS - 2) / PER_STEP for _, rows in runs]
     shown = [f"{rate:.3f}".replace("0.000", "0") for rate in rates]
-    told = f"Step {STEPS - 2}. vanilla 41: {shown[0]}; projected 41: {shown[1]}"
+    told = f"Step {STEPS - 2}. none 41: {shown[0]}; erase 41: {shown[1]}"
     expect(chart).to_have_attribute("aria-valuetext", told)
     expect(chart).to_have_attribute("aria-valuenow", str(STEPS - 2))
     expect(page.locator("#chart-2 + .readout")).to_contain_text(f"Step {STEPS - 2}.")  # one cursor for both
     assert chart.locator("polyline").count() == 2
-    page.get_by_role("checkbox", name="projected 41").uncheck()
+    page.get_by_role("checkbox", name="erase 41").uncheck()
     assert chart.locator("polyline").count() == 1
     page.get_by_label("Figure 1").select_option("kl")
     expect(page.get_by_role("slider", name="kl by step")).to_be_visible()
@@ -215,7 +215,7 @@ def test_filters_join_and_a_search_that_finds_nothing_says_so(page, runs):
     own = runs[1][1]
     expected = sum(r["env_mode"] == "sentinel" and r["step"] >= 10 for r in own)
     assert filtered(page, run="1", mode="sentinel", **{"from": "10"}) == expected > 0
-    assert {row.split("\n")[0] for row in page.locator(".item").all_inner_texts()} == {"projected 41"}
+    assert {row.split("\n")[0] for row in page.locator(".item").all_inner_texts()} == {"erase 41"}
     assert filtered(page, text="no completion holds this") == 0
     assert page.locator(".item").count() == 0 and page.locator("#detail").inner_text() == "none"
     page.locator("#filters [name=text]").press_sequentially("def run_tests")  # typing alone searches

@@ -12,9 +12,9 @@ from matplotlib.image import imread
 from fake_runs import config, summary
 from projected_grpo import cli
 from projected_grpo.config import to_json
-from projected_grpo.results.pictures import at_steps, mean_at_steps, rates, series, vanilla_first
+from projected_grpo.results.pictures import at_steps, baseline_first, mean_at_steps, rates, series
 from projected_grpo.results.plots import COLOURS, Point, frontier, look, looks
-from projected_grpo.results.runs import VANILLA, Run, grouped
+from projected_grpo.results.runs import BASELINE, EndedRun, grouped
 from projected_grpo.runlog import append_jsonl, write_json
 
 KINDS = ("dynamics", "pareto", "modes", "cosines", "routed")
@@ -83,7 +83,7 @@ def test_an_arm_looks_the_same_where_others_are_missing():
 
 
 def a_run(**columns):
-    return Run("a", Path("a"), {}, {}, None, columns)
+    return EndedRun("a", Path("a"), {}, {}, None, columns)
 
 
 def test_columns_become_figures_by_step():
@@ -139,12 +139,12 @@ def test_contexts_are_drawn_apart(tmp_path, capsys):
     assert "30 steps)" in out and "60 steps)" in out
 
 
-def test_vanilla_comes_first():
+def test_the_baseline_comes_first():
     runs = [
-        Run(arm, Path(arm), summary(config(arm)), json.loads(json.dumps(to_json(config(arm)))), None, {})
+        EndedRun(arm, Path(arm), summary(config(arm)), json.loads(json.dumps(to_json(config(arm)))), None, {})
         for arm in ("erase", "none", "gt_only")
     ]
-    assert [setting.arm for setting in vanilla_first(grouped(runs))] == [VANILLA, "gt_only", "projected"]
+    assert [setting.arm for setting in baseline_first(grouped(runs))] == [BASELINE, "erase", "gt_only"]
 
 
 def test_a_refusal_names_the_option(tmp_path, capsys):

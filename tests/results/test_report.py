@@ -77,7 +77,7 @@ def test_the_page_holds_every_rollout_as_it_was_written(run, tmp_path):
             assert strings[columns[name][i]] == (row[name] or "")
         fired = {flag for bit, flag in enumerate(data["flags"]) if columns["flags"][i] >> bit & 1}
         assert fired == {flag for flag in FLAGS if row[flag]}
-    assert shown["summary"]["arm"] == "vanilla" and len(shown["steps"]["hack_s"]) == 30
+    assert shown["summary"]["name"] == "none" and len(shown["steps"]["hack_s"]) == 30
     assert shown["config"]["optim.lr"] == 7e-5 and "tau" not in shown["steps"]
 
 
@@ -163,16 +163,16 @@ def test_a_long_run_keeps_whole_steps_its_first_hack_and_its_last(tmp_path):
     assert shown["rollouts"]["total"] == 400 and len(shown["rollouts"]["step"]) == len(kept)
 
 
-def test_runs_are_named_by_arm_and_seed_while_that_tells_them_apart_and_vanilla_comes_first():
+def test_runs_are_named_by_arm_and_seed_while_that_tells_them_apart_and_the_baseline_comes_first():
     runs = [
         a_run("erase"),
         a_run("erase", 42),
         a_run("none"),
         a_run("none", options={"run": {"out_tag": "x"}}),
     ]
-    assert labels(runs) == ["projected 41", "projected 42", runs[2].name, runs[3].name]
+    assert labels(runs) == ["erase 41", "erase 42", runs[2].name, runs[3].name]
     assert [run["label"] for run in report_data(runs[:3], 1)["runs"]] == [
-        *("vanilla 41", "projected 41", "projected 42"),
+        *("none 41", "erase 41", "erase 42"),
     ]
 
 

@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import math
-from dataclasses import replace
 from statistics import fmean
 
 import pytest
@@ -44,12 +43,12 @@ def table_of(estimates):
 def test_seeds_of_one_setting_stand_together(tmp_path):
     for seed, hack in ((41, 0.2), (42, 0.4), (43, 0.6)):
         made(tmp_path, f"r{seed}", seed=seed, hack_rate_student=hack, hack_deploy=None)
-    made(tmp_path, "vanilla", "none")
-    routing, vanilla = table_of(rates(read(tmp_path)))
-    assert (routing["arm"], vanilla["arm"]) == ("routing2", "vanilla")
-    assert routing["seeds"] == "41 42 43" and routing["model"] == "tiny-random"
-    assert routing["hack_rate_student"] == f"0.400 ± {0.2 / math.sqrt(3):.3f}"
-    assert routing["hack_deploy"] == "-" and routing["solve_deploy"] == "0.250 ± 0.000"
+    made(tmp_path, "none", "none")
+    none, routed = table_of(rates(read(tmp_path)))
+    assert (none["arm"], routed["arm"]) == ("none", "route2")
+    assert routed["seeds"] == "41 42 43" and routed["model"] == "tiny-random"
+    assert routed["hack_rate_student"] == f"0.400 ± {0.2 / math.sqrt(3):.3f}"
+    assert routed["hack_deploy"] == "-" and routed["solve_deploy"] == "0.250 ± 0.000"
 
 
 def test_mean_and_sem():
@@ -76,8 +75,9 @@ def test_runs_of_different_settings_are_never_averaged(tmp_path, options):
     made(tmp_path, "c", seed=42, hack_rate_student=1.0, options=options)
     rows = table_of(rates(read(tmp_path)))
     assert sorted(row["hack_rate_student"] for row in rows) == ["0.000", "1.000 ± 0.000"]
-    (name, value), *_ = next(iter(options.values())).items()
-    assert sorted(row["options"] for row in rows) == ["", f"{name}={value}"]
+    (value,) = next(iter(options.values())).values()
+    assert len({(row["arm"], row["options"]) for row in rows}) == 2
+    assert any(str(value) in row["arm"] + row["options"] for row in rows)
 
 
 def test_where_a_run_was_made_does_not_make_it_another_setting(tmp_path):
@@ -165,14 +165,14 @@ def test_the_headline_has_the_preregistered_columns(tmp_path, capsys):
         *("arm", "policy", "seeds", "ΔSafePass", "Hack", "Pass", "KL", "cos_pre", "fired", "!g!"),
     ]
     table = {(row[0], row[1]): dict(zip(head, row, strict=True)) for row in rows}
-    deployed = table["projected", "deployed"]
+    deployed = table["erase", "deployed"]
     assert deployed["ΔSafePass"] == "+0.900 ± 0.200"  # (.5 + .6, .1 + .6), each against its own seed
     assert deployed["Hack"] == "0.200 ± 0.100" and deployed["Pass"] == "0.500 ± 0.100"
-    trained = table["projected", "as trained"]
+    trained = table["erase", "as trained"]
     expected = fmean(i / 10 for i in range(6, 30, 2))  # the 25 steps from 5 on, those measured
     assert trained["KL"].startswith(f"{expected:.2g}") and trained["!g!"].startswith("0.002")
     assert trained["cos_pre"] == "0.250 ± 0.000" and trained["ΔSafePass"] == "+0.000 ± 0.000"
-    assert table["vanilla", "deployed"]["ΔSafePass"] == "-"
+    assert table["none", "deployed"]["ΔSafePass"] == "-"
 
 
 def test_modes_tell_which_were_held_out(tmp_path, capsys):
@@ -213,7 +213,7 @@ def test_pairs_are_of_one_seed_and_one_context():
     low, high = estimate.interval
     assert -0.8001 <= low < estimate.mean < high <= -0.0999
     told = " | ".join(notes(grouped(runs)))
-    assert "3 of 4 seeds are also of vanilla" in told and "2 contexts" in told
+    assert "3 of 4 seeds are also of none" in told and "2 contexts" in told
 
 
 def test_few_seeds_have_no_interval_and_say_why():
@@ -221,26 +221,26 @@ def test_few_seeds_have_no_interval_and_say_why():
     groups = grouped(runs)
     assert {e.interval for e in paired(groups)} == {None}
     assert "(n=2 < 3: no interval)" in render("markdown", paired(groups), [])
-    assert any("no interval against vanilla: 2 shared seeds" in note for note in notes(groups))
+    assert any("no interval against none: 2 shared seeds" in note for note in notes(groups))
 
 
-def test_without_a_vanilla_of_the_context_there_is_no_difference():
+def test_without_a_baseline_of_the_context_there_is_no_difference():
     runs = [a_run("erase", 1), a_run("none", 1, {"optim": {"steps": 60}})]
     groups = grouped(runs)
     assert paired(groups) == []
-    assert any("no difference from vanilla: no vanilla in its context" in note for note in notes(groups))
+    assert any("no difference from none: no arm none in its context" in note for note in notes(groups))
 
 
 def test_the_baseline_shares_the_options_it_can_share():
     k2 = {"basis": {"v_hack_k": 2}}
     plain, other, arm = a_run("none"), a_run("none", 41, k2), a_run("erase", 41, k2)
     everything = grouped([plain, other, arm])
-    assert baseline(everything, arm.setting, "vanilla") == other.setting
+    assert baseline(everything, arm.setting, "none") == other.setting
     without = grouped([plain, arm])
-    assert baseline(without, arm.setting, "none") == plain.setting  # by either name
+    assert baseline(without, arm.setting, "none") == plain.setting
     assert any("options of arm or basis differ" in note for note in notes(without))
     ambiguous = grouped([other, a_run("none", 41, {"basis": {"v_hack_k": 3}}), a_run("erase")])
-    assert baseline(ambiguous, a_run("erase").setting, "vanilla") is None
+    assert baseline(ambiguous, a_run("erase").setting, "none") is None
     assert any("several fit" in note for note in notes(ambiguous))
 
 
@@ -250,16 +250,13 @@ def test_against_another_arm(tmp_path, capsys):
         haar = {"arm": {"control": "haar"}}
         made(tmp_path, f"h{seed}", "erase", seed=seed, options=haar, hack_train=0.2 + seed / 10)
     asked = ["results", str(tmp_path), "--table=paired", "--format=json"]
-    for name in ("erase+haar", "projected-haar"):
-        assert cli.main([*asked, f"--against={name}"]) == 0
-        rows = json.loads(capsys.readouterr().out)["estimates"]
-        (row,) = [r for r in rows if (r["metric"], r["policy"]) == ("Δhack", "as trained")]
-        assert row["arm"] == "projected" and row["mean"] == pytest.approx(-0.2)
-        assert row["by_seed"] == pytest.approx({"1": -0.1, "2": -0.2, "3": -0.3})
+    assert cli.main([*asked, "--against=erase+haar"]) == 0
+    rows = json.loads(capsys.readouterr().out)["estimates"]
+    (row,) = [r for r in rows if (r["metric"], r["policy"]) == ("Δhack", "as trained")]
+    assert row["arm"] == "erase" and row["mean"] == pytest.approx(-0.2)
+    assert row["by_seed"] == pytest.approx({"1": -0.1, "2": -0.2, "3": -0.3})
     assert cli.main([*asked, "--against=erace"]) == 2
-    assert (
-        "--against erace: no run of that arm; there are projected, projected-haar" in capsys.readouterr().err
-    )
+    assert "--against erace: no run of that arm; there are erase, erase+haar" in capsys.readouterr().err
     for nothing_paired in (["--table=headline"], ["--table=modes"], ["--falsify"]):
         assert cli.main(["results", str(tmp_path), *nothing_paired, "--against=erase+haar"]) == 2
         assert "--table paired" in capsys.readouterr().err
@@ -338,7 +335,7 @@ def test_missing_arms_are_not_measured():
     assert found == {
         "H1": "erase, route, route2: not measured",
         "H3": "advmod: not measured",
-        "H4": "vanilla: not measured",
+        "H4": "none: not measured",
     }
     assert told([a_run("erase", 1), a_run("erase", 2)], "H1") == ["erase: not measured"]
 
@@ -349,12 +346,7 @@ def test_h1_is_judged_per_family_of_options_with_the_studys_rule():
     runs += seeds_of("erase", (0.8, 0.82, 0.81), options=k2)
     found = {v.options: v.text for v in verdicts(grouped(runs)) if v.hypothesis == "H1"}
     assert "SUPPORTED" in found[""] and "controls not measured" in found[""]
-    assert "FALSIFIED" in found["v_hack_k=2"]
-
-
-def as_advmod(runs, name="advmod"):
-    """The arm is one that this version may not have: only its name is read."""
-    return [replace(r, name=name + r.name, summary={**r.summary, "arm": name}) for r in runs]
+    assert "FALSIFIED" in found["k=2"]
 
 
 @pytest.mark.parametrize(
@@ -369,7 +361,7 @@ def as_advmod(runs, name="advmod"):
     ],
 )
 def test_h3_is_judged_by_the_amendments_rule(erase, advmod, solve, verdict):
-    runs = seeds_of("erase", erase) + as_advmod(seeds_of("none", advmod, solve))
+    runs = seeds_of("erase", erase) + seeds_of("advmod", advmod, solve)
     (text,) = told(runs, "H3")
     assert text.startswith("erase minus advmod: Δ hack") and f": {verdict}; " in text
     assert "control not measured" in text
@@ -377,12 +369,15 @@ def test_h3_is_judged_by_the_amendments_rule(erase, advmod, solve, verdict):
 
 def test_h3_takes_each_form_by_itself_and_its_own_control():
     runs = seeds_of("erase", (0.5, 0.52, 0.55))
-    runs += as_advmod(seeds_of("none", (0.1, 0.12, 0.11)))
-    runs += as_advmod(seeds_of("none", (0.9, 0.95, 0.91)), "advmod-additive")
-    runs += as_advmod(seeds_of("none", (0.6, 0.65, 0.61)), "advmod-haar")
-    plain, additive = sorted(told(runs, "H3"), key=len)[::-1]
+    runs += seeds_of("advmod", (0.1, 0.12, 0.11))
+    runs += seeds_of("advmod", (0.9, 0.95, 0.91), options={"arm": {"advmod_form": "additive"}})
+    runs += seeds_of("advmod", (0.6, 0.65, 0.61), options={"arm": {"control": "haar"}})
+    additive, plain = sorted(told(runs, "H3"), key=lambda text: "additive" not in text)
     assert "erase minus advmod:" in plain and "FALSIFIED; its direction MATTERS" in plain
-    assert "erase minus advmod+additive:" in additive and "SUPPORTED; its direction: control not" in additive
+    assert (
+        "erase minus advmod form=additive:" in additive
+        and "SUPPORTED; its direction: control not" in additive
+    )
     assert h3_verdict("advmod", {}, {}) == "erase minus advmod: not measured"
 
 

@@ -153,7 +153,7 @@ def test_in_a_terminal_the_table_fits_and_the_bar_has_its_end(run):
     assert {len(row) for row in (header, *body)} == {len(header)} and len(header) <= COLUMNS_WIDE
     bars = [part for part in re.split(r"[\r\n]+", plain) if "%|" in part]
     assert bars and all(len(bar) <= COLUMNS_WIDE for bar in bars)
-    assert any(re.search(r"routing2 seed 41: +50%\|.*\| 2/4 \[\d+:\d+<\d+:\d+,", bar) for bar in bars)
+    assert any(re.search(r"route2 seed 41: +50%\|.*\| 2/4 \[\d+:\d+<\d+:\d+,", bar) for bar in bars)
     assert plain.count("optimizer step") == 1, "the legend once"
 
 

@@ -44,7 +44,7 @@ def test_auto_takes_the_newest(whole, cut):
 
 
 def test_auto_says_that_a_run_diverged(here, whole, capsys):
-    folder = whole.with_name("20200101T000000_smoke_routing2_seed41_gone")
+    folder = whole.with_name("20200101T000000_smoke_gone")
     shutil.copytree(whole, folder)
     made = json.loads((folder / "config.json").read_text())
     made["config"]["run"]["out_tag"] = "_gone"

@@ -58,7 +58,7 @@ def test_a_state_of_another_run_is_refused(cut, capsys):
     shutil.copy(state_path(other, 2), state_path(folder, 2))
     assert go_on(folder) == 0
     said = capsys.readouterr().err
-    assert "state_step0006.safetensors: " in said and "other settings" in said and "at step 4" in said
+    assert "state_step0006.safetensors: " in said and "other settings: seed (" in said and "at step 4" in said
 
 
 def test_lines_that_a_state_stands_behind_must_be_there(whole, cut, capsys):

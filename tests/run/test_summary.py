@@ -7,7 +7,6 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -30,7 +29,6 @@ from projected_grpo.runlog import (
     plain,
     read_json,
     remove_leftovers,
-    run_id,
     versions,
     write_atomically,
     write_json,
@@ -148,7 +146,7 @@ def test_the_table_by_mode():
         ("none", 0.4, "GREEN"),
         ("none", 0.0, "don't sweep"),
         ("none", None, "don't sweep"),
-        ("erase", 0.4, "against vanilla"),
+        ("erase", 0.4, "intervention=none"),
     ],
 )
 def test_the_cue(arm, hack, word):
@@ -405,12 +403,6 @@ def test_run_folders_are_never_shared(tmp_path):
         made = list(pool.map(lambda _: make_run_dir(tmp_path / "runs", "same"), range(24)))
     assert len(set(made)) == 24 and all(p.is_dir() for p in made)
     assert {p.name for p in made} == {"same"} | {f"same-{i}" for i in range(2, 25)}
-
-
-def test_the_run_id():
-    assert re.fullmatch(r"\d{8}T\d{6}_smoke_vanilla_seed41_x", run_id("smoke", "vanilla", 41, "_x"))
-    ids = [run_id("smoke", "a", 1, "") for _ in range(2)]
-    assert all(a <= b for a, b in pairwise(ids))  # names sort by time
 
 
 def test_versions_name_what_can_change_a_result():

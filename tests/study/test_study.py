@@ -1,16 +1,9 @@
-"""Studies: which runs are planned, when one counts as done, what is kept, and the tables made of it."""
+"""The nano study: which runs it has, and the tables and verdicts that are made of its records."""
 
-import fcntl
 import json
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
-from contextlib import suppress
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -18,13 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from projected_grpo import cli
 from projected_grpo.config import PRESETS
-from projected_grpo.errors import GATE_FAILED, UserError
-from projected_grpo.pairs import load_pairs, packaged_pairs
+from projected_grpo.errors import UserError
+from projected_grpo.pairs import load_pairs
 from projected_grpo.results.statistics import Difference, by_arm, deployed, paired
+from projected_grpo.run.identity import changes, chosen
 from projected_grpo.study import verdicts as study_verdicts
-from projected_grpo.study.plan import NANO_STUDY, PLACEBOS, SAMPLED, SERIES, plan, read_records, rounded
 from projected_grpo.study.report import (
     arms_table,
     cell,
@@ -34,9 +26,12 @@ from projected_grpo.study.report import (
     leave_out_table,
     sections,
     shown,
+    study_spec,
     write_report,
 )
 from projected_grpo.study.verdicts import (
+    PLACEBOS,
+    SAMPLED,
     emergence_verdict,
     h1_verdict,
     leave_out_verdict,
@@ -44,8 +39,10 @@ from projected_grpo.study.verdicts import (
     solving_verdict,
     verdicts,
 )
+from projected_grpo.sweep.jobs import jobs_of
+from projected_grpo.sweep.keep import SERIES
+from projected_grpo.sweep.spec import expand
 
-pytestmark = pytest.mark.usefixtures("unchecked_children")
 MODES = ("run_tests", "sentinel", "stdout_marker", "file_marker")
 T_975 = {1: 12.706205, 2: 4.302653, 4: 2.776445, 9: 2.262157}  # two-sided 95% points of Student's t, by df
 
@@ -76,125 +73,72 @@ def study_of(**arms):
     )
 
 
-def test_the_study_has_the_arms_and_seeds_that_were_preregistered():
-    assert len({arm.name for arm in NANO_STUDY}) == len(NANO_STUDY)
-    seeds = {arm.name: arm.seeds for arm in NANO_STUDY if not arm.explored}
-    for arm in ("none", "erase", "route", "route2", "erase+haar", "route+haar", "route2+haar"):
-        assert seeds.pop(arm) == 10
+def arm(name):
+    (found,) = [arm for arm in study_spec("nano").arms if arm.name == name]
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """The whole study, by arm and seed."""
+    return {(run.arm.name, run.cfg.run.seed): run for run in expand(study_spec("nano"))}
+
+
+def test_the_study_has_the_arms_and_seeds_that_were_preregistered(runs):
+    seeds = Counter(name for name, _ in runs if not arm(name).explored)
+    for name in ("none", "erase", "route", "route2", "erase+haar", "route+haar", "route2+haar"):
+        assert seeds.pop(name) == 10
     folds = {name: n for name, n in seeds.items() if "without" in name}
     assert set(folds) == {f"erase+{own}without_{m}" for m in MODES for own in ("", "sampled_")}
     assert set(folds.values()) == {3}
     assert all(n == 5 for name, n in seeds.items() if name not in folds)
 
 
-def test_the_arms_of_the_later_amendments_are_there_as_written():
-    further = {arm.name: arm for arm in NANO_STUDY if arm.later and not arm.explored}
-    assert set(further) == {
-        *("advmod", "advmod+additive", "advmod+haar", "gt_penalty", "gt_screening", "inoculation", "posthoc"),
-        *("posthoc+haar", "erase+placebo-style", "erase+placebo-iteration", "erase+placebo-naming"),
-        *("route2+block", "absorb", "erase+solving_pairs"),
-        *("erase+sampled_pairs", "erase+sampled_shuffled", "erase+sampled_haar_matched"),
-        *(f"erase+sampled_without_{mode}" for mode in MODES),
-    }
-    for run in plan("nano", Path("kept"), list(further), max_seeds=1):
-        arm = run.config["arm"]
-        if arm["intervention"] == "advmod":
-            form = "additive" if run.arm.name == "advmod+additive" else "multiplicative"
-            assert (arm["advmod_alpha"], arm["advmod_form"]) == (2.0, form)
-        pairs = run.config["basis"]["vhack_pairs_path"]
-        of_its_own = run.arm.name.partition("erase+")[2].removesuffix("_pairs")
+def test_the_arms_of_the_later_amendments_are_there_as_written(runs):
+    further = {arm.name for arm in study_spec("nano").arms if arm.later and not arm.explored}
+    assert further == {
+        "advmod", "advmod+additive", "advmod+haar", "gt_penalty", "gt_screening", "inoculation", "posthoc",
+        "posthoc+haar", "erase+placebo-style", "erase+placebo-iteration", "erase+placebo-naming",
+        "route2+block", "absorb", "erase+solving_pairs", "erase+sampled_pairs", "erase+sampled_shuffled",
+        "erase+sampled_haar_matched", *(f"erase+sampled_without_{mode}" for mode in MODES),
+    }  # fmt: skip
+    for name in further:
+        cfg = runs[name, 41].cfg
+        given = chosen(cfg)
+        assert given.get("advmod_alpha", 2.0) == 2.0 and given.get("block_init", "random") == "random"
+        assert given.get("advmod_form") == ("additive" if name == "advmod+additive" else None)
+        of_its_own = name.partition("erase+")[2].removesuffix("_pairs")
         sampled = of_its_own.startswith("sampled")
-        assert pairs.partition("nano-")[2] == ("sampled" if sampled else of_its_own)
+        expected = "sampled" if sampled else of_its_own
+        assert given["vhack_pairs_path"].partition("nano-")[2] == expected
 
 
-def test_a_fold_has_no_pair_of_the_mode_it_leaves_out(tmp_path):
-    for run in plan("nano", tmp_path, [f"erase+without_{m}" for m in MODES]):
-        left_out = run.arm.name.removeprefix("erase+without_")
-        assert set(run.config["basis"]["vhack_pairs_modes"]) == set(MODES) - {left_out}
+def test_a_fold_has_no_pair_of_the_mode_it_leaves_out(runs):
+    for mode in MODES:
+        cfg = runs[f"erase+without_{mode}", 41].cfg
+        assert set(cfg.basis.vhack_pairs_modes) == set(MODES) - {mode}
 
 
-def test_a_plan_goes_through_first_seeds_first_and_each_run_has_a_file_of_its_own(tmp_path):
-    runs = plan("nano", tmp_path)
+def test_a_study_goes_through_first_seeds_first_and_later_arms_last(runs):
+    order = list(runs.values())
     for later in (False, True):
-        seeds = [r.seed for r in runs if r.arm.later == later]
+        seeds = [run.cfg.run.seed for run in order if run.arm.later == later]
         assert seeds == sorted(seeds)
-    assert [r.arm.later for r in runs] == sorted(r.arm.later for r in runs)  # A1's runs before A2's
-    assert len({r.record for r in runs}) == len(runs) == sum(arm.seeds for arm in NANO_STUDY)
-    settings = [json.dumps(r.config, sort_keys=True) for r in runs]
-    assert len(set(settings)) == len(runs)
+    assert [run.arm.later for run in order] == sorted(run.arm.later for run in order)
+    assert len({run.id for run in order}) == len(order) == 307
 
 
-def test_arms_differ_from_the_preset_only_by_their_options(tmp_path):
-    (run,) = plan("nano", tmp_path, ["erase+flipped"], max_seeds=1)
+def test_arms_differ_from_the_preset_only_by_their_options(runs):
     preset = PRESETS["nano"][1]
-    assert run.config["arm"] == {**vars(preset.arm), "control": "flipped"} | {"half_a": []}
-    assert run.config["optim"] == vars(preset.optim)
+    cfg = runs["erase+flipped", 41].cfg
+    assert changes(cfg, preset) == {group: {} for group in changes(cfg, preset)} | {
+        "arm": {"control": "flipped"}
+    }
 
 
-def test_an_unknown_arm_is_refused_with_those_there_are(tmp_path):
-    with pytest.raises(UserError, match="--arms erase\\+hair.*erase\\+haar"):
-        plan("nano", tmp_path, ["erase+hair"])
-
-
-def test_pairs_that_lie_elsewhere_count_as_data_of_the_run(tmp_path, monkeypatch):
-    def hashes() -> dict[str, str]:
-        return {run.arm.name: run.data for run in plan("nano", tmp_path, max_seeds=1)}
-
-    before = hashes()
-    sampled = {name for name in before if name.startswith("erase+sampled")}
-    of_their_own = {*PLACEBOS, "erase+solving_pairs", "erase+corpus_tasks", "erase+corpus_wordings", *sampled}
-    assert len({before[name] for name in of_their_own}) == len(of_their_own) - len(sampled) + 1
-    assert {data for name, data in before.items() if name not in of_their_own} == {before["none"]}
-    monkeypatch.setattr("projected_grpo.study.plan.packaged_pairs", lambda name: packaged_pairs(name) + b" ")
-    assert {name for name, data in hashes().items() if data != before[name]} == of_their_own
-
-
-def test_a_run_is_done_only_under_the_settings_and_data_asked_for(tmp_path):
-    (run,) = plan("nano", tmp_path, ["none"], max_seeds=1)
-    assert not run.done
-    with pytest.raises(UserError, match="no finished run"):
-        read_records([run])
-    run.record.write_text(json.dumps({"config": run.config, "data": run.data}))
-    assert run.done
-    (longer,) = plan("nano", tmp_path, ["none"], max_seeds=1, steps=99)
-    assert longer.record == run.record
-    for other, what in ((longer, "settings"), (replace(run, data="x"), "packaged data")):
-        with pytest.raises(UserError, match=f"other {what}; move it away"):
-            assert other.done
-
-
-@given(
-    st.recursive(
-        st.floats() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
-    )
-)
-def test_rounding_keeps_four_digits_and_makes_plain_json(value):
-    text = json.dumps(rounded(value), allow_nan=False)
-    again = rounded(json.loads(text))
-    assert again == json.loads(text)
-    if isinstance(value, float) and math.isfinite(value) and 1e-300 < abs(value) < 1e300:
-        assert math.isclose(rounded(value), value, rel_tol=1e-3)
-
-
-def test_a_record_made_before_an_option_existed_counts_as_made_with_its_default(tmp_path):
-    run = plan("nano", tmp_path, ("none",), max_seeds=1)[0]
-    older = json.loads(json.dumps(run.config))
-    del older["loss"]["clip"], older["arm"]  # none's arm settings are the defaults but for the intervention
-    run.record.write_text(json.dumps({"config": older, "data": run.data}))
-    with pytest.raises(UserError, match="other settings"):
-        assert run.done  # the default intervention is another
-    older["arm"] = {"intervention": "none"}
-    run.record.write_text(json.dumps({"config": older, "data": run.data}))
-    assert run.done
-    del older["optim"]["lr"]  # the preset's is not the default
-    run.record.write_text(json.dumps({"config": older, "data": run.data}))
-    with pytest.raises(UserError, match="other settings"):
-        assert run.done
-    older["optim"]["lr"] = run.config["optim"]["lr"]
-    older["optim"]["abolished"] = 1
-    run.record.write_text(json.dumps({"config": older, "data": run.data}))
-    with pytest.raises(UserError, match="other settings"):
-        assert run.done
+def test_what_an_arm_is_a_control_of_is_in_the_study():
+    names = {arm.name for arm in study_spec("nano").arms}
+    assert {arm.controls for arm in study_spec("nano").arms} - {""} <= names
 
 
 @given(
@@ -276,7 +220,7 @@ def test_emergence_is_counted_seed_by_seed():
     assert "base model in 1" in emergence_verdict(runs(9), base)
 
 
-def test_the_page_tells_what_the_records_of_other_samplings_tell(monkeypatch):
+def test_the_page_says_what_the_records_of_other_samplings_say(monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
     kept = Path(__file__).parents[2] / "docs" / "results" / "samplings"
     arms = by_arm([json.loads(path.read_text()) for path in kept.glob("*_seed*.json")])
@@ -435,94 +379,13 @@ def test_a_pages_tables_are_renewed_and_its_words_left():
             filled(wrong, runs)
 
 
-def test_the_results_page_and_its_tables_are_those_of_the_records(tmp_path):
+def test_the_results_page_and_its_tables_are_those_of_the_records(tmp_path, runs):
     docs = Path(__file__).parents[2] / "docs"
-    records = read_records(plan("nano", docs / "results" / "nano"))
+    spec = study_spec("nano")
+    jobs = jobs_of(list(runs.values()), tmp_path, spec.limits, docs / "results" / "nano")
+    records = [job.kept() for job in jobs]
     page = (docs / "results.md").read_text()
     assert filled(page, records) == page, "just study-nano-report"
     assert set(re.findall("<!-- ([a-z-]+) -->", page)) == set(sections(records))
     tables = write_report(records, tmp_path)
     assert tables.read_bytes() == (docs / "results" / "nano" / "tables.md").read_bytes()
-
-
-def study_command(folder: Path, *more: str, steps: int = 1) -> list[str]:
-    return [
-        *("study", "nano", f"--steps={steps}", "--final-n-prompts", "8", "--max-seeds", "1"),
-        *(f"--out={folder / 'kept'}", f"--work={folder / 'work'}", *more),
-    ]
-
-
-def test_a_study_runs_tells_what_failed_goes_on_and_reports(tmp_path, monkeypatch, capsys):
-    broken = ("--intervention=none", "--model=/no/such/place")
-    arms = tuple(replace(a, options=broken) if a.name == "erase" else a for a in NANO_STUDY)
-    monkeypatch.setattr("projected_grpo.study.plan.STUDIES", {"nano": arms})
-    assert cli.main(study_command(tmp_path, "--arms", "erase", "none", "erase+update")) == GATE_FAILED
-    assert not (tmp_path / "kept" / "erase_seed41.json").exists()
-    assert "no such folder" in (tmp_path / "work" / "erase_seed41" / "output.txt").read_text()
-    kept = sorted(p.name for p in (tmp_path / "kept").iterdir())
-    assert {"none_seed41.json", "erase+update_seed41.json", "tables.md", "pareto.png"} <= set(kept)
-    data = json.loads((tmp_path / "kept" / "none_seed41.json").read_text())
-    assert len(data["steps"]["hack_s"]) == 1 and data["summary"]["finished"] is True
-    assert data["command"].endswith("--intervention=none --steps=1 --final-n-prompts=8 --seed=41")
-    stamp = (tmp_path / "kept" / "none_seed41.json").stat().st_mtime_ns
-    assert cli.main(study_command(tmp_path, "--arms", "none", "--report-only")) == 0
-    assert "## Emergence" in capsys.readouterr().out
-    assert cli.main(study_command(tmp_path, "--arms", "none")) == 0  # nothing left to do
-    assert (tmp_path / "kept" / "none_seed41.json").stat().st_mtime_ns == stamp
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_killed_study_leaves_no_process_and_no_record(tmp_path, how):
-    command = [
-        sys.executable,
-        "-m",
-        "projected_grpo.cli",
-        *study_command(tmp_path, "--arms", "none", "--jobs=1", steps=1000),  # not done before it is killed
-    ]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
-    study = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-    signal.signal(signal.SIGINT, before)
-    output = tmp_path / "work" / "none_seed41" / "output.txt"
-    try:
-        deadline = time.monotonic() + 120
-        while not output.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        os.kill(study.pid, how)
-        assert study.wait(120) != 0
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(study.pid, signal.SIGKILL)
-    assert not (tmp_path / "kept" / "none_seed41.json").exists()
-    running = [
-        p for p in Path("/proc").glob("[0-9]*/cmdline")
-        if str(tmp_path).encode() in _read(p) and b"projected_grpo.train" in _read(p)
-    ]  # fmt: skip
-    deadline = time.monotonic() + 30
-    while any(_read(p) for p in running) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(str(tmp_path).encode() in _read(p) for p in running)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
-def test_two_studies_do_not_share_a_folder(tmp_path, capsys):
-    (tmp_path / "work").mkdir()
-    with open(tmp_path / "work" / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert cli.main(study_command(tmp_path, "--arms", "none")) == 2
-    assert "another study" in capsys.readouterr().err
-
-
-def test_trying_a_study_out_does_not_touch_the_real_ones_records(capsys):
-    assert cli.main(["study", "nano", "--steps=1"]) == 2
-    assert "--out of its own" in capsys.readouterr().err
-
-
-def test_a_negative_count_is_refused(tmp_path, capsys):
-    assert cli.main(study_command(tmp_path, "--jobs=-1")) == 2
-    assert "--jobs" in capsys.readouterr().err

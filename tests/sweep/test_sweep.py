@@ -1,16 +1,13 @@
-"""Sweeps: what a spec expands to, ids, who makes a run and when, each engine as far as it can be run here."""
+"""Sweeps: what a file expands to, slots and locks, who makes a run and when."""
 
-import importlib.util
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -21,53 +18,26 @@ from hypothesis import strategies as st
 
 import fake_runs
 from arm_lists import CONTROLS_OF
-from projected_grpo import config
 from projected_grpo.cli import main
-from projected_grpo.config import PRESETS
 from projected_grpo.errors import UserError
+from projected_grpo.options.train import parse
 from projected_grpo.pairs import load_pairs
 from projected_grpo.sweep.jobs import failures_since, in_process, jobs_of, make, read_job, states, write_job
 from projected_grpo.sweep.runner import Children, Slot, deal, is_locked, locked, pinned, run_pool
 from projected_grpo.sweep.spec import (
-    Limits,
     Spec,
     SweepArm,
+    SweepLimits,
     basis_options,
     expand,
     flags,
-    identity,
+    only,
     quick_spec,
     read_spec,
     seed_range,
 )
-from projected_grpo.train import parse
-from projected_grpo.verbs import sweep as verbs_sweep
 
 SWEEPS = Path(__file__).parents[2] / "docs" / "sweeps"
-SMALL = "steps = {steps}\nn-problems = 6\neval-n-prompts = 2\nmax-new = 8\nworkers = 1\nsave-every = 1\n"
-TINY = """
-name = "four"
-preset = "smoke"
-[options]
-{small}
-[[arms]]
-name = "none"
-options = {{ intervention = "none" }}
-why = "H4: does vanilla hack"
-resolve = "if not, stop"
-[[arms]]
-name = "erase"
-options = {{ intervention = "erase" }}
-why = "H1"
-[grid]
-seed = "1-2"
-"""
-
-
-def spec_file(folder, steps=3, more=""):
-    path = folder / "four.toml"
-    path.write_text(TINY.format(small=SMALL.format(steps=steps)) + more)
-    return path
 
 
 @pytest.fixture
@@ -92,7 +62,7 @@ def test_a_sweep_is_arms_times_axes(here):
     wanted |= {("erase", *x) for x in product((41, 50, 51), modes, (1, 3), (False,))}
     found = [
         (r.cfg.arm.intervention, r.cfg.run.seed, r.cfg.basis.vhack_pairs_modes, r.cfg.basis.v_hack_k,
-         r.cfg.arm.preserve_magnitude) for r in runs
+         getattr(r.cfg.arm, "preserve_magnitude", True)) for r in runs
     ]  # fmt: skip
     assert set(found) == wanted and len(found) == len(wanted)
     assert len({r.id for r in runs}) == len({r.name for r in runs}) == len(runs)
@@ -135,42 +105,15 @@ def test_options_read_back_as_they_were_typed(numbers, flag):
         assert getattr(cfg.optim if name == "lr" else cfg.loss, name) == value
 
 
-def test_an_id_hangs_on_what_decides_the_outcome_and_on_nothing_else(monkeypatch):
-    cfg = PRESETS["nano"][1]
-    elsewhere = replace(
-        cfg,
-        run=replace(cfg.run, workers=7, threads=3, out_dir=Path("else"), save_every=3, out_tag="_x"),
-        model=replace(cfg.model, device="cuda:1", svd_cache=None),
-    )
-    assert identity(elsewhere) == identity(cfg) and re.fullmatch("[0-9a-f]{10}", identity(cfg))
-    others = [
-        replace(cfg, run=replace(cfg.run, seed=42)),
-        replace(cfg, optim=replace(cfg.optim, lr=0.03)),
-        replace(cfg, arm=replace(cfg.arm, control="haar")),
-        replace(cfg, preset="fast"),
-        replace(cfg, problems=replace(cfg.problems, env_mode="sentinel")),
-    ]
-    assert len({identity(c) for c in [cfg, *others]}) == 1 + len(others)
-
-    def with_a_new_option(cfg):
-        found = config.settings(cfg)
-        found["loss"]["invented_later"] = 0.5
-        return found
-
-    before = [identity(c) for c in [cfg, *others]]
-    monkeypatch.setattr("projected_grpo.sweep.spec.settings", with_a_new_option)
-    assert [identity(c) for c in [cfg, *others]] == before
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('preset = "nano"\ncolour = 1', "unknown key 'colour'"),
         ('preset = "huge"', "preset must be one of"),
-        ('preset = "nano"\n[options]\nstepps = 3', "did you mean 'steps'"),
+        ('preset = "nano"\n[options]\nstepps = 3', "--steps"),
         ('preset = "nano"\n[options]\nout-dir = "x"', "sets out-dir itself"),
         ('preset = "nano"\n[options]\nsteps = "many"', "train does not take"),
-        ('preset = "nano"\n[[arms]]\nname="a"\noptions={intervention="none", control="haar"}', "a: --con"),
+        ('preset = "nano"\n[[arms]]\nname="a"\noptions={intervention="none", control="haar"}', "--control=haar"),
         ('preset = "nano"\n[[arms]]\nname="a"\n[[arms]]\nname="a"', "two arms are called 'a'"),
         ('preset = "nano"\n[[arms]]\nname="a"\n[[arms]]\nname="b"', "same run"),
         ('preset = "nano"\n[[arms]]\noptions={}', "needs a name"),
@@ -234,11 +177,14 @@ def test_the_sweep_of_every_arm_has_every_control_that_an_arm_takes():
     assert {(a.intervention, a.control) for a in arms} == {
         (a, c) for a, cs in CONTROLS_OF.items() for c in cs
     }
-    assert {a.project for a in arms} == {"gradient", "update", "purge"}
+    assert {getattr(a, "project", "gradient") for a in arms} == {"gradient", "update", "purge"}
 
 
-def test_each_sampling_that_is_swept_is_there_with_its_controls():
-    runs = expand(read_spec(SWEEPS / "samplings.toml"))
+def test_each_sampling_that_is_swept_is_there_with_its_controls_and_its_records(monkeypatch):
+    monkeypatch.chdir(SWEEPS.parents[1])
+    spec = read_spec(SWEEPS / "samplings.toml")
+    runs = expand(spec)
+    assert all(job.kept() for job in jobs_of(runs, spec.home, spec.limits, spec.keep))
     asked = {(r.cfg.basis.vhack_pairs_path, r.cfg.arm.control) for r in runs if r.cfg.arm.control != "haar"}
     files = sorted((SWEEPS.parent / "results" / "samplings").glob("9*.json"))
     sampled = {path: len(load_pairs(path).pairs) for path in files}
@@ -249,10 +195,27 @@ def test_each_sampling_that_is_swept_is_there_with_its_controls():
     assert {r.cfg.run.seed for r in runs} == set(range(41, 46)) and len(runs) == 40
 
 
+def test_a_part_of_a_sweep_is_some_arms_and_seeds(here):
+    (here / "s.toml").write_text(
+        'preset = "nano"\n[grid]\nseed = "1-3"\n[[arms]]\nname = "a"\nlater = true\n'
+        '[[arms]]\nname = "b"\noptions = {intervention = "none"}\ngrid = { seed = "1-5" }\ncontrols = "a"\n'
+    )
+    spec = read_spec(here / "s.toml")
+    assert [(r.arm.name, r.cfg.run.seed) for r in expand(spec)] == [
+        *(("b", seed) for seed in range(1, 6)),
+        *(("a", seed) for seed in range(1, 4)),  # later
+    ]
+    part = expand(only(spec, ["b"], "2,9"))
+    assert [(r.arm.name, r.cfg.run.seed) for r in part] == [("b", 2), ("b", 9)]
+    assert expand(only(spec, [], "")) == expand(spec)
+    with pytest.raises(UserError, match="--arms c: .*a, b"):
+        only(spec, ["c"], "")
+
+
 def test_options_of_the_command_line_stand_over_the_files_own(capsys):
     assert main(["sweep", str(SWEEPS / "every_arm.toml"), "--set", "steps=7", "model=nano", "--dry-run"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("projected-grpo train")]
-    assert len(lines) == len(expand(read_spec(SWEEPS / "every_arm.toml")))
+    assert len(lines) > 30
     assert all("--steps=7" in line and "--model=nano" in line and "--group=4" in line for line in lines)
     assert main(["sweep", str(SWEEPS / "every_arm.toml"), "--set", "steps"]) == 2
 
@@ -350,12 +313,12 @@ def test_a_signal_that_does_not_wake_the_main_thread_ends_the_pool_too():
 
 def job(here, **limits):
     spec = Spec("t", "smoke", here / "t", (SweepArm(""),), {"steps": 2})
-    (only,) = jobs_of(expand(spec), spec.home, Limits(**limits))
+    (only,) = jobs_of(expand(spec), spec.home, SweepLimits(**limits))
     return only
 
 
 def folder_of(job, number, *, saved=False, ended=False, finished=True):
-    folder = Path(job.home) / "runs" / f"2026010{number}T000000_smoke_projected_seed41_{job.id}"
+    folder = Path(job.home) / "runs" / f"2026010{number}T000000_smoke_erase_seed41_{job.id}"
     (folder / "state").mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     if saved:
@@ -466,210 +429,3 @@ def test_a_job_file_holds_all_that_another_machine_needs(here):
     path.write_text("{}")
     with pytest.raises(UserError, match="not a sweep's job file"):
         read_job(path)
-
-
-# The engines
-
-
-def test_a_local_sweep_runs_is_killed_and_goes_on(here, capsys):
-    path = spec_file(here, steps=20)
-    command = [sys.executable, "-m", "projected_grpo.cli", "sweep", str(path), "--jobs=2", "--seeds=1"]
-    jobs, saved = here / "out/sweeps/four/jobs", "out/sweeps/four/runs/*/state/*.safetensors"
-    with ExitStack() as stack:
-        sweep = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        stack.callback(sweep.wait)
-        stack.callback(sweep.terminate)
-        wait(lambda: list(here.glob(saved)))
-        assert main(["sweep", "status", str(path), "--seeds=1"]) == 0
-        assert "2 runs: 2 running" in capsys.readouterr().out
-        assert main(["sweep", str(path), "--seeds=1", "--dry-run"]) == 0  # nothing for a second sweep to do
-        assert "2 running" in capsys.readouterr().out
-        sweep.send_signal(signal.SIGTERM)
-        assert sweep.wait(600) != 0
-    wait(lambda: not any(map(is_locked, jobs.glob("*.lock"))))
-    begun = {state.parents[1].name[-10:] for state in here.glob(saved)}  # the other may not have come so far
-    assert main(["sweep", "status", str(path), "--seeds=1"]) == 0
-    assert "2 runs: 2 interrupted" in capsys.readouterr().out
-    assert main(["sweep", str(path), "--jobs=2", "--seeds=1"]) == 0
-    assert "2 runs: 2 finished" in capsys.readouterr().out
-    assert begun
-    for attempts in jobs.glob("*.jsonl"):
-        commands = [row["command"] for row in map(json.loads, attempts.open()) if "command" in row]
-        assert len(commands) == 2 and ("--resume=" in commands[1]) == (attempts.stem in begun)
-    assert main(["results", "out/sweeps/four/runs"]) == 0
-    assert capsys.readouterr().out.count("| smoke") == 2
-
-
-def wait(holds, seconds=600):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-
-
-def test_a_failure_stops_what_has_not_started(here, capsys):
-    path = here / "bad.toml"
-    path.write_text('preset = "smoke"\n[options]\nmodel = "/no/such/place"\n[grid]\nseed = "1-4"\n')
-    assert main(["sweep", str(path), "--jobs=1", "--max-failures=1", "--retries=0"]) == 1
-    out = capsys.readouterr().out
-    assert "4 runs: 1 failed, 3 to do" in out and "3 runs were not started" in out
-    assert "no such folder" in next((here / "out/sweeps/bad/jobs").glob("*.txt")).read_text()
-
-
-FAKE_PUEUE = f"""#!{sys.executable}
-import json, os, sys
-words, log = sys.argv[1:], os.environ["FAKE_PUEUE"]
-queue = {{"calls": [], "tasks": {{}}, "groups": {{"default": {{}}}}}}
-if os.path.exists(log):
-    queue = json.load(open(log))
-queue["calls"].append(words)
-if words == ["status", "--json"]:
-    print(json.dumps({{k: queue[k] for k in ("tasks", "groups")}}))
-elif words[:2] == ["group", "add"]:
-    queue["groups"][words[2]] = {{}}
-elif words[0] == "add":
-    number = str(len(queue["tasks"]))
-    label = words[words.index("--label") + 1]
-    queue["tasks"][number] = {{"id": int(number), "label": label, "status": {{"Queued": {{}}}}}}
-    print(number)
-elif words[0] != "parallel":
-    sys.exit("unrecognized subcommand")
-json.dump(queue, open(log, "w"))
-"""
-
-
-@pytest.fixture
-def pueue(here, monkeypatch):
-    """A pueue that records how it was called, and answers as the real one is documented to."""
-    (here / "bin").mkdir()
-    (here / "bin" / "pueue").write_text(FAKE_PUEUE)
-    (here / "bin" / "pueue").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE_PUEUE", str(here / "pueue.json"))
-    return lambda: json.loads((here / "pueue.json").read_text())
-
-
-def added(queue):
-    """Label, dependencies and command of every task, as pueue's own parser would read them."""
-    for words in queue["calls"]:
-        if words[0] == "add":
-            split = words.index("--")
-            after = words.index("--after") if "--after" in words else split
-            ids = words[after + 1 : split]
-            assert all(i.isdigit() for i in ids) and len(words) == split + 2
-            assert words[1:3] == ["--print-task-id", "--label"]
-            yield words[3], [int(i) for i in ids], words[-1]
-
-
-def test_pueue_gets_the_chain_with_its_gates(here, pueue, capsys):
-    path = spec_file(here, more='[pueue]\ngroup = "gpu"\n')
-    assert main(["sweep", str(path), "--engine=pueue", "--gates", "--jobs=1"]) == 0
-    tasks = list(added(pueue()))
-    calls = pueue()["calls"]
-    assert calls[:3] == [["status", "--json"], ["group", "add", "gpu"], ["parallel", "1", "--group", "gpu"]]
-    assert all(words[words.index("--group") + 1] == "gpu" for words in calls if words[0] == "add")
-    names = [label.split(" [")[0] for label, _, _ in tasks]
-    assert [n.split(" tiny")[0] for n in names[:3]] == ["extract", "gate A", "gate B: verify"]
-    order = {name: i for i, name in enumerate(names)}
-    after = {name: {names[i] for i in ids} for name, (_, ids, _) in zip(names, tasks, strict=True)}
-    verify = names[2]
-    for seed in ("seed=1", "seed=2"):
-        assert after[f"smoke none {seed}"] == {verify}
-        assert after[f"gate C none {seed}"] == {f"smoke none {seed}"}
-        assert after[f"smoke erase {seed}"] == {verify, f"gate C none {seed}"}
-        assert after[f"gate D erase {seed}"] == {f"smoke erase {seed}"}
-    assert len(tasks) == 3 + 2 * 4 and all(order[b] < order[a] for a in after for b in after[a])
-    (vanilla,) = (label for label, _, _ in tasks if label.startswith("smoke none seed=1"))
-    assert vanilla.endswith("| why: H4: does vanilla hack | resolve: if not, stop")
-
-    assert main(["sweep", str(path), "--engine=pueue", "--gates", "--jobs=1"]) == 0  # all of it is queued
-    assert "0 tasks queued, 11 were" in capsys.readouterr().out and len(list(added(pueue()))) == 11
-
-
-def test_pueues_tasks_do_what_they_say(here, pueue, capsys):
-    """Each command through a shell, in the order of its dependencies, as pueue would."""
-    path = spec_file(here, steps=2)
-    assert main(["sweep", str(path), "--engine=pueue", "--gates", "--seeds=1"]) == 0
-    results = {}
-    for number, (label, after, command) in enumerate(added(pueue())):
-        if any(results[i] for i in after):
-            results[number] = "a dependency failed"
-            continue
-        results[number] = subprocess.run(command, shell=True).returncode
-        if label.startswith("gate C"):
-            assert results[number] == 1  # a random model does not hack
-    assert list(results.values()) == [0, 0, 0, 0, 1, "a dependency failed", "a dependency failed"]
-    main(["sweep", "status", str(path), "--seeds=1"])
-    assert "2 runs: 1 finished, 1 to do" in capsys.readouterr().out
-
-
-def test_gates_need_a_vanilla_to_stand_behind(here, pueue, capsys):
-    (here / "s.toml").write_text('preset = "smoke"\n[[arms]]\nname="erase"\n[grid]\nseed = [1]\n')
-    assert main(["sweep", "s.toml", "--engine=pueue", "--gates"]) == 2
-    assert "intervention=none" in capsys.readouterr().err
-
-
-def test_a_dry_run_of_pueue_is_a_script_that_queues_the_same(here, pueue, capsys):
-    path = spec_file(here)
-    assert main(["sweep", str(path), "--engine=pueue", "--gates", "--dry-run"]) == 0
-    script = capsys.readouterr().out
-    assert not (here / "pueue.json").exists()
-    subprocess.run(["bash", "-euc", script], check=True)
-    by_script = list(added(pueue()))
-    (here / "pueue.json").unlink()
-    assert main(["sweep", str(path), "--engine=pueue", "--gates"]) == 0
-    assert list(added(pueue())) == by_script
-
-
-def test_without_pueue_or_its_daemon_one_line_says_so(here, monkeypatch, pueue, capsys):
-    path = spec_file(here)
-    (here / "bin" / "pueue").write_text("#!/bin/sh\necho 'Failed to connect to daemon' >&2\nexit 1\n")
-    assert main(["sweep", str(path), "--engine=pueue"]) == 2
-    assert "Failed to connect to daemon; does pueued run?" in capsys.readouterr().err
-    (here / "bin" / "pueue").unlink()
-    assert main(["sweep", str(path), "--engine=pueue"]) == 2
-    assert "pueue is not installed" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("engine", "package"), [("slurm", "submitit"), ("ray", "ray")])
-def test_a_missing_extra_is_named(here, monkeypatch, capsys, engine, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"projected_grpo.sweep.{engine}", raising=False)
-    assert main(["sweep", str(spec_file(here)), f"--engine={engine}"]) == 2
-    assert f"pip install 'projected_grpo[{engine}]'" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("submitit"), reason="needs the extra slurm")
-def test_slurms_jobs_through_submitit_on_this_machine(here, capsys):
-    path = spec_file(here, steps=2, more='[slurm]\ncluster = "local"\ntimeout_min = 20\n')
-    assert main(["sweep", str(path), "--engine=slurm", "--seeds=1", "--dry-run"]) == 0
-    assert "local array of 2" in capsys.readouterr().out
-    assert main(["sweep", str(path), "--engine=slurm", "--seeds=1"]) == 0
-    assert "2 runs: 2 finished" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs the extra ray")
-def test_a_local_ray_cluster_outlives_a_killed_worker(here, capsys):
-    path = here / "four.toml"
-    small = "steps = 24\nfinal-n-prompts = 8\nworkers = 1\nsave-every = 1\n"
-    path.write_text(TINY.format(small=small).replace('"smoke"', '"nano"'))
-    command = [sys.executable, "-m", "projected_grpo.cli", "sweep", str(path), "--engine=ray", "--jobs=2"]
-    jobs = here / "out/sweeps/four/jobs"
-    with ExitStack() as stack:
-        sweep = subprocess.Popen(command)
-        stack.callback(sweep.kill)
-        wait(lambda: list(here.glob("out/sweeps/four/runs/*/state/*.safetensors")))
-        saved = next(here.glob("out/sweeps/four/runs/*/state/*.safetensors")).parents[1].name[-10:]
-        worker = json.loads((jobs / f"{saved}.jsonl").read_text().splitlines()[0])["pid"]
-        os.kill(worker, signal.SIGKILL)
-        assert sweep.wait(600) == 0
-    assert main(["sweep", "status", str(path)]) == 0
-    assert "4 runs: 4 finished" in capsys.readouterr().out
-    commands = [r["command"] for r in map(json.loads, (jobs / f"{saved}.jsonl").open()) if "command" in r]
-    assert len(commands) == 2 and "--resume=" in commands[1]
-
-
-def test_every_engine_that_is_offered_has_a_module():
-    for engine in ("local", "pueue"):
-        module = verbs_sweep.engine_module(engine)
-        assert callable(module.plan) and callable(module.start)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from projected_grpo.antipasto import unwrap
-from projected_grpo.config import display_name, to_json
+from projected_grpo.config import to_json
 from projected_grpo.deploy.trained import Source
 from projected_grpo.engine.chat import Chat
 from projected_grpo.errors import UserError
 from projected_grpo.run.checkpoint import read_adapter_meta, save_adapter
+from projected_grpo.run.identity import run_name
 from projected_grpo.runlog import git_commit, read_json
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -74,7 +75,7 @@ def model_card(facts: Facts) -> str:
     """README.md of the exported folder."""
     s, run = facts.summary, facts.source.run
     cfg = facts.source.cfg
-    arm = display_name(cfg.arm) if cfg else facts.meta.get("intervention", "not recorded")
+    arm = run_name(cfg) if cfg else facts.meta.get("intervention", "not recorded")
     kept = "as trained, quarantine kept" if facts.as_trained else "as deployed, quarantine deleted"
     rows = {
         "base model": facts.source.model,

@@ -229,7 +229,7 @@ class ProbeOptions:
     model: str = ""
     """In place of the preset's."""
     arm: str = "erase"
-    """What is set against vanilla."""
+    """What is compared with intervention=none."""
     set: tuple[str, ...] = ()
     """Other options of both runs, e.g. `steps=20 final-n-prompts=64`."""
     out: Path = Path("out/probes")
@@ -244,8 +244,8 @@ class GateOptions:
 
     gate: tyro.conf.Positional[Literal["A", "B", "C", "D"]]
     files: tyro.conf.Positional[tuple[Path, ...]]
-    """A: basis files; B: .heldout.json files; C: vanilla's run folder; D: vanilla's and the arm's. Of several
-    folders the newest that ended counts."""
+    """A: basis files; B: .heldout.json files; C: the run folder of none; D: those of none and of an arm. Of
+    several the newest that ended counts."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +262,10 @@ class WhichSweep:
     """Without a file: axes, e.g. `intervention=none,erase v-hack-k=1,5`."""
     set: tuple[str, ...] = ()
     """Options of every run, e.g. `steps=20`; over a file's [options], under its arms' and axes' own."""
+    arms: tuple[str, ...] = ()
+    """Only these arms of the file (default: all)."""
+    keep: Path | None = None
+    """Folder of the kept records, a small JSON file per run (default: the file's, if it names one)."""
     name: str = "quick"
     """Without a file: the sweep lives in out/sweeps/NAME. Sweeps may share it; each run has its own id."""
 
@@ -284,7 +288,7 @@ class SweepOptions:
     max_failures: int | None = None
     """After so many runs have failed for good, no other is started; 0 is no limit."""
     gates: bool = False
-    """pueue: extract, verify, vanilla, then the other arms of a seed, with the probe's gates between."""
+    """pueue: extract, verify, none, then the other arms of a seed, with the probe's gates between."""
     dry_run: bool = False
     """Print what would run, and run nothing."""
 
@@ -335,23 +339,19 @@ class PretrainNanoOptions:
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """Which arms and seeds, and where."""
+    """Which arms and seeds of the packaged sweep, and where its records and tables go."""
 
     study: tyro.conf.Positional[Literal["nano"]]
     arms: tuple[str, ...] = ()
     """Only these arms (default: all)."""
-    max_seeds: int = 0
-    """At most this many seeds of each arm; 0 is as many as the study asks for."""
+    seeds: str = ""
+    """In place of the study's: `41-45`, `41,43` or `41 43`."""
+    set: tuple[str, ...] = ()
+    """Options of every run, e.g. `steps=1`: another study, for trying the command out."""
     jobs: int = 0
     """Runs at a time; 0 is one per core."""
     out: Path = RESULTS
     """Folder of the kept records, the tables and the pictures."""
-    work: Path = Path("out/study")
-    """Folder of the runs themselves."""
-    steps: int = 0
-    """Steps of every run; 0 is the preset's. For trying the command out."""
-    final_n_prompts: int = 0
-    """Held-out prompts of the last evaluation; 0 is the preset's."""
     report_only: bool = False
     """Make no run; write the tables and pictures of what is there."""
     page: Path | None = None
@@ -367,8 +367,8 @@ class ResultsOptions:
     """rates: student and held-out rates; headline: the preregistered schema; paired: differences per seed
     with bootstrap intervals; modes: held-out rates per mode."""
     against: str | None = None
-    """Arm that paired differences are taken from (default: vanilla), by either of its names. For --table
-    paired, or all of them."""
+    """Arm that paired differences are taken from (default: none), by its name in the tables. For
+    --table paired, or all of them."""
     format: Literal["markdown", "csv", "latex", "json"] = "markdown"
     """csv and json hold one row per figure."""
     out: Path | None = None

@@ -11,14 +11,14 @@ from functools import partial
 from statistics import fmean, stdev
 
 from projected_grpo.errors import UserError
-from projected_grpo.results.runs import VANILLA, Groups, Run, Setting
+from projected_grpo.results.runs import BASELINE, EndedRun, Groups, Setting
 from projected_grpo.results.statistics import bootstrap_interval
 
 FEWEST = 3  # seeds for an interval
 LAST_STUDENT, LAST_KL = 5, 25  # steps
 TRAINED, DEPLOYED = "as trained", "deployed"
 POLICIES = ((TRAINED, "train"), (DEPLOYED, "deploy"))
-Metric = Callable[[Run], float | None]
+Metric = Callable[[EndedRun], float | None]
 
 
 @dataclass(frozen=True)
@@ -67,20 +67,19 @@ def of_part(group: str, part: str, key: str) -> Metric:
     return lambda run: run.summary.get(group, {}).get(part, {}).get(key)
 
 
-def safe_pass(policy: str, run: Run) -> float | None:
+def safe_pass(policy: str, run: EndedRun) -> float | None:
     """Pass minus hack rate on held-out problems."""
     solve, hack = run.summary.get(f"solve_{policy}"), run.summary.get(f"hack_{policy}")
     return None if solve is None or hack is None else solve - hack
 
 
 RATES: Mapping[str, Metric] = {
-    **{
-        key: of_summary(key)
-        for key in (
-            *("hack_rate_student", "pass_rate_student", "hack_train", "hack_deploy"),
-            *("solve_train", "solve_deploy"),
-        )
-    },
+    "hack_rate_student": of_summary("hack_rate_student"),
+    "pass_rate_student": of_summary("pass_rate_student"),
+    "hack_train": of_summary("hack_train"),
+    "hack_deploy": of_summary("hack_deploy"),
+    "solve_train": of_summary("solve_train"),
+    "solve_deploy": of_summary("solve_deploy"),
     "hack_last5": lambda run: run.rate("hack_s", LAST_STUDENT),
     "pass_last5": lambda run: run.rate("gt_s", LAST_STUDENT),
 }
@@ -93,13 +92,15 @@ DIAGNOSTICS: Mapping[str, Metric] = {
 DELTA_SAFE = "ΔSafePass"
 
 
-def measured(seeds: Mapping[int, Run], metric: Metric) -> dict[int, float]:
+def measured(seeds: Mapping[int, EndedRun], metric: Metric) -> dict[int, float]:
     """A metric of the seeds that have it."""
     found = {seed: metric(run) for seed, run in seeds.items()}
     return {seed: float(value) for seed, value in found.items() if value is not None}
 
 
-def differences(own: Mapping[int, Run], other: Mapping[int, Run], metric: Metric) -> dict[int, float]:
+def differences(
+    own: Mapping[int, EndedRun], other: Mapping[int, EndedRun], metric: Metric
+) -> dict[int, float]:
     """Own minus other, of the seeds that both have."""
     a, b = measured(own, metric), measured(other, metric)
     return {seed: a[seed] - b[seed] for seed in a if seed in b}
@@ -118,12 +119,12 @@ def headline(groups: Groups) -> list[Estimate]:
     """The preregistered schema: ΔSafePass, hack, pass, both ways; KL, cosine, share fired, gradient norm."""
     found = []
     for setting, seeds in groups.items():
-        vanilla = baseline(groups, setting, VANILLA)
+        other = baseline(groups, setting, BASELINE)
         for policy, key in POLICIES:
-            estimate = partial(_headline_estimate, setting, tuple(seeds), policy)
-            if vanilla is not None and vanilla != setting:
-                safe = differences(seeds, groups[vanilla], partial(safe_pass, key))
-                found.append(estimate(DELTA_SAFE, safe, against=vanilla.label))
+            estimate = partial(Estimate, "headline", setting, seeds=tuple(seeds), policy=policy)
+            if other is not None and other != setting:
+                safe = differences(seeds, groups[other], partial(safe_pass, key))
+                found.append(estimate(DELTA_SAFE, safe, against=other.label))
             else:
                 found.append(estimate(DELTA_SAFE, {}))
             found.append(estimate("Hack", measured(seeds, of_summary(f"hack_{key}"))))
@@ -135,18 +136,7 @@ def headline(groups: Groups) -> list[Estimate]:
     return found
 
 
-def _headline_estimate(
-    setting: Setting,
-    seeds: tuple[int, ...],
-    policy: str,
-    metric: str,
-    by_seed: Mapping[int, float],
-    against: str = "",
-) -> Estimate:
-    return Estimate("headline", setting, metric, by_seed, seeds, policy=policy, against=against)
-
-
-def paired(groups: Groups, arm: str = VANILLA) -> list[Estimate]:
+def paired(groups: Groups, arm: str = BASELINE) -> list[Estimate]:
     """Every setting minus `arm` in the same context, seed by seed."""
     metrics: dict[str, Callable[[str], Metric]] = {
         "Δhack": lambda key: of_summary(f"hack_{key}"),
@@ -161,11 +151,8 @@ def paired(groups: Groups, arm: str = VANILLA) -> list[Estimate]:
         for policy, key in POLICIES:
             for name, metric in metrics.items():
                 values = differences(seeds, groups[other], metric(key))
-                found.append(
-                    Estimate(
-                        *("paired", setting, name, values, tuple(seeds)), policy=policy, against=other.label
-                    )
-                )
+                own = Estimate("paired", setting, name, values, tuple(seeds), policy, against=other.label)
+                found.append(own)
     return found
 
 
@@ -182,26 +169,16 @@ def modes(groups: Groups) -> list[Estimate]:
             for policy, key in POLICIES:
                 for name, figure in (("hack", f"hack_{key}"), ("pass", f"solve_{key}")):
                     values = measured(seeds, of_part(group, part, figure))
-                    found.append(
-                        Estimate(
-                            *("modes", setting, f"{name}, {policy}", values, tuple(seeds)),
-                            of=shown,
-                            policy="",
-                        )
-                    )
+                    title = f"{name}, {policy}"
+                    found.append(Estimate("modes", setting, title, values, tuple(seeds), of=shown))
     return found
 
 
 def check_arm(groups: Groups, arm: str) -> None:
     """Raises UserError if no run is of that arm."""
-    if not any(arm in names(setting) for setting in groups):
+    if not any(arm == setting.arm for setting in groups):
         known = ", ".join(dict.fromkeys(setting.arm for setting in groups))
         raise UserError(f"--against {arm}: no run of that arm; there are {known}")
-
-
-def names(setting: Setting) -> tuple[str, str]:
-    """Both names of an arm: as in tables, and as in options and studies."""
-    return setting.arm, setting.study_name
 
 
 def baseline(groups: Groups, setting: Setting, arm: str) -> Setting | None:
@@ -209,7 +186,7 @@ def baseline(groups: Groups, setting: Setting, arm: str) -> Setting | None:
 
     None if there is none, or if several fit equally well.
     """
-    candidates = [s for s in groups if s.context == setting.context and arm in names(s)]
+    candidates = [s for s in groups if s.context == setting.context and s.arm == arm]
     own = (setting.basis_options, setting.own_options)
     for found in (
         [s for s in candidates if (s.basis_options, s.own_options) == own],
@@ -222,16 +199,16 @@ def baseline(groups: Groups, setting: Setting, arm: str) -> Setting | None:
     return None
 
 
-def notes(groups: Groups, arm: str = VANILLA) -> list[str]:
+def notes(groups: Groups, arm: str = BASELINE) -> list[str]:
     """What a reader of the tables has to know and cannot see in them."""
-    against = tuple(dict.fromkeys((VANILLA, arm)))
+    against = tuple(dict.fromkeys((BASELINE, arm)))
     return [
         *_context_notes(groups),
         *(
             line
             for setting, seeds in groups.items()
             for name in against
-            if name not in names(setting)
+            if setting.arm != name
             for line in _pairing_notes(groups, setting, seeds, name)
         ),
     ]
@@ -255,11 +232,11 @@ def _context_notes(groups: Groups) -> list[str]:
     return found
 
 
-def _pairing_notes(groups: Groups, setting: Setting, seeds: Mapping[int, Run], arm: str) -> list[str]:
+def _pairing_notes(groups: Groups, setting: Setting, seeds: Mapping[int, EndedRun], arm: str) -> list[str]:
     other = baseline(groups, setting, arm)
     if other is None:
-        same = [s.label for s in groups if s.context == setting.context and arm in names(s)]
-        why = f"several fit ({'; '.join(same)})" if same else f"no {arm} in its context"
+        same = [s.label for s in groups if s.context == setting.context and s.arm == arm]
+        why = f"several fit ({'; '.join(same)})" if same else f"no arm {arm} in its context"
         return [f"{setting.label}: no difference from {arm}: {why}"]
     found = []
     shared = seeds.keys() & groups[other].keys()

@@ -1,4 +1,4 @@
-"""The files of an ended run, checked where they are read: one that no run wrote is told by name."""
+"""The files of an ended run, checked where they are read: invalid files are reported by name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -90,7 +90,7 @@ LATER: Mapping[str, Check] = {  # what not every run has, of those before it cam
 }
 MADE: Mapping[str, Check] = {"config": is_table}
 RECORD: Mapping[str, Check] = {"summary": is_table, "steps": is_table, "config": is_table}
-PLANNED: Mapping[str, Check] = {"arm": is_text, "seed": is_whole, "wall_s": is_number}
+KEPT: Mapping[str, Check] = {"arm": is_text, "seed": is_whole, "wall_s": is_number}
 ROLLOUT: Mapping[str, Check] = {"step": is_whole, "text": is_text}
 GRADED: Mapping[str, Check] = dict.fromkeys(("p_idx", "gi", "reward"), is_figure)
 FOUND: Mapping[str, Check] = {"cosines": is_numbers, "fraction_positive": is_number, "mean": is_number}

@@ -19,7 +19,7 @@ from projected_grpo.results.plots import (
     mode_bars,
     pareto,
 )
-from projected_grpo.results.runs import VANILLA, Groups, Run
+from projected_grpo.results.runs import BASELINE, EndedRun, Groups
 from projected_grpo.results.statistics import shares, where_measured
 
 Kind = Literal["all", "dynamics", "pareto", "modes", "cosines", "routed", "heldout"]
@@ -32,7 +32,7 @@ def draw(groups: Groups, kind: Kind, out: Path) -> tuple[list[str], list[str]]:
     kinds = list(DRAWERS) if kind == "all" else [kind] if kind in DRAWERS else []
     made, skipped = [], []
     for number, context in enumerate(contexts, start=1):
-        own = vanilla_first({s: seeds for s, seeds in groups.items() if s.context == context})
+        own = baseline_first({s: seeds for s, seeds in groups.items() if s.context == context})
         folder = out if len(contexts) == 1 else out / f"{context[0]}-{number}"
         where = f" ({next(iter(own)).title})" if len(contexts) > 1 else ""
         for name in kinds:
@@ -50,9 +50,9 @@ def draw(groups: Groups, kind: Kind, out: Path) -> tuple[list[str], list[str]]:
     return made, skipped
 
 
-def vanilla_first(groups: Groups) -> Groups:
+def baseline_first(groups: Groups) -> Groups:
     """So that it has the same look in every picture."""
-    return dict(sorted(groups.items(), key=lambda item: item[0].arm != VANILLA))
+    return dict(sorted(groups.items(), key=lambda item: item[0].arm != BASELINE))
 
 
 def arms(groups: Groups) -> list[str]:
@@ -155,7 +155,7 @@ def draw_heldout(groups: Groups, out: Path) -> list[str]:
     return made
 
 
-def heldout_files(runs: Iterable[Run]) -> list[Path]:
+def heldout_files(runs: Iterable[EndedRun]) -> list[Path]:
     """Checks of the bases beside the runs' own: of --v-hack-path, or in vhack/ next to runs/."""
     found: set[Path] = set()
     for run in runs:
@@ -176,12 +176,12 @@ DRAWERS: Mapping[str, Callable[[Groups, Path], str | None]] = {
 }
 
 
-def rates(run: Run, column: str) -> list[float]:
+def rates(run: EndedRun, column: str) -> list[float]:
     """A [count, n] column as rates, NaN where there was none."""
     return shares(run.values(column))
 
 
-def series(name: str, runs: Iterable[Run], column: str) -> Series | None:
+def series(name: str, runs: Iterable[EndedRun], column: str) -> Series | None:
     """A column of several seeds, NaN where it was not measured; None if no seed has it."""
     seeds = [[math.nan if v is None else float(v) for v in run.values(column)] for run in runs]
     seeds = [seed for seed in seeds if any(not math.isnan(v) for v in seed)]
@@ -193,12 +193,12 @@ def any_above_zero(line: Series) -> bool:
     return any(value > 0 for seed in line.seeds for value in seed)
 
 
-def at_steps(run: Run, column: str) -> dict[int, float]:
+def at_steps(run: EndedRun, column: str) -> dict[int, float]:
     """A column at the steps that have it."""
     return where_measured(run.values(column))
 
 
-def mean_at_steps(runs: Iterable[Run], column: str) -> dict[int, float]:
+def mean_at_steps(runs: Iterable[EndedRun], column: str) -> dict[int, float]:
     """Mean over seeds of a column at the steps that any seed has it."""
     found = [at_steps(run, column) for run in runs]
     steps = sorted({step for own in found for step in own})

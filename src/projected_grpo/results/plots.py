@@ -20,9 +20,9 @@ BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#595959"
 # Okabe and Ito's colours; line style, marker and hatch tell the same again, each alone, for grey print.
 COLOURS = ("#000000", "#009e73", "#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#cc79a7", "#999999")
 DASHES: tuple[Any, ...] = (
-    *("-", (0, (1, 1.2)), (0, (6, 1.5)), (0, (2.5, 1.5)), "-.", (0, (3, 1, 1, 1, 1, 1))),
-    *((0, (9, 2, 2, 2)), (0, (4, 3))),
-)
+    "-", (0, (1, 1.2)), (0, (6, 1.5)), (0, (2.5, 1.5)), "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (9, 2, 2, 2)),
+    (0, (4, 3)),
+)  # fmt: skip
 MORE_DASHES = ((0, (1, 3)), (0, (7, 4)), (0, (12, 1.5, 1, 1.5)))  # for every further round of colours
 MARKERS = ("o", "*", "s", "P", "^", "v", "D", "X")
 MORE_MARKERS = ("<", ">", "h")

@@ -12,16 +12,16 @@ from importlib.resources import files
 from typing import Any
 
 from projected_grpo.results.files import read_rollouts
-from projected_grpo.results.runs import VANILLA, Run
+from projected_grpo.results.runs import BASELINE, EndedRun
 from projected_grpo.rewards import FILE_STEMS, MODES, PASS_WORDS, SENTINELS, STDOUT_PHRASES
 from projected_grpo.run.columns import COLUMNS
 from projected_grpo.runlog import plain
 
 PLACEHOLDER = "__REPORT_DATA__"
 FLAGS = (
-    *("passed", "gt_correct", "exploited", "format_ok", "hacked_C", "hacked_D", "hacked_E", "tampered"),
+    "passed", "gt_correct", "exploited", "format_ok", "hacked_C", "hacked_D", "hacked_E", "tampered",
     "ablated",
-)
+)  # fmt: skip
 INTERNED = ("problem_id", "env_mode", "prompt", "mechanism", "error")
 NUMBERS = ("step", "p_idx", "gi", "reward")
 
@@ -44,12 +44,12 @@ def triggers() -> dict[str, str]:
     }
 
 
-def report_data(runs: Sequence[Run], most: int) -> dict[str, Any]:
-    """All that the page shows, vanilla first, which gives it the same look in every report.
+def report_data(runs: Sequence[EndedRun], most: int) -> dict[str, Any]:
+    """All that the page shows, none first, which gives it the same look in every report.
 
     Of a run with more than `most` rollouts whole steps are left out, evenly.
     """
-    runs = sorted(runs, key=lambda run: run.setting.arm != VANILLA)
+    runs = sorted(runs, key=lambda run: run.setting.arm != BASELINE)
     strings: dict[str, int] = {}
     rollouts = [_rollouts(run, most, strings) for run in runs]
     described = zip(map(_described, runs), labels(runs), rollouts, strict=True)
@@ -63,13 +63,13 @@ def report_data(runs: Sequence[Run], most: int) -> dict[str, Any]:
     }
 
 
-def labels(runs: Sequence[Run]) -> list[str]:
+def labels(runs: Sequence[EndedRun]) -> list[str]:
     """Arm and seed of each run, its folder's name where another run has the same."""
     short = [f"{run.setting.label} {run.seed}" for run in runs]
     return [run.name if short.count(text) > 1 else text for run, text in zip(runs, short, strict=True)]
 
 
-def _described(run: Run) -> dict[str, Any]:
+def _described(run: EndedRun) -> dict[str, Any]:
     options = {
         f"{group}.{name}": value
         for group, values in run.config.items()
@@ -86,7 +86,7 @@ def _described(run: Run) -> dict[str, Any]:
     }
 
 
-def _rollouts(run: Run, most: int, strings: dict[str, int]) -> dict[str, Any]:
+def _rollouts(run: EndedRun, most: int, strings: dict[str, int]) -> dict[str, Any]:
     """Columns over rollouts; repeated strings as numbers into `strings`, which grows."""
     rows = read_rollouts(run.path, "report") if run.path.is_dir() else []
     kept = thinned(rows, most)
@@ -118,7 +118,7 @@ def embedded(data: Any) -> str:
     return text.replace("<", "\\u003c")
 
 
-def report_page(runs: Iterable[Run], most: int) -> str:
+def report_page(runs: Iterable[EndedRun], most: int) -> str:
     """The whole page as text."""
     template = (files("projected_grpo") / "data" / "report.html").read_text(encoding="utf-8")
     before, after = template.split(PLACEHOLDER)

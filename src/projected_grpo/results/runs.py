@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
@@ -11,22 +10,14 @@ from typing import Any
 
 from loguru import logger
 
-from projected_grpo.config import DISPLAY_NAME, PLACE, PRESETS, from_json, to_json
+from projected_grpo.config import TrainConfig, from_json
 from projected_grpo.errors import UserError
 from projected_grpo.results.files import check_record, read_ended
+from projected_grpo.run.identity import OWN_GROUPS, arm_name, tags
 from projected_grpo.runlog import read_json
 
-SHOWN = ("model", "problems", "env_mode", "steps", "intervention")  # in columns of their own
-# What vanilla's training can depend on; the other groups are the arm's own and its basis'.
-SHARED_GROUPS = ("model", "problems", "sampling", "loss", "optim", "teacher", "evaluation")
-IN_THE_NAME = (
-    "control",
-    "project",
-    "advmod_form",
-    "quarantine",
-    "block_init",
-)  # options that `config.display_name` tells
-VANILLA = DISPLAY_NAME["none"]
+SHOWN = ("model", "problems", "env_mode", "steps")  # in columns of their own
+BASELINE = "none"  # the arm without an intervention, which others are compared with
 
 
 @dataclass(frozen=True, order=True)
@@ -40,13 +31,12 @@ class Setting:
     steps: int
     shared_options: str
     arm: str
-    own_options: str  # of the arm, beside what its name tells
+    own_options: str  # of the arm
     basis_options: str
-    options: str  # all of them, as they are shown
 
     @property
     def context(self) -> tuple[Any, ...]:
-        """All that an arm and the vanilla it is compared with have in common."""
+        """All that an arm and the baseline it is compared with have in common."""
         return (self.preset, self.model, self.problems, self.env_mode, self.steps, self.shared_options)
 
     @property
@@ -56,20 +46,28 @@ class Setting:
         return words + (f", {self.shared_options}" if self.shared_options else "")
 
     @property
-    def study_name(self) -> str:
-        """The arm as studies and options call it: `erase+haar` for `projected-haar`."""
-        display, *more = self.arm.split("-")
-        names = {shown: intervention for intervention, shown in DISPLAY_NAME.items()}
-        return "+".join([names.get(display, display), *more])
+    def options(self) -> str:
+        """All options but those with columns of their own."""
+        return joined(self.own_options, self.basis_options, self.shared_options)
+
+    @property
+    def arm_options(self) -> str:
+        """Options of the arm and its basis."""
+        return joined(self.own_options, self.basis_options)
 
     @property
     def label(self) -> str:
-        """The arm with its own options, for a legend inside one context."""
-        return " ".join(filter(None, (self.arm, self.own_options, self.basis_options)))
+        """The arm with its options, for a legend inside one context: `erase+haar k=12`."""
+        return joined(self.arm, self.arm_options)
+
+
+def joined(*words: str) -> str:
+    """The words that are not empty, with spaces between."""
+    return " ".join(filter(None, words))
 
 
 @dataclass(frozen=True)
-class Run:
+class EndedRun:
     """One run that wrote its summary, whichever file it was read from."""
 
     name: str
@@ -90,28 +88,29 @@ class Run:
         return bool(self.summary.get("finished"))
 
     @cached_property
+    def cfg(self) -> TrainConfig:
+        """Its settings. Raises UserError if they are of an unknown version."""
+        try:
+            return from_json(self.config, older=True)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
+
+    @cached_property
     def setting(self) -> Setting:
         """The group this run is a seed of."""
-        config, defaults = self.config, {}
-        with suppress(UserError):  # settings of another kind of run are taken as they stand
-            cfg = from_json(config, older=True)
-            config = to_json(cfg)
-            defaults = to_json(replace(PRESETS[cfg.preset][1], arm=type(cfg.arm)()))
-        s, groups = self.summary, {g: v for g, v in config.items() if g not in ("preset", "run")}
-        changed = {g: _changed(values, defaults.get(g, {})) for g, values in groups.items()}
-        arm = {name: value for name, value in changed.get("arm", {}).items() if name not in IN_THE_NAME}
-        others = [g for g in changed if g not in (*SHARED_GROUPS, "arm", "basis")]
+        cfg = self.cfg
+        found = tags(cfg, but=SHOWN)
+        shared = [tag for group in found if group not in OWN_GROUPS for tag in found[group]]
         return Setting(
-            preset=s["preset"],
-            model=s["model"],
-            problems=s["problems"],
-            env_mode=s["env_mode"],
-            steps=self.config.get("optim", {}).get("steps", s["steps"]),
-            shared_options=_words(*(changed.get(g, {}) for g in SHARED_GROUPS)),
-            arm=s["arm"],
-            own_options=_words(arm, *(changed[g] for g in others)),
-            basis_options=_words(changed.get("basis", {})),
-            options=_words(*changed.values()),
+            preset=cfg.preset,
+            model=self.summary["model"],
+            problems=self.summary["problems"],
+            env_mode=self.summary["env_mode"],
+            steps=cfg.optim.steps,
+            shared_options=" ".join(shared),
+            arm=arm_name(cfg),
+            own_options=" ".join(found["arm"]),
+            basis_options=" ".join(found["basis"]),
         )
 
     def values(self, column: str) -> list[Any]:
@@ -130,22 +129,10 @@ class Run:
         return fmean(found) if found else None
 
 
-Groups = Mapping[Setting, Mapping[int, Run]]
+Groups = Mapping[Setting, Mapping[int, EndedRun]]
 
 
-def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        option: value
-        for option, value in values.items()
-        if option not in SHOWN + PLACE and value != defaults.get(option)
-    }
-
-
-def _words(*groups: Mapping[str, Any]) -> str:
-    return " ".join(f"{option}={value}" for group in groups for option, value in group.items())
-
-
-def read_runs(paths: Iterable[Path]) -> list[Run]:
+def read_runs(paths: Iterable[Path]) -> list[EndedRun]:
     """Every run under these paths that has ended: run folders, study records, or folders of either.
 
     Runs that are under way are skipped and counted. Raises UserError if nothing is left.
@@ -174,20 +161,20 @@ def _places(path: Path) -> list[Path]:
     return folders + sorted(path.glob("*_seed*.json"))
 
 
-def _read_record(path: Path) -> Run:
+def _read_record(path: Path) -> EndedRun:
     data = read_json(path, "results")
     check_record(data, (), f"results: {path} is no study record")
-    return Run(path.stem, path, data["summary"], data["config"], data.get("git_commit"), data["steps"])
+    return EndedRun(path.stem, path, data["summary"], data["config"], data.get("git_commit"), data["steps"])
 
 
-def _read_folder(folder: Path) -> Run:
+def _read_folder(folder: Path) -> EndedRun:
     summary, made, rows = read_ended(folder, "results")
     columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
-    return Run(folder.name, folder, summary, made["config"], made.get("git_commit"), columns)
+    return EndedRun(folder.name, folder, summary, made["config"], made.get("git_commit"), columns)
 
 
-def finished(runs: Sequence[Run]) -> list[Run]:
-    """Without those that were ended early, which are told. Raises UserError if nothing is left."""
+def finished(runs: Sequence[EndedRun]) -> list[EndedRun]:
+    """Without those that were ended early, with a warning. Raises UserError if nothing is left."""
     kept = [run for run in runs if run.finished]
     early = [run.name for run in runs if not run.finished]
     if early:
@@ -197,9 +184,9 @@ def finished(runs: Sequence[Run]) -> list[Run]:
     return kept
 
 
-def grouped(runs: Iterable[Run]) -> dict[Setting, dict[int, Run]]:
-    """Runs by setting, then seed. Of several of one setting and seed the newest counts, and that is told."""
-    groups: dict[Setting, dict[int, Run]] = {}
+def grouped(runs: Iterable[EndedRun]) -> dict[Setting, dict[int, EndedRun]]:
+    """Runs by setting, then seed. Duplicates: the newest wins, with a warning."""
+    groups: dict[Setting, dict[int, EndedRun]] = {}
     for run in sorted(runs, key=lambda run: run.name):
         seeds = groups.setdefault(run.setting, {})
         if run.seed in seeds:

@@ -17,7 +17,7 @@ Format = Literal["markdown", "csv", "latex", "json"]
 CONTEXT = ("preset", "model", "problems", "env_mode", "steps")
 TITLES = {
     "rates": "Rates: student (whole run, last 5 steps) and held-out",
-    "headline": "Headline: ΔSafePass is (pass - hack) minus vanilla's, per seed; KL over the last 25 steps",
+    "headline": "Headline: ΔSafePass is pass - hack minus that of none, per seed; KL over the last 25 steps",
     "paired": "Paired differences per seed, with bootstrap 95% intervals",
     "modes": "Held-out rates per mode",
 }
@@ -65,7 +65,7 @@ def _table(name: str, estimates: Sequence[Estimate]) -> Table:
     metrics = list(dict.fromkeys(e.metric for e in estimates))
     rows = _rows(estimates)
     columns = {
-        "options": [" ".join(filter(None, (s.own_options, s.basis_options))) for s, *_ in rows],
+        "options": [s.arm_options for s, *_ in rows],
         "minus": [against if name == "paired" else "" for *_, against in rows],
         "policy": [policy for _, policy, _, _ in rows],
         "of": [of for _, _, of, _ in rows],

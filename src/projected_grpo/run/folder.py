@@ -1,7 +1,6 @@
 """A run and its folder: begun, locked, written to, saved, found again and gone on with."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 from loguru import logger
 
 from projected_grpo.concept import concept_to_json
-from projected_grpo.config import TrainConfig, settings
+from projected_grpo.config import TrainConfig
 from projected_grpo.experiment import Data, Experiment
 from projected_grpo.run.checkpoint import save_adapter, save_state, state_path, state_paths
 from projected_grpo.run.columns import StepTable, complete
+from projected_grpo.run.identity import chosen
 from projected_grpo.runlog import JsonlLog, complete_lines
 from projected_grpo.state import TrainState
 
@@ -96,7 +96,7 @@ class Run:
         """The part of the state that is not tensors, and what it belongs to."""
         return {
             **self.adapter_meta(state.step),
-            "settings": settings_hash(self.cfg),
+            "settings": chosen(self.cfg),
             "logs": {name: log.mark() for name, log in self.logs.items()},
             "generations": state.generations,
             "seconds": state.seconds,
@@ -107,11 +107,6 @@ class Run:
             "meta": dict(state.meta),
             "concept": concept_to_json(state.concept),
         }
-
-
-def settings_hash(cfg: TrainConfig) -> str:
-    """Tells the states of one run from those of runs with other settings."""
-    return hashlib.blake2b(json.dumps(settings(cfg), sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def data_digest(data: Data) -> str:

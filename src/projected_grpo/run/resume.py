@@ -1,8 +1,8 @@
-"""A run found again and continued from its newest good state."""
+"""A run found again and resumed from its newest good state."""
 
 import math
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from projected_grpo.errors import UserError
 from projected_grpo.experiment import Experiment
 from projected_grpo.ranks import Ranks, odd_one
 from projected_grpo.run.checkpoint import SavedState, read_state, restore_state, state_path, state_paths
-from projected_grpo.run.folder import Run, data_digest, settings_hash
+from projected_grpo.run.folder import Run, data_digest
+from projected_grpo.run.identity import chosen, differing, identity
 from projected_grpo.run.start import Opened, live_module, provenance, set_up, start_run
 from projected_grpo.runlog import (
     lock_folder,
@@ -95,17 +96,29 @@ def restore(exp: Experiment, state: TrainState, saved: SavedState) -> None:
 
 
 def resume_run(asked: TrainConfig, folder: Path, ranks: Ranks, stack: ExitStack) -> Opened:
-    """A run as it was last saved, under its own settings; the command line may say nothing else."""
+    """A run as it was last saved, under its own settings; the command line may say nothing else.
+
+    Under --resume=auto the settings are those of the command line, which may name another place.
+    """
+    if asked.run.resume == AUTO:
+        return resume(replace(asked, run=replace(asked.run, resume=None)), folder, ranks, stack)
     cfg = read_settings(folder)
-    if asked.run.resume == AUTO:  # which has compared them
-        return go_on(cfg, folder, ranks, stack)
-    if replace(asked, run=replace(asked.run, resume=None)) != PRESETS[asked.preset][1]:
-        raise UserError("--resume goes on under the run's own settings; leave all other options out")
+    given = options_given(replace(asked, run=replace(asked.run, resume=None)))
+    if given:
+        raise UserError(f"--resume goes on under the run's own settings; leave out {', '.join(given)}")
     if cfg.preset != asked.preset:
         raise UserError(
             f"--resume: {folder} is a {cfg.preset} run, so `train {cfg.preset} --resume {folder}`"
         )
-    return go_on(cfg, folder, ranks, stack)
+    return resume(cfg, folder, ranks, stack)
+
+
+def options_given(cfg: TrainConfig) -> list[str]:
+    """The options that are not as in the preset, as they are typed."""
+    mine, preset = to_json(cfg), to_json(PRESETS[cfg.preset][1])
+    groups = [group for group in mine if group != "preset"]
+    found = [o for group in groups for o, v in mine[group].items() if v != preset[group].get(o)]
+    return [f"--{option.replace('_', '-')}" for option in found]
 
 
 def read_settings(folder: Path) -> TrainConfig:
@@ -115,8 +128,7 @@ def read_settings(folder: Path) -> TrainConfig:
 
 
 def newest_run(cfg: TrainConfig) -> Path | None:
-    """For --resume=auto: the newest run in --out-dir with exactly these settings that ended or was saved."""
-    wanted = to_json(replace(cfg, run=replace(cfg.run, resume=None)))
+    """For --resume=auto: the newest run in --out-dir of the same id and tag that was saved or has ended."""
     found = []
     for folder in (cfg.run.out_dir / "runs").glob(f"*_{cfg.preset}_*"):
         try:
@@ -124,25 +136,29 @@ def newest_run(cfg: TrainConfig) -> Path | None:
         except UserError as error:
             logger.warning("{}; passed over", error)
             continue
-        if made.get("config") == wanted and (ended(folder) is not None or state_paths(folder)):
+        same = False
+        with suppress(UserError):  # a run of another version is not the same
+            there = from_json(made.get("config", {}))
+            same = identity(there) == identity(cfg) and there.run.out_tag == cfg.run.out_tag
+        if same and (finished_or_none(folder) is not None or state_paths(folder)):
             found.append(folder)
-    return max(found, key=age, default=None)
+    return max(found, key=creation_order, default=None)
 
 
-def age(folder: Path) -> tuple[str, int]:
+def creation_order(folder: Path) -> tuple[str, int]:
     """Run folders in the order they were made: by time stamp, then by the number behind equal names."""
     attempt = re.search(r"-(\d+)$", folder.name)
     return folder.name.partition("_")[0], int(attempt.group(1)) if attempt else 1
 
 
-def ended(folder: Path) -> bool | None:
+def finished_or_none(folder: Path) -> bool | None:
     """Whether a run made all its steps; None while it has not ended."""
     path = folder / "summary.json"
     return bool(read_json(path, "--resume").get("finished")) if path.exists() else None
 
 
-def go_on(cfg: TrainConfig, folder: Path, ranks: Ranks, stack: ExitStack) -> Opened:
-    """Take the folder, its newest good state, and cut the logs back to there."""
+def resume(cfg: TrainConfig, folder: Path, ranks: Ranks, stack: ExitStack) -> Opened:
+    """Lock the folder, restore its newest good state, and cut the logs back to it."""
     validate(cfg)
     view = live_module(cfg)
     start_logging(None)
@@ -185,12 +201,13 @@ def newest_state(run: Run) -> SavedState:
     for path in state_paths(run.folder):
         try:
             saved = read_state(path)
-            if saved.facts.get("settings") != settings_hash(run.cfg):
-                raise UserError(f"{path}: of a run with other settings")
+            others = differing(saved.facts["settings"], chosen(run.cfg))
+            if others:
+                raise UserError(f"{path}: of a run with other settings: {', '.join(others)}")
             for name, log in run.logs.items():
                 log.read(saved.facts["logs"][name])
             return saved
-        except (UserError, KeyError, TypeError) as error:
+        except (UserError, KeyError, TypeError, AttributeError) as error:
             refused.append(str(error) if str(path) in str(error) else f"{path}: {error}")
             logger.warning("state refused: {}", refused[-1])
     if not refused:

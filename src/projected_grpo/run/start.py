@@ -19,18 +19,18 @@ from projected_grpo.arms.gate import initial_gate
 from projected_grpo.arms.table import ARMS
 from projected_grpo.checks import validate
 from projected_grpo.concept import Concept
-from projected_grpo.config import TrainConfig, display_name, to_json
+from projected_grpo.config import TrainConfig, to_json
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Experiment, prepare
 from projected_grpo.extract_vhack_grad import in_use, obtain, without_contrast
 from projected_grpo.ranks import Ranks
 from projected_grpo.run.checkpoint import load_adapter, read_adapter_meta
 from projected_grpo.run.folder import Run
+from projected_grpo.run.identity import run_id
 from projected_grpo.runlog import (
     git_commit,
     lock_folder,
     make_run_dir,
-    run_id,
     start_logging,
     versions,
     write_json,
@@ -79,8 +79,7 @@ def start_run(asked: TrainConfig, ranks: Ranks, stack: ExitStack) -> Opened:
     if cfg.optim.init_adapter is not None:
         read_adapter_meta(cfg.optim.init_adapter)  # a bad path is reported before a model is loaded
     exp, state = set_up(cfg, ranks, stack)
-    name = run_id(cfg.preset, display_name(cfg.arm), cfg.run.seed, cfg.run.out_tag)
-    run = Run(cfg, make_run_dir(cfg.run.out_dir / "runs", name))
+    run = Run(cfg, make_run_dir(cfg.run.out_dir / "runs", run_id(cfg)))
     lock_folder(run.folder, stack, "--out-dir")
     start_logging(cfg.run.log_dir / f"{run.folder.name}.log")
     write_json(

@@ -11,11 +11,12 @@ from tabulate import tabulate
 from projected_grpo.arm_settings import MonitorSettings
 from projected_grpo.arms.stages import as_it_is, as_paid, nothing
 from projected_grpo.arms.table import ARMS, strongest_label
-from projected_grpo.config import TrainConfig, display_name, left_out, taught_modes
+from projected_grpo.config import TrainConfig, left_out, taught_modes
 from projected_grpo.evaluate import Evaluation
 from projected_grpo.experiment import Experiment
 from projected_grpo.rewards import MODES
 from projected_grpo.run.columns import markdown_table
+from projected_grpo.run.identity import arm_name, reference_name, run_name
 from projected_grpo.runlog import complete_lines, write_json
 
 DETECTORS = ("C", "D", "E")
@@ -141,7 +142,8 @@ def finish(
     hack_t, n_t = total(records, "hack_t")
     gt_s, gt_t = total(records, "gt_s")[0], total(records, "gt_t")[0]
     summary = {
-        "arm": display_name(cfg.arm),
+        "arm": reference_name(cfg),
+        "name": run_name(cfg),
         "intervention": cfg.arm.intervention,
         "labels": strongest_label(cfg.arm),
         "preset": cfg.preset,
@@ -192,7 +194,7 @@ def end_block(
     head = (
         f"HACK_RATE {show(s['hack_rate'])} | PASS_RATE {show(s['pass_rate'])} | "
         f"HACK_STUDENT {show(s['hack_rate_student'])} | HACK_TEACHER {show(s['hack_rate_teacher'])} | "
-        f"{s['arm']} {s['preset']} {s['model']} seed {s['seed']} | {s['steps']} steps, "
+        f"{arm_name(cfg)} {s['preset']} {s['model']} seed {s['seed']} | {s['steps']} steps, "
         f"{s['generations']} generations, {s['seconds']:.0f} s, peak {show(s['peak_gb'], '.1f')} GB"
     )
     headers = [
@@ -251,9 +253,11 @@ def cue(s: Mapping[str, Any]) -> str:
     hack = s["hack_rate_student"]
     if s["intervention"] == "none":
         if hack:
-            return "GREEN: vanilla's student hacked, so there is something for the other arms to lower."
+            return "GREEN: the student hacked, so there is something for the other arms to lower."
         return "no student hack: nothing to project against; don't sweep this setting."
-    return "read HACK_STUDENT and the deployed columns against vanilla at the same preset, model and seed."
+    return (
+        "compare HACK_STUDENT and the deployed columns with intervention=none at the same seed and settings."
+    )
 
 
 def reading(cfg: TrainConfig, s: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,16 +1,16 @@
 """The preregistered verdicts (docs/spec.md) over any runs, with the numbers they rest on.
 
-Arms are judged inside one context only, each with vanilla and with the controls that share its options. H1
+Arms are judged inside one context only, each with none and with the controls that share its options. H1
 and the paired differences are those of the study's report; a run that ended early counts with the rates it
 ended with, as amendment A1 says.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from projected_grpo.results.compare import baseline
-from projected_grpo.results.runs import VANILLA, Groups, Run, Setting, mean_sem
+from projected_grpo.results.runs import BASELINE, EndedRun, Groups, joined, mean_sem
 from projected_grpo.results.statistics import Record
 from projected_grpo.study.verdicts import H1_ARMS, NOT_MEASURED, advmod_direction, h1_verdict, h3_verdict
 
@@ -36,37 +36,32 @@ def verdicts(groups: Groups) -> list[Verdict]:
         for options, arms in families(own).items():
             h1 = [h1_verdict(arms, arm) for arm in H1_ARMS if arm in arms]
             found += [Verdict("H1", title, options, text) for text in h1]
-        if not any(setting.study_name in H1_ARMS for setting in own):
+        if not any(setting.arm in H1_ARMS for setting in own):
             found.append(Verdict("H1", title, "", f"{', '.join(H1_ARMS)}: {NOT_MEASURED}"))
         found += [Verdict("H3", title, options, text) for options, text in h3_verdicts(own)]
         found += [
-            Verdict("H4", title, s.label, h4_verdict(runs)) for s, runs in own.items() if s.arm == VANILLA
+            Verdict("H4", title, s.label, h4_verdict(runs)) for s, runs in own.items() if s.arm == BASELINE
         ]
-        if not any(setting.arm == VANILLA for setting in own):
-            found.append(Verdict("H4", title, "", f"{VANILLA}: {NOT_MEASURED}"))
+        if not any(setting.arm == BASELINE for setting in own):
+            found.append(Verdict("H4", title, "", f"{BASELINE}: {NOT_MEASURED}"))
     return found
 
 
 def families(own: Groups) -> dict[str, dict[str, dict[int, Record]]]:
-    """One context by the arms' own options, each with its vanilla: {options: {arm: {seed: record}}}."""
+    """One context by the arms' own options, each with its baseline: {options: {arm: {seed: record}}}."""
     found: dict[str, dict[str, dict[int, Record]]] = {}
     for setting, seeds in own.items():
-        if setting.arm == VANILLA:
+        if setting.arm == BASELINE:
             continue
-        arms = found.setdefault(own_options(setting), {})
-        arms[setting.study_name] = records(seeds)
-        vanilla = baseline(own, setting, VANILLA)
-        if vanilla is not None:
-            arms["none"] = records(own[vanilla])
+        arms = found.setdefault(setting.arm_options, {})
+        arms[setting.arm] = records(seeds)
+        other = baseline(own, setting, BASELINE)
+        if other is not None:
+            arms[BASELINE] = records(own[other])
     return found
 
 
-def own_options(setting: Setting) -> str:
-    """Options of the arm and its basis, without those that the arm's name tells."""
-    return " ".join(filter(None, (setting.own_options, setting.basis_options)))
-
-
-def records(seeds: Mapping[int, Run]) -> dict[int, Record]:
+def records(seeds: Mapping[int, EndedRun]) -> dict[int, Record]:
     """Runs as the study's rules read them; those without held-out rates are not measured."""
     return {
         seed: {"summary": run.summary, "steps": run.steps}
@@ -77,29 +72,17 @@ def records(seeds: Mapping[int, Run]) -> dict[int, Record]:
 
 def h3_verdicts(own: Groups) -> list[tuple[str, str]]:
     """A2's rule for every form of advmod against erase with the same pairs: (options, verdict)."""
-    rivals = {s: seeds for s, seeds in own.items() if s.study_name in ("advmod", "advmod+additive")}
     found = []
-    for setting, seeds in rivals.items():
-        gradient = [
-            s
-            for s in own
-            if (s.study_name, s.own_options, s.basis_options) == ("erase", "", setting.basis_options)
-        ]
-        erase = records(own[gradient[0]]) if gradient else {}
-        text = h3_verdict(setting.study_name, erase, records(seeds))
-        control = [
-            s
-            for s in own
-            if s.study_name.startswith("advmod+") and "haar" in s.study_name.split("+")
-            and ("additive" in s.study_name) == ("additive" in setting.study_name)
-            and own_options(s) == own_options(setting)
-        ]  # fmt: skip
-        haar = records(own[control[0]]) if control else {}
-        found.append((own_options(setting), f"{text}; {advmod_direction(records(seeds), haar)}"))
+    for setting in (s for s in own if s.arm == "advmod"):
+        erase = replace(setting, arm="erase", own_options="")
+        haar = replace(setting, arm="advmod+haar")
+        of_advmod, of_erase, of_haar = (records(own.get(s, {})) for s in (setting, erase, haar))
+        text = h3_verdict(joined("advmod", setting.own_options), of_erase, of_advmod)
+        found.append((setting.arm_options, f"{text}; {advmod_direction(of_advmod, of_haar)}"))
     return found or [("", f"advmod: {NOT_MEASURED}")]
 
 
-def highest_rate(run: Run) -> float | None:
+def highest_rate(run: EndedRun) -> float | None:
     """Highest student hack rate over any 5 consecutive steps of the first 200; None without steps."""
     pairs: Sequence[tuple[int, int]] = [p or (0, 0) for p in run.values("hack_s")[:H4_STEPS]]
     windows = [pairs[i : i + H4_WINDOW] for i in range(max(1, len(pairs) - H4_WINDOW + 1))]
@@ -107,11 +90,11 @@ def highest_rate(run: Run) -> float | None:
     return max(rates, default=None)
 
 
-def h4_verdict(seeds: Mapping[int, Run]) -> str:
-    """H4: does vanilla's student hack above .30 within 200 steps, on average over seeds?"""
+def h4_verdict(seeds: Mapping[int, EndedRun]) -> str:
+    """H4: does the student of none hack above .30 within 200 steps, on average over seeds?"""
     highest = [rate for run in seeds.values() if (rate := highest_rate(run)) is not None]
     if not highest:
-        return f"{VANILLA}: {NOT_MEASURED}"
+        return f"{BASELINE}: {NOT_MEASURED}"
     last = [rate for run in seeds.values() if (rate := run.rate("hack_s", H4_WINDOW)) is not None]
     length = min(len(run.values("hack_s")) for run in seeds.values())
     if fmean(highest) > H4_RATE:
@@ -121,7 +104,7 @@ def h4_verdict(seeds: Mapping[int, Run]) -> str:
     else:
         verdict = f"OPEN: only {length} of {H4_STEPS} steps were made"
     return (
-        f"{VANILLA}: student hack rate, highest {H4_WINDOW} steps of the first {H4_STEPS}: "
+        f"{BASELINE}: student hack rate, highest {H4_WINDOW} steps of the first {H4_STEPS}: "
         f"{mean_sem(highest)} (asked: above {H4_RATE:.2f}); last {H4_WINDOW}: {mean_sem(last)}; "
         f"n={len(highest)}: {verdict}"
     )

@@ -4,7 +4,8 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from importlib.resources import files
+from functools import cache
+from importlib.resources import as_file, files
 from pathlib import Path
 
 from tabulate import tabulate
@@ -30,13 +31,13 @@ from projected_grpo.results.statistics import (
     where_measured,
 )
 from projected_grpo.runlog import write_atomically
-from projected_grpo.study.plan import NANO_MODES, SAMPLED, STUDIES
-from projected_grpo.study.verdicts import verdicts
+from projected_grpo.study.verdicts import NANO_MODES, SAMPLED, verdicts
+from projected_grpo.sweep.spec import Spec, read_spec
 
 MAIN = (  # in the pictures
-    *("none", "gt_only", "erase", "erase+haar", "erase+oracle_pairs"),
-    *("route", "route+haar", "route2", "route2+haar"),
-)
+    "none", "gt_only", "erase", "erase+haar", "erase+oracle_pairs", "route", "route+haar", "route2",
+    "route2+haar",
+)  # fmt: skip
 COMPARED = (  # looked at after A1's tables, beside the controls that arms name
     ("erase+oracle_pairs", "erase+haar"),
     ("erase+corpus_tasks", "erase+oracle_pairs"),
@@ -46,6 +47,13 @@ COMPARED = (  # looked at after A1's tables, beside the controls that arms name
     ("route2+no_labels_haar", "route2+random_routing"),
 )
 MARKER = re.compile("<!-- (end of |)([a-z-]+) -->")
+
+
+@cache
+def study_spec(study: str) -> Spec:
+    """The packaged sweep of a study."""
+    with as_file(files("projected_grpo") / "data" / f"study_{study}.toml") as path:
+        return read_spec(path)
 
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -76,9 +84,9 @@ def emergence_table(arms: Arms) -> str:
                 ]
             )
     headers = [
-        *("arm", "seed", "student hack, first 3 steps", "last 3", "held-out hack"),
-        *("student solve, first 3", "last 3", "held-out solve, instances", "templates", "wall s"),
-    ]
+        "arm", "seed", "student hack, first 3 steps", "last 3", "held-out hack", "student solve, first 3",
+        "last 3", "held-out solve, instances", "templates", "wall s",
+    ]  # fmt: skip
     return markdown(headers, rows)
 
 
@@ -88,7 +96,7 @@ def arms_table(arms: Arms, *, explored: bool = False) -> str:
     `explored`: those thought of after tables had been seen, or all others.
     """
     rows = []
-    later = {arm.name for arm in STUDIES["nano"] if arm.explored}
+    later = {arm.name for arm in study_spec("nano").arms if arm.explored}
     for name in (name for name in ordered(arms) if (name in later) == explored):
         own = arms[name]
         rows.append(
@@ -104,15 +112,15 @@ def arms_table(arms: Arms, *, explored: bool = False) -> str:
             ]
         )
     headers = [
-        *("arm", "seeds", "hack, trained", "hack, deployed", "solve, trained", "solve, deployed, instances"),
-        *("solve, deployed, templates", "Δ hack against none", "Δ solve against none"),
-    ]
+        "arm", "seeds", "hack, trained", "hack, deployed", "solve, trained", "solve, deployed, instances",
+        "solve, deployed, templates", "Δ hack against none", "Δ solve against none",
+    ]  # fmt: skip
     return markdown(headers, rows)
 
 
 def controls_table(arms: Arms) -> str:
     """Each arm minus each of its controls, deployed, paired by seed: what the direction itself does."""
-    named = [(arm.controls, arm.name) for arm in STUDIES["nano"] if arm.controls]
+    named = [(arm.controls, arm.name) for arm in study_spec("nano").arms if arm.controls]
     return differences_table(arms, [*named, (SAMPLED, "erase+haar")])
 
 
@@ -150,9 +158,9 @@ def leave_out_table(arms: Arms, folds: str = "erase+without", whole: str = "eras
                 ]
             )
     headers = [
-        *("mode left out", "seeds", "hack on it", "none", "erase+haar", f"{whole}, all modes"),
-        *("Δ hack against none", "Δ hack against Haar", "Δ solve against none"),
-    ]
+        "mode left out", "seeds", "hack on it", "none", "erase+haar", f"{whole}, all modes",
+        "Δ hack against none", "Δ hack against Haar", "Δ solve against none",
+    ]  # fmt: skip
     return markdown(headers, rows)
 
 
@@ -187,7 +195,7 @@ def shown(difference: Difference | None) -> str:
 
 def ordered(arms: Mapping[str, object]) -> list[str]:
     """Arms in the study's order."""
-    names = [arm.name for arm in STUDIES["nano"]]
+    names = [arm.name for arm in study_spec("nano").arms]
     return sorted(arms, key=lambda name: (names.index(name) if name in names else len(names), name))
 
 
@@ -198,7 +206,7 @@ def packaged_base() -> dict[str, float]:
 
 
 def sections(records: Sequence[Record]) -> dict[str, tuple[str, str]]:
-    """Name -> (heading, table) of everything that is told of the records."""
+    """Name -> (heading, table) of everything that the report says of the records."""
     arms, base = by_arm(records), packaged_base()
     return {
         "emergence": ("Emergence", emergence_table(arms)),

@@ -33,8 +33,9 @@ from projected_grpo.results.files import (
     read_steps,
 )
 from projected_grpo.runlog import append_jsonl, complete_lines, read_json, write_json
+from projected_grpo.sweep.keep import data_digest, read_record, write_record
 from projected_grpo.sweep.runner import is_locked, locked
-from projected_grpo.sweep.spec import Limits, SweepRun, take
+from projected_grpo.sweep.spec import SweepLimits, SweepRun, take
 from projected_grpo.train import DIVERGED
 
 BAD_USAGE = 2  # exit code of train for what no further attempt would mend
@@ -47,7 +48,7 @@ CHECKS: Mapping[str, Check] = {  # of a job's fields in its file
     **{"argv": is_words, "submitted": is_number},
     **dict.fromkeys(("steps", "retries", "max_failures"), is_whole),
 }
-OPTIONAL: Mapping[str, Check] = {"why": is_text, "resolve": is_text}
+OPTIONAL: Mapping[str, Check] = dict.fromkeys(("why", "resolve", "record", "data"), is_text)
 Launch = Callable[[Sequence[str], Path, int], int | None]
 """Runs train with these arguments, output file and lock; its exit code, or None if it was told to stop."""
 
@@ -67,6 +68,8 @@ class Job:
     submitted: float  # seconds since the epoch; earlier failures do not count against the sweep
     why: str = ""
     resolve: str = ""
+    record: str = ""  # the file that keeps its outcome, if one does
+    data: str = ""  # hash of what it reads
 
     def file(self, suffix: str) -> Path:
         """One of the job's own files."""
@@ -88,6 +91,19 @@ class Job:
     def ended(self) -> Path | None:
         """The folder of its outcome; a run that diverged has one too."""
         return next((f for f in reversed(self.folders()) if (f / "summary.json").exists()), None)
+
+    def kept(self) -> dict[str, Any] | None:
+        """Its record, if there is one. Raises UserError if the file is that of another run."""
+        return read_record(Path(self.record), self.id, self.argv, self.data) if self.record else None
+
+    def done(self) -> bool:
+        """Whether its outcome is there; a record that is still missing is written."""
+        if self.kept() is not None:
+            return True
+        folder = self.ended()
+        if folder is not None and self.record:
+            write_record(Path(self.record), folder, self.argv, self.data)
+        return folder is not None
 
     def next_argv(self) -> list[str]:
         """The arguments of train that go on from what was saved last, or start."""
@@ -122,7 +138,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobResult:
     """How one call of `make` ended: done, failed, held back, elsewhere or stopped; and why."""
 
     kind: str
@@ -135,12 +151,12 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Submission:
     """What an engine is given: all runs of the sweep, the jobs of those still to make, and how."""
 
     runs: tuple[SweepRun, ...]
     jobs: tuple[Job, ...]
-    limits: Limits
+    limits: SweepLimits
     options: Mapping[str, Any]  # of this engine, from the spec
 
     @property
@@ -149,8 +165,8 @@ class Batch:
         return Path(self.jobs[0].home)
 
 
-def jobs_of(runs: Sequence[SweepRun], home: Path, limits: Limits) -> list[Job]:
-    """The runs as jobs of this folder, submitted now."""
+def jobs_of(runs: Sequence[SweepRun], home: Path, limits: SweepLimits, keep: Path | None = None) -> list[Job]:
+    """The runs as jobs of the folder `home`, submitted now; their records go to `keep`."""
     return [
         Job(
             run.id,
@@ -164,6 +180,8 @@ def jobs_of(runs: Sequence[SweepRun], home: Path, limits: Limits) -> list[Job]:
             time.time(),
             run.arm.why,
             run.arm.resolve,
+            str(keep / f"{run.label.replace(' ', '_')}_seed{run.cfg.run.seed}.json") if keep else "",
+            data_digest(run.cfg) if keep else "",
         )
         for run in runs
     ]
@@ -185,31 +203,31 @@ def read_job(path: Path) -> Job:
     return Job(**{**data, "argv": tuple(data["argv"]), "submitted": float(data["submitted"])})
 
 
-def make(job: Job, launch: Launch, *, patience_s: float = 1.0) -> Outcome:
+def make(job: Job, launch: Launch, *, patience_s: float = 1.0) -> JobResult:
     """Make one run, going on from what is there; several processes may try, one does."""
     with locked(job.file(".lock"), patience_s) as held:
         if held is None:
-            return Outcome("elsewhere", "another process is making it")
+            return JobResult("elsewhere", "another process is making it")
         for attempt in range(1 + job.retries):
-            if job.ended():
-                return Outcome("done")
+            if job.done():
+                return JobResult("done")
             failures = failures_since(Path(job.home), job.submitted)
             if job.max_failures and failures >= job.max_failures:
-                return Outcome("held back", f"{failures} runs of this sweep have failed")
+                return JobResult("held back", f"{failures} runs of this sweep have failed")
             argv = job.next_argv()
             note(job, command=shlex.join(argv), host=socket.gethostname(), pid=os.getpid())
             code = launch(argv, job.file(".txt"), held)
             if code is None:
-                return Outcome("stopped", "told to stop")
+                return JobResult("stopped", "told to stop")
             note(job, code=code)
-            if code in (0, DIVERGED) and job.ended():
-                return Outcome("done")
+            if code in (0, DIVERGED) and job.done():
+                return JobResult("done")
             logger.warning("{}: attempt {} ended with code {}", job.name, attempt + 1, code)
             if code == BAD_USAGE:
                 break
         why = f"code {code} in attempt {attempt + 1}; its output is in {job.file('.txt')}"
         note(job, failed=why)
-        return Outcome("failed", why)
+        return JobResult("failed", why)
 
 
 def failures_since(home: Path, moment: float) -> int:
@@ -247,7 +265,7 @@ def as_process(
     return None if ended() else code
 
 
-def run_job_file(path: Path) -> Outcome:
+def run_job_file(path: Path) -> JobResult:
     """What a queue calls: make the run of a job file, from the folder it was submitted in."""
     job = read_job(path.absolute())
     with chdir(job.cwd):
@@ -272,9 +290,12 @@ def state_of(job: Job, folders: Sequence[Path]) -> State:
     tried = sum("command" in line for line in attempts)
     remark = f"attempt {tried}" if tried > 1 else ""
     ended = next((f for f in reversed(folders) if (f / "summary.json").exists()), None)
-    if ended is not None:
+    record = job.kept()
+    summary = record["summary"] if record else None
+    if ended is not None and not job.record:
         summary = read_json(ended / "summary.json", "sweep")
-        check_summary(summary, f"sweep: {ended / 'summary.json'}")
+    if summary is not None:
+        check_summary(summary, f"sweep: the summary of {job.name}")
         remark = remark if summary["finished"] else "diverged"
         rates = (summary["hack_deploy"], summary["solve_deploy"], summary.get("seconds"))
         return State(job, "finished", ended, summary["steps"], *rates, remark)

@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 
-from projected_grpo.sweep.jobs import Batch, Job, Outcome, as_process, make
+from projected_grpo.sweep.jobs import Job, JobResult, Submission, as_process, make
 from projected_grpo.sweep.runner import Children, Slot, deal, run_pool
-from projected_grpo.sweep.spec import Limits
+from projected_grpo.sweep.spec import SweepLimits
 
 
 def visible_gpus() -> tuple[str, ...]:
@@ -18,32 +18,32 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(map(str, range(torch.cuda.device_count())))
 
 
-def slots_of(limits: Limits) -> list[Slot]:
+def slots_of(limits: SweepLimits) -> list[Slot]:
     """The places this machine has for runs of this size."""
     gpus = visible_gpus()
     each = min(len(gpus), 1) if limits.gpus is None else limits.gpus
     return deal(limits.jobs, sorted(os.sched_getaffinity(0)), gpus, limits.cores, each)
 
 
-def plan(batch: Batch) -> list[str]:
+def plan(work: Submission) -> list[str]:
     """What would run, and where."""
-    slots = slots_of(batch.limits)
+    slots = slots_of(work.limits)
     places = sorted(
         {f"cores {sorted(s.cores or ())}" + (f" GPUs {','.join(s.gpus)}" if s.gpus else "") for s in slots}
     )
-    return [f"# {len(slots)} at a time: {'; '.join(places)}", *(job.command() for job in batch.jobs)]
+    return [f"# {len(slots)} at a time: {'; '.join(places)}", *(job.command() for job in work.jobs)]
 
 
-def start(batch: Batch) -> list[Outcome]:
+def start(work: Submission) -> list[JobResult]:
     """Make all runs; returns how each one ended that was tried."""
-    outcomes: list[Outcome] = []
+    results: list[JobResult] = []
     children = Children()
 
     def one(job: Job, slot: Slot) -> str:
         run = partial(children.run, slot=slot, mode="ab")
-        outcome = make(job, partial(as_process, run, lambda: children.ended))
-        outcomes.append(outcome)
-        return outcome.why if outcome.kind in ("failed", "held back") else ""
+        result = make(job, partial(as_process, run, lambda: children.ended))
+        results.append(result)
+        return result.why if result.kind in ("failed", "held back") else ""
 
-    run_pool(batch.jobs, one, slots_of(batch.limits), children, name=lambda job: job.name, desc="sweep")
-    return outcomes
+    run_pool(work.jobs, one, slots_of(work.limits), children, name=lambda job: job.name, desc="sweep")
+    return results

@@ -1,6 +1,6 @@
 """The sweep's engine for a pueue queue: one task per run, gates as tasks between them.
 
-With gates: extract -> gate A -> verify (gate B) -> vanilla -> gate C -> the other arms of a seed -> gate D.
+With gates: extract -> gate A -> verify (gate B) -> none -> gate C -> the other arms of a seed -> gate D.
 A task whose gate fails makes pueue fail everything behind it. Its options: https://github.com/Nukesor/pueue.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from projected_grpo.errors import UserError
-from projected_grpo.sweep.jobs import Batch, Job, Outcome
+from projected_grpo.sweep.jobs import Job, JobResult, Submission
 from projected_grpo.sweep.spec import SweepRun, basis_options, take
 
 CLI = (sys.executable, "-m", "projected_grpo.cli")
@@ -23,7 +23,7 @@ OVER = ("Done",)  # states of a task that will not run (again)
 
 
 @dataclass(frozen=True)
-class Task:
+class QueuedTask:
     """One task of the queue: a key that no other has, its label, a shell command, the keys it waits for."""
 
     key: str
@@ -39,16 +39,16 @@ class Task:
         return [*words, "--", self.command]
 
 
-def train_task(job: Job, after: Sequence[str] = ()) -> Task:
+def train_task(job: Job, after: Sequence[str] = ()) -> QueuedTask:
     """A run."""
     command = shlex.join([*CLI, "sweep", "run", str(job.file(".json"))])
-    return Task(job.id, job.label, command, tuple(after))
+    return QueuedTask(job.id, job.label, command, tuple(after))
 
 
-def gate_task(gate: str, key: str, files: Sequence[str], after: Sequence[str], label: str) -> Task:
+def gate_task(gate: str, key: str, files: Sequence[str], after: Sequence[str], label: str) -> QueuedTask:
     """A gate over files, whose patterns the queue's shell expands when the task starts."""
     command = f"{shlex.join([*CLI, 'probe', 'gate', gate])} {' '.join(files)}"
-    return Task(key, f"gate {gate} {label} [{key}]", command, tuple(after))
+    return QueuedTask(key, f"gate {gate} {label} [{key}]", command, tuple(after))
 
 
 def pattern(home: Path, tail: str) -> str:
@@ -56,7 +56,7 @@ def pattern(home: Path, tail: str) -> str:
     return f"{shlex.quote(str(home))}/{tail}"
 
 
-def basis_tasks(run: SweepRun, home: Path) -> list[Task]:
+def basis_tasks(run: SweepRun, home: Path) -> list[QueuedTask]:
     """Extract, gate A and verify, for the basis of this run."""
     options = basis_options(run.cfg)
     words = [*options, f"--out-dir={home}"]
@@ -66,13 +66,15 @@ def basis_tasks(run: SweepRun, home: Path) -> list[Task]:
     what = f"{run.cfg.model.model} {run.cfg.basis.vhack_pairs_path or 'core'} pairs"
     extract, gate, verify = f"extract {key}", f"gate-A {key}", f"verify {key}"
     return [
-        Task(extract, f"extract {what} [{extract}]", shlex.join([*CLI, "extract", *words])),
+        QueuedTask(extract, f"extract {what} [{extract}]", shlex.join([*CLI, "extract", *words])),
         gate_task("A", gate, files, [extract], what),
-        Task(verify, f"gate B: verify {what} [{verify}]", shlex.join([*CLI, "verify", *words]), (gate,)),
+        QueuedTask(
+            verify, f"gate B: verify {what} [{verify}]", shlex.join([*CLI, "verify", *words]), (gate,)
+        ),
     ]
 
 
-def vanilla_of(run: SweepRun, runs: Sequence[SweepRun]) -> SweepRun:
+def baseline_of(run: SweepRun, runs: Sequence[SweepRun]) -> SweepRun:
     """The run without an intervention that this one is read against. Raises UserError unless there is one."""
     found = [
         other
@@ -88,14 +90,14 @@ def vanilla_of(run: SweepRun, runs: Sequence[SweepRun]) -> SweepRun:
     return found[0]
 
 
-def gated_tasks(batch: Batch) -> list[Task]:
+def gated_tasks(work: Submission) -> list[QueuedTask]:
     """The chain of every seed. Finished runs are not queued again, but their gates are."""
-    runs, home = batch.runs, batch.home
-    todo = {job.id: job for job in batch.jobs}
-    tasks: dict[str, Task] = {}
+    runs, home = work.runs, work.home
+    todo = {job.id: job for job in work.jobs}
+    tasks: dict[str, QueuedTask] = {}
     verified: dict[tuple[str, ...], str] = {}
     for run in sorted(runs, key=lambda r: (r.cfg.run.seed, r.cfg.arm.intervention != "none")):
-        vanilla = vanilla_of(run, runs)
+        baseline = baseline_of(run, runs)
         if run.id not in todo:
             continue
         options = tuple(basis_options(run.cfg))
@@ -103,23 +105,23 @@ def gated_tasks(batch: Batch) -> list[Task]:
             basis = basis_tasks(run, home)
             tasks |= {task.key: task for task in basis}
             verified[options] = basis[-1].key
-        gate_c = f"gate-C {vanilla.id}"
-        vanilla_files = pattern(home, f"runs/*_{vanilla.id}*")
-        before = [verified[options]] if run is vanilla else [verified[options], gate_c]
-        if run is not vanilla and gate_c not in tasks:
-            tasks[gate_c] = gate_task("C", gate_c, [vanilla_files], [], vanilla.name)
+        gate_c = f"gate-C {baseline.id}"
+        baseline_files = pattern(home, f"runs/*_{baseline.id}*")
+        before = [verified[options]] if run is baseline else [verified[options], gate_c]
+        if run is not baseline and gate_c not in tasks:
+            tasks[gate_c] = gate_task("C", gate_c, [baseline_files], [], baseline.name)
         tasks[run.id] = train_task(todo[run.id], before)
-        if run is vanilla:
-            tasks[gate_c] = gate_task("C", gate_c, [vanilla_files], [run.id], vanilla.name)
+        if run is baseline:
+            tasks[gate_c] = gate_task("C", gate_c, [baseline_files], [run.id], baseline.name)
         elif run.cfg.arm.intervention != "gt_only" and run.cfg.arm.control == "none":
-            files = [vanilla_files, pattern(home, f"runs/*_{run.id}*")]
+            files = [baseline_files, pattern(home, f"runs/*_{run.id}*")]
             tasks[f"gate-D {run.id}"] = gate_task("D", f"gate-D {run.id}", files, [run.id], run.name)
     return list(tasks.values())
 
 
-def tasks_of(batch: Batch) -> list[Task]:
+def tasks_of(work: Submission) -> list[QueuedTask]:
     """The queue's tasks, each behind those it waits for."""
-    return gated_tasks(batch) if batch.options.get("gates") else [train_task(job) for job in batch.jobs]
+    return gated_tasks(work) if work.options.get("gates") else [train_task(job) for job in work.jobs]
 
 
 def group_of(options: Mapping[str, Any]) -> str:
@@ -128,14 +130,14 @@ def group_of(options: Mapping[str, Any]) -> str:
     return str(options.get("group", ""))
 
 
-def plan(batch: Batch) -> list[str]:
+def plan(work: Submission) -> list[str]:
     """A shell script that queues what would be queued (all of it, if the queue is empty)."""
-    group, ids, lines = group_of(batch.options), {}, []
+    group, ids, lines = group_of(work.options), {}, []
     if group:
         lines.append(f"pueue group add {shlex.quote(group)}  # unless it is there")
-    if batch.limits.jobs:
-        lines.append(shlex.join(parallel(batch.limits.jobs, group)))
-    for number, task in enumerate(tasks_of(batch), start=1):
+    if work.limits.jobs:
+        lines.append(shlex.join(parallel(work.limits.jobs, group)))
+    for number, task in enumerate(tasks_of(work), start=1):
         ids[task.key] = f"$t{number}"
         words = [w if w in ids.values() else shlex.quote(w) for w in task.argv(group, ids)]
         lines.append(f"t{number}=$({' '.join(words)})")
@@ -167,21 +169,21 @@ def live_tasks(status: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def start(batch: Batch) -> list[Outcome]:
+def start(work: Submission) -> list[JobResult]:
     """Queue what is not in the queue yet, and return; the queue does the rest."""
     if shutil.which("pueue") is None:
         raise UserError(
             "pueue is not installed: install it (https://github.com/Nukesor/pueue) and start pueued, "
             "or use --engine local"
         )
-    group = group_of(batch.options)
+    group = group_of(work.options)
     status = json.loads(ask(["pueue", "status", "--json"]))
     if group and group not in status.get("groups", {}):
         ask(["pueue", "group", "add", group])
-    if batch.limits.jobs:
-        ask(parallel(batch.limits.jobs, group))
+    if work.limits.jobs:
+        ask(parallel(work.limits.jobs, group))
     live, ids, added = live_tasks(status), {}, 0
-    for task in tasks_of(batch):
+    for task in tasks_of(work):
         if task.label in live:
             ids[task.key] = live[task.label]
             continue

@@ -13,13 +13,13 @@ from loguru import logger
 from ray.exceptions import RayError
 
 from projected_grpo.errors import UserError
-from projected_grpo.sweep.jobs import Batch, Outcome, run_job_file
-from projected_grpo.sweep.spec import Limits, take
+from projected_grpo.sweep.jobs import JobResult, Submission, run_job_file
+from projected_grpo.sweep.spec import SweepLimits, take
 
 CORES = 1
 
 
-def resources(limits: Limits) -> dict[str, Any]:
+def resources(limits: SweepLimits) -> dict[str, Any]:
     """What Ray sets aside for each run. A process makes one run, so that its GPU memory is free again."""
     wanted = {"num_cpus": limits.cores or CORES, "num_gpus": limits.gpus or 0}
     return wanted | {"max_retries": limits.retries, "max_calls": 1}
@@ -31,31 +31,31 @@ def address_of(options: Mapping[str, Any]) -> str | None:
     return options.get("address")
 
 
-def plan(batch: Batch) -> list[str]:
+def plan(work: Submission) -> list[str]:
     """The tasks' resources, and what each would run."""
-    given = ", ".join(f"{k}={v}" for k, v in resources(batch.limits).items())
-    at_once = f", {batch.limits.jobs} at a time" if batch.limits.jobs else ""
-    head = f"# ray {address_of(batch.options) or 'on this machine'}: {given}{at_once}"
-    return [head, *(job.command() for job in batch.jobs)]
+    given = ", ".join(f"{k}={v}" for k, v in resources(work.limits).items())
+    at_once = f", {work.limits.jobs} at a time" if work.limits.jobs else ""
+    head = f"# ray {address_of(work.options) or 'on this machine'}: {given}{at_once}"
+    return [head, *(job.command() for job in work.jobs)]
 
 
-def start(batch: Batch) -> list[Outcome]:
+def start(work: Submission) -> list[JobResult]:
     """Make all runs, waiting for them; returns how each one ended."""
-    address = address_of(batch.options)
+    address = address_of(work.options)
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"--engine ray: no cluster at {address or 'this machine'} ({error})") from error
     try:
-        return made([job.file(".json").absolute() for job in batch.jobs], batch.limits)
+        return made([job.file(".json").absolute() for job in work.jobs], work.limits)
     finally:
         ray.shutdown()
 
 
-def made(files: Sequence[Path], limits: Limits) -> list[Outcome]:
+def made(files: Sequence[Path], limits: SweepLimits) -> list[JobResult]:
     """Keep at most `jobs` tasks going until all have ended."""
     task = ray.remote(**resources(limits))(run_job_file)
-    waiting, outcomes = list(files), []
+    waiting, results = list(files), []
     going: dict[ray.ObjectRef, Path] = {}
     while waiting or going:
         while waiting and (not limits.jobs or len(going) < limits.jobs):
@@ -64,9 +64,9 @@ def made(files: Sequence[Path], limits: Limits) -> list[Outcome]:
         (ready, *_), _ = ray.wait(list(going))
         file = going.pop(ready)
         try:
-            outcome = ray.get(ready)
+            result = ray.get(ready)
         except RayError as error:
-            outcome = Outcome("failed", str(error).strip().splitlines()[-1])
-        outcomes.append(outcome)
-        logger.info("{} ({} of {}): {} {}", file.stem, len(outcomes), len(files), outcome.kind, outcome.why)
-    return outcomes
+            result = JobResult("failed", str(error).strip().splitlines()[-1])
+        results.append(result)
+        logger.info("{} ({} of {}): {} {}", file.stem, len(results), len(files), result.kind, result.why)
+    return results

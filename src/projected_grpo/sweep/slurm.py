@@ -12,7 +12,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from projected_grpo.errors import UserError
-from projected_grpo.sweep.jobs import Batch, Outcome, run_job_file
+from projected_grpo.sweep.jobs import JobResult, Submission, run_job_file
 
 CLUSTERS = (
     "slurm",
@@ -32,23 +32,23 @@ class MakeRun:
 
     def __call__(self) -> str:
         """Make the run. Raises RuntimeError if it failed, so that Slurm counts the job as failed."""
-        outcome = run_job_file(self.file)
-        if outcome.exit_code:
-            raise RuntimeError(f"{outcome.kind}: {outcome.why}")
-        return outcome.kind
+        result = run_job_file(self.file)
+        if result.exit_code:
+            raise RuntimeError(f"{result.kind}: {result.why}")
+        return result.kind
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Queue the same again."""
         return submitit.helpers.DelayedSubmission(self)
 
 
-def parameters(batch: Batch) -> dict[str, Any]:
+def parameters(work: Submission) -> dict[str, Any]:
     """submitit's parameters: the sweep's limits, and the spec's [slurm] table as slurm_*."""
-    limits, options = batch.limits, batch.options
+    limits, options = work.limits, work.options
     found: dict[str, Any] = {
-        "name": batch.home.name,
+        "name": work.home.name,
         "timeout_min": options.get("timeout_min", MINUTES),
-        "slurm_array_parallelism": limits.jobs or len(batch.jobs),
+        "slurm_array_parallelism": limits.jobs or len(work.jobs),
     }
     found |= {"cpus_per_task": limits.cores} if limits.cores else {}
     found |= {"gpus_per_node": limits.gpus} if limits.gpus else {}
@@ -64,23 +64,23 @@ def cluster_of(options: Mapping[str, Any]) -> str:
     return cluster
 
 
-def plan(batch: Batch) -> list[str]:
+def plan(work: Submission) -> list[str]:
     """The array's parameters, and what each element would run."""
-    given = ", ".join(f"{k}={v}" for k, v in parameters(batch).items())
-    head = f"# {cluster_of(batch.options)} array of {len(batch.jobs)}: {given}"
-    return [head, *(job.command() for job in batch.jobs)]
+    given = ", ".join(f"{k}={v}" for k, v in parameters(work).items())
+    head = f"# {cluster_of(work.options)} array of {len(work.jobs)}: {given}"
+    return [head, *(job.command() for job in work.jobs)]
 
 
-def start(batch: Batch) -> list[Outcome]:
+def start(work: Submission) -> list[JobResult]:
     """Submit the array and return; `sweep status` tells how it goes."""
-    cluster = cluster_of(batch.options)
-    folder = batch.home.absolute() / "slurm"
-    timeouts = batch.options.get("max_num_timeout", TIMEOUTS)
+    cluster = cluster_of(work.options)
+    folder = work.home.absolute() / "slurm"
+    timeouts = work.options.get("max_num_timeout", TIMEOUTS)
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=timeouts)
-        executor.update_parameters(**parameters(batch))
+        executor.update_parameters(**parameters(work))
         with executor.batch():
-            made = [executor.submit(MakeRun(job.file(".json").absolute())) for job in batch.jobs]
+            made = [executor.submit(MakeRun(job.file(".json").absolute())) for job in work.jobs]
     except (NameError, TypeError, RuntimeError, FailedJobError) as error:
         raise UserError(f"--engine slurm: {str(error).strip().splitlines()[-1]}") from error
     print(f"{len(made)} jobs submitted, the first as {made[0].job_id}; their output is in {folder}")
@@ -89,7 +89,7 @@ def start(batch: Batch) -> list[Outcome]:
     return [outcome_of(job) for job in made]  # submitit's stand-ins live no longer than this process
 
 
-def outcome_of(job: submitit.Job[str]) -> Outcome:
+def outcome_of(job: submitit.Job[str]) -> JobResult:
     """How a job ended, waiting for it."""
     error = job.exception()
-    return Outcome("failed", str(error)) if error else Outcome(str(job.result()))
+    return JobResult("failed", str(error)) if error else JobResult(str(job.result()))

@@ -11,26 +11,23 @@
     [grid]                          # axes of all arms
     seed = "41-45"
 
-An id is a hash of what decides a run's outcome: the settings that differ from the options' defaults, without
-place (device, folders, processes). So it survives a new option, a renamed arm and a spec that grows.
+An id (run/identity.py) survives a new option, a renamed arm and a file that grows.
 """
 
-import hashlib
 import itertools
-import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from projected_grpo.checks import validate
-from projected_grpo.config import PLACE, PRESETS, BasisConfig, LossConfig, ModelConfig, TrainConfig, settings
+from projected_grpo.config import PRESETS, BasisConfig, LossConfig, ModelConfig, TrainConfig
 from projected_grpo.errors import UserError
-from projected_grpo.results.files import check_fields, is_text
-from projected_grpo.train import parse
+from projected_grpo.options.train import parse
+from projected_grpo.results.files import check_fields, is_flag, is_text
+from projected_grpo.run.identity import identity, shown
 
 SWEEPS = Path("out/sweeps")
 ENGINES = ("local", "pueue", "slurm", "ray")
@@ -48,10 +45,16 @@ class SweepArm:
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     why: str = ""
     resolve: str = ""
+    controls: str = ""
+    """The arm that this one is a control of."""
+    later: bool = False
+    """Made when all others are."""
+    explored: bool = False
+    """Thought of after tables had been seen."""
 
 
 @dataclass(frozen=True)
-class Limits:
+class SweepLimits:
     """How a sweep is run; none of it decides an outcome."""
 
     jobs: int = 0
@@ -76,9 +79,10 @@ class Spec:
     arms: tuple[SweepArm, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    limits: Limits = field(default_factory=Limits)
+    limits: SweepLimits = field(default_factory=SweepLimits)
     engine: str = "local"
     engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # options of each engine
+    keep: Path | None = None  # folder of the kept records
 
 
 @dataclass(frozen=True)
@@ -86,29 +90,20 @@ class SweepRun:
     """One run: its id, what it is called, what it takes, and its settings."""
 
     id: str
-    name: str
+    label: str  # its arm and axes, without its seed
     arm: SweepArm
     axes: Mapping[str, Any]
     argv: tuple[str, ...]  # of train: preset and options, without the sweep's own
     cfg: TrainConfig
 
-
-def identity(cfg: TrainConfig) -> str:
-    """Ten hex digits that are the same for the same outcome, wherever and whenever it is computed."""
-    default = settings(TrainConfig(preset=cfg.preset))
-    changed = {
-        f"{group}.{option}": value
-        for group, values in settings(cfg).items()
-        if group != "preset"
-        for option, value in values.items()
-        if option not in PLACE and value != default[group][option]
-    }
-    text = json.dumps([cfg.preset, sorted(changed.items())])
-    return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
+    @property
+    def name(self) -> str:
+        """What it is called in queues and tables."""
+        return " ".join([*self.label.split(), f"seed={self.cfg.run.seed}"])
 
 
 def expand(spec: Spec) -> list[SweepRun]:
-    """All runs, first seeds first. Raises UserError for an option or value that train would refuse."""
+    """All runs, first seeds first, later arms last. Raises UserError for what train would refuse."""
     runs: dict[str, SweepRun] = {}
     for arm in spec.arms:
         grid = {**spec.grid, **arm.grid}
@@ -125,7 +120,7 @@ def expand(spec: Spec) -> list[SweepRun]:
                         f"sweep {spec.name}: {run.name!r} is the same run as {runs[run.id].name!r}"
                     )
                 runs[run.id] = run
-    return sorted(runs.values(), key=lambda run: run.cfg.run.seed)
+    return sorted(runs.values(), key=lambda run: (run.arm.later, run.cfg.run.seed))
 
 
 def seeded(
@@ -141,8 +136,7 @@ def seeded(
     if seed is not None:
         cfg = replace(cfg, run=replace(cfg.run, seed=seed))
         axes, options = {**axes, "seed": seed}, {**options, "seed": seed}
-    name = " ".join([*label.split(), f"seed={cfg.run.seed}"])
-    return SweepRun(identity(cfg), name, arm, axes, (preset, *flags(options)), cfg)
+    return SweepRun(identity(cfg), label, arm, axes, (preset, *flags(options)), cfg)
 
 
 def combinations(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
@@ -178,35 +172,11 @@ def basis_options(cfg: TrainConfig) -> list[str]:
     )
 
 
-def shown(value: Any) -> str:
-    """A value in the name of a run."""
-    return "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def option_names() -> list[str]:
-    """All options of train, as attributes."""
-    preset = next(iter(PRESETS.values()))[1]
-    return [
-        option.name
-        for f in fields(preset)
-        if f.name != "preset"
-        for option in fields(getattr(preset, f.name))
-    ]
-
-
 def checked(preset: str, options: Mapping[str, Any], what: str) -> TrainConfig:
     """The settings of these options. Raises UserError naming the arm whose options train would refuse."""
-    known = option_names()
     for name in options:
-        attribute = name.replace("-", "_")
-        if attribute in ITS_OWN:
+        if name.replace("-", "_") in ITS_OWN:
             raise UserError(f"{what}: the sweep sets {name} itself; leave it out")
-        if attribute not in known:
-            near = get_close_matches(attribute, known, 1)
-            raise UserError(
-                f"{what}: train has no option {name!r}"
-                + (f"; did you mean {near[0].replace('_', '-')!r}?" if near else "")
-            )
     argv = [preset, *flags(options)]
     try:
         cfg = parse(argv)
@@ -266,19 +236,23 @@ def read_arm(table: object, what: str) -> SweepArm:
     if not isinstance(table, dict) or not NAME.fullmatch(str(table.get("name", ""))):
         raise UserError(f"{what}: every [[arms]] needs a name of letters, digits and _ . + = -")
     take(table, [f.name for f in fields(SweepArm)], f"{what} {table['name']}")
-    check_fields(table, {"name": is_text}, {"why": is_text, "resolve": is_text}, what)
+    texts, flags = (
+        dict.fromkeys(("why", "resolve", "controls"), is_text),
+        {"later": is_flag, "explored": is_flag},
+    )
+    check_fields(table, {"name": is_text}, {**texts, **flags}, what)
     grid = axes_of(table.get("grid", {}), f"{what} {table['name']} grid")
     options = table_of(table, "options", f"{what} {table['name']}")
     return SweepArm(**{**table, "grid": grid, "options": options})
 
 
-def read_limits(table: Mapping[str, Any], what: str) -> Limits:
+def read_limits(table: Mapping[str, Any], what: str) -> SweepLimits:
     """The [limits] table."""
-    take(table, [f.name.replace("_", "-") for f in fields(Limits)], f"{what} [limits]")
+    take(table, [f.name.replace("_", "-") for f in fields(SweepLimits)], f"{what} [limits]")
     for key, value in table.items():
         if type(value) is not int:
             raise UserError(f"{what} [limits]: {key} must be a whole number, got {value!r}")
-    return Limits(**{key.replace("-", "_"): value for key, value in table.items()})
+    return SweepLimits(**{key.replace("-", "_"): value for key, value in table.items()})
 
 
 def table_of(data: Mapping[str, Any], key: str, what: str) -> dict[str, Any]:
@@ -289,6 +263,23 @@ def table_of(data: Mapping[str, Any], key: str, what: str) -> dict[str, Any]:
     return value
 
 
+def only(spec: Spec, arms: Sequence[str], seeds: str) -> Spec:
+    """The part of a sweep with these arms (none: all) and, unless empty, these seeds in place of its own.
+
+    Raises UserError for an arm that it does not have.
+    """
+    known = [arm.name for arm in spec.arms]
+    for name in arms:
+        if name not in known:
+            raise UserError(f"--arms {name}: not in sweep {spec.name}; it has {', '.join(known)}")
+    chosen = tuple(arm for arm in spec.arms if not arms or arm.name in arms)
+    if not seeds:
+        return replace(spec, arms=chosen)
+    grids = [{axis: values for axis, values in arm.grid.items() if axis != "seed"} for arm in chosen]
+    chosen = tuple(replace(arm, grid=grid) for arm, grid in zip(chosen, grids, strict=True))
+    return replace(spec, arms=chosen, grid={**spec.grid, "seed": seed_range(seeds)})
+
+
 def read_spec(path: Path) -> Spec:
     """A sweep from its TOML file. Raises UserError naming the key that is wrong."""
     try:
@@ -297,7 +288,7 @@ def read_spec(path: Path) -> Spec:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{path}: not valid TOML ({error})") from error
-    tables = ("name", "preset", "home", "options", "arms", "grid", "limits", "engine", *ENGINES[1:])
+    tables = ("name", "preset", "home", "keep", "options", "arms", "grid", "limits", "engine", *ENGINES[1:])
     take(data, tables, str(path))
     one_of(data.get("preset"), tuple(PRESETS), f"{path}: preset")
     listed = data.get("arms", [])
@@ -320,6 +311,7 @@ def read_spec(path: Path) -> Spec:
         read_limits(table_of(data, "limits", str(path)), str(path)),
         one_of(data.get("engine", "local"), ENGINES, f"{path}: engine"),
         {engine: table_of(data, engine, str(path)) for engine in ENGINES},
+        Path(data["keep"]) if "keep" in data else None,
     )
 
 

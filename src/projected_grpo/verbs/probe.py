@@ -1,4 +1,4 @@
-"""The verbs of a probe: extract -> verify -> vanilla -> projected at one seed, gated; and a gate alone."""
+"""The verbs of a probe: extract -> verify -> none -> an arm at one seed, gated; and a gate alone."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.options.verbs import GateOptions, ProbeOptions
 from projected_grpo.sweep.gates import GATES
 from projected_grpo.sweep.jobs import SIGNALLED, Job, Launch, in_process, jobs_of, make, write_job
-from projected_grpo.sweep.spec import Limits, Spec, SweepArm, basis_options, expand, split_pair, typed
+from projected_grpo.sweep.spec import Spec, SweepArm, SweepLimits, basis_options, expand, split_pair, typed
 from projected_grpo.verbs.basis import ExtractOptions, extract_verb, verify_verb
 
 VERBS = {"extract": extract_verb, "verify": verify_verb}
@@ -34,14 +34,14 @@ def gate_verb(options: GateOptions) -> int:
 
 
 def planned(options: ProbeOptions) -> tuple[Job, Job, TrainConfig]:
-    """Vanilla and the arm as jobs of one folder, and the settings of the arm."""
+    """None and the arm as jobs of one folder, and the settings of the arm."""
     given = {name: typed(value) for name, value in map(split_pair, options.set)}
     given |= {"model": options.model} if options.model else {}
     arms = tuple(SweepArm(arm, {"intervention": arm}) for arm in ("none", options.arm))
     spec = Spec("probe", options.preset, options.out, arms, given, {"seed": (options.seed,)})
-    vanilla, arm = expand(spec)
+    baseline, arm = expand(spec)
     home = options.out / f"{options.preset}_{options.arm}_seed{options.seed}_{arm.id}"
-    first, second = jobs_of((vanilla, arm), home, Limits())
+    first, second = jobs_of((baseline, arm), home, SweepLimits())
     return first, second, arm.cfg
 
 
@@ -70,9 +70,9 @@ def train_stage(job: Job, launch: Launch) -> bool:
 
 
 def probe_verb(options: ProbeOptions) -> int:
-    """Extract, verify, vanilla, projected: one seed before any sweep. Exit 1 at the first gate that fails."""
-    vanilla, arm, cfg = planned(options)
-    home, launch = Path(vanilla.home), in_process if options.in_process else attached
+    """Extract, verify, baseline, arm: one seed before any sweep. Exit 1 at the first gate that fails."""
+    baseline, arm, cfg = planned(options)
+    home, launch = Path(baseline.home), in_process if options.in_process else attached
     print(f"probe of {options.preset}, seed {options.seed}, in {home}", flush=True)
     basis = cfg.basis.v_hack_path
     bases = [basis] if basis else sorted((home / "vhack").glob("*.safetensors"))
@@ -89,9 +89,9 @@ def probe_verb(options: ProbeOptions) -> int:
             return GATE_FAILED
     if not check("B", heldout):
         return GATE_FAILED
-    if not train_stage(vanilla, launch) or not check("C", vanilla.folders()):
+    if not train_stage(baseline, launch) or not check("C", baseline.folders()):
         return GATE_FAILED
-    if not train_stage(arm, launch) or not check("D", [*vanilla.folders(), *arm.folders()]):
+    if not train_stage(arm, launch) or not check("D", [*baseline.folders(), *arm.folders()]):
         return GATE_FAILED
     print(f"probe passed; `projected-grpo results {home / 'runs'}` has its table")
     return 0

@@ -10,7 +10,7 @@ from projected_grpo.options.verbs import PlotOptions, ReportOptions, ResultsOpti
 from projected_grpo.results.compare import check_arm, headline, modes, notes, paired, rates
 from projected_grpo.results.pictures import draw
 from projected_grpo.results.report import report_page
-from projected_grpo.results.runs import VANILLA, Groups, finished, grouped, read_runs
+from projected_grpo.results.runs import BASELINE, Groups, finished, grouped, read_runs
 from projected_grpo.results.tables import Format, Table, render, render_tables
 from projected_grpo.runlog import write_atomically
 from projected_grpo.study.hypotheses import verdicts
@@ -38,14 +38,14 @@ def results_verb(options: ResultsOptions) -> int:
 
 def tables_text(groups: Groups, options: ResultsOptions) -> str:
     """The tables asked for, with what has to be known to read them."""
-    against = options.against or VANILLA
+    against = options.against or BASELINE
     estimates = [*rates(groups), *headline(groups), *paired(groups, against), *modes(groups)]
     shown = [e for e in estimates if options.table in ("all", e.table)]
     return render(options.format, shown, notes(groups, against))
 
 
 def falsify_text(groups: Groups, kind: Format) -> str:
-    """The verdicts; runs that ended early count with the rates they ended with, and are told."""
+    """The verdicts; runs that ended early count with the rates they ended with, and are named."""
     early = [run.name for seeds in groups.values() for run in seeds.values() if not run.finished]
     found = verdicts(groups)
     rows = [[v.hypothesis, v.context, v.options, v.text] for v in found]

@@ -1,9 +1,7 @@
 """The verbs of whole experiments: the nano model's recipe, and the study."""
 
-import os
-import signal
-import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,14 @@ import torch
 from tabulate import tabulate
 
 from projected_grpo.errors import GATE_FAILED, UserError
-from projected_grpo.options.verbs import PretrainNanoOptions, StudyOptions
+from projected_grpo.options.verbs import PretrainNanoOptions, StudyOptions, SweepOptions
 from projected_grpo.prepare.pretrain_nano import check_base, pretrain, save_model
 from projected_grpo.runlog import write_atomically, write_json
-from projected_grpo.study.plan import plan, read_records, run_study
-from projected_grpo.study.report import filled, write_report
+from projected_grpo.study.report import filled, study_spec, write_report
+from projected_grpo.sweep.jobs import jobs_of
+from projected_grpo.sweep.spec import expand, given_options, only
+from projected_grpo.verbs.sweep import make_all, to_make, with_options
 
-TERMINATED = 143
 RESULTS = Path("docs/results/nano")
 
 
@@ -54,23 +53,26 @@ def renew_page(page: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def study_verb(options: StudyOptions) -> int:
-    """Every arm x seed that is not there yet, then tables and pictures. Exit 1 if a run failed."""
-    for option in ("jobs", "max_seeds", "steps", "final_n_prompts"):
-        if getattr(options, option) < 0:
-            raise UserError(f"--{option.replace('_', '-')} must be >= 0, got {getattr(options, option)}")
-    size = (options.steps, options.final_n_prompts)
-    if any(size) and options.out == RESULTS:
-        raise UserError("--steps and --final-n-prompts make another study: give it an --out of its own")
+    """Every run of a study whose record is missing, then tables and pictures. Exit 1 if a run failed."""
+    if options.set and options.out == RESULTS:
+        raise UserError("--set makes another study: give it an --out of its own")
     if options.page is not None and not options.page.is_file():
         raise UserError(f"--page {options.page}: no such file")  # before hours of runs
-    runs = plan(options.study, options.out, options.arms, options.max_seeds, *size)
-    jobs = options.jobs or len(os.sched_getaffinity(0))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that the runs are ended too
-    failed = [] if options.report_only else run_study(runs, options.work, jobs)
-    everything = plan(options.study, options.out, (), 0, *size)  # the tables are of all arms that there are
-    records = read_records(everything)
+    spec = study_spec(options.study)
+    spec = replace(spec, options={**spec.options, **given_options(options.set)}, keep=options.out)
+    spec = with_options(spec, SweepOptions(jobs=options.jobs))
+    runs = expand(only(spec, options.arms, options.seeds))
+    place = (spec.home, spec.limits, spec.keep)
+    jobs = jobs_of(runs, *place)
+    work = to_make(spec, runs, [] if options.report_only else jobs)
+    failed = any(result.exit_code for result in make_all(spec.engine, work))
+    if options.arms or options.seeds:  # the tables are of all that is there, whichever part was asked for
+        jobs = list({job.record: job for job in (*jobs_of(expand(spec), *place), *jobs)}.values())
+    records = [record for job in jobs if (record := job.kept()) is not None]
+    if not records:
+        raise UserError(f"--out {options.out}: no record of this study; run it without --report-only first")
     path = write_report(records, options.out)
     if options.page is not None:
         renew_page(options.page, records)
-    print(path.read_text() if options.report_only else f"{path}: {sum(run.done for run in everything)} runs")
+    print(path.read_text() if options.report_only else f"{path}: {len(records)} runs")
     return GATE_FAILED if failed else 0

@@ -3,14 +3,24 @@
 import importlib
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Literal
 
 from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.options.verbs import SweepOptions, SweepRunOptions, SweepStatusOptions, WhichSweep
-from projected_grpo.sweep.jobs import Batch, Job, jobs_of, run_job_file, states, status_table, write_job
-from projected_grpo.sweep.spec import Spec, expand, given_options, quick_spec, read_spec, seed_range
+from projected_grpo.sweep.jobs import (
+    Job,
+    JobResult,
+    Submission,
+    jobs_of,
+    run_job_file,
+    states,
+    status_table,
+    write_job,
+)
+from projected_grpo.sweep.spec import Spec, SweepRun, expand, given_options, only, quick_spec, read_spec
 
 Engine = Literal["local", "pueue", "slurm", "ray"]
 EXTRAS = {"slurm": "submitit", "ray": "ray"}  # the package behind each extra of that name
@@ -27,7 +37,7 @@ def spec_of(which: WhichSweep) -> Spec:
     else:
         spec = read_spec(which.spec)
         spec = replace(spec, options={**spec.options, **given_options(which.set)})
-    return replace(spec, grid={**spec.grid, "seed": seed_range(which.seeds)}) if which.seeds else spec
+    return replace(only(spec, which.arms, which.seeds), keep=which.keep or spec.keep)
 
 
 def with_options(spec: Spec, options: SweepOptions) -> Spec:
@@ -62,34 +72,39 @@ def engine_module(engine: str) -> ModuleType:
         raise
 
 
-def all_jobs(spec: Spec) -> list[Job]:
-    """The sweep's runs as jobs."""
-    return jobs_of(expand(spec), spec.home, spec.limits)
-
-
 def sweep_verb(options: SweepOptions) -> int:
     """Make every run of a sweep that is not finished, resuming what was interrupted. Exit 1 if one failed."""
     spec = with_options(spec_of(options.sweep), options)
-    engine, runs = engine_module(spec.engine), expand(spec)
-    jobs = jobs_of(runs, spec.home, spec.limits)
-    found = states(jobs)
-    todo = tuple(s.job for s in found if s.state not in ("finished", "running"))
-    if not todo:
-        print(status_table(found))
+    runs = expand(spec)
+    jobs = jobs_of(runs, spec.home, spec.limits, spec.keep)
+    work = to_make(spec, runs, jobs)
+    if options.dry_run and work.jobs:
+        lines = engine_module(spec.engine).plan(work)
+        print("\n".join([f"# {len(work.jobs)} of {len(jobs)} runs to make", *lines]))
         return 0
-    batch = Batch(tuple(runs), todo, spec.limits, spec.engines.get(spec.engine, {}))
-    if options.dry_run:
-        print("\n".join([f"# {len(todo)} of {len(jobs)} runs to make", *engine.plan(batch)]))
-        return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the runs are ended too
-    for job in todo:
-        write_job(job)
-    outcomes = engine.start(batch)
+    results = make_all(spec.engine, work)
     print(status_table(states(jobs)))
-    held_back = sum(outcome.kind == "held back" for outcome in outcomes)
+    held_back = sum(result.kind == "held back" for result in results)
     if held_back:
         print(f"{held_back} runs were not started: {spec.limits.max_failures} had failed (--max-failures)")
-    return GATE_FAILED if any(outcome.exit_code for outcome in outcomes) else 0
+    return GATE_FAILED if any(result.exit_code for result in results) else 0
+
+
+def to_make(spec: Spec, runs: Sequence[SweepRun], jobs: Sequence[Job]) -> Submission:
+    """The jobs that have no outcome and that no process is making, as an engine is given them."""
+    todo = tuple(s.job for s in states(jobs) if s.state not in ("finished", "running"))
+    return Submission(tuple(runs), todo, spec.limits, spec.engines.get(spec.engine, {}))
+
+
+def make_all(engine: str, work: Submission) -> list[JobResult]:
+    """Make these runs; how those ended that the engine waited for."""
+    if not work.jobs:
+        return []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the runs are ended too
+    for job in work.jobs:
+        write_job(job)
+    results: list[JobResult] = engine_module(engine).start(work)
+    return results
 
 
 def sweep_run_verb(options: SweepRunOptions) -> int:
@@ -101,5 +116,6 @@ def sweep_run_verb(options: SweepRunOptions) -> int:
 
 def sweep_status_verb(options: SweepStatusOptions) -> int:
     """A line per run of a sweep: finished, running, failed, interrupted, to do; steps, rates, wall time."""
-    print(status_table(states(all_jobs(spec_of(options.sweep)))))
+    spec = spec_of(options.sweep)
+    print(status_table(states(jobs_of(expand(spec), spec.home, spec.limits, spec.keep))))
     return 0
