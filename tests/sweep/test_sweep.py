@@ -113,7 +113,7 @@ def test_options_read_back_as_they_were_typed(numbers, flag):
         ('preset = "nano"\n[options]\nstepps = 3', "--steps"),
         ('preset = "nano"\n[options]\nout-dir = "x"', "sets out-dir itself"),
         ('preset = "nano"\n[options]\nsteps = "many"', "train does not take"),
-        ('preset = "nano"\n[[arms]]\nname="a"\noptions={intervention="none", control="haar"}', "--control=haar"),
+        ('preset = "nano"\n[[arms]]\nname="a"\noptions={intervention="none", control="haar"}', "=haar"),
         ('preset = "nano"\n[[arms]]\nname="a"\n[[arms]]\nname="a"', "two arms are called 'a'"),
         ('preset = "nano"\n[[arms]]\nname="a"\n[[arms]]\nname="b"', "same run"),
         ('preset = "nano"\n[[arms]]\noptions={}', "needs a name"),
