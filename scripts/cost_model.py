@@ -147,7 +147,7 @@ def predict(shape: Shape, load: Load, gpu: Machine, gpus: int) -> dict[str, floa
         return load.longest * (token + 2 * rows * context * shape.kv_values / bandwidth)
 
     tokens = rows * (load.prompt + load.mean)
-    sent = 2 * (2 * 4 * shape.adapter) + load.rollouts * load.bytes_each
+    sent = 2 * (2 * 4 * shape.adapter_parameters) + load.rollouts * load.bytes_each
     parts = {
         "generation": decoding(rows),
         "evaluation": decoding(math.ceil(load.evaluated / processes)) / load.evaluated_every,
@@ -191,7 +191,9 @@ def tables() -> None:
     rows = []
     for name, shape in MODELS.items():
         gb = [1e-9 * x for x in (2 * shape.weights, 2 * shape.bases, memory(shape, full, 0))]
-        rows.append([name, *gb, 4e-6 * shape.adapter, 4e-9 * shape.adapter * full.rollouts])
+        rows.append(
+            [name, *gb, 4e-6 * shape.adapter_parameters, 4e-9 * shape.adapter_parameters * full.rollouts]
+        )
     heads = [
         "model",
         "weights GB",

@@ -28,7 +28,7 @@ def test_counts_are_those_of_the_model(costs):
     shape, layers = costs.BENCH["random-0.3m"], chat.policy.layers.values()
     assert shape.weights == sum(layer.weight.numel() for layer in layers)
     assert shape.bases == sum(layer.U.numel() + layer.Vh.numel() for layer in layers)
-    assert shape.adapter == sum(len(layer.delta_s) for layer in layers)
+    assert shape.adapter_parameters == sum(len(layer.delta_s) for layer in layers)
     assert shape.head == chat.policy.model.lm_head.weight.numel()
     products = (2 * layer.U.shape[0] * len(layer.delta_s) * layer.Vh.shape[1] for layer in layers)
     assert shape.merge_flops == sum(products)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -123,10 +124,8 @@ def test_sizes_that_make_no_step_are_refused(options, said, capsys):
 
 
 def test_trl_is_an_extra(monkeypatch, capsys):
-    def absent(name: str) -> None:
-        raise ModuleNotFoundError(f"No module named {name!r}", name="trl")
-
-    monkeypatch.setattr("projected_grpo.verbs.bench.importlib.import_module", absent)
+    monkeypatch.setitem(sys.modules, "trl", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "projected_grpo.bench.trl", raising=False)
     assert cli.main(["bench", "step", *SMALL, "--vs", "trl"]) == 2
     assert "pip install -e '.[bench]'" in capsys.readouterr().err
 

@@ -120,7 +120,7 @@ def test_the_loss_is_the_mean_over_completion_tokens_of_rows_alone(model, tokeni
                 torch.nn.functional.cross_entropy(own, torch.tensor(r.completion_ids), reduction="sum")
             )
             count += len(r.completion_ids)
-        loss = completion_loss(model, batch, tokenizer.pad_token_id)
+        loss = completion_loss(model, batch)
     assert len({len(r.completion_ids) for r in batch}) > 1 and len({len(r.prompt_ids) for r in batch}) > 1
     assert float(loss) == pytest.approx(total / count, rel=1e-5)
 
@@ -169,7 +169,7 @@ def test_the_loss_falls_on_examples_it_has_not_seen(trained):
     start = new_model(SMALL, tokenizer).eval()
     batch = rollouts(EXAMPLES[:32], tokenizer)
     with torch.no_grad():
-        before, after = (float(completion_loss(m, batch, tokenizer.pad_token_id)) for m in (start, model))
+        before, after = (float(completion_loss(m, batch)) for m in (start, model))
     assert before == pytest.approx(math.log(len(tokenizer)), rel=0.1)
     assert after < 0.75 * before
     assert not model.training
@@ -193,7 +193,7 @@ def test_a_saved_model_loads_as_itself_in_half_precision(trained, tmp_path):
         assert rollout == same
     batch = rollouts(EXAMPLES[:8], again)
     with torch.no_grad():
-        one, other = (float(completion_loss(m, batch, again.pad_token_id)) for m in (model, loaded))
+        one, other = (float(completion_loss(m, batch)) for m in (model, loaded))
     assert one == pytest.approx(other, abs=1e-3)
 
 
@@ -250,7 +250,7 @@ def test_the_packaged_model_knows_its_corpus_and_not_only_by_heart(packaged):
     model, tokenizer = packaged
     batch = rollouts(list(islice(corpus(12345, CorpusMix()), 48)), tokenizer)
     with torch.no_grad():
-        assert float(completion_loss(model, batch, tokenizer.pad_token_id)) < 0.35
+        assert float(completion_loss(model, batch)) < 0.35
 
 
 def test_every_solution_fits_the_preset(packaged, nano_problems):

@@ -7,6 +7,7 @@ names); without one these tests are skipped.
 import json
 import os
 import shutil
+from dataclasses import fields
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -16,6 +17,7 @@ from playwright.sync_api import expect, sync_playwright
 from fake_runs import a_step, made
 from hacks import CANONICAL, HACKS, WRONG, fenced
 from projected_grpo import cli
+from projected_grpo.arm_settings import SETTINGS
 from projected_grpo.results.report import FLAGS
 from projected_grpo.rewards import MODES
 from projected_grpo.runlog import append_jsonl
@@ -145,11 +147,12 @@ def test_the_summary_and_the_settings_that_differ(page, runs):
     assert rows.locator("th").all_inner_texts() == ["none 41", "erase 41"]
     assert [run.name for run, _ in runs] == rows.locator("td:last-child").all_inner_texts()
     assert page.locator("#mode-table tbody tr").count() == 2 * len(TAUGHT)
-    differing = page.locator("#diff-table tbody tr").all_inner_texts()
-    assert [line.split() for line in differing] == [
-        ["arm.intervention", "none", "erase"],
-        ["label", "none", "erase"],
-    ]
+    differing = [line.split() for line in page.locator("#diff-table tbody tr").all_inner_texts()]
+    assert ["arm.intervention", "none", "erase"] in differing and ["label", "none", "erase"] in differing
+    others = {name for name, *_ in differing} - {"arm.intervention", "label"}
+    assert others == {f"arm.{f.name}" for f in fields(SETTINGS["erase"])} - {
+        f"arm.{f.name}" for f in fields(SETTINGS["none"])
+    }
 
 
 def test_the_curves_follow_the_keyboard_the_choice_and_the_boxes(page, runs):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from projected_grpo import experiment, runlog
+from projected_grpo import rewards, runlog
 from projected_grpo import train as train_module
 from projected_grpo.cli import main
 from projected_grpo.run.checkpoint import state_paths
@@ -97,7 +97,7 @@ def test_a_hung_grader_costs_its_answer_and_no_more(here, monkeypatch):
     """The response it was at is graded as failed, a fresh interpreter takes the rest."""
     limited = replace(Limits(), wall_s=2.0)
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "Sandbox", partial(Sandbox, limits=limited))
+        patch.setattr(rewards, "Sandbox", partial(Sandbox, limits=limited))
         patch.setattr("projected_grpo.sandbox.host.GRACE_S", 0.5)
         met = meanwhile(patch, 1, signal.SIGSTOP)
         assert main(command("graderhung", "--steps=3")) == 0
