@@ -10,6 +10,7 @@ stacked per module, D [pairs, r], and decomposed (proj.svd_basis).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,7 @@ from projected_grpo.rollout import Rollout
 
 
 def pair_grads(
-    chat: Chat,
-    pairs: Sequence[Pair],
-    loss: LossConfig,
-    *,
-    length_norm: bool = False,
-    ranks: Ranks = ALONE,
+    chat: Chat, pairs: Sequence[Pair], loss: LossConfig, *, length_norm: bool = False, ranks: Ranks = ALONE
 ) -> PairGrads:
     """Gradients of all pairs, both sides of each, through the training loss at the deployed adapter.
 
@@ -69,12 +65,7 @@ def pair_grads(
 
 
 def pair_differences(
-    chat: Chat,
-    pairs: Sequence[Pair],
-    loss: LossConfig,
-    *,
-    length_norm: bool = False,
-    ranks: Ranks = ALONE,
+    chat: Chat, pairs: Sequence[Pair], loss: LossConfig, *, length_norm: bool = False, ranks: Ranks = ALONE
 ) -> dict[str, Float[Tensor, "pairs r"]]:
     """`pair_grads(...).differences()`, with one backward pass through a pair's prompt for two."""
     rollouts = pair_rollouts(chat, pairs)
@@ -92,23 +83,10 @@ def _gradients(
 ) -> dict[str, Float[Tensor, "parts r"]]:
     """Gradients of hacks and cleans, in turn, at the deployed adapter parameters, added up by part."""
     advantage = torch.tensor([1.0, -1.0] * (len(rollouts) // 2))
-    settings = LossConfig(
-        unbiased=not length_norm,
-        clip=loss.clip,
-        beta=0.0,
-        tokens_per_microbatch=loss.tokens_per_microbatch,
-        grad_checkpoint=loss.grad_checkpoint,
-    )
+    settings = replace(loss, unbiased=not length_norm, beta=0.0)
     longest = max(len(r.completion_ids) for r in rollouts)
-    got = per_rollout_grads(
-        policy,
-        rollouts,
-        own_share(ranks, rollouts, advantage),
-        settings,
-        longest,
-        deltas=policy.deltas(ablate_quarantine=True),
-        parts=parts,
-    )
+    own, deployed = own_share(ranks, rollouts, advantage), policy.deltas(ablate_quarantine=True)
+    got = per_rollout_grads(policy, rollouts, own, settings, longest, deltas=deployed, parts=parts)
     return {m: rows.float() for m, rows in over_ranks(ranks, got).rows.items()}
 
 
