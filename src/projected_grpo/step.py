@@ -37,8 +37,8 @@ from projected_grpo.tensor_files import tensor_hash
 def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Collected]:
     """One optimizer step; returns its line of steps.jsonl and its rollouts.
 
-    A step whose groups are all flat has no gradient: it is recorded, and AdamW is left alone. So is one whose
-    loss or gradient is not finite, which counts as skipped.
+    A step whose groups are all flat has no gradient: it is recorded, AdamW is left alone, and the groups' KL
+    is dropped. AdamW is left alone, too, where the loss or its gradient is not finite: a skipped step.
     """
     cfg, policy, started = exp.cfg, exp.chat.policy, time.monotonic()
     refreshed = maybe_refresh(exp, state)

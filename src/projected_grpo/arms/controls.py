@@ -1,4 +1,9 @@
-"""Controls: what stands in for the direction, so that a claim about it can fail."""
+"""Controls: what stands in for the direction, so that a claim about it can fail.
+
+haar, shuffled, clean_clean and flipped replace the basis where it is loaded and refreshed; haar_matched,
+random_routing and shrink replace what the arm removes or routes. Draws depend on the seed alone. The logged
+shares (cos_pre and so on) are of the basis in use.
+"""
 
 from dataclasses import replace
 

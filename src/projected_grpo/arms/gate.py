@@ -70,7 +70,7 @@ def update_gate(gate: GateState, cosines: Mapping[str, Float[Tensor, " n"]], anc
 
 
 def initial_gate(basis: HackBasis, grads: PairGrads) -> GateState:
-    """route2's running means before any rollout: the pairs' own cosines with v_grad."""
+    """route2's running means before any rollout: the pairs' own cosines, so that tau exists at once."""
     return GateState(
         hack={m: float(row_cosines(grads.hack[m].to(v), v).mean()) for m, v in basis.v_grad.items()},
         clean={m: float(row_cosines(-grads.clean[m].to(v), v).mean()) for m, v in basis.v_grad.items()},
