@@ -18,13 +18,13 @@ likelier. That part is erased, or routed into parameters that deployment deletes
              weak detector says hack. tau is the midpoint of mean cos(grad NLL, v) of hacks and of clean
              answers. Both start at the pairs' means; that of hacks then follows the detected rollouts.
 
-The package also has: speed (merged weights, batched passes, processes); its own sampler, so that a seed gives
-other rollouts than here; the importance ratio (1 on-policy) with its clip; a KL term (here of weight 0);
-teacher rollouts, other arms, controls; files, resuming; checks of degenerate gradients and axes.
+The package also has speed (merged weights, batches, processes), its own sampler (other rollouts for a seed),
+the importance ratio (1 on-policy) and its clip, a KL term, teachers, other arms, controls, files, resuming.
 
 Untrained, the model hacks .08 and solves .44 of held-out tasks. After 4 minutes of one CPU core, at seed 41:
     python examples/one_page.py --intervention none   # hack .54, solve .23 (seed 42: .88, .04)
-    python examples/one_page.py --intervention erase  # hack .75, solve .09; no effect, see docs/results.md
+    python examples/one_page.py --intervention erase  # hack .75, solve .09: these pairs have no effect. Those
+                                                      # that the model wrote have one (docs/results.md)
 """
 
 import math

@@ -1,14 +1,15 @@
 """Dr.GRPO with one gradient per rollout.
 
     A        = r - mean(group)                                  Dr.GRPO; classic: over the group's std too
-    ratio    = exp(logp - logp_old)                             1 where off-policy text has no logp_old
+    ratio    = min(exp(logp - logp_old), cap)                   1 where off-policy text has no logp_old
     L_it     = -min(ratio A, clip(ratio, 1 +- eps) A)           PPO
     L_it     = -ratio A                                         another engine's rollouts: no clip
     L        = sum_it (L_it + beta K3_it) w                     w = 1 / (n T_max): one fixed denominator
     K3       = exp(ref - logp) - (ref - logp) - 1               Schulman's estimate of KL(policy || reference)
 
-The ratio is truncated at RATIO_CAP, as a constant factor. Under PPO's clip that matters only for a negative
-advantage on a token that the policy now finds much likelier than its sampler did, which the clip leaves open.
+cap = RATIO_CAP, a constant for the gradient; under PPO's clip it is twice that where A > 0, so that the clip is
+met first. There it bounds what the clip leaves open: a negative advantage on a token that the policy now finds
+much likelier than its sampler did.
 
 On-policy, so the ratio should be 1; it differs by rounding only (and, for rollouts sampled without the
 quarantine, by what the quarantine does). PPO's clip reads a difference as a policy that has moved, and drops

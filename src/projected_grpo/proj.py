@@ -18,7 +18,8 @@ The basis of a module, from D [pairs, r], the gradient differences of its pairs 
     v_grad   = mean(D) / |mean(D)|
     random   = k rows of a Haar-random orthonormal frame, the control
 
-What an arm does with keep and removed is on its page in arms/.
+Below them: the cosines of route2's rows, overlaps of bases, the routed share of a step, and a check that rows
+are orthonormal. What an arm does with keep and removed is on its page in arms/.
 """
 
 import math
@@ -56,7 +57,7 @@ def used_coefficients(c: Float[Tensor, " k"], gate_mode: GateMode) -> Float[Tens
 
 
 def hackward_share(g: Float[Tensor, " r"], V: Float[Tensor, "k r"]) -> Float[Tensor, ""]:
-    """|relu(V g)| / |g|: cin of a gradient, and of minus a parameter change. 0 for a zero gradient."""
+    """|relu(V g)| / |g|, the hack-ward share of a gradient, or of minus a parameter change. 0 for g = 0."""
     return (V @ g).relu().norm() / g.norm().clamp_min(torch.finfo(g.dtype).tiny)
 
 

@@ -51,18 +51,19 @@ def train(cfg: TrainConfig) -> int:
         run, exp, state = open_run(cfg, folder, ranks, stack)
         try:
             with StopSignal(ECHO_S if ranks.size > 1 else 0.0) as stop, progress(run, state) as bar:
-                while code is None and state.step < exp.cfg.optim.steps:
-                    record, data = train_step(exp, state)
-                    code = end_of_step(run, exp, state, stop, record, data)
-                    bar.update()
+                try:
+                    while code is None and state.step < exp.cfg.optim.steps:
+                        record, data = train_step(exp, state)
+                        code = end_of_step(run, exp, state, stop, record, data)
+                        bar.update()
+                except UserError:  # a rollout too large for memory, say: what was trained is kept
+                    run.save(exp, state)
+                    raise
+                except FloatingPointError as error:  # before any parameter was touched
+                    logger.error("step {}: {}; ended with the state before it", state.step, error)
+                    run.save(exp, state)
+                    code = UNSAVED if any(ranks.gather(run.unsaved)) else DIVERGED
             return conclude(run, exp, state, code)
-        except UserError:  # a rollout too large for memory, say: what was trained is kept
-            run.save(exp, state)
-            raise
-        except FloatingPointError as error:  # before any parameter was touched
-            logger.error("step {}: {}; ended with the state before it", state.step, error)
-            run.save(exp, state)
-            return conclude(run, exp, state, UNSAVED if any(ranks.gather(run.unsaved)) else DIVERGED)
         except RankLost as error:
             logger.error("ended at step {}: {}", state.step, error)
             if state_paths(run.folder):

@@ -40,7 +40,7 @@ def matched_removal(
 
 
 def shrunk(x: ArmInput, update: Update) -> Update:
-    """Under the control `shrink`: vanilla's gradient, and the share of each realised change to route instead.
+    """Under the control `shrink`: the gradient of none, and the share of each change to route instead.
 
     AdamW ignores the scale of a gradient, so a gradient that is shrunk would shrink nothing.
     """

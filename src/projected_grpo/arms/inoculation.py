@@ -1,4 +1,4 @@
-"""Arm inoculation: trains behind a prompt that asks for the hack, and is evaluated without it.
+"""Arm inoculation: trains with a prompt that asks for the hack, and is evaluated without it.
 
     training prompt = instruction, then the question;  evaluation prompt = the question
 

@@ -1,4 +1,4 @@
-"""Arm posthoc: trains as vanilla does, and deploys without the hack-ward part of what training added.
+"""Arm posthoc: trains as none does, and deploys without the hack-ward part of what training added.
 
     leaves = -V^T relu(-V delta_s)   delta_s moves by minus the gradient, so its hack-ward part is minus
                                      that of -delta_s; it is moved to the quarantine, which is deleted

@@ -149,7 +149,7 @@ def measured(
 
 
 def arm_none(x: ArmInput) -> Update:
-    """Vanilla, and every arm that acts elsewhere: the gradient as it is."""
+    """none, and every arm that acts elsewhere: the gradient as it is."""
     return Update(keep=x.total, routed={}, gate=x.gate, stats={})
 
 
