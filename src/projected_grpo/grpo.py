@@ -7,9 +7,9 @@
     L        = sum_it (L_it + beta K3_it) w                     w = 1 / (n T_max): one fixed denominator
     K3       = exp(ref - logp) - (ref - logp) - 1               Schulman's estimate of KL(policy || reference)
 
-cap = RATIO_CAP, a constant for the gradient; under PPO's clip it is twice that where A > 0, so that the clip is
-met first. There it bounds what the clip leaves open: a negative advantage on a token that the policy now finds
-much likelier than its sampler did.
+cap = RATIO_CAP, a constant for the gradient; under PPO's clip it is twice that where A > 0, so that the clip
+is met first. There it bounds what the clip leaves open: a negative advantage on a token that the policy now
+finds much likelier than its sampler did.
 
 On-policy, so the ratio should be 1; it differs by rounding only (and, for rollouts sampled without the
 quarantine, by what the quarantine does). PPO's clip reads a difference as a policy that has moved, and drops
