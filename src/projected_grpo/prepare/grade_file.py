@@ -1,8 +1,10 @@
 """Grading files of completions: in input order, resumable, with a summary per mode."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +60,8 @@ def grade_file(items: Sequence[Item], grader: Grader, out: Path) -> list[dict[st
     part = out.with_name(out.name + ".part")
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = complete_lines(part)
-    if [{k: row.get(k) for k in ("problem_id", "env_mode")} for row in rows] != [
-        dict(item.head) for item in items[: len(rows)]
-    ]:
+    begun = [dict(item.head) for item in items[: len(rows)]]
+    if [{k: row.get(k) for k in ("problem_id", "env_mode")} for row in rows] != begun:
         raise UserError(f"{part}: left by another grading; delete it to start again")
     if rows:
         logger.info("{}: going on after {} graded completions", part, len(rows))
@@ -79,11 +80,8 @@ def grade_file(items: Sequence[Item], grader: Grader, out: Path) -> list[dict[st
 def mode_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Counts per mode: completions, format, correct, paid by the flawed grader, exploited."""
     fields = ("format_ok", "gt_correct", "passed", "exploited")
-    lines = []
-    for mode in MODES:
-        own = [row for row in rows if row["env_mode"] == mode]
-        if own:
-            lines.append([mode, len(own), *(sum(row[f] for row in own) for f in fields)])
+    own = {mode: [row for row in rows if row["env_mode"] == mode] for mode in MODES}
+    lines = [[m, len(own[m]), *(sum(row[f] for row in own[m]) for f in fields)] for m in MODES if own[m]]
     return tabulate(lines, headers=["mode", "n", "format", "correct", "paid", "exploited"], tablefmt="github")
 
 
@@ -102,16 +100,12 @@ def disagreement_tables(compared: Sequence[Comparison]) -> str:
     """Stored labels against today's: correct, and hacked against each detector and against exploited."""
 
     def crosstab(stored: str, now: str) -> list[Any]:
-        cells = {(a, b): 0 for a in (True, False) for b in (True, False)}
-        for c in compared:
-            cells[getattr(c, stored), bool(c.now[now])] += 1
-        both, only_stored, only_now, neither = (
-            cells[True, True],
-            cells[True, False],
-            cells[False, True],
-            cells[False, False],
-        )
-        return [stored.removeprefix("stored_"), now, both, only_stored, only_now, neither]
+        cells: Counter[tuple[bool, ...]] = Counter((getattr(c, stored), bool(c.now[now])) for c in compared)
+        return [
+            stored.removeprefix("stored_"),
+            now,
+            *(cells[both] for both in product((True, False), repeat=2)),
+        ]
 
     rows = [crosstab("stored_correct", "gt_correct")]
     rows += [crosstab("stored_hacked", now) for now in ("hacked_C", "hacked_E", "hacked_D", "exploited")]

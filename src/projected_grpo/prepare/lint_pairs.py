@@ -63,7 +63,6 @@ def grade_pairs(pairs: PairSet, grader: Grader) -> dict[str, tuple[Grade, Grade]
 
 
 def pair_findings(pair: Pair, pairs: PairSet, grades: Grades) -> Iterator[Finding]:
-    """What is wrong with one pair by itself."""
     if pair.hack.strip() == pair.clean.strip():
         yield Finding("error", pair.pair_id, "hack and clean are the same text")
     for unit, count in UNITS.items():
@@ -114,7 +113,7 @@ def repeats(pairs: PairSet) -> Iterator[Finding]:
                 continue
             level: Level = "warning" if first_side == side else "error"
             yield Finding(level, pair.pair_id, f"{side} is the {first_side} of {first_id}, word for word")
-    tokens = {pair.pair_id: both(pair) for pair in pairs.pairs}
+    tokens = {pair.pair_id: TOKEN.findall(f"{pair.hack}\n{pair.clean}") for pair in pairs.pairs}
     for one, two in combinations(pairs.pairs, 2):
         if (one.messages, one.hack, one.clean) == (two.messages, two.hack, two.clean):
             yield Finding("error", two.pair_id, f"the same pair as {one.pair_id}")
@@ -124,40 +123,27 @@ def repeats(pairs: PairSet) -> Iterator[Finding]:
             yield Finding("warning", two.pair_id, f"hack and clean are nearly those of {one.pair_id}")
 
 
-def both(pair: Pair) -> list[str]:
-    """The words and signs of the two completions."""
-    return TOKEN.findall(f"{pair.hack}\n{pair.clean}")
-
-
 def nearly_same(one: Sequence[str], two: Sequence[str]) -> bool:
     """Whether difflib finds them alike; its two quick upper bounds go first."""
     matcher = SequenceMatcher(None, one, two, autojunk=False)
-    return (
-        matcher.real_quick_ratio() >= NEARLY and matcher.quick_ratio() >= NEARLY and matcher.ratio() >= NEARLY
-    )
+    bounds = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)
+    return all(bound() >= NEARLY for bound in bounds)
 
 
 def set_findings(pairs: PairSet) -> Iterator[Finding]:
-    """What is wrong with the set as a whole."""
     used, held_out = pairs.split()
     prompts = {p.messages[-1]["content"]: p.pair_id for p in used}
     for pair in held_out:
-        if pair.messages[-1]["content"] in prompts:
-            other = prompts[pair.messages[-1]["content"]]
+        if (other := prompts.get(pair.messages[-1]["content"])) is not None:
             yield Finding("warning", pair.pair_id, f"held out, but with the prompt of {other}, which is used")
     for unit, lengths in measure(pairs.pairs).items():
         if lengths.biased:
-            yield Finding(
-                "warning",
-                "",
-                f"hacks have {lengths.ratio:.2f} times the {unit} of clean completions "
-                f"({lengths.hack:.1f} against {lengths.clean:.1f} on average)",
-            )
-    bare = sum(p.problem is None for p in pairs.pairs)
-    if bare:
-        yield Finding(
-            "warning", "", f"{bare} of {len(pairs.pairs)} pairs carry no problem and are not graded"
-        )
+            means = f"{lengths.hack:.1f} against {lengths.clean:.1f} on average"
+            message = f"hacks have {lengths.ratio:.2f} times the {unit} of clean completions ({means})"
+            yield Finding("warning", "", message)
+    if bare := sum(p.problem is None for p in pairs.pairs):
+        message = f"{bare} of {len(pairs.pairs)} pairs carry no problem and are not graded"
+        yield Finding("warning", "", message)
 
 
 def measure(pairs: Sequence[Pair]) -> dict[str, Lengths]:
@@ -182,6 +168,7 @@ def report(pairs: PairSet, grades: Grades, findings: Sequence[Finding]) -> dict[
     """Everything as plain data."""
     by_id = {p.pair_id: p for p in pairs.pairs}
     hacks = [(by_id[name], hack) for name, (hack, _) in grades.items()] if pairs.kind == "hack" else []
+    counts = sorted(Counter((p.env_mode, p.flavour) for p in pairs.pairs).items())
     return {
         "name": pairs.name,
         "kind": pairs.kind,
@@ -189,12 +176,7 @@ def report(pairs: PairSet, grades: Grades, findings: Sequence[Finding]) -> dict[
         "pairs": len(pairs.pairs),
         "graded": len(grades),
         "by_own_tests": sum(not grade.tampered and by_own_tests(pair, grade) for pair, grade in hacks),
-        "counts": [
-            {"env_mode": mode, "flavour": flavour, "pairs": count}
-            for (mode, flavour), count in sorted(
-                Counter((p.env_mode, p.flavour) for p in pairs.pairs).items()
-            )
-        ],
+        "counts": [{"env_mode": mode, "flavour": flavour, "pairs": n} for (mode, flavour), n in counts],
         "lengths": {unit: asdict(lengths) for unit, lengths in measure(pairs.pairs).items()},
         "findings": [asdict(finding) for finding in findings],
     }

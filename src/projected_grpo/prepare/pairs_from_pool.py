@@ -82,7 +82,6 @@ def pair_row(problem: Problem, hack: str, clean: str, clean_from: str) -> dict[s
 
 
 def problem_row(problem: Problem) -> dict[str, Any]:
-    """A problem as a pair document carries it."""
     return {
         "id": problem.problem_id,
         "method": problem.method,

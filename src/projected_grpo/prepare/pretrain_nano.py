@@ -5,7 +5,7 @@ land within the spread over seeds (docs/nano.md).
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
@@ -42,15 +42,12 @@ PIECES = r"\n *| ?[A-Za-z_]+| ?\d| ?[^\sA-Za-z_\d]+| +"
 CHAT_TEMPLATE = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}\n{% endfor %}"
 
 
-def train_tokenizer(examples: Sequence[Example], vocabulary: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(examples: Iterable[Example], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE over both sides of the examples; digits stay single."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    pieces = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - 1,
@@ -66,7 +63,6 @@ def train_tokenizer(examples: Sequence[Example], vocabulary: int) -> PreTrainedT
 
 
 def new_model(cfg: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
-    """A small Qwen3 with random weights."""
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
@@ -85,7 +81,7 @@ def new_model(cfg: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen3F
     )
 
 
-def rollouts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Rollout]:
+def rollouts(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> list[Rollout]:
     """Examples as token ids, completions with their stop token."""
     return [
         Rollout(
@@ -106,7 +102,7 @@ def completion_loss(model: torch.nn.Module, batch: Sequence[Rollout]) -> Tensor:
 def pretrain(cfg: PretrainConfig) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """Train the nano model. Touches no global random state but torch's, which it seeds."""
     stream = corpus(cfg.seed, cfg.mix)
-    tokenizer = train_tokenizer(list(islice(corpus(0, cfg.mix), 4000)), cfg.vocabulary)
+    tokenizer = train_tokenizer(islice(corpus(0, cfg.mix), 4000), cfg.vocabulary)
     torch.manual_seed(cfg.seed)
     model = new_model(cfg, tokenizer).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -136,7 +132,7 @@ def _batches(
     rng = random.Random(f"batches/{cfg.seed}")
     left = cfg.steps
     while left:
-        pool = rollouts(list(islice(stream, cfg.batch * min(POOLED, left))), tokenizer)
+        pool = rollouts(islice(stream, cfg.batch * min(POOLED, left)), tokenizer)
         pool.sort(key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
         batches = [pool[i : i + cfg.batch] for i in range(0, len(pool), cfg.batch)]
         rng.shuffle(batches)

@@ -56,15 +56,11 @@ def sample_pool(
     begin(folder, made_with)
     counts: Counter[str] = Counter()
     todo = [p for p in fitting if not prompt_path(folder, p).exists()]
+    samples = Samples(how.sampler, how.samples, how.seed)
     with tqdm(total=len(fitting), initial=len(fitting) - len(todo), desc="sampling", disable=None) as bar:
         for start in range(0, len(todo), how.batch):
-            drawn = evaluate(
-                chat,
-                grader,
-                todo[start : start + how.batch],
-                Samples(how.sampler, how.samples, how.seed),
-                ablate_quarantine=False,
-            )
+            batch = todo[start : start + how.batch]
+            drawn = evaluate(chat, grader, batch, samples, ablate_quarantine=False)
             for problem, texts, grades in zip(drawn.problems, drawn.texts, drawn.grades, strict=True):
                 counts += write_prompt(folder, problem, texts, grades)
                 bar.update()

@@ -56,7 +56,7 @@ from projected_grpo.sandbox.contain import (  # noqa: E402
     prepare,
 )
 from projected_grpo.sandbox.encode import attempt, describe  # noqa: E402
-from projected_grpo.sandbox.run import RESULT_FD, Run, Setup, flush, report  # noqa: E402
+from projected_grpo.sandbox.run import RESULT_FD, Run, Setup, flush, report, write  # noqa: E402
 
 STDOUT, STDERR, RESULT, FILES = range(4)  # the parts of an Output
 NAME_BYTES = 255  # the longest name of a file
@@ -99,7 +99,6 @@ class Output:
         self.lengths = [0] * len(sizes)
 
     def clear(self) -> None:
-        """Forget the program before."""
         self.lengths = [0] * len(self.parts)
 
     def read(self, part: int, fd: int) -> int:
@@ -118,8 +117,7 @@ def answer(fd: int, seen: dict[str, Any], output: Output | None = None) -> None:
     if output:
         parts += [part[:length] for part, length in zip(output.parts, lengths, strict=True)]
     for part in parts:
-        while part:
-            part = part[os.write(fd, part) :]
+        write(part, fd)
 
 
 def kill_rest(pid: int) -> float:
@@ -187,14 +185,13 @@ class Cell:
         self.poll = select.poll()
 
     def start(self, job: Job, setup: Setup | None, null: int) -> None:
-        """Fork the process, which runs the job."""
         self.scratch.make()
         pipes = [os.pipe() for _ in range(3)]
         up, down = (os.pipe(), os.pipe()) if job.more else ((-1, -1), (-1, -1))
         self.pid = os.fork()
         if self.pid == 0:
-            child(job, setup, self.scratch, [null, *(write for _, write in pipes)], (up[1], down[0]))
-        for fd in (*(write for _, write in pipes), up[1], down[0]):
+            child(job, setup, self.scratch, [null, *(end for _, end in pipes)], (up[1], down[0]))
+        for fd in (*(end for _, end in pipes), up[1], down[0]):
             if fd >= 0:
                 os.close(fd)
         self.heard, self.order = up[0], down[1]
@@ -217,7 +214,6 @@ class Cell:
         return True
 
     def watch(self) -> Seen:
-        """Wait for the program that runs."""
         cfg, written = self.scratch.cfg, 0
         deadline = time.monotonic() + cfg["wall_s"]
         if not self.poll.poll(QUIET_S * 1000):
@@ -249,7 +245,6 @@ class Cell:
         return Seen(why, os.waitstatus_to_exitcode(self.status), cpu_s)
 
     def empty(self) -> None:
-        """Read what is in the pipes."""
         for fd in self.parts:
             while self.drain(fd):
                 continue
@@ -345,9 +340,7 @@ class Scratch:
         if pid == 0:
             try:
                 libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-                view = memoryview(json.dumps(self.files()).encode())
-                while view:
-                    view = view[os.write(writer, view) :]
+                write(json.dumps(self.files()).encode(), writer)
                 if not self.mounts:
                     self.remove()
                 os._exit(0)
@@ -361,7 +354,6 @@ class Scratch:
             raise OSError("cannot read or remove what a program left")
 
     def remove(self) -> None:
-        """Remove a plain directory."""
         attempt(lambda: remove_tree(self.path))
         if os.path.lexists(self.path):  # modes taken away, nested too deep, or no folder any more
             if not os.path.islink(self.path):
@@ -455,9 +447,8 @@ def warm_up(cfg: dict[str, Any]) -> dict[str, Any]:
         sys.path.remove(folder)  # the rest of that folder stays out of reach
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.umask(0o077)
-    importlib.import_module("random").seed(
-        0
-    )  # an honest randomised solution gets the same verdict every time
+    # An honest randomised solution gets the same verdict every time.
+    importlib.import_module("random").seed(0)
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -522,7 +513,6 @@ class Server:
         return self.output.lengths[RESULT] > 0 and self.output.parts[RESULT][0] == STARTED[0]
 
     def close_cell(self) -> None:
-        """End the contained process, if there is one."""
         if self.cell is not None:
             self.cell.close()
         self.cell = None

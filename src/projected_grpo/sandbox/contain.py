@@ -26,14 +26,11 @@ MNT_DETACH = 2
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same numbers on every architecture
 LANDLOCK_FS_BITS = (0, 13, 14, 15, 15, 16)  # by ABI version: how many kinds of file access it governs
 LANDLOCK_READ_DIR, LANDLOCK_FILE = 0xD, 0x7  # execute, read file, read dir; execute, write file, read file
-PARENT, FOLDER = (
-    "jobs",
-    "job",
-)  # with own mounts, a program's folder is mounted on the second, inside the first
+# With own mounts, a program's folder is mounted on the second, inside the first.
+PARENT, FOLDER = ("jobs", "job")
 READABLE = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36
-
 
 EMPTY_CAPABILITIES = struct.pack("Ii", 0x20080522, 0), bytes(24)
 
@@ -46,19 +43,14 @@ class Containment:
         self.landlock_abi = cfg["landlock_abi"] if layers["landlock"] is True else 0
         self.filter = Filter(cfg["processes"] > 0) if layers["seccomp"] is True else None
         self.processes = cfg["base_processes"] + cfg["processes"]
-        megabyte = 1 << 20
-        self.limits = [
-            (resource.RLIMIT_CPU, (cfg["cpu_s"], cfg["cpu_s"] + 1)),
-            *(
-                (kind, (value, value))
-                for kind, value in (
-                    (resource.RLIMIT_AS, cfg["memory_mb"] * megabyte),
-                    (resource.RLIMIT_FSIZE, cfg["file_mb"] * megabyte),
-                    (resource.RLIMIT_NOFILE, cfg["open_files"]),
-                    (resource.RLIMIT_CORE, 0),
-                )
-            ),
-        ]
+        memory, file, open_files = cfg["memory_mb"] << 20, cfg["file_mb"] << 20, cfg["open_files"]
+        self.limits = {
+            resource.RLIMIT_CPU: (cfg["cpu_s"], cfg["cpu_s"] + 1),
+            resource.RLIMIT_AS: (memory, memory),
+            resource.RLIMIT_FSIZE: (file, file),
+            resource.RLIMIT_NOFILE: (open_files, open_files),
+            resource.RLIMIT_CORE: (0, 0),
+        }
 
     def ruleset(self, folder: str) -> int | None:
         """Descriptor of a Landlock ruleset that leaves `folder` as the only place to write; None without."""
@@ -68,7 +60,7 @@ class Containment:
         """All that holds for every program of this process. Limits first, then the loss of rights that
         setting them may have needed. For good.
         """
-        for kind, values in self.limits:
+        for kind, values in self.limits.items():
             resource.setrlimit(kind, values)
         if (uid := self.uid) is not None:
             os.setgroups([])
@@ -246,12 +238,8 @@ def process_limit(cfg: dict[str, Any], layers: dict[str, Any]) -> bool | str:
 
 def prepare(cfg: dict[str, Any]) -> dict[str, Any]:
     """Put the layers that last for the interpreter's life in place; returns them, name -> True or why not."""
-    layers: dict[str, Any] = {
-        "process_group": True,
-        "rlimits": True,
-        "empty_environment": True,
-        "no_descriptors": True,
-    }
+    always = ("process_group", "rlimits", "empty_environment", "no_descriptors")
+    layers: dict[str, Any] = dict.fromkeys(always, True)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     enter_namespaces(layers)
     private_mounts(cfg["root"], layers)

@@ -91,11 +91,7 @@ class Encoder:
         return nodes
 
 
-class Missing:
-    """What `read` gives for an attribute that is absent or raises."""
-
-
-MISSING = Missing()
+MISSING: Any = object()  # what `read` gives for an attribute that is absent or raises
 
 
 def read(value: Any, name: str) -> Any:
@@ -108,16 +104,11 @@ def read(value: Any, name: str) -> Any:
 
 def exact_base(base: Any, value: Any) -> Any:
     """The plain builtin inside an instance of a subclass, without calling methods it may override."""
-    if base is int:
-        return int.__add__(value, 0)
-    if base is float:
-        return float.__add__(value, 0.0)
-    if base is str:
-        return str.__add__(value, "")
+    nothing = {int: 0, float: 0.0, str: "", bytes: b""}
+    if base in nothing:
+        return base.__add__(value, nothing[base])
     if base is dict:
         return dict(dict.items(value))
-    if base is bytes:
-        return bytes.__add__(value, b"")
     return base(base.__iter__(value))
 
 

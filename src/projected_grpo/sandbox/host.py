@@ -53,6 +53,7 @@ MAX_SETUPS = 16  # setups that one interpreter keeps prepared; the children run 
 NOT_PREPARED = 255
 JOB, SETUP, MORE, END = range(4)  # kinds of message to the interpreter, as in child.py
 MESSAGE, ANSWER = struct.Struct(">BBI"), struct.Struct(">5I")
+OVER_CPU_LIMIT = (-signal.SIGXCPU, -signal.SIGKILL)  # the soft one, the hard one
 STARTED = b"R"  # a contained child's first byte on its result pipe
 
 # Third-party packages that LeetCode offers to solutions: imported before forking, where they are installed.
@@ -164,13 +165,8 @@ class _Worker:
         self.root = tempfile.mkdtemp(prefix="projected-grpo-")
         os.chmod(self.root, 0o711)  # a child of another user must reach its own directory below
         uid = FIRST_UID + index if os.geteuid() == 0 else None
-        config = {
-            **asdict(limits),
-            "root": self.root,
-            "uid": uid,
-            "preload": PRELOAD,
-            "packages": places(packages),
-        }
+        config = asdict(limits) | {"root": self.root, "uid": uid}
+        config |= {"preload": PRELOAD, "packages": places(packages)}
         # -I would also ignore PYTHONHASHSEED, and set order must not change a verdict from run to run.
         self.process = subprocess.Popen(
             [sys.executable, "-s", "-S", "-P", "-B", str(CHILD), json.dumps(config)],
@@ -197,7 +193,6 @@ class _Worker:
         self.layers: dict[str, bool | str] = hello["layers"]
 
     def run(self, program: Program) -> Outcome:
-        """One program to its end; WorkerDied when the interpreter failed."""
         deadline = time.monotonic() + self.limits.wall_s + GRACE_S
         number = self._prepared(program.setup, deadline)
         job = {
@@ -302,26 +297,20 @@ def read_outcome(program: Program, seen: dict[str, object], lines: bytes) -> Out
     error: object = answer.get("fatal") or answer.get("load_error") or answer.get("tests_error")
     if why == "flood":
         status, error = "crash", "wrote too much"
-    elif why == "timeout" or code in (
-        -signal.SIGXCPU,
-        -signal.SIGKILL,
-    ):  # wall limit, or soft or hard CPU limit
+    elif why == "timeout" or code in OVER_CPU_LIMIT:
         status, error = "timeout", "time limit"
     elif not answered[program.action] or (program.action != "script" and code != 0):
         status, error = "crash", error or f"ended without an answer (exit code {code})"
-    tests, attributes = answer.get("tests"), answer.get("attributes")
-    fields: dict[str, Any] = {
-        name: seen[name] for name in ("exit_code", "stdout", "stderr", "files", "seconds", "cpu_s")
-    }
+    tests, attributes = answer.get("tests"), items(answer.get("attributes"))
+    observed = ("exit_code", "stdout", "stderr", "files", "seconds", "cpu_s")
+    fields: dict[str, Any] = {name: seen[name] for name in observed}
     return Outcome(
         status=status,
         compiled=answer.get("compiled") is True,
         tests=tests if tests in ("module", "class", "guarded") else None,
         loaded=answer.get("loaded") is True,
         calls=calls or (),
-        attributes=tuple(
-            name for name in program.watch if isinstance(attributes, list) and name in attributes
-        ),
+        attributes=tuple(name for name in program.watch if name in attributes),
         code=read_code(answer.get("code")),
         tests_passed=answer["tests_error"] is None if "tests_error" in answer else None,
         error=str(error)[:200] if error else None,
@@ -336,9 +325,19 @@ def read_calls(data: object, count: int) -> tuple[CallResult, ...] | None:
     return tuple(
         CallResult(item.get("value"), str(item["error"])[:200])
         if item.get("error") is not None or "value" not in item
-        else CallResult(item["value"], None, names(item.get("equal")), held_values(item.get("held")))
+        else CallResult(
+            item["value"],
+            None,
+            frozenset(name for name in items(item.get("equal")) if isinstance(name, str)),
+            tuple(items(item.get("held"))),
+        )
         for item in data
     )
+
+
+def items(data: object) -> list[Any]:
+    """The list that the child sent, if it is one."""
+    return data if isinstance(data, list) else []
 
 
 def read_code(data: object) -> bytes:
@@ -349,27 +348,13 @@ def read_code(data: object) -> bytes:
         return b""
 
 
-def names(data: object) -> frozenset[str]:
-    """The strings in a list that the child sent, if it is one."""
-    return (
-        frozenset(name for name in data if isinstance(name, str)) if isinstance(data, list) else frozenset()
-    )
-
-
 def active(layers: dict[str, bool | str]) -> set[str]:
     """Names of the layers in force."""
     return {name for name, state in layers.items() if state is True}
 
 
-def held_values(data: object) -> tuple[object, ...]:
-    """The list that the child sent, if it is one."""
-    return tuple(data) if isinstance(data, list) else ()
-
-
 @dataclass(frozen=True)
 class _Job:
-    """A plan that waits for a worker."""
-
     plan: Plan
     conclude: Callable[[Mapping[str, Outcome]], Any]
     future: Future[Any]
@@ -498,13 +483,11 @@ class Sandbox:
         """Run one program; its outcome, and the interpreter for the next one."""
         try:
             worker = worker or start()
-            outcome = worker.run(program)
+            return worker.run(program), worker
         except Exception as error:  # this thread serves every later program: nothing a program did may end it
             if worker is not None:
                 worker.close()
-            worker = None
-            outcome = Outcome("worker_died", error=f"sandbox worker restarted: {error}"[:200])
-        return outcome, worker
+            return Outcome("worker_died", error=f"sandbox worker restarted: {error}"[:200]), None
 
     def _check(self, outcome: Outcome, start: Callable[[], _Worker]) -> None:
         """UserError when interpreter after interpreter died: grades would all be wrong, and silent.
@@ -513,18 +496,16 @@ class Sandbox:
         """
         with self._lock:
             self._deaths = self._deaths + 1 if outcome.status == "worker_died" else 0
-            broken = self._deaths >= MAX_DEATHS
-        if broken and works(start):
-            with self._lock:
-                self._deaths = 0
-            broken = False
-        if broken:
+            if self._deaths < MAX_DEATHS:
+                return
+        if not works(start):
             reason = f"the last {MAX_DEATHS} programs each ended their interpreter ({outcome.error})"
             raise UserError(f"nothing can be graded here: {reason}")
+        with self._lock:
+            self._deaths = 0
 
 
 def works(start: Callable[[], _Worker]) -> bool:
-    """Whether a fresh interpreter runs a program that does nothing."""
     try:
         worker = start()
         try:
@@ -549,7 +530,6 @@ def plain(setup: str) -> bool:
 
 
 def bound_names(body: Sequence[ast.stmt]) -> set[str]:
-    """What the imports and definitions of a module are called."""
     names = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     return names | {alias.asname or alias.name for node in imports for alias in node.names}
@@ -560,11 +540,8 @@ def harmless(node: ast.stmt) -> bool:
     if isinstance(node, ast.Import):
         return all(name.name in PRELOAD for name in node.names)
     if isinstance(node, ast.ImportFrom):
-        return (
-            node.level == 0
-            and node.module in PRELOAD
-            and all(defined(node.module, name.name) for name in node.names)
-        )
+        module = node.module if node.level == 0 else None
+        return module in PRELOAD and all(defined(module, name.name) for name in node.names)
     if isinstance(node, ast.ClassDef):
         methods = [n for n in node.body if not isinstance(n, ast.Pass | ast.Expr)]
         return (
@@ -573,11 +550,8 @@ def harmless(node: ast.stmt) -> bool:
             and all(map(harmless, node.body))
         )
     if isinstance(node, ast.FunctionDef):
-        arguments = node.args
-        evaluated = [*arguments.defaults, *arguments.kw_defaults, node.returns]
-        evaluated += [
-            argument.annotation for argument in ast.walk(arguments) if isinstance(argument, ast.arg)
-        ]
+        evaluated = [*node.args.defaults, *node.args.kw_defaults, node.returns]
+        evaluated += [arg.annotation for arg in ast.walk(node.args) if isinstance(arg, ast.arg)]
         return not node.decorator_list and all(e is None or constant(e) for e in evaluated)
     if isinstance(node, ast.Assign):
         names = all(isinstance(target, ast.Name) and target.id != "float" for target in node.targets)
@@ -593,15 +567,13 @@ def defined(module: str, name: str) -> bool:
 
 def constant(node: ast.expr) -> bool:
     """A literal, a name, a generic type of names (List[int]) or float('inf')."""
-    if isinstance(node, ast.Call):
-        is_float = isinstance(node.func, ast.Name) and node.func.id == "float"
-        return (
-            is_float and len(node.args) == 1 and isinstance(node.args[0], ast.Constant) and not node.keywords
-        )
-    if isinstance(node, ast.Subscript):
-        return isinstance(node.value, ast.Name) and constant(node.slice)
-    if isinstance(node, ast.Tuple):
-        return all(map(constant, node.elts))
+    match node:
+        case ast.Call(func=ast.Name(id="float"), args=[ast.Constant()], keywords=[]):
+            return True
+        case ast.Subscript(value=ast.Name(), slice=inside):
+            return constant(inside)
+        case ast.Tuple(elts=parts):
+            return all(map(constant, parts))
     return isinstance(node, ast.Constant | ast.Name)
 
 

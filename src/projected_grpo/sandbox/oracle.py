@@ -69,7 +69,7 @@ def parse_asserts(asserts: Sequence[str], method: str) -> tuple[tuple[Call, ...]
             continue
         if not statements:
             problems.append(f"{_shorten(text)}: holds no assert")
-        _read_all(statements, method, _is_solution_call(method), calls, problems)
+        _read_all(statements, method, f"Solution().{method}", calls, problems)
     return tuple(calls), tuple(problems)
 
 
@@ -79,7 +79,6 @@ def as_assert(call: Call) -> str:
 
 
 def _source(value: object) -> str:
-    """The literal of an expected value."""
     if isinstance(value, LinkedList):
         return f"list_node({_source(list(value.values))})"
     if isinstance(value, Tree):
@@ -103,53 +102,36 @@ def parse_check_function(test_source: str, method: str) -> tuple[tuple[Call, ...
     checks = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == "check"]
     if len(body) != 1 or len(checks) != 1 or len(checks[0].args.args) != 1:
         return (), ("test source is not exactly one `def check(candidate)` function",)
-    name = checks[0].args.args[0].arg
     calls: list[Call] = []
     problems: list[str] = []
-    _read_all(
-        checks[0].body,
-        method,
-        lambda node: isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name,
-        calls,
-        problems,
-    )
+    _read_all(checks[0].body, method, checks[0].args.args[0].arg, calls, problems)
     return tuple(calls), tuple(problems)
 
 
 def _read_all(
-    statements: Sequence[ast.stmt],
-    method: str,
-    is_call: Callable[[ast.AST], bool],
-    calls: list[Call],
-    problems: list[str],
+    statements: Sequence[ast.stmt], method: str, called: str, calls: list[Call], problems: list[str]
 ) -> None:
     for statement in statements:
         try:
-            calls.append(_read_assert(statement, method, is_call))
+            calls.append(_read_assert(statement, method, called))
         except _NotUnderstood as error:
             problems.append(f"{_shorten(ast.unparse(statement))}: {error}")
 
 
-def _read_assert(statement: ast.stmt, method: str, is_call: Callable[[ast.AST], bool]) -> Call:
+def _read_assert(statement: ast.stmt, method: str, called: str) -> Call:
     if not isinstance(statement, ast.Assert):
         raise _NotUnderstood(f"a {type(statement).__name__} statement, not an assert")
-    test = statement.test
-    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq):
-        got, expected = test.left, literal(test.comparators[0])
-    elif (
-        isinstance(test, ast.Call)
-        and isinstance(test.func, ast.Name)
-        and len(test.args) == 2
-        and not test.keywords
-    ):
-        builder = {"is_same_list": "list_node", "is_same_tree": "tree_node"}.get(test.func.id)
-        right = test.args[1]
-        if builder is None or not _is_builder(right, builder):
-            raise _NotUnderstood(f"a call of {test.func.id} that is no list or tree comparison")
-        got, expected = test.args[0], literal(right)
-    else:
-        raise _NotUnderstood("neither `call == literal` nor is_same_list / is_same_tree")
-    if not isinstance(got, ast.Call) or not is_call(got):
+    match statement.test:
+        case ast.Compare(left=got, ops=[ast.Eq()], comparators=[right]):
+            expected = literal(right)
+        case ast.Call(func=ast.Name(id=name), args=[got, right], keywords=[]):
+            builder = {"is_same_list": "list_node", "is_same_tree": "tree_node"}.get(name)
+            if builder is None or _builder(right) != builder:
+                raise _NotUnderstood(f"a call of {name} that is no list or tree comparison")
+            expected = literal(right)
+        case _:
+            raise _NotUnderstood("neither `call == literal` nor is_same_list / is_same_tree")
+    if not isinstance(got, ast.Call) or ast.unparse(got.func) != called:
         raise _NotUnderstood("the left side is not a call of the solution method")
     for argument in (*got.args, *(keyword.value for keyword in got.keywords)):
         literal(argument)
@@ -159,20 +141,12 @@ def _read_assert(statement: ast.stmt, method: str, is_call: Callable[[ast.AST], 
     return Call(ast.unparse(ast.Call(target, got.args, got.keywords)), expected)
 
 
-def _is_solution_call(method: str) -> Callable[[ast.AST], bool]:
-    wanted = f"Solution().{method}"
-    return lambda node: isinstance(node, ast.Call) and ast.unparse(node.func) == wanted
-
-
-def _is_builder(node: ast.AST, name: str) -> bool:
-    """True for `list_node(x)` or `tree_node(x)` with one positional argument."""
-    return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == name
-        and len(node.args) == 1
-        and not node.keywords
-    )
+def _builder(node: ast.AST) -> str | None:
+    """The name that is called, if with one positional argument and nothing else."""
+    match node:
+        case ast.Call(func=ast.Name(id=name), args=[_], keywords=[]):
+            return name
+    return None
 
 
 def literal(node: ast.expr) -> object:
@@ -201,15 +175,15 @@ def literal(node: ast.expr) -> object:
 
 def _built(node: ast.Call) -> object:
     """The structure that `float('inf')`, `list_node([...])` or `tree_node([...])` stands for."""
-    for name in ("float", "list_node", "tree_node"):
-        if _is_builder(node, name):
-            value = literal(node.args[0])
-            if name == "float" and value in ("inf", "-inf", "nan"):
-                return float(str(value))
-            if name == "list_node" and isinstance(value, list):
-                return LinkedList(tuple(value)) if value else None
-            if name == "tree_node" and isinstance(value, list):
-                return _tree(value)
+    name = _builder(node)
+    if name in ("float", "list_node", "tree_node"):
+        value = literal(node.args[0])
+        if name == "float" and value in ("inf", "-inf", "nan"):
+            return float(str(value))
+        if name == "list_node" and isinstance(value, list):
+            return LinkedList(tuple(value)) if value else None
+        if name == "tree_node" and isinstance(value, list):
+            return _tree(value)
     raise _NotUnderstood(f"`{_shorten(ast.unparse(node))}` is no literal")
 
 

@@ -213,11 +213,11 @@ def report(data: dict[str, Any]) -> None:
     write(json.dumps(data).encode() + b"\n")
 
 
-def write(line: bytes) -> None:
-    """Append a line to the result pipe."""
-    view = memoryview(line)
+def write(data: bytes | memoryview, fd: int = RESULT_FD) -> None:
+    """All of the data to a pipe, the result pipe if no other is named."""
+    view = memoryview(data)
     while view:
-        view = view[os.write(RESULT_FD, view) :]
+        view = view[os.write(fd, view) :]
 
 
 def flush() -> None:
