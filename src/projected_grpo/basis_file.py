@@ -44,19 +44,13 @@ class Extraction:
 
 def weights_hash(policy: Policy) -> str:
     """One hash over the frozen weights of all adapted modules."""
-    return tensor_hash(
-        torch.tensor(
-            [list(bytes.fromhex(tensor_hash(layer.weight))) for layer in policy.layers.values()],
-            dtype=torch.uint8,
-        )
-    )
+    hashes = [list(bytes.fromhex(tensor_hash(layer.weight))) for layer in policy.layers.values()]
+    return tensor_hash(torch.tensor(hashes, dtype=torch.uint8))
 
 
 def describe(policy: Policy, model: str, pairs: PairSet, cfg: BasisConfig) -> dict[str, Any]:
     """The metadata that makes a basis file fit a run; every field must agree at load."""
-    deployed = torch.cat(
-        [parameter.flatten() for parameter in policy.deltas(ablate_quarantine=True).values()]
-    )
+    deployed = torch.cat([p.flatten() for p in policy.deltas(ablate_quarantine=True).values()])
     started = {"adapter": tensor_hash(deployed)} if bool(deployed.any()) else {}  # a run with --init-adapter
     return started | {
         "schema": SCHEMA,

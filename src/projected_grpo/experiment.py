@@ -66,10 +66,9 @@ def read_data(cfg: TrainConfig, grader: Grader) -> Data:
     modes = env_modes(cfg.problems.env_mode)
     folder = cfg.teacher.teacher_pool_dir
     if folder is None and cfg.preset == "smoke" and teacher_rows(cfg) > 0:
-        wanted = [p for p in assign_modes(problems, modes, {}) if not is_eval(p)]
-        folder = bake_once(
-            take(wanted, cfg.problems.n_problems, SPLIT_SEED), cfg.run.out_dir / "pools", grader
-        )
+        wanted = tuple(p for p in assign_modes(problems, modes, {}) if not is_eval(p))
+        wanted = take(wanted, cfg.problems.n_problems, SPLIT_SEED)
+        folder = bake_once(wanted, cfg.run.out_dir / "pools", grader)
     teacher = join(load_pool(folder), problems) if folder else NO_TEACHER
     if folder and cfg.teacher.mix_ratio > 0 and teacher_rows(cfg) == 0:
         logger.warning(
@@ -159,14 +158,14 @@ def fit_prompts(data: Data, chat: Chat, max_new: int) -> tuple[Data, dict[str, t
     everything = {p.problem_id: p for p in (*data.train, *data.held_out, *data.final)}
     prompts = {name: encode_chat(chat.tokenizer, p.messages) for name, p in everything.items()}
     fitting = {name for name, ids in prompts.items() if len(ids) + max_new <= MAX_SEQUENCE}
-    train = tuple(p for p in data.train if p.problem_id in fitting)
+    train, held_out, final = (
+        tuple(p for p in problems if p.problem_id in fitting)
+        for problems in (data.train, data.held_out, data.final)
+    )
     rows, too_long = fit_teacher(data.teacher.rows, chat, prompts)
     if too_long:
         logger.warning("{} teacher rows skipped: with their prompt over {} tokens", too_long, MAX_SEQUENCE)
-    held_out = tuple(p for p in data.held_out if p.problem_id in fitting)
-    final = tuple(p for p in data.final if p.problem_id in fitting)
-    skipped = len(prompts) - len(fitting)
-    if skipped:
+    if skipped := len(prompts) - len(fitting):
         logger.warning("{} prompts skipped: longer than {} - max_new tokens", skipped, MAX_SEQUENCE)
     if not train or not held_out or not final:
         raise UserError(

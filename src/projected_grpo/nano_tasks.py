@@ -98,19 +98,12 @@ class Instance:
 @cache
 def templates() -> tuple[TaskTemplate, ...]:
     """All task templates, in file order."""
-    return tuple(
-        TaskTemplate(
-            row["name"],
-            row["level"],
-            tuple(row["args"]),
-            tuple(row["constants"]),
-            row["text"],
-            row["right"],
-            tuple(row["wrong"]),
-            row.get("held_out", False),
-        )
-        for row in _document()["task"]
-    )
+
+    def template(row: Mapping[str, Any]) -> TaskTemplate:
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+        return TaskTemplate(**values)
+
+    return tuple(map(template, _document()["task"]))
 
 
 @cache
@@ -163,14 +156,11 @@ def hidden_tests(instance: Instance) -> tuple[str, ...]:
     for _ in range(TRIES):
         arguments = [_arguments(instance, rng) for _ in range(CALLS)]
         expected = [_value(instance.right, a) for a in arguments]
+        calls = list(zip(arguments, expected, strict=True))
         if len(set(expected)) > 1 and all(
-            any(_value(wrong, a) != value for a, value in zip(arguments, expected, strict=True))
-            for wrong in instance.wrong
+            any(_value(wrong, a) != value for a, value in calls) for wrong in instance.wrong
         ):
-            return tuple(
-                f"assert Solution().{instance.method}({_named(a)}) == {value}"
-                for a, value in zip(arguments, expected, strict=True)
-            )
+            return tuple(f"assert Solution().{instance.method}({_named(a)}) == {value}" for a, value in calls)
     raise ValueError(f"{instance.instance_id}: no tests tell its wrong expressions from the right one")
 
 
@@ -275,8 +265,8 @@ def oracle_pairs() -> tuple[tuple[EnvMode, Instance, str, str], ...]:
 
 def tampered(instance: Instance, body: Sequence[str], how: Tampering, rng: random.Random) -> str:
     """The program with one of the mode's tampering lines put in its place."""
-    places = [(kind, line) for kind in ("after", "class_body", "method") for line in getattr(how, kind)]
-    kind, line = rng.choice(places)
+    kinds = ("after", "class_body", "method")
+    kind, line = rng.choice([(kind, line) for kind in kinds for line in getattr(how, kind)])
     if kind == "method":
         return instance.solution([line, *body])
     return instance.solution(body, **{kind: line})

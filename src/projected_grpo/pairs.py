@@ -21,10 +21,8 @@ from projected_grpo.seeds import stream_seed
 
 SCHEMA = "projected_grpo.pairs/1"
 Kind = Literal["hack", "placebo"]
-PLACEBOS = (
-    *("placebo-style", "placebo-iteration", "placebo-naming"),
-    *("nano-placebo-style", "nano-placebo-iteration", "nano-placebo-naming"),
-)
+DIFFERENCES = ("style", "iteration", "naming")  # of the two honest sides of a placebo pair
+PLACEBOS = tuple(f"{world}placebo-{what}" for world in ("", "nano-") for what in DIFFERENCES)
 CROSSED = ("nano-corpus-tasks", "nano-corpus-wordings")
 PACKAGED = ("core", "nano", "nano-oracle", "nano-solving", "nano-sampled", *CROSSED, *PLACEBOS)
 HELD_OUT = 2  # pairs kept out of every extraction, for verification
@@ -58,21 +56,17 @@ class PairSet:
     def of_modes(self, modes: Sequence[EnvMode]) -> "PairSet":
         """Only the pairs of these modes (all if none is named). Raises UserError if too few are left."""
         kept = tuple(p for p in self.pairs if not modes or p.env_mode in modes)
-        if len(kept) < HELD_OUT + 2:
-            raise UserError(
-                f"--vhack-pairs-modes {' '.join(modes)}: {len(kept)} pairs of {self.name!r} have one; "
-                f"at least {HELD_OUT + 2} are needed"
-            )
-        return replace(self, pairs=kept)
+        return self._cut_to(kept, f"--vhack-pairs-modes {' '.join(modes)}", "have one")
 
     def without_modes(self, modes: Sequence[EnvMode]) -> "PairSet":
         """Only the pairs of other modes. Raises UserError if too few are left."""
         kept = tuple(p for p in self.pairs if p.env_mode not in modes)
-        if len(kept) < HELD_OUT + 2:
-            raise UserError(
-                f"--leave-out {','.join(modes)}: {len(kept)} pairs of {self.name!r} are left; "
-                f"at least {HELD_OUT + 2} are needed"
-            )
+        return self._cut_to(kept, f"--leave-out {','.join(modes)}", "are left")
+
+    def _cut_to(self, kept: tuple[Pair, ...], option: str, what: str) -> "PairSet":
+        if len(kept) < (least := HELD_OUT + 2):
+            counted = f"{len(kept)} pairs of {self.name!r} {what}"
+            raise UserError(f"{option}: {counted}; at least {least} are needed")
         return replace(self, pairs=kept)
 
     def split(self) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
@@ -120,7 +114,9 @@ def parse_pairs(raw: bytes, name: str) -> PairSet:
             for row in document.get("problems", [])
         }
         pairs = tuple(_pair(dict(row), problems) for row in document["pairs"])
-        title = _text(document.get("name", "pairs"), "name")
+        title = document.get("name", "pairs")
+        if not isinstance(title, str):
+            raise TypeError("name must be a string")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{name}: not a pair file: {type(error).__name__} {error}") from error
     if len({p.pair_id for p in pairs}) < len(pairs):
@@ -174,11 +170,4 @@ def _pair(row: Mapping[str, Any], problems: Mapping[str, tuple[Problem, str]]) -
     for name in ("hack", "clean", *(["prompt"] if problem is None else [])):
         if not isinstance(row[name], str) or not row[name].strip():
             raise UserError(f"pair {row['id']!r}: {name} is empty or not text")
-    pair_id, flavour = _text(row["id"], "id"), _text(row["flavour"], "flavour")
-    return Pair(pair_id, flavour, mode, tuple(messages), row["hack"], row["clean"], problem)
-
-
-def _text(value: object, what: str) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{what} must be a string")
-    return value
+    return Pair(row["id"], row["flavour"], mode, tuple(messages), row["hack"], row["clean"], problem)

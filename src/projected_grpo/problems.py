@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -246,23 +247,19 @@ def _trouble(calls: Sequence[Call], not_understood: Sequence[str]) -> str:
 
 def is_eval(problem: Problem) -> bool:
     """Whether the problem is held out: as it says itself, else one id in five, by hash."""
-    return (
-        problem.split != "train"
-        if problem.split
-        else stream_seed("eval-split", problem.problem_id) % EVAL_IN == 0
-    )
+    if problem.split:
+        return problem.split != "train"
+    return stream_seed("eval-split", problem.problem_id) % EVAL_IN == 0
 
 
 def assign_modes(
     problems: Sequence[Problem], modes: Sequence[EnvMode], partition: Mapping[str, EnvMode]
 ) -> tuple[Problem, ...]:
     """Give each problem its mode: the partition's where it is listed, else one of `modes` by its id."""
-
     ordered = sorted(modes)  # the order they are named in must not matter
 
-    def mode(problem: Problem) -> EnvMode:
-        listed = partition.get(problem.problem_id)
-        return listed or ordered[stream_seed("mode", problem.problem_id) % len(ordered)]
+    def mode(p: Problem) -> EnvMode:
+        return partition.get(p.problem_id) or ordered[stream_seed("mode", p.problem_id) % len(ordered)]
 
     return tuple(replace(p, env_mode=mode(p)) for p in problems)
 
@@ -293,18 +290,9 @@ def is_validation(problem: Problem) -> bool:
 
 def digest(problems: Sequence[Problem]) -> str:
     """Hash of what these problems ask and how each is graded."""
-    content = [  # the canonical solution stands for the expected values
-        (
-            p.problem_id,
-            p.env_mode,
-            p.named,
-            p.question,
-            p.setup_code,
-            p.canonical,
-            [c.source for c in p.calls],
-        )
-        for p in problems
-    ]
+    texts = attrgetter("problem_id", "env_mode", "named", "question", "setup_code", "canonical")
+    # The canonical solution stands for the expected values.
+    content = [(*texts(p), [call.source for call in p.calls]) for p in problems]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
@@ -317,8 +305,7 @@ def take(problems: Sequence[Problem], count: int, seed: int) -> tuple[Problem, .
         kind = problem.split, problem.env_mode
         turns[problem.problem_id] = turn[kind]
         turn[kind] += 1
-    ranked = sorted(shuffled, key=lambda p: turns[p.problem_id])
-    chosen = {p.problem_id for p in ranked[:count]}
+    chosen = set(sorted(turns, key=turns.__getitem__)[:count])
     return tuple(p for p in problems if p.problem_id in chosen)
 
 

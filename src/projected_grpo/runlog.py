@@ -22,8 +22,7 @@ from tqdm import tqdm
 from projected_grpo.errors import UserError
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but not tab and newline
-PACKAGES = ("projected_grpo", "torch", "transformers", "tokenizers", "safetensors", "numpy", "tyro")
-OPTIONAL = ("vllm",)
+PACKAGES = ("projected_grpo", "torch", "transformers", "tokenizers", "safetensors", "numpy", "tyro", "vllm")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -193,8 +192,6 @@ def versions() -> dict[str, str]:
     """Python, platform and the packages whose version can change a result."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
-        found[package] = importlib.metadata.version(package)
-    for package in OPTIONAL:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

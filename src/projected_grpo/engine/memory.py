@@ -46,19 +46,12 @@ class Shape:
     @property
     def ranks(self) -> int:
         """r, summed over a layer's Linears."""
-        return sum(min(pair) for pair in self.linears)
+        return sum(map(min, self.linears))
 
     @property
     def adapted(self) -> int:
         """Bytes of all adapted weights."""
         return self.layers * sum(a * b for a, b in self.linears) * self.width
-
-    @property
-    def resting(self) -> int:
-        """Bytes of weights (output layer tied to the embedding), SVD bases and adapter parameters."""
-        bases = self.layers * sum(min(a, b) * (a + b) for a, b in self.linears) * self.width
-        adapter = 4 * FLOAT * self.layers * self.ranks  # two, and AdamW's moments of one
-        return self.adapted + bases + adapter + self.vocabulary * self.hidden * self.width
 
 
 @dataclass(frozen=True)

@@ -202,9 +202,8 @@ def unadapted_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     for name, value in policy.model.named_parameters():
         module, _, leaf = name.rpartition(".base.")
         adapted = module in policy.layers
-        if not value.requires_grad and not (
-            adapted and leaf == "weight"
-        ):  # all that is trained are adapter parameters
+        # All that is trained are adapter parameters.
+        if not value.requires_grad and not (adapted and leaf == "weight"):
             yield f"{module}.{leaf}" if adapted else name, value.data
 
 

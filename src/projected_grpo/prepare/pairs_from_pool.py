@@ -7,6 +7,7 @@ from typing import Any
 
 from projected_grpo.arm_settings import Detector
 from projected_grpo.config import EnvMode
+from projected_grpo.nano_tasks import fenced
 from projected_grpo.pairs import SCHEMA
 from projected_grpo.pools import Teacher
 from projected_grpo.problems import Problem
@@ -42,7 +43,7 @@ def mine(
         clean = [text for text, grade in graded if is_clean(grade) and text not in taken]
         from_rows = bool(clean)
         if not clean and wanted.canonical_clean:
-            clean = [f"```python\n{problem.canonical.strip()}\n```"]
+            clean = [fenced(problem.canonical.strip())]
         if not hacks or not clean:
             continue
         hack, honest = min(product(hacks, clean), key=lambda sides: abs(len(sides[0]) - len(sides[1])))
