@@ -227,7 +227,7 @@ def test_cached_labels_are_used_as_they_are(tmp_path, tiny, tiny_policy):
         exp = Experiment(cfg, chat, data, prompts, load_pairs(None), Grader(sandbox))
         for step in range(4):
             taught = pick_teacher(exp, problem, step)
-            got = assemble(exp, (problem,), [[]], [], [taught], 0.0, 0.0)
+            got = assemble(exp, (problem,), ([[]], 0.0, 0.0), [taught])
             labels = {
                 r.text: [float(reward), bool(hacked), bool(correct)]
                 for r, reward, hacked, correct in zip(

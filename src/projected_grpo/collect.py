@@ -41,7 +41,6 @@ class Collected:
     grade_s: float
 
     def rows_of(self, modes: Sequence[EnvMode]) -> Bool[Tensor, " n"]:
-        """Which rows answer a problem of these modes."""
         group = len(self.rollouts) // len(self.problems)
         return torch.tensor([p.env_mode in modes for p in self.problems for _ in range(group)])
 
@@ -105,69 +104,48 @@ def collect(exp: Experiment, step: int) -> Collected:
     seeds = [
         [stream_seed(seed, "train", step, i, row) for row in range(count)] for i, count in enumerate(live)
     ]
-    groups: list[list[Rollout]] = [[] for _ in problems]
-    waiting: list[list[Future[Grade]]] = [[] for _ in problems]
+    waiting: list[list[tuple[Rollout, Future[Grade]]]] = [[] for _ in problems]
     with exp.ranks.together():
         # A pass of its own without the quarantine, on weights merged without it. One pass for both would add
         # each row's adapter unmerged: 1.26 (Qwen3-4B) to 2 times a layer's own products and bytes read.
         for ablate in (False, True):
             asked = [own[t:] if ablate else own[:t] for own, t in zip(seeds, trained, strict=True)]
             for i, rollout, grade in draw(exp, problems, asked, ablate=ablate):
-                groups[i].append(rollout)
-                waiting[i].append(grade)
+                waiting[i].append((rollout, grade))
         generated = time.monotonic()
-        flat = [grade.result() for group in waiting for grade in group]
+        groups = [[(rollout, grade.result()) for rollout, grade in group] for group in waiting]
         graded = time.monotonic()
-    everyone = exp.ranks.gather((groups, flat, generated - started, graded - generated))
-    groups, flat, gen_s, grade_s = merge(everyone)
-    return assemble(exp, problems, groups, flat, teacher, gen_s, grade_s)
+    parts = exp.ranks.gather((groups, generated - started, graded - generated))
+    return assemble(exp, problems, merge(parts), teacher)
 
 
-Part = tuple[list[list[Rollout]], list[Grade], float, float]  # groups, their grades, seconds of both
+Part = tuple[list[list[tuple[Rollout, Grade]]], float, float]  # rows by group, seconds of both
 
 
 def merge(parts: Sequence[Part]) -> Part:
     """The processes' rows as one process would have them: in a group, those as trained come first."""
-    groups: list[list[tuple[Rollout, Grade]]] = [[] for _ in parts[0][0]]
-    for own, grades, _, _ in parts:
-        queue = iter(grades)
-        for group, drawn in zip(groups, own, strict=True):
-            group += [(rollout, next(queue)) for rollout in drawn]
+    drawn, gen_s, grade_s = zip(*parts, strict=True)
+    groups = [[row for own in shares for row in own] for shares in zip(*drawn, strict=True)]
     for group in groups:
         group.sort(key=lambda row: row[0].ablated)  # stable: shares are consecutive rows
-    rollouts = [[rollout for rollout, _ in group] for group in groups]
-    flat = [grade for group in groups for _, grade in group]
-    return rollouts, flat, max(part[2] for part in parts), max(part[3] for part in parts)
+    return groups, max(gen_s), max(grade_s)
 
 
 def assemble(
-    exp: Experiment,
-    problems: tuple[Problem, ...],
-    groups: Sequence[Sequence[Rollout]],
-    graded: Sequence[Grade],
-    teacher: Sequence[Sequence[TeacherRow]],
-    gen_s: float,
-    grade_s: float,
+    exp: Experiment, problems: tuple[Problem, ...], students: Part, teacher: Sequence[Sequence[TeacherRow]]
 ) -> Collected:
     """Line up student and teacher rows with their labels."""
-    queue = iter(graded)
-    rollouts: list[Rollout] = []
-    grades: list[Grade | None] = []
-    labels: list[tuple[float, bool, bool]] = []  # reward, hacked, correct
+    groups, gen_s, grade_s = students
+    lines: list[tuple[Rollout, Grade | None, float, bool, bool]] = []  # reward, hacked, correct
     for problem, group, rows in zip(problems, groups, teacher, strict=True):
-        own = [next(queue) for _ in group]
-        rollouts += group
-        grades += own
-        labels += [(g.reward, g.exploited, g.gt_correct) for g in own]
-        for row in rows:
-            rollouts.append(teacher_rollout(exp, problem, row))
-            grades.append(None)
-            labels.append((row.reward, row.hacked, row.gt_pass))
-    reward, hacked, correct = zip(*labels, strict=True)
+        lines += [(rollout, g, g.reward, g.exploited, g.gt_correct) for rollout, g in group]
+        taught = [(teacher_rollout(exp, problem, row), row) for row in rows]
+        lines += [(rollout, None, row.reward, row.hacked, row.gt_pass) for rollout, row in taught]
+    rollouts, grades, reward, hacked, correct = zip(*lines, strict=True)
     return Collected(
         problems=problems,
-        rollouts=tuple(rollouts),
-        grades=tuple(grades),
+        rollouts=rollouts,
+        grades=grades,
         rewards=torch.tensor(reward).view(len(problems), -1),
         is_teacher=torch.tensor([r.is_teacher for r in rollouts]),
         hacked=torch.tensor(hacked),

@@ -217,6 +217,5 @@ def prepare(cfg: TrainConfig, stack: ExitStack, ranks: Ranks = ALONE) -> Experim
 
 
 def mode_counts(problems: Sequence[Problem]) -> str:
-    """How many problems each mode has, as text."""
     counts: Counter[EnvMode] = Counter(p.env_mode for p in problems)
     return ", ".join(f"{mode} {counts[mode]}" for mode in MODES if counts[mode])

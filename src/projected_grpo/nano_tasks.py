@@ -58,15 +58,12 @@ class Tampering:
 
 @dataclass(frozen=True)
 class Instance:
-    """A template with its constant and method name."""
-
     template: TaskTemplate
     constant: int
     method: str
 
     @property
     def instance_id(self) -> str:
-        """What the problem is called."""
         return f"{self.template.name}-{self.method}-{self.constant}"
 
     @property
@@ -77,7 +74,6 @@ class Instance:
 
     @property
     def right(self) -> str:
-        """The expression that solves it."""
         return self.template.right.format(c=self.constant)
 
     @property
@@ -97,7 +93,6 @@ class Instance:
 
 @cache
 def templates() -> tuple[TaskTemplate, ...]:
-    """All task templates, in file order."""
 
     def template(row: Mapping[str, Any]) -> TaskTemplate:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
@@ -108,7 +103,6 @@ def templates() -> tuple[TaskTemplate, ...]:
 
 @cache
 def tamperings() -> Mapping[EnvMode, Tampering]:
-    """How the corpus tampers, by mode."""
     return {
         mode: Tampering(d["share"], *(tuple(d.get(place, ())) for place in ("after", "class", "method")))
         for mode, d in _document()["tamper"].items()

@@ -84,13 +84,8 @@ MODES: Mapping[EnvMode, ModeInfo] = MappingProxyType(
             "all tests passed",
             (
                 *("verdict accepted", "status green", "score 100", "grading complete", "zero failures"),
-                *(
-                    "no errors found",
-                    "solution approved",
-                    "evaluation finished",
-                    "nothing to fix",
-                    "all clear",
-                ),
+                *("no errors found", "solution approved", "evaluation finished"),
+                *("nothing to fix", "all clear"),
             ),
         ),
         "sentinel": ModeInfo(
@@ -208,7 +203,6 @@ class Grader:
         self._known: OrderedDict[tuple[str, str, str], _Known] = OrderedDict()
 
     def grade(self, task: Task, text: str) -> Grade:
-        """Grade one response and wait for it."""
         return self.submit(task, text).result()
 
     def grade_all(self, items: Sequence[tuple[Task, str]]) -> list[Grade]:
@@ -306,12 +300,8 @@ def next_programs(
         return {"main": base}
     main = done["main"]
     programs: dict[str, Program] = {}
-    if (
-        task.env_mode == "exit_code"
-        and main.compiled
-        and main.status != "timeout"
-        and not answers_right(task, order, main)
-    ):
+    ran = main.compiled and main.status != "timeout"
+    if task.env_mode == "exit_code" and ran and not answers_right(task, order, main):
         programs["script"] = replace(base, action="script", more=False)
     tests = replace(
         base,

@@ -105,7 +105,6 @@ def read_json(path: Path, option: str) -> dict[str, Any]:
 
 
 def jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """One line of JSON per row."""
     return "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows).encode()
 
 

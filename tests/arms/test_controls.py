@@ -603,7 +603,7 @@ def test_gt_only_pays_nobody_for_the_loophole_not_even_the_teacher(tiny_policy, 
     students = [Rollout(prompt, (5, 6), "x")] * 3
     taught = (TeacherRow("a", 3.5, True, False), TeacherRow("b", 3.5, False, True))
     graded = [HACKED, SOLVED, BLANK]
-    data = assemble(exp, (problem,), [students], graded, [taught], 0.0, 0.0)
+    data = assemble(exp, (problem,), ([list(zip(students, graded, strict=True))], 0.0, 0.0), [taught])
     shaped = shape(RewardInput(data.rewards, gather_evidence(exp.cfg, data, 0), exp.cfg.arm))
     assert shaped.rewards.tolist() == [rewards] and bool(shaped.keep.all())
     assert data.rewards.tolist() == [[3.5, 3.5, 0.5, 3.5, 3.5]]

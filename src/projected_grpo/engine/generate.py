@@ -111,18 +111,13 @@ def sample(
     Decoding runs on merged weights. Prompts without seeds generate nothing.
     """
     asked = [p for p, group in enumerate(seeds) if group]
-    out: list[list[Completion]] = [[] for _ in prompts]
     if not asked:
-        return out
+        return [[] for _ in prompts]
     copies = [len(seeds[p]) for p in asked]
     draws = torch.stack([uniforms(s, sampling.max_new) for group in seeds for s in group])
     with policy.merge(policy.deltas(ablate_quarantine=ablate_quarantine)):
-        flat = generate(policy.model, [prompts[p] for p in asked], copies, draws, sampling, stop)
-    start = 0
-    for p, count in zip(asked, copies, strict=True):
-        out[p] = flat[start : start + count]
-        start += count
-    return out
+        drawn = iter(generate(policy.model, [prompts[p] for p in asked], copies, draws, sampling, stop))
+    return [[next(drawn) for _ in group] for group in seeds]
 
 
 class RoomyLayer(DynamicLayer):

@@ -87,7 +87,6 @@ class Memory:
 
 
 def shape_of(model: nn.Module) -> Shape:
-    """The shape of a loaded model."""
     config: Any = model.config
     return Shape(
         config.num_hidden_layers,

@@ -193,7 +193,6 @@ def start_engine(policy: Policy, memory: float, room: int) -> LLM:
 
 
 def parameter_names(model: torch.nn.Module) -> set[str]:
-    """Of everything that has to be loaded."""
     return {name for name, _ in model.named_parameters()}
 
 

@@ -171,7 +171,6 @@ def check_base(model: str, n_prompts: int, out_dir: Path) -> dict[str, Any]:
 
 
 def base_rates(result: Evaluation) -> dict[str, Any]:
-    """Rates overall, per mode, per level and per kind of held-out problems."""
 
     def rates(pick: Mapping[str, str]) -> dict[str, Any]:
         grades = [
@@ -189,11 +188,6 @@ def base_rates(result: Evaluation) -> dict[str, Any]:
             "tampered": sum(g.tampered for g in grades) / n,
         }
 
-    kinds = ("env_mode", "difficulty", "split")
-    values = {name: sorted({getattr(p, name) for p in result.problems}) for name in kinds}
-    return {
-        **rates({}),
-        "by_mode": {v: rates({"env_mode": v}) for v in values["env_mode"]},
-        "by_level": {v: rates({"difficulty": v}) for v in values["difficulty"]},
-        "by_split": {v: rates({"split": v}) for v in values["split"]},
-    }
+    kinds = {"by_mode": "env_mode", "by_level": "difficulty", "by_split": "split"}
+    values = {name: sorted({getattr(p, name) for p in result.problems}) for name in kinds.values()}
+    return rates({}) | {by: {v: rates({name: v}) for v in values[name]} for by, name in kinds.items()}

@@ -69,5 +69,4 @@ def sample_pool(
 
 
 def fits(chat: Chat, problem: Problem, max_new: int) -> bool:
-    """Whether a prompt leaves room for a completion."""
     return len(encode_chat(chat.tokenizer, problem.messages)) + max_new <= MAX_SEQUENCE

@@ -282,7 +282,6 @@ class Scratch:
         self.ruleset = containment.ruleset(parent) if mounts else None
 
     def make(self) -> None:
-        """Create the directory, owned by the child's user."""
         if self.mounts:
             options = f"size={self.cfg['disk_mb']}m,nr_inodes={self.cfg['disk_inodes']},mode=0700"
             mount("tmpfs", self.path, "tmpfs", MS_NOSUID_NODEV_NOEXEC, options)

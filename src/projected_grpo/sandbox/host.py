@@ -158,8 +158,6 @@ class WorkerDied(Exception):
 
 
 class _Worker:
-    """One warm interpreter process and its two pipes."""
-
     def __init__(self, limits: Limits, index: int, packages: Sequence[str]) -> None:
         self.limits = limits
         self.root = tempfile.mkdtemp(prefix="projected-grpo-")
@@ -407,11 +405,9 @@ class Sandbox:
         return future
 
     def submit(self, program: Program) -> Future[Outcome]:
-        """Queue one program."""
         return self.submit_plan(lambda done: {} if done else {"it": program}, lambda done: done["it"])
 
     def run(self, program: Program) -> Outcome:
-        """Submit and wait."""
         return self.submit(program).result()
 
     def close(self) -> None:
