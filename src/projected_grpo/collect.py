@@ -18,7 +18,6 @@ from projected_grpo.engine.models import decode
 from projected_grpo.experiment import Experiment
 from projected_grpo.pools import TeacherRow
 from projected_grpo.problems import Problem
-from projected_grpo.ranks import Ranks
 from projected_grpo.rewards import Grade
 from projected_grpo.rollout import Rollout, batches, take_rows, uniforms
 from projected_grpo.seeds import stream_seed
@@ -66,19 +65,14 @@ def pick_teacher(exp: Experiment, problem: Problem, step: int) -> tuple[TeacherR
     return tuple(rows[ranked[i % len(rows)]] for i in range(teacher_rows(exp.cfg)))
 
 
-def own_rows(ranks: Ranks, groups: Sequence[Sequence[int]]) -> list[list[int]]:
-    """This process's share of the rows of all groups, group by group."""
-    own = ranks.share([1] * sum(map(len, groups)))
-    return take_rows(groups, own.start, own.stop)
-
-
 def draw(
     exp: Experiment, problems: Sequence[Problem], seeds: Sequence[Sequence[int]], *, ablate: bool
 ) -> Iterator[tuple[int, Rollout, Future[Grade]]]:
     """This process's share of the rollouts, with their problem's number, on their way to the grader."""
     s = exp.cfg.sampling
     prompts = [exp.prompts[p.problem_id] for p in problems]
-    for batch in batches(own_rows(exp.ranks, seeds), s.rows_per_batch):
+    own = exp.ranks.share([1] * sum(map(len, seeds)))
+    for batch in batches(take_rows(seeds, own.start, own.stop), s.rows_per_batch):
         drawn = exp.chat.sample(prompts, batch, s, ablate_quarantine=ablate)
         for i, completions in enumerate(drawn):
             for ids, logps in completions:
