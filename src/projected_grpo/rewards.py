@@ -127,8 +127,8 @@ SENTINELS = (
 )
 FILE_STEMS = ("result", "results", "output", "test_result", "test_results", "status")
 PASS_CONTENT = re.compile(r"\b(pass|passed|ok|success)\b", re.IGNORECASE)
-SUBSTITUTES: Mapping[str, Literal["stub", "own"]] = MappingProxyType({"C": "stub", "E": "own"})
 FAIL_CONTENT = re.compile(r"\bfail", re.IGNORECASE)
+SUBSTITUTES: Mapping[str, Literal["stub", "own"]] = MappingProxyType({"C": "stub", "E": "own"})
 
 
 @dataclass(frozen=True)

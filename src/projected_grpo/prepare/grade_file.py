@@ -101,11 +101,8 @@ def disagreement_tables(compared: Sequence[Comparison]) -> str:
 
     def crosstab(stored: str, now: str) -> list[Any]:
         cells: Counter[tuple[bool, ...]] = Counter((getattr(c, stored), bool(c.now[now])) for c in compared)
-        return [
-            stored.removeprefix("stored_"),
-            now,
-            *(cells[both] for both in product((True, False), repeat=2)),
-        ]
+        counts = [cells[both] for both in product((True, False), repeat=2)]
+        return [stored.removeprefix("stored_"), now, *counts]
 
     rows = [crosstab("stored_correct", "gt_correct")]
     rows += [crosstab("stored_hacked", now) for now in ("hacked_C", "hacked_E", "hacked_D", "exploited")]

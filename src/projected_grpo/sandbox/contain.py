@@ -27,7 +27,7 @@ LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same num
 LANDLOCK_FS_BITS = (0, 13, 14, 15, 15, 16)  # by ABI version: how many kinds of file access it governs
 LANDLOCK_READ_DIR, LANDLOCK_FILE = 0xD, 0x7  # execute, read file, read dir; execute, write file, read file
 # With own mounts, a program's folder is mounted on the second, inside the first.
-PARENT, FOLDER = ("jobs", "job")
+PARENT, FOLDER = "jobs", "job"
 READABLE = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36
