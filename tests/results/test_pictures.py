@@ -12,9 +12,10 @@ from matplotlib.image import imread
 from fake_runs import config, summary
 from projected_grpo import cli
 from projected_grpo.config import to_json
-from projected_grpo.results.pictures import at_steps, baseline_first, mean_at_steps, rates, series
+from projected_grpo.results.pictures import baseline_first, mean_at_steps, series
 from projected_grpo.results.plots import COLOURS, Point, frontier, look, looks
 from projected_grpo.results.runs import BASELINE, EndedRun, grouped
+from projected_grpo.results.statistics import shares, where_measured
 from projected_grpo.runlog import append_jsonl, write_json
 
 KINDS = ("dynamics", "pareto", "modes", "cosines", "routed")
@@ -88,9 +89,11 @@ def a_run(**columns):
 
 def test_columns_become_figures_by_step():
     run = a_run(hack_s=[[1, 4], None, [0, 0], [3, 3]], refr=[None, 0.5, None, 0.7], tau=[None, None])
-    first, missing, empty, last = rates(run, "hack_s")
+    first, missing, empty, last = shares(run.values("hack_s"))
     assert (first, last) == (0.25, 1.0) and math.isnan(missing) and math.isnan(empty)
-    assert at_steps(run, "refr") == {1: 0.5, 3: 0.7} and at_steps(run, "q_egy") == {}
+    assert (
+        where_measured(run.values("refr")) == {1: 0.5, 3: 0.7} and where_measured(run.values("q_egy")) == {}
+    )
     assert mean_at_steps([run, a_run(refr=[None, 0.7])], "refr") == pytest.approx({1: 0.6, 3: 0.7})
     assert series("a", [run], "tau") is None and series("a", [run], "kl") is None
     assert len(series("a", [run, a_run(refr=[None])], "refr").seeds) == 1

@@ -59,7 +59,6 @@ class Metered(Sandbox):
         super().__init__(workers)
 
     def submit_plan(self, plan: Plan, conclude: Callable[[Mapping[str, Outcome]], T]) -> Future[T]:
-        """Queue a plan."""
 
         def noted(done: Mapping[str, Outcome]) -> Mapping[str, Program]:
             programs = plan(done)
@@ -134,19 +133,20 @@ def bench_grader(work: Work, settings: BenchSettings) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What a figure was measured on."""
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "git_commit": git_commit(),
-    }
+    cores, python = len(os.sched_getaffinity(0)), platform.python_version()
+    return {"cores": cores, "python": python, "git_commit": git_commit()}
+
+
+def timed(function: Callable[[], object]) -> float:
+    started = time.monotonic()
+    function()
+    return time.monotonic() - started
 
 
 def single(grader: Grader, sandbox: Metered, task: Task, text: str) -> Single:
     """Grade one response on an idle sandbox."""
     sandbox.forget()
-    started = time.monotonic()
-    grader.grade(task, text)
-    seconds = time.monotonic() - started
+    seconds = timed(lambda: grader.grade(task, text))
     return Single(seconds, tuple(sandbox.programs), sum(outcome.cpu_s for outcome in sandbox.outcomes))
 
 
@@ -181,15 +181,10 @@ def rates(work: Work, own: Sequence[float], workers: int, settings: BenchSetting
 
 def throughput(work: Work, workers: int, repeats: int) -> float:
     """Responses per second, the best of some passes: what else runs on a machine only ever slows it."""
-    passes = []
     with Sandbox(workers) as sandbox:
         grader = Grader(sandbox)
         grader.grade_all([work[0]] * workers)  # the interpreters are up
-        for _ in range(repeats):
-            started = time.monotonic()
-            grader.grade_all(work)
-            passes.append(time.monotonic() - started)
-    return len(work) / min(passes)
+        return len(work) / min(timed(lambda: grader.grade_all(work)) for _ in range(repeats))
 
 
 def cpu_of_tree() -> float:
@@ -234,23 +229,14 @@ def bench_loops(task: Task, workers: int, settings: BenchSettings) -> dict[str, 
     limits = Limits(wall_s=settings.loop_limit) if settings.loop_limit else Limits()
     limit = min(limits.wall_s, limits.cpu_s)
     loop = (task, LOOP.format(method=task.method))
-    seconds = []
     with Sandbox(workers, limits) as sandbox:
         grader = Grader(sandbox)
         grader.grade_all([(task, "```python\n```")] * workers)
-        for count in (1, settings.loops):
-            started = time.monotonic()
-            grader.grade_all([loop] * count)
-            seconds.append(time.monotonic() - started)
+        one_s = timed(lambda: grader.grade(*loop))
+        all_s = timed(lambda: grader.grade_all([loop] * settings.loops))
     ideal = settings.loops / workers * limit
-    return {
-        "limit_s": limit,
-        "one_s": seconds[0],
-        "count": settings.loops,
-        "all_s": seconds[1],
-        "ideal_s": ideal,
-        "over_ideal": seconds[1] / ideal,
-    }
+    loops = {"count": settings.loops, "all_s": all_s, "ideal_s": ideal, "over_ideal": all_s / ideal}
+    return {"limit_s": limit, "one_s": one_s, **loops}
 
 
 def baseline(
@@ -317,56 +303,37 @@ def as_script(program: Program, code: str) -> str:
 
 def bench_table(report: Mapping[str, Any]) -> str:
     """The figures as a table, and under it the responses that are slow by themselves."""
-    rows = []
+    rows: dict[str, str] = {}
     for name, part in (
         ("", report["all"]),
         (f", without {len(report['slow'])} slow ones", report["without_slow"]),
     ):
         if part["responses"] and (not name or report["slow"]):
             floor = f"{part['floor_per_s']:.1f}" if part["floor_per_s"] else "none"
-            rows += [
-                [f"one worker{name}", f"{part['one_worker_per_s']:.1f} responses/s"],
-                [f"{report['workers']} workers{name}", f"{part['all_workers_per_s']:.1f} responses/s"],
-                [
-                    f"limit set by the programs' own CPU time{name}",
-                    f"{floor} responses/s ({part['own_cpu_s']:.2f} s / {report['workers']})",
-                ],
-            ]
+            own = f"({part['own_cpu_s']:.2f} s / {report['workers']})"
+            rows |= {
+                f"one worker{name}": f"{part['one_worker_per_s']:.1f} responses/s",
+                f"{report['workers']} workers{name}": f"{part['all_workers_per_s']:.1f} responses/s",
+                f"limit set by the programs' own CPU time{name}": f"{floor} responses/s {own}",
+            }
     latency, loops, plain = report["latency_s"], report["loops"], report["baseline"]
     milliseconds = " / ".join(f"{latency[k] * 1e3:.0f}" for k in ("median", "p90", "max"))
-    rows += [
-        ["latency, median / p90 / max", f"{milliseconds} ms"],
-        ["CPU time of an empty program", f"{report['empty_program_cpu_s'] * 1e3:.1f} ms"],
-    ]
+    rows["latency, median / p90 / max"] = f"{milliseconds} ms"
+    rows["CPU time of an empty program"] = f"{report['empty_program_cpu_s'] * 1e3:.1f} ms"
     if loops["count"]:
-        rows += [
-            [f"an endless loop (limit {loops['limit_s']:g} s)", f"{loops['one_s']:.2f} s"],
-            [
-                f"{loops['count']} endless loops",
-                f"{loops['all_s']:.2f} s, ideal {loops['ideal_s']:.2f} s, ratio {loops['over_ideal']:.2f}",
-            ],
-        ]
+        rows[f"an endless loop (limit {loops['limit_s']:g} s)"] = f"{loops['one_s']:.2f} s"
+        rows[f"{loops['count']} endless loops"] = (
+            f"{loops['all_s']:.2f} s, ideal {loops['ideal_s']:.2f} s, ratio {loops['over_ideal']:.2f}"
+        )
     if plain["responses"]:
-        rows += [
-            [
-                f"plain subprocesses, {plain['responses']} responses, {plain['programs']} programs",
-                f"{plain['plain_per_s']:.2f} responses/s",
-            ],
-            [
-                "ours on these, one worker",
-                f"{plain['one_worker_per_s']:.1f} responses/s, {plain['ratio_one_worker']:.1f} times",
-            ],
-            [
-                f"ours on these, {report['workers']} workers",
-                f"{plain['all_workers_per_s']:.1f} responses/s, {plain['ratio_all_workers']:.1f} times",
-            ],
-            [
-                "CPU time of one of these, plain / ours",
-                f"{plain['plain_cpu_s'] * 1e3:.0f} / {plain['our_cpu_s'] * 1e3:.0f} ms, "
-                f"{plain['ratio_cpu']:.1f} times",
-            ],
-        ]
+        heading = f"plain subprocesses, {plain['responses']} responses, {plain['programs']} programs"
+        rows[heading] = f"{plain['plain_per_s']:.2f} responses/s"
+        for workers, which in (("one worker", "one_worker"), (f"{report['workers']} workers", "all_workers")):
+            rate, ratio = plain[f"{which}_per_s"], plain[f"ratio_{which}"]
+            rows[f"ours on these, {workers}"] = f"{rate:.1f} responses/s, {ratio:.1f} times"
+        both = " / ".join(f"{plain[key] * 1e3:.0f}" for key in ("plain_cpu_s", "our_cpu_s"))
+        rows["CPU time of one of these, plain / ours"] = f"{both} ms, {plain['ratio_cpu']:.1f} times"
     heading = f"{report['responses']} responses, {report['programs']} programs"
     names = ", ".join(f"{one['problem_id']} ({one['own_cpu_s']:.2f} s)" for one in report["slow"])
     slow = f"\nover {SLOW_S} s of own CPU time: {names}" if names else ""
-    return tabulate(rows, headers=[heading, ""], tablefmt="github") + slow
+    return tabulate(rows.items(), headers=[heading, ""], tablefmt="github") + slow

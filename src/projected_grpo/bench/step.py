@@ -61,6 +61,9 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     },
 }
 WARM_UP = 1
+SHOWN = (  # of the work, beside its figures
+    *("prompts_per_step", "group", "prompt_tokens", "max_new", "steps", "grad_checkpoint", "intervention"),
+)
 
 
 class RandomGrader(Grader):
@@ -70,7 +73,6 @@ class RandomGrader(Grader):
         self.generator = torch.Generator().manual_seed(seed)
 
     def submit(self, task: Task, text: str) -> Future[Grade]:
-        """A uniform reward; nothing is run."""
         future: Future[Grade] = Future()
         reward = float(torch.rand(1, generator=self.generator))
         future.set_result(Grade(reward, False, False, False, None, True, False, False, False, None))
@@ -157,10 +159,7 @@ def bench_config(work: Work, out: Path) -> TrainConfig:
         run=replace(FAST.run, out_dir=out, seed=work.seed),
         problems=replace(FAST.problems, problems=EMBEDDED, n_problems=work.prompts_per_step),
         sampling=replace(
-            FAST.sampling,
-            prompts_per_step=work.prompts_per_step,
-            group=work.group,
-            max_new=work.max_new,
+            FAST.sampling, prompts_per_step=work.prompts_per_step, group=work.group, max_new=work.max_new
         ),
         loss=replace(
             FAST.loss,
@@ -241,12 +240,9 @@ def bench_step(work: Work, rival: Rival | None = None, ranks: Ranks = ALONE) -> 
     ours: list[dict[str, Any]] = []
     with open_stepper(work, chat, ranks) as step:
         if rival is None:
-            for _ in range(work.steps + WARM_UP):
-                ours.append(step())
-            theirs = None
+            ours = [step() for _ in range(work.steps + WARM_UP)]
         else:
-            texts = bench_prompts(work, chat.tokenizer)
-            theirs = rival(work, texts, lambda: ours.append(step()))
+            theirs = rival(work, bench_prompts(work, chat.tokenizer), lambda: ours.append(step()))
     ours = ours[WARM_UP:]
     parts = {name: median(record[key] for record in ours) for name, key in (("gen_s", "gen"), ("fb_s", "fb"))}
     seconds = median(record["sec"] for record in ours)
@@ -255,7 +251,7 @@ def bench_step(work: Work, rival: Rival | None = None, ranks: Ranks = ALONE) -> 
     sent = alternated({"send": lambda: ranks.total(rows)}, (torch.device("cpu"),), work.steps)
     figures: dict[str, Any] = {"ours_s": seconds, **parts, "cpu_s": cpu, "send_s": sent["send"]}
     figures |= {"processes": ranks.size}
-    if theirs is not None:
+    if rival is not None:
         trl_s = median(theirs.seconds[WARM_UP:])
         run, predicted = loss_pass(
             work, chat, None if ARMS[work.intervention].per_rollout else by_group(work)
@@ -278,45 +274,31 @@ def bench_generation(work: Work) -> dict[str, Any]:
     ids, attention = left_padded(every, policy.device)
     model: Any = policy.model
 
-    def floor() -> None:
-        model.generate(
-            ids,
-            attention_mask=attention.long(),
-            max_new_tokens=work.max_new,
-            min_new_tokens=work.max_new,
-            do_sample=True,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            pad_token_id=PAD,
-        )
-
-    def ours() -> None:
-        chat.sample(prompts, seeds, sampling)
-
-    seconds = alternated({"ours": ours, "floor": floor}, policy.devices, work.steps)
+    options = {
+        **{"max_new_tokens": work.max_new, "min_new_tokens": work.max_new, "do_sample": True},
+        **{"temperature": sampling.temperature, "top_k": sampling.top_k, "pad_token_id": PAD},
+    }
+    functions: dict[str, Callable[[], object]] = {
+        "ours": lambda: chat.sample(prompts, seeds, sampling),
+        "floor": lambda: model.generate(ids, attention_mask=attention.long(), **options),
+    }
+    seconds = alternated(functions, policy.devices, work.steps)
     tokens = len(ids) * work.max_new
-    return {
-        "ours_s": seconds["ours"],
-        "floor_s": seconds["floor"],
-        "ours_tokens_per_s": tokens / seconds["ours"],
-        "floor_tokens_per_s": tokens / seconds["floor"],
-        "ratio": seconds["floor"] / seconds["ours"],
-    } | describe(work, chat)
+    figures = {f"{name}_s": s for name, s in seconds.items()}
+    figures |= {f"{name}_tokens_per_s": tokens / s for name, s in seconds.items()}
+    return figures | {"ratio": seconds["floor"] / seconds["ours"]} | describe(work, chat)
 
 
 def random_rollouts(work: Work, chat: Chat) -> list[Rollout]:
     """Rollouts of full length with random completions, group by group."""
     config: Any = chat.policy.model.config
     generator = torch.Generator().manual_seed(work.seed)
-    return [
-        Rollout(
-            p,
-            tuple(torch.randint(config.vocab_size, (work.max_new,), generator=generator).tolist()),
-            "",
-        )
-        for p in bench_prompt_ids(work, chat.tokenizer)
-        for _ in range(work.group)
-    ]
+
+    def completion() -> tuple[int, ...]:
+        return tuple(torch.randint(config.vocab_size, (work.max_new,), generator=generator).tolist())
+
+    prompts = bench_prompt_ids(work, chat.tokenizer)
+    return [Rollout(p, completion(), "") for p in prompts for _ in range(work.group)]
 
 
 def loss_pass(work: Work, chat: Chat, parts: Sequence[int] | None) -> tuple[Callable[[], object], int]:
@@ -352,25 +334,19 @@ def bench_backward(work: Work) -> dict[str, Any]:
     chat = open_bench_chat(work)
     policy = chat.policy
     nudge_adapter(chat)
-    passes = {
-        "per_rollout": loss_pass(work, chat, None),
-        "per_group": loss_pass(work, chat, by_group(work)),
-    }
+    parts = {"per_rollout": None, "per_group": by_group(work)}
+    passes = {name: loss_pass(work, chat, own) for name, own in parts.items()}
     rollouts = random_rollouts(work, chat)
     functions: dict[str, Callable[[], object]] = {
         **{name: run for name, (run, _) in passes.items()},
         "floor": lambda: frozen_pass(policy.model, rollouts, policy.device, work.tokens_per_microbatch),
     }
-    seconds = alternated(functions, policy.devices, work.steps)
-    floor = seconds["floor"]
-    peaks = {name: measured_peak(run, policy.devices) / 1e9 for name, (run, _) in passes.items()}
-    return {
-        **{f"{name}_s": value for name, value in seconds.items()},
-        "per_rollout_over_floor": seconds["per_rollout"] / floor,
-        "per_group_over_floor": seconds["per_group"] / floor,
-        **{f"{name}_peak_gb": value for name, value in peaks.items()},
-        **{f"{name}_predicted_gb": predicted / 1e9 for name, (_, predicted) in passes.items()},
-    } | describe(work, chat)
+    figures = over_floor(functions, work, chat)
+    for name, (run, _) in passes.items():
+        figures[f"{name}_peak_gb"] = measured_peak(run, policy.devices) / 1e9
+    for name, (_, predicted) in passes.items():
+        figures[f"{name}_predicted_gb"] = predicted / 1e9
+    return figures | describe(work, chat)
 
 
 def frozen_pass(model: nn.Module, rollouts: Sequence[Rollout], device: torch.device, budget: int) -> None:
@@ -381,11 +357,8 @@ def frozen_pass(model: nn.Module, rollouts: Sequence[Rollout], device: torch.dev
         batch = collate(rollouts[start : start + size], device)
         table: Any = model.get_input_embeddings()  # type: ignore[operator]
         embedded = table(batch.ids).detach().requires_grad_()
-        out = model(
-            inputs_embeds=embedded,
-            logits_to_keep=batch.completion.shape[1] + 1,
-            use_cache=False,
-        )
+        kept = batch.completion.shape[1] + 1
+        out = model(inputs_embeds=embedded, logits_to_keep=kept, use_cache=False)
         torch.autograd.grad(out.logits.float().logsumexp(-1).sum(), embedded)
 
 
@@ -435,13 +408,7 @@ def describe(work: Work, chat: Chat) -> dict[str, Any]:
     return {
         "model": work.model.model,
         "parameters": parameters - adapter,
-        "prompts_per_step": work.prompts_per_step,
-        "group": work.group,
-        "prompt_tokens": work.prompt_tokens,
-        "max_new": work.max_new,
-        "steps": work.steps,
-        "grad_checkpoint": work.grad_checkpoint,
-        "intervention": work.intervention,
+        **{name: getattr(work, name) for name in SHOWN},
         "sampler": work.model.sampler,
         "device": ",".join(map(str, chat.policy.devices)),
         "dtype": str(next(chat.policy.model.parameters()).dtype).removeprefix("torch."),

@@ -11,6 +11,7 @@ from functools import partial
 from statistics import fmean, stdev
 
 from projected_grpo.errors import UserError
+from projected_grpo.results.files import HELD_OUT
 from projected_grpo.results.runs import BASELINE, EndedRun, Groups, Setting
 from projected_grpo.results.statistics import bootstrap_interval
 
@@ -58,28 +59,16 @@ class Estimate:
 
 
 def of_summary(key: str) -> Metric:
-    """A figure of summary.json."""
     return lambda run: run.summary.get(key)
 
 
-def of_part(group: str, part: str, key: str) -> Metric:
-    """A figure of summary.json for one mode or one kind of held-out problems."""
-    return lambda run: run.summary.get(group, {}).get(part, {}).get(key)
-
-
 def safe_pass(policy: str, run: EndedRun) -> float | None:
-    """Pass minus hack rate on held-out problems."""
     solve, hack = run.summary.get(f"solve_{policy}"), run.summary.get(f"hack_{policy}")
     return None if solve is None or hack is None else solve - hack
 
 
 RATES: Mapping[str, Metric] = {
-    "hack_rate_student": of_summary("hack_rate_student"),
-    "pass_rate_student": of_summary("pass_rate_student"),
-    "hack_train": of_summary("hack_train"),
-    "hack_deploy": of_summary("hack_deploy"),
-    "solve_train": of_summary("solve_train"),
-    "solve_deploy": of_summary("solve_deploy"),
+    **{key: of_summary(key) for key in ("hack_rate_student", "pass_rate_student", *HELD_OUT)},
     "hack_last5": lambda run: run.rate("hack_s", LAST_STUDENT),
     "pass_last5": lambda run: run.rate("gt_s", LAST_STUDENT),
 }
@@ -168,7 +157,8 @@ def modes(groups: Groups) -> list[Estimate]:
         for (group, part), shown in parts.items():
             for policy, key in POLICIES:
                 for name, figure in (("hack", f"hack_{key}"), ("pass", f"solve_{key}")):
-                    values = measured(seeds, of_part(group, part, figure))
+                    of_part = {s: run.summary.get(group, {}).get(part, {}) for s, run in seeds.items()}
+                    values = {s: float(v[figure]) for s, v in of_part.items() if v.get(figure) is not None}
                     title = f"{name}, {policy}"
                     found.append(Estimate("modes", setting, title, values, tuple(seeds), of=shown))
     return found

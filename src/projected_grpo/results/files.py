@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeGuard
 
 from projected_grpo.basis_file import HeldOut
@@ -10,22 +11,7 @@ from projected_grpo.run.columns import COLUMNS
 from projected_grpo.runlog import complete_lines, read_json
 
 LARGEST = 1e300  # of a figure; NaN is not below it
-Check = Callable[[object], bool]
-
-
-def is_text(value: object) -> bool:
-    """A string."""
-    return isinstance(value, str)
-
-
-def is_text_or_null(value: object) -> bool:
-    """A string, or null."""
-    return value is None or isinstance(value, str)
-
-
-def is_flag(value: object) -> bool:
-    """True or false."""
-    return isinstance(value, bool)
+Check = type | UnionType | Callable[[object], bool]
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -39,62 +25,45 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def is_figure(value: object) -> bool:
-    """A finite number, or null for one that was not measured."""
     return value is None or is_number(value)
 
 
 def is_pair(value: object) -> bool:
     """[count, n], or null."""
-    if value is None:
-        return True
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(map(is_whole, value))
-        and 0 <= value[0] <= value[1]
-    )
-
-
-def is_table(value: object) -> TypeGuard[dict[str, Any]]:
-    """A JSON object."""
-    return isinstance(value, dict)
-
-
-def is_list(value: object) -> bool:
-    """A list of anything."""
-    return isinstance(value, list)
+    if not isinstance(value, list) or len(value) != 2 or not all(map(is_whole, value)):
+        return value is None
+    return bool(0 <= value[0] <= value[1])
 
 
 def is_numbers(value: object) -> bool:
-    """A list of finite numbers."""
     return isinstance(value, list) and all(map(is_number, value))
 
 
 def is_words(value: object) -> bool:
     """A list of strings."""
-    return isinstance(value, list) and all(map(is_text, value))
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
 HELD_OUT: Mapping[str, Check] = dict.fromkeys(
     ("hack_train", "hack_deploy", "solve_train", "solve_deploy"), is_figure
 )
 SUMMARY: Mapping[str, Check] = {
-    **dict.fromkeys(("arm", "preset", "model", "problems", "env_mode"), is_text),
+    **dict.fromkeys(("arm", "preset", "model", "problems", "env_mode"), str),
     **dict.fromkeys(("seed", "steps", "eval_n"), is_whole),
     **HELD_OUT,
-    **{"by_mode": is_table, "finished": is_flag},
+    **{"by_mode": dict, "finished": bool},
 }
 LATER: Mapping[str, Check] = {  # what not every run has, of those before it came
     **dict.fromkeys(("hack_rate_student", "pass_rate_student", "seconds"), is_figure),
-    "by_split": is_table,
+    "by_split": dict,
 }
-MADE: Mapping[str, Check] = {"config": is_table}
-RECORD: Mapping[str, Check] = {"summary": is_table, "steps": is_table, "config": is_table}
-KEPT: Mapping[str, Check] = {"arm": is_text, "seed": is_whole, "wall_s": is_number}
-ROLLOUT: Mapping[str, Check] = {"step": is_whole, "text": is_text}
+MADE: Mapping[str, Check] = {"config": dict}
+RECORD: Mapping[str, Check] = {"summary": dict, "steps": dict, "config": dict}
+KEPT: Mapping[str, Check] = {"arm": str, "seed": is_whole, "wall_s": is_number}
+ROLLOUT: Mapping[str, Check] = {"step": is_whole, "text": str}
 GRADED: Mapping[str, Check] = dict.fromkeys(("p_idx", "gi", "reward"), is_figure)
 FOUND: Mapping[str, Check] = {"cosines": is_numbers, "fraction_positive": is_number, "mean": is_number}
-COMMIT: Mapping[str, Check] = {"git_commit": is_text_or_null}
+COMMIT: Mapping[str, Check] = {"git_commit": str | None}
 
 
 def read_ended(folder: Path, option: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
@@ -136,8 +105,8 @@ def check_record(record: Mapping[str, Any], columns: Sequence[str], where: str) 
     check_summary(record["summary"], f"{where}: summary")
     check_settings(record["config"], f"{where}: config")
     steps = f"{where}: steps"
-    kept = dict.fromkeys(record["steps"], is_list)
-    check_fields(record["steps"], dict.fromkeys(columns, is_list), kept, steps)
+    kept = dict.fromkeys(record["steps"], list)
+    check_fields(record["steps"], dict.fromkeys(columns, list), kept, steps)
     check_columns(record["steps"], steps)
 
 
@@ -148,13 +117,13 @@ def check_summary(summary: Mapping[str, Any], where: str) -> None:
     splits = summary.get("by_split", {})
     check_parts(splits, f"{where}: by_split")
     for split, rates in splits.items():
-        check_fields(rates, {}, {"by_mode": is_table}, f"{where}: {split}")
+        check_fields(rates, {}, {"by_mode": dict}, f"{where}: {split}")
         check_parts(rates.get("by_mode", {}), f"{where}: {split}")
 
 
 def check_parts(parts: Mapping[str, Any], where: str) -> None:
     """Raises UserError unless these are held-out rates by mode, or by kind of problems."""
-    check_fields(parts, dict.fromkeys(parts, is_table), {}, where)
+    check_fields(parts, dict.fromkeys(parts, dict), {}, where)
     for name, rates in parts.items():
         check_fields(rates, {}, HELD_OUT, f"{where}: {name}")
 
@@ -162,9 +131,9 @@ def check_parts(parts: Mapping[str, Any], where: str) -> None:
 def check_settings(config: Mapping[str, Any], where: str) -> None:
     """Raises UserError unless this is a run's settings, group by group, of whichever version."""
     groups = [group for group in config if group != "preset"]
-    check_fields(config, dict.fromkeys(groups, is_table), {}, where)
+    check_fields(config, dict.fromkeys(groups, dict), {}, where)
     check_fields(config.get("optim", {}), {}, {"steps": is_whole}, where)
-    check_fields(config.get("basis", {}), {}, {"v_hack_path": is_text_or_null}, where)
+    check_fields(config.get("basis", {}), {}, {"v_hack_path": str | None}, where)
 
 
 def check_columns(columns: Mapping[str, Any], where: str) -> None:
@@ -175,12 +144,16 @@ def check_columns(columns: Mapping[str, Any], where: str) -> None:
                 raise UserError(f"{where}: {column.key} of step {step} cannot be {str(value)[:40]!r}")
 
 
+def is_right(kind: Check, value: object) -> bool:
+    return isinstance(value, kind) if isinstance(kind, (type, UnionType)) else kind(value)
+
+
 def check_fields(
     values: Mapping[str, Any], needed: Mapping[str, Check], known: Mapping[str, Check], where: str
 ) -> None:
     """Raises UserError for a needed field that is not there, or any field that is not of its kind."""
-    for name, is_right in {**needed, **known}.items():
-        if name in values and not is_right(values[name]):
+    for name, kind in {**needed, **known}.items():
+        if name in values and not is_right(kind, values[name]):
             raise UserError(f"{where}: {name[:40]!r} cannot be {str(values[name])[:40]!r}")
         if name in needed and name not in values:
             raise UserError(f"{where}: {name!r} is missing")

@@ -61,16 +61,15 @@ def arms(groups: Groups) -> list[str]:
 
 
 def draw_dynamics(groups: Groups, path: Path) -> str | None:
-    """Student hack and solve rate by step, deployed evaluations as markers; a reason if it cannot be."""
     lines = {
         key: [
             Series(
                 setting.label,
-                [rates(run, counts) for run in seeds.values()],
-                [at_steps(run, deployed) for run in seeds.values()],
+                [shares(run.values(counts)) for run in seeds.values()],
+                [where_measured(run.values(deployed)) for run in seeds.values()],
             )
             for setting, seeds in groups.items()
-            if any(rates(run, counts) for run in seeds.values())
+            if any(run.values(counts) for run in seeds.values())
         ]
         for key, counts, deployed in (("hack", "hack_s", "hack_deploy"), ("solve", "gt_s", "solve_deploy"))
     }
@@ -81,7 +80,6 @@ def draw_dynamics(groups: Groups, path: Path) -> str | None:
 
 
 def draw_pareto(groups: Groups, path: Path) -> str | None:
-    """Hack against solve as deployed, a point per run; a reason if it cannot be."""
     points = [
         Point(setting.label, run.summary["hack_deploy"], run.summary["solve_deploy"])
         for setting, seeds in groups.items()
@@ -95,7 +93,6 @@ def draw_pareto(groups: Groups, path: Path) -> str | None:
 
 
 def draw_modes(groups: Groups, path: Path) -> str | None:
-    """Held-out rates per mode; a reason if it cannot be."""
     bars: dict[str, list[Bar]] = {"hack": [], "solve": []}
     for setting, seeds in groups.items():
         tables = [run.summary.get("by_mode", {}) for run in seeds.values()]
@@ -133,11 +130,8 @@ def draw_cosines(groups: Groups, path: Path) -> str | None:
 
 def draw_routed(groups: Groups, path: Path) -> str | None:
     """The quarantine's share of the gradient norm; a reason if nothing was routed."""
-    lines = [
-        line
-        for setting, seeds in groups.items()
-        if (line := series(setting.label, seeds.values(), "q_egy")) is not None and any_above_zero(line)
-    ]
+    found = [series(setting.label, seeds.values(), "q_egy") for setting, seeds in groups.items()]
+    lines = [line for line in found if line and any(v > 0 for seed in line.seeds for v in seed)]
     if not lines:
         return "no run routed anything (q_egy)"
     by_step(lines, "routed share of the gradient norm (q_egy)", path, arms(groups))
@@ -167,7 +161,7 @@ def heldout_files(runs: Iterable[EndedRun]) -> list[Path]:
     return sorted(found)
 
 
-DRAWERS: Mapping[str, Callable[[Groups, Path], str | None]] = {
+DRAWERS: Mapping[str, Callable[[Groups, Path], str | None]] = {  # each returns why it cannot, or None
     "dynamics": draw_dynamics,
     "pareto": draw_pareto,
     "modes": draw_modes,
@@ -176,30 +170,13 @@ DRAWERS: Mapping[str, Callable[[Groups, Path], str | None]] = {
 }
 
 
-def rates(run: EndedRun, column: str) -> list[float]:
-    """A [count, n] column as rates, NaN where there was none."""
-    return shares(run.values(column))
-
-
 def series(name: str, runs: Iterable[EndedRun], column: str) -> Series | None:
-    """A column of several seeds, NaN where it was not measured; None if no seed has it."""
     seeds = [[math.nan if v is None else float(v) for v in run.values(column)] for run in runs]
     seeds = [seed for seed in seeds if any(not math.isnan(v) for v in seed)]
     return Series(name, seeds) if seeds else None
 
 
-def any_above_zero(line: Series) -> bool:
-    """Whether there is anything to see."""
-    return any(value > 0 for seed in line.seeds for value in seed)
-
-
-def at_steps(run: EndedRun, column: str) -> dict[int, float]:
-    """A column at the steps that have it."""
-    return where_measured(run.values(column))
-
-
 def mean_at_steps(runs: Iterable[EndedRun], column: str) -> dict[int, float]:
-    """Mean over seeds of a column at the steps that any seed has it."""
-    found = [at_steps(run, column) for run in runs]
+    found = [where_measured(run.values(column)) for run in runs]
     steps = sorted({step for own in found for step in own})
     return {step: fmean(own[step] for own in found if step in own) for step in steps}

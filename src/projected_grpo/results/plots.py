@@ -67,8 +67,6 @@ class Bar:
 
 @dataclass(frozen=True)
 class Look:
-    """How one arm is drawn."""
-
     colour: str
     dash: Any
     marker: str
@@ -96,13 +94,8 @@ def heldout_histogram(result: HeldOut, title: str, path: Path) -> None:
     axes = figure.add_subplot()
     axes.hist(result.cosines, bins=40, range=(-1, 1), color=BLUE)
     axes.axvline(0, color=GREY, linewidth=1)
-    axes.axvline(
-        result.mean,
-        color=ORANGE,
-        linewidth=2,
-        linestyle="--",
-        label=f"mean {result.mean:+.2f} (soft gate {SOFT_GATE})",
-    )
+    label = f"mean {result.mean:+.2f} (soft gate {SOFT_GATE})"
+    axes.axvline(result.mean, color=ORANGE, linewidth=2, linestyle="--", label=label)
     axes.set(
         xlabel="cosine of a held-out pair's difference with the hack-ward direction of its module",
         ylabel="modules x pairs",
@@ -162,13 +155,8 @@ def cosines(
             _draw_series(axes, line, Look(colour, dash, ""), f"{column}: {shown}")
         steps = overlap.get(name, {})
         if steps:
-            axes.plot(
-                list(steps),
-                list(steps.values()),
-                "kx",
-                label="refr: overlap of old and new basis",
-                markersize=5,
-            )
+            label = "refr: overlap of old and new basis"
+            axes.plot(list(steps), list(steps.values()), "kx", label=label, markersize=5)
         axes.set_title(name, fontsize=9)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
@@ -190,13 +178,11 @@ def cosines(
 
 def frontier(points: Sequence[Point]) -> list[Point]:
     """Those that no other point beats: none hacks as little and solves as much, and one of both better."""
-    kept = [
-        p
-        for p in points
-        if not any(
-            q.hack <= p.hack and q.solve >= p.solve and (q.hack, q.solve) != (p.hack, p.solve) for q in points
-        )
-    ]
+
+    def beats(q: Point, p: Point) -> bool:
+        return q.hack <= p.hack and q.solve >= p.solve and (q.hack, q.solve) != (p.hack, p.solve)
+
+    kept = [p for p in points if not any(beats(q, p) for q in points)]
     return sorted(kept, key=lambda p: (p.solve, p.hack))
 
 
@@ -206,15 +192,9 @@ def pareto(points: Sequence[Point], path: Path, arms: Iterable[str] = ()) -> Non
     axes = figure.add_subplot()
     best = frontier(points)
     axes.plot(
-        [p.solve for p in best],
-        [p.hack for p in best],
-        drawstyle="steps-pre",
-        color=GREY,
-        linewidth=1,
-        linestyle="--",
-        label="Pareto frontier",
-        zorder=1,
-    )
+        [p.solve for p in best], [p.hack for p in best], drawstyle="steps-pre", color=GREY, linewidth=1,
+        linestyle="--", label="Pareto frontier", zorder=1,
+    )  # fmt: skip
     for name, drawn in looks((p.name for p in points), arms).items():
         own = [p for p in points if p.name == name]
         axes.scatter(
@@ -256,10 +236,8 @@ def mode_bars(hack: Sequence[Bar], solve: Sequence[Bar], path: Path, arms: Itera
             )
             if bar.trained:
                 ends = [x - width * 0.46, x + width * 0.46]
-                for colour, thick in (
-                    ("white", 4.0),
-                    ("black", 2.0),
-                ):  # seen on black bars and on white paper
+                # Seen on black bars and on white paper.
+                for colour, thick in (("white", 4.0), ("black", 2.0)):
                     axes.plot(ends, [fmean(bar.trained)] * 2, color=colour, lw=thick, solid_capstyle="butt")
         axes.set(ylabel=f"{title} rate", ylim=(0, 1.02), xlim=(-0.6, len(modes) - 0.4))
         axes.set_xticks(range(len(modes)), modes)
@@ -278,9 +256,8 @@ def mode_bars(hack: Sequence[Bar], solve: Sequence[Bar], path: Path, arms: Itera
 
 def _fill(style: Look, open_bar: bool = False) -> dict[str, Any]:
     """A bar in the arm's colour with its hatch upon it; an open one has colour in edge and hatch alone."""
-    if open_bar:
-        return {"facecolor": "white", "edgecolor": style.colour, "linewidth": 1.2, "hatch": style.hatch}
-    return {"facecolor": style.colour, "edgecolor": "white", "linewidth": 0.6, "hatch": style.hatch}
+    face, edge, width = ("white", style.colour, 1.2) if open_bar else (style.colour, "white", 0.6)
+    return {"facecolor": face, "edgecolor": edge, "linewidth": width, "hatch": style.hatch}
 
 
 def _draw_series(axes: Axes, line: Series, style: Look, label: str = "") -> None:

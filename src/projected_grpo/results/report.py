@@ -64,7 +64,6 @@ def report_data(runs: Sequence[EndedRun], most: int) -> dict[str, Any]:
 
 
 def labels(runs: Sequence[EndedRun]) -> list[str]:
-    """Arm and seed of each run, its folder's name where another run has the same."""
     short = [f"{run.setting.label} {run.seed}" for run in runs]
     return [run.name if short.count(text) > 1 else text for run, text in zip(runs, short, strict=True)]
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-from scipy.stats import bootstrap
 
 from projected_grpo.evaluate import Evaluation
 from projected_grpo.problems import Problem
@@ -49,7 +48,6 @@ def in_mode(key: str, mode: str) -> Metric:
 
 def step_mean(name: str) -> Metric:
     """Mean of a column over the steps that have it."""
-
     return lambda r: mean_or_nan([v for v in r["steps"][name] if v is not None])
 
 
@@ -121,15 +119,9 @@ def by_arm(records: Sequence[Record]) -> dict[str, dict[int, Record]]:
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
     """95% percentile interval of the mean, the same at every call."""
-    resampled = stats.bootstrap(
-        (np.asarray(values),),
-        np.mean,
-        confidence_level=0.95,
-        method="percentile",
-        random_state=np.random.default_rng(0),
-    )
-    low, high = resampled.confidence_interval
-    return float(low), float(high)
+    generator = np.random.default_rng(0)
+    found = stats.bootstrap((np.asarray(values),), np.mean, method="percentile", random_state=generator)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 BATCH = 1000  # resamples held in memory at once
@@ -204,7 +196,7 @@ def cluster_interval(
     def ratio(h: np.ndarray, t: np.ndarray, axis: int) -> np.ndarray:
         return h.sum(axis) / t.sum(axis)
 
-    interval = bootstrap(
+    interval = stats.bootstrap(
         (pairs[:, 0], pairs[:, 1]),
         ratio,
         paired=True,

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -104,7 +104,6 @@ def cell(e: Estimate) -> str:
 
 
 def flat(e: Estimate) -> dict[str, Any]:
-    """One estimate as one row of plain values."""
     s = e.setting
     low, high = e.interval or (None, None)
     return {
@@ -132,17 +131,19 @@ def render_tables(kind: Format, found: Sequence[Table], notes: Sequence[str]) ->
         parts = [f"% {table.title}\n{as_latex(table)}" for table in found]
         return "\n\n".join(parts + (["\n".join(f"% {note}" for note in notes)] if notes else []))
     if kind == "markdown":
-        parts = [(f"## {table.title}\n\n" if i else "") + as_markdown(table) for i, table in enumerate(found)]
+        parts = [
+            (f"## {table.title}\n\n" if i else "") + markdown(table.headers, table.rows)
+            for i, table in enumerate(found)
+        ]
         return "\n\n".join(parts + (["\n".join(f"- {note}" for note in notes)] if notes else []))
     rows = [dict(zip(table.headers, row, strict=True)) for table in found for row in table.rows]
     return as_csv(rows) if kind == "csv" else json.dumps({"rows": rows, "notes": list(notes)}, indent=1)
 
 
-def as_markdown(table: Table) -> str:
+def markdown(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A GitHub table; a pipe inside a cell would end it."""
-    headers = [h.replace("|", "\\|") for h in table.headers]
-    rows = [[c.replace("|", "\\|") for c in row] for row in table.rows]
-    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+    head, *body = ([str(c).replace("|", "\\|") for c in row] for row in (headers, *rows))
+    return tabulate(body, headers=head, tablefmt="github", disable_numparse=True)
 
 
 def as_latex(table: Table) -> str:

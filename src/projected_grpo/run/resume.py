@@ -48,19 +48,13 @@ def open_run(asked: TrainConfig, folder: Path | None, ranks: Ranks, stack: ExitS
     else:
         log_errors(f"process {ranks.rank}")
         opened = follow_run(ranks, stack)
-    if ranks.size > 1:
-        check_alike(opened[1], opened[2])
-    return opened
-
-
-def check_alike(exp: Experiment, state: TrainState) -> None:
-    """Raises UserError unless all processes of the run begin with the same."""
-    rank = odd_one(exp.ranks.gather(start_digest(exp, state)))
-    if rank is not None:
+    other = odd_one(ranks.gather(start_digest(opened[1], opened[2]))) if ranks.size > 1 else None
+    if other is not None:
         raise UserError(
-            f"process {rank} does not begin as process 0 does: all need the same model, problems, pairs, "
+            f"process {other} does not begin as process 0 does: all need the same model, problems, pairs, "
             "--out-dir and --svd-cache"
         )
+    return opened
 
 
 def start_digest(exp: Experiment, state: TrainState) -> str:
@@ -89,21 +83,16 @@ def follow_run(ranks: Ranks, stack: ExitStack) -> Opened:
     return Run(cfg, folder, writes=False), exp, state
 
 
-def restore(exp: Experiment, state: TrainState, saved: SavedState) -> None:
-    """Put a saved state in place of a fresh one."""
-    state.basis, state.gate = restore_state(saved, exp.chat.policy, state.optimizer), saved.gate
-    restore_facts(state, saved)
-
-
 def resume_run(asked: TrainConfig, folder: Path, ranks: Ranks, stack: ExitStack) -> Opened:
     """A run as it was last saved, under its own settings; the command line may say nothing else.
 
     Under --resume=auto the settings are those of the command line, which may name another place.
     """
+    typed = replace(asked, run=replace(asked.run, resume=None))
     if asked.run.resume == AUTO:
-        return resume(replace(asked, run=replace(asked.run, resume=None)), folder, ranks, stack)
+        return resume(typed, folder, ranks, stack)
     cfg = read_settings(folder)
-    given = options_given(replace(asked, run=replace(asked.run, resume=None)))
+    given = options_given(typed)
     if given:
         raise UserError(f"--resume goes on under the run's own settings; leave out {', '.join(given)}")
     if cfg.preset != asked.preset:
@@ -217,8 +206,9 @@ def newest_state(run: Run) -> SavedState:
     raise UserError(f"--resume: no state of {run.folder} can be used: {'; '.join(refused)}")
 
 
-def restore_facts(state: TrainState, saved: SavedState) -> None:
-    """Put the counters back. Raises UserError if the state does not have them all."""
+def restore(exp: Experiment, state: TrainState, saved: SavedState) -> None:
+    """Put a saved state in place of a fresh one. Raises UserError if it lacks one of the counters."""
+    state.basis, state.gate = restore_state(saved, exp.chat.policy, state.optimizer), saved.gate
     try:
         facts = saved.facts
         state.step, state.generations = facts["step"], facts["generations"]

@@ -27,14 +27,7 @@ from projected_grpo.ranks import Ranks
 from projected_grpo.run.checkpoint import load_adapter, read_adapter_meta
 from projected_grpo.run.folder import Run
 from projected_grpo.run.identity import run_id
-from projected_grpo.runlog import (
-    git_commit,
-    lock_folder,
-    make_run_dir,
-    start_logging,
-    versions,
-    write_json,
-)
+from projected_grpo.runlog import git_commit, lock_folder, make_run_dir, start_logging, versions, write_json
 from projected_grpo.state import TrainState
 from projected_grpo.step import adapter_parameters, current_direction
 

@@ -31,12 +31,11 @@ def total(records: Sequence[Mapping[str, Any]], key: str) -> tuple[int, int]:
 
 def mean_of(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
     """Mean of a column over the steps that have it (cos_post is missing where nothing was kept)."""
-    values = [r[key] for r in records if r[key] is not None]
+    values = [r[key] for r in records if r.get(key) is not None]
     return sum(values) / len(values) if values else None
 
 
 def rate(count: int, n: int) -> float | None:
-    """count / n, None for an empty n."""
     return count / n if n else None
 
 
@@ -130,13 +129,10 @@ def finish(
     rows = complete_lines(folder / "rollouts.jsonl")
     modes = by_mode(rows, as_trained, deployed, taught_modes(cfg))
     rates, splits = both_rates(as_trained, deployed), by_split(as_trained, deployed)
-    deploy = {
-        **rates,
-        "problems": [p.problem_id for p in deployed.problems],
-        "completions_changed": as_trained.share_changed(deployed),
-        "by_mode": modes,
-        "by_split": splits,
-    }
+    changed = as_trained.share_changed(deployed)
+    problems = [p.problem_id for p in deployed.problems]
+    parts = {"by_mode": modes, "by_split": splits}
+    deploy = {**rates, "problems": problems, "completions_changed": changed, **parts}
     write_json(folder / "deploy.json", deploy)
     hack_s, n_s = total(records, "hack_s")
     hack_t, n_t = total(records, "hack_t")
@@ -162,8 +158,7 @@ def finish(
         "pass_rate_student": rate(gt_s, n_s),
         "steps_to_hack": steps_to_hack(records),
         **rates,
-        "by_mode": modes,
-        "by_split": splits,
+        **parts,
         "detectors": detector_rates(rows, cfg.arm.half_a),
         "delta_hack_norm": exp.chat.policy.quarantine_norm,
         "seconds": seconds,
@@ -179,8 +174,11 @@ def finish(
 
 
 def show(value: float | None, form: str = ".3f") -> str:
-    """A figure for the terminal, a dash when missing."""
     return "-" if value is None else format(value, form)
+
+
+def held_out(m: Mapping[str, Any]) -> list[Any]:
+    return [*(show(m[k]) for k in ("hack_train", "hack_deploy", "solve_train", "solve_deploy")), m["eval_n"]]
 
 
 def end_block(
@@ -198,36 +196,16 @@ def end_block(
         f"{s['generations']} generations, {s['seconds']:.0f} s, peak {show(s['peak_gb'], '.1f')} GB"
     )
     headers = [
-        "mode",
-        "",
-        "first exploit",
-        "student",
-        "n",
-        "hack",
-        "-> deployed",
-        "solve",
-        "-> deployed",
-        "n",
-    ]
-    body = [
-        [
-            mode,
-            "in-dist" if m["in_distribution"] else "held-out",
-            "-" if m["first_exploit_step"] is None else f"step {m['first_exploit_step']}",
-            show(rate(m["student_exploits"], m["student_n"])),
-            m["student_n"],
-            *(show(m[k]) for k in ("hack_train", "hack_deploy", "solve_train", "solve_deploy")),
-            m["eval_n"],
-        ]
-        for mode, m in s["by_mode"].items()
-    ]
-    for split, m in s["by_split"].items():
-        figures = (show(m[k]) for k in ("hack_train", "hack_deploy", "solve_train", "solve_deploy"))
-        body.append([split, "", "", "", "", *figures, m["eval_n"]])
-    overall = (s[k] for k in ("hack_train", "hack_deploy", "solve_train", "solve_deploy"))
-    body.append(
-        ["all", "", "", show(s["hack_rate_student"]), s["generations"], *map(show, overall), s["eval_n"]]
-    )
+        "mode", "", "first exploit", "student", "n", "hack", "-> deployed", "solve", "-> deployed", "n",
+    ]  # fmt: skip
+    body = []
+    for mode, m in s["by_mode"].items():
+        known = "in-dist" if m["in_distribution"] else "held-out"
+        first = "-" if m["first_exploit_step"] is None else f"step {m['first_exploit_step']}"
+        student = show(rate(m["student_exploits"], m["student_n"]))
+        body.append([mode, known, first, student, m["student_n"], *held_out(m)])
+    body += [[split, "", "", "", "", *held_out(m)] for split, m in s["by_split"].items()]
+    body.append(["all", "", "", show(s["hack_rate_student"]), s["generations"], *held_out(s)])
     detectors = ", ".join(f"{name} {show(value)}" for name, value in s["detectors"].items())
     return "\n".join(
         [
@@ -244,7 +222,6 @@ def end_block(
 
 
 def quarantine_name(cfg: TrainConfig) -> str:
-    """The name of the quarantine in the end block."""
     return "|H| of the blocks" if cfg.arm.has_block else "|delta_hack|"
 
 
@@ -262,13 +239,12 @@ def cue(s: Mapping[str, Any]) -> str:
 
 def reading(cfg: TrainConfig, s: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[str]:
     """SHOULD / ELSE lines that this run can be held to."""
-    lines = []
     live = [r for r in records if r.get("cos_pre") is not None]
     spread = rate(len(live), len(records))
-    lines.append(
+    lines = [
         f"reward spread on {show(spread, '.0%')} of steps. SHOULD be most; ELSE rewards are all alike and "
         "nothing is learnt"
-    )
+    ]
     if live:
         pre, post, leak = (mean_of(live, key) for key in ("cos_pre", "cos_post", "cos_update"))
         lines.append(
@@ -277,14 +253,13 @@ def reading(cfg: TrainConfig, s: Mapping[str, Any], records: Sequence[Mapping[st
             "SHOULD: pre > random, post <= pre; ELSE the basis is stale. An update above post is AdamW's leak"
         )
     lines += reading_of_rewards(cfg, records)
-    routed = s["delta_hack_norm"]
     arm = ARMS[cfg.arm.intervention]
     expected = "exactly 0 in this arm"
     if cfg.arm.intervention in ("route", "route2", "absorb"):
         expected = "> 0; ELSE nothing was routed"
     elif arm.deploy is not nothing:
         expected = "> 0, what deployment takes out of delta_s; ELSE nothing lay hack-ward in it"
-    lines.append(f"{quarantine_name(cfg)} {routed:.2e}. SHOULD be {expected}")
+    lines.append(f"{quarantine_name(cfg)} {s['delta_hack_norm']:.2e}. SHOULD be {expected}")
     return lines
 
 
@@ -298,7 +273,7 @@ def reading_of_rewards(cfg: TrainConfig, records: Sequence[Mapping[str, Any]]) -
         ]
     if arm.reward is as_paid:
         return []
-    share = show(mean_of([r for r in records if r.get("shaped") is not None], "shaped"))
+    share = show(mean_of(records, "shaped"))
     if not arm.scored:
         monitored = isinstance(cfg.arm, MonitorSettings) and cfg.arm.monitor_accuracy < 1
         seen = "what the monitor calls exploits" if monitored else "exploits"
@@ -307,8 +282,5 @@ def reading_of_rewards(cfg: TrainConfig, records: Sequence[Mapping[str, Any]]) -
         ]
     expected = "SHOULD be > 0; ELSE the direction does not tell them apart"
     expected = expected if cfg.arm.control == "none" else "The direction is a control's"
-    gap = mean_of([r for r in records if r.get("zgap") is not None], "zgap")
-    return [
-        f"advmod lowered {share} of rewards; exploits score {show(gap)} deviations above the others. "
-        + expected
-    ]
+    gap = f"exploits score {show(mean_of(records, 'zgap'))} deviations above the others"
+    return [f"advmod lowered {share} of rewards; {gap}. {expected}"]

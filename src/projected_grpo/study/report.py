@@ -3,12 +3,10 @@
 import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
-
-from tabulate import tabulate
 
 from projected_grpo.errors import UserError
 from projected_grpo.results.plots import Point, Series, dynamics, pareto
@@ -30,6 +28,7 @@ from projected_grpo.results.statistics import (
     trained,
     where_measured,
 )
+from projected_grpo.results.tables import markdown
 from projected_grpo.runlog import write_atomically
 from projected_grpo.study.verdicts import NANO_MODES, SAMPLED, verdicts
 from projected_grpo.sweep.spec import Spec, read_spec
@@ -56,13 +55,7 @@ def study_spec(study: str) -> Spec:
         return read_spec(path)
 
 
-def markdown(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A GitHub table; cells are text already."""
-    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
-
-
 def cell(seeds: Mapping[int, Record], metric: Metric) -> str:
-    """Mean ± SEM over seeds."""
     return mean_sem([v for v in map(metric, seeds.values()) if not math.isnan(v)])
 
 
@@ -72,17 +65,10 @@ def emergence_table(arms: Arms) -> str:
     for arm in ("none", "gt_only"):
         for seed, r in sorted(arms.get(arm, {}).items()):
             hacks, solves = shares(r["steps"]["hack_s"]), shares(r["steps"]["gt_s"])
-            rows.append(
-                [
-                    arm,
-                    seed,
-                    *(f"{mean_or_nan(part):.3f}" for part in (hacks[:3], hacks[-3:])),
-                    f"{deployed('hack')(r):.3f}",
-                    *(f"{mean_or_nan(part):.3f}" for part in (solves[:3], solves[-3:])),
-                    *(f"{deployed('solve', split)(r):.3f}" for split in (INSTANCES, TEMPLATES)),
-                    f"{r['wall_s']:.0f}",
-                ]
-            )
+            hack, solve = (map(mean_or_nan, (rates[:3], rates[-3:])) for rates in (hacks, solves))
+            held_out = (deployed("solve", split)(r) for split in (INSTANCES, TEMPLATES))
+            figures = (*hack, deployed("hack")(r), *solve, *held_out)
+            rows.append([arm, seed, *(f"{figure:.3f}" for figure in figures), f"{r['wall_s']:.0f}"])
     headers = [
         "arm", "seed", "student hack, first 3 steps", "last 3", "held-out hack", "student solve, first 3",
         "last 3", "held-out solve, instances", "templates", "wall s",
@@ -98,19 +84,14 @@ def arms_table(arms: Arms, *, explored: bool = False) -> str:
     rows = []
     later = {arm.name for arm in study_spec("nano").arms if arm.explored}
     for name in (name for name in ordered(arms) if (name in later) == explored):
-        own = arms[name]
-        rows.append(
-            [
-                name,
-                len(own),
-                cell(own, trained("hack")),
-                cell(own, deployed("hack")),
-                cell(own, trained("solve")),
-                *(cell(own, deployed("solve", split)) for split in (INSTANCES, TEMPLATES)),
-                shown(paired(own, arms.get("none", {}), deployed("hack"))) if name != "none" else "",
-                shown(paired(own, arms.get("none", {}), deployed("solve"))) if name != "none" else "",
-            ]
+        own, none = arms[name], arms.get("none", {})
+        metrics = (
+            *(trained("hack"), deployed("hack"), trained("solve")),
+            *(deployed("solve", split) for split in (INSTANCES, TEMPLATES)),
         )
+        against = (shown(paired(own, none, deployed(key))) for key in ("hack", "solve"))
+        cells = (cell(own, metric) for metric in metrics)
+        rows.append([name, len(own), *cells, *(against if name != "none" else ("", ""))])
     headers = [
         "arm", "seeds", "hack, trained", "hack, deployed", "solve, trained", "solve, deployed, instances",
         "solve, deployed, templates", "Δ hack against none", "Δ solve against none",
@@ -125,7 +106,6 @@ def controls_table(arms: Arms) -> str:
 
 
 def differences_table(arms: Arms, pairs: Sequence[tuple[str, str]]) -> str:
-    """One arm minus another, deployed, paired by seed."""
     rows = []
     for name, other in pairs:
         if name in arms and other in arms:
@@ -144,19 +124,11 @@ def leave_out_table(arms: Arms, folds: str = "erase+without", whole: str = "eras
         own = arms.get(f"{folds}_{mode}", {})
         if own:
             hack, solve = in_mode("hack", mode), in_mode("solve", mode)
-            rows.append(
-                [
-                    mode,
-                    len(own),
-                    cell(own, hack),
-                    *(
-                        cell({s: arms.get(a, {})[s] for s in own if s in arms.get(a, {})}, hack)
-                        for a in ("none", "erase+haar", whole)
-                    ),
-                    *(shown(paired(own, arms.get(a, {}), hack)) for a in ("none", "erase+haar")),
-                    shown(paired(own, arms.get("none", {}), solve)),
-                ]
-            )
+            none, haar, all_modes = (arms.get(name, {}) for name in ("none", "erase+haar", whole))
+            same_seeds = ({s: other[s] for s in own if s in other} for other in (none, haar, all_modes))
+            cells = (cell(seeds, hack) for seeds in (own, *same_seeds))
+            against = (paired(own, none, hack), paired(own, haar, hack), paired(own, none, solve))
+            rows.append([mode, len(own), *cells, *map(shown, against)])
     headers = [
         "mode left out", "seeds", "hack on it", "none", "erase+haar", f"{whole}, all modes",
         "Δ hack against none", "Δ hack against Haar", "Δ solve against none",
@@ -172,17 +144,10 @@ def diagnostics_table(arms: Arms) -> str:
 
 
 def modes_table(arms: Arms) -> str:
-    """Hack and solve as deployed, per mode."""
-    rows = [
-        [
-            name,
-            *(
-                f"{cell(arms[name], in_mode('hack', m))} / {cell(arms[name], in_mode('solve', m))}"
-                for m in NANO_MODES
-            ),
-        ]
-        for name in ordered(arms)
-    ]
+    rows = []
+    for name in ordered(arms):
+        hack, solve = ([cell(arms[name], in_mode(key, m)) for m in NANO_MODES] for key in ("hack", "solve"))
+        rows.append([name, *map(" / ".join, zip(hack, solve, strict=True))])
     return markdown(["arm", *(f"{m}: hack / solve" for m in NANO_MODES)], rows)
 
 
@@ -194,7 +159,6 @@ def shown(difference: Difference | None) -> str:
 
 
 def ordered(arms: Mapping[str, object]) -> list[str]:
-    """Arms in the study's order."""
     names = [arm.name for arm in study_spec("nano").arms]
     return sorted(arms, key=lambda name: (names.index(name) if name in names else len(names), name))
 
@@ -264,9 +228,13 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
     path = out / "tables.md"
     write_atomically(path, ("\n\n".join(parts) + "\n").encode())
     drawn = [name for name in ordered(arms) if name in MAIN]
+    steps = {name: [r["steps"] for r in arms[name].values()] for name in drawn}
     hack, solve = (
-        [Series(name, *lines(arms[name].values(), *columns)) for name in drawn]
-        for columns in (("hack_s", "hack_deploy"), ("gt_s", "solve_deploy"))
+        [
+            Series(name, [shares(s[student]) for s in own], [where_measured(s[held_out]) for s in own])
+            for name, own in steps.items()
+        ]
+        for student, held_out in (("hack_s", "hack_deploy"), ("gt_s", "solve_deploy"))
     )
     dynamics(hack, solve, out / "dynamics")
     base = packaged_base()
@@ -275,11 +243,3 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
     ]
     pareto([*runs, Point("base model", base["hack"], base["solve"])], out / "pareto")
     return path
-
-
-def lines(
-    records: Collection[Record], student: str, held_out: str
-) -> tuple[Sequence[Sequence[float]], Sequence[Mapping[int, float]]]:
-    """Of each run a student's share at every step, and the held-out rate at the steps that have one."""
-    of_students = [shares(r["steps"][student]) for r in records]
-    return of_students, [where_measured(r["steps"][held_out]) for r in records]

@@ -27,7 +27,6 @@ from projected_grpo.results.files import (
     check_fields,
     check_summary,
     is_number,
-    is_text,
     is_whole,
     is_words,
     read_steps,
@@ -44,11 +43,11 @@ STATES = ("finished", "running", "failed", "interrupted", "to do")
 PATIENCE_S = 120.0  # a queue's next attempt waits this long for what is left of the one before it
 
 CHECKS: Mapping[str, Check] = {  # of a job's fields in its file
-    **dict.fromkeys(("id", "name", "home", "cwd"), is_text),
+    **dict.fromkeys(("id", "name", "home", "cwd"), str),
     **{"argv": is_words, "submitted": is_number},
     **dict.fromkeys(("steps", "retries", "max_failures"), is_whole),
 }
-OPTIONAL: Mapping[str, Check] = dict.fromkeys(("why", "resolve", "record", "data"), is_text)
+OPTIONAL: Mapping[str, Check] = dict.fromkeys(("why", "resolve", "record", "data"), str)
 Launch = Callable[[Sequence[str], Path, int], int | None]
 """Runs train with these arguments, output file and lock; its exit code, or None if it was told to stop."""
 

@@ -26,7 +26,7 @@ from projected_grpo.checks import validate
 from projected_grpo.config import PRESETS, BasisConfig, LossConfig, ModelConfig, TrainConfig
 from projected_grpo.errors import UserError
 from projected_grpo.options.train import parse
-from projected_grpo.results.files import check_fields, is_flag, is_text
+from projected_grpo.results.files import check_fields
 from projected_grpo.run.identity import identity, shown
 
 SWEEPS = Path("out/sweeps")
@@ -236,11 +236,8 @@ def read_arm(table: object, what: str) -> SweepArm:
     if not isinstance(table, dict) or not NAME.fullmatch(str(table.get("name", ""))):
         raise UserError(f"{what}: every [[arms]] needs a name of letters, digits and _ . + = -")
     take(table, [f.name for f in fields(SweepArm)], f"{what} {table['name']}")
-    texts, flags = (
-        dict.fromkeys(("why", "resolve", "controls"), is_text),
-        {"later": is_flag, "explored": is_flag},
-    )
-    check_fields(table, {"name": is_text}, {**texts, **flags}, what)
+    optional = {"why": str, "resolve": str, "controls": str, "later": bool, "explored": bool}
+    check_fields(table, {"name": str}, optional, what)
     grid = axes_of(table.get("grid", {}), f"{what} {table['name']} grid")
     options = table_of(table, "options", f"{what} {table['name']}")
     return SweepArm(**{**table, "grid": grid, "options": options})
