@@ -18,11 +18,11 @@ from projected_grpo.antipasto import wrap
 from projected_grpo.config import to_json
 from projected_grpo.proj import HackBasis
 from projected_grpo.results.files import read_heldout
-from projected_grpo.results.pictures import at_steps, heldout_files, mean_at_steps, rates, series
+from projected_grpo.results.pictures import heldout_files, mean_at_steps, series
 from projected_grpo.results.plots import COSINES
 from projected_grpo.results.report import report_page
 from projected_grpo.results.runs import finished, grouped, read_runs
-from projected_grpo.results.statistics import by_arm
+from projected_grpo.results.statistics import by_arm, shares, where_measured
 from projected_grpo.run.checkpoint import save_state, state_path
 from projected_grpo.run.folder import Run
 from projected_grpo.run.identity import chosen, identity
@@ -73,7 +73,7 @@ def read_everything(folder):
     falsify_text(groups, "json")
     for seeds in groups.values():
         for run in seeds.values():
-            rates(run, "hack_s"), at_steps(run, "hack_deploy")
+            shares(run.values("hack_s")), where_measured(run.values("hack_deploy"))
         mean_at_steps(seeds.values(), "refr")
         for column in COSINES:
             series("", seeds.values(), column)

@@ -11,9 +11,7 @@ import pytest
 
 from hacks import CANONICAL, HACKS, WRONG, fenced, make_task
 from projected_grpo import cli
-from projected_grpo.bench import grader as bench
 from projected_grpo.bench.grader import (
-    BenchSettings,
     Metered,
     as_script,
     bench_grader,
@@ -23,12 +21,14 @@ from projected_grpo.bench.grader import (
     pool_work,
     single,
 )
+from projected_grpo.options.verbs import BenchGraderOptions
 from projected_grpo.pools import Teacher, TeacherRow
 from projected_grpo.problems import load_problems
 from projected_grpo.rewards import Grader, extract_code
 from projected_grpo.verbs import bench as verbs_bench
 
-QUICK = BenchSettings(workers=2, baseline_sample=2, loops=2, loop_limit=0.3)
+QUICK = BenchGraderOptions(workers=2, baseline_sample=2, loops=2, loop_limit=0.3)
+MEASURED = ("workers", "repeats", "baseline_sample", "loops", "loop_limit")
 TESTED = CANONICAL + "\ndef run_tests():\n    assert Solution().total([1]) == 1\n"
 BUSY = CANONICAL.replace("return", "[0 for _ in range(3_000_000)]\n        return")
 
@@ -128,8 +128,8 @@ def test_the_verb_takes_a_pool_and_writes_json(tmp_path, monkeypatch, capsys):
     (tmp_path / "prompt_1.jsonl").write_text(json.dumps(row) + "\n")
     seen = {}
 
-    def measure(work, settings):
-        seen.update(work=work, settings=asdict(settings))
+    def measure(work, options):
+        seen.update(work=work, settings=asdict(options))
         return bench_grader(work, QUICK)
 
     monkeypatch.setattr(verbs_bench, "bench_grader", measure)
@@ -137,7 +137,7 @@ def test_the_verb_takes_a_pool_and_writes_json(tmp_path, monkeypatch, capsys):
     arguments = ["--pool", str(tmp_path), "--workers", "2", "--loops", "3", "--loop-limit", "0.5"]
     assert cli.main(["bench", "grader", *arguments, "--json", str(out)]) == 0
     assert [(task.problem_id, task.env_mode) for task, _ in seen["work"]] == [(problem.problem_id, "gt_only")]
-    assert seen["settings"] == asdict(bench.BenchSettings(2, 1, 0, 3, 0.5))  # nothing runs uncontained
+    assert [seen["settings"][name] for name in MEASURED] == [2, 1, 0, 3, 0.5]  # nothing runs uncontained
     assert json.loads(out.read_text())["responses"] == 1 and "1 responses" in capsys.readouterr().out
     for more, sample in ((["--pool", str(tmp_path), "--baseline-sample=1"], 1), (["--limit=1"], 20)):
         assert cli.main(["bench", "grader", *more]) == 0

@@ -16,6 +16,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from projected_grpo.options.verbs import BenchGraderOptions
 from projected_grpo.pools import Teacher
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import Grader, Task, extract_code
@@ -27,18 +28,8 @@ LOOP = (
     "```python\nclass Solution:\n    def {method}(self, *a, **k):\n        while True:\n            pass\n```"
 )
 TESTS_PER_RESPONSE = 3
+CANONICAL_SAMPLE = 20  # canonical solutions that plain subprocesses run too
 SLOW_S = 0.2  # own CPU time from which a response is counted, and named, apart
-
-
-@dataclass(frozen=True)
-class BenchSettings:
-    """How much is measured. workers 0: one per core; loop_limit 0: the grader's own limit."""
-
-    workers: int = 0
-    repeats: int = 1
-    baseline_sample: int = 20
-    loops: int = 4
-    loop_limit: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +50,6 @@ class Metered(Sandbox):
         super().__init__(workers)
 
     def submit_plan(self, plan: Plan, conclude: Callable[[Mapping[str, Outcome]], T]) -> Future[T]:
-
         def noted(done: Mapping[str, Outcome]) -> Mapping[str, Program]:
             programs = plan(done)
             self.programs += programs.values()
@@ -71,12 +61,11 @@ class Metered(Sandbox):
 
         return super().submit_plan(noted, counted)
 
+    def forget(self) -> None:
+        self.programs, self.outcomes = [], []
+
     def __enter__(self) -> "Metered":
         return self
-
-    def forget(self) -> None:
-        """Start again at nothing."""
-        self.programs, self.outcomes = [], []
 
 
 def benchmark_work(problems: Sequence[Problem], limit: int) -> list[tuple[Task, str]]:
@@ -100,32 +89,32 @@ def pool_work(problems: Sequence[Problem], teacher: Teacher, limit: int) -> list
     return work[:limit] if limit else work
 
 
-def bench_grader(work: Work, settings: BenchSettings) -> dict[str, Any]:
+def bench_grader(work: Work, options: BenchGraderOptions) -> dict[str, Any]:
     """Responses per second, latencies, the floor, what endless loops cost, and plain subprocesses."""
     load = os.getloadavg()[0]
-    with Metered(settings.workers or None) as sandbox:
+    with Metered(options.workers or None) as sandbox:
         grader, workers = Grader(sandbox), sandbox.workers
         singles = [single(grader, sandbox, *response) for response in work]
         empty_s = {count: empty_cpu(sandbox, count) for count in {1, *(len(one.programs) for one in singles)}}
     own = [max(0.0, one.cpu_s - empty_s[len(one.programs)]) for one in singles]
     slow = [i for i, seconds in enumerate(own) if seconds > SLOW_S]
     quick = [i for i in range(len(work)) if i not in set(slow)]
-    asked = min(settings.baseline_sample, len(quick))
+    asked = min(options.baseline_sample or 0, len(quick))
     sample = quick[:: len(quick) // asked][:asked] if asked else []
     return {
         "responses": len(work),
         "programs": sum(len(one.programs) for one in singles),
         "workers": workers,
-        "all": rates(work, own, workers, settings),
+        "all": rates(work, own, workers, options),
         "slow": [
             {"problem_id": work[i][0].problem_id, "own_cpu_s": own[i]}
             for i in sorted(slow, key=own.__getitem__, reverse=True)
         ],
-        "without_slow": rates([work[i] for i in quick], [own[i] for i in quick], workers, settings),
+        "without_slow": rates([work[i] for i in quick], [own[i] for i in quick], workers, options),
         "empty_program_cpu_s": empty_s[1],
         "latency_s": quantiles([one.seconds for one in singles]),
-        "loops": bench_loops(work[0][0], workers, settings),
-        "baseline": baseline(work, singles, sample, workers, settings),
+        "loops": bench_loops(work[0][0], workers, options),
+        "baseline": baseline(work, singles, sample, workers, options),
         "load_average_before": load,
         **machine(),
     }
@@ -162,7 +151,7 @@ def empty_cpu(sandbox: Sandbox, programs: int) -> float:
     return median(future.result() for future in waiting)
 
 
-def rates(work: Work, own: Sequence[float], workers: int, settings: BenchSettings) -> dict[str, Any]:
+def rates(work: Work, own: Sequence[float], workers: int, options: BenchGraderOptions) -> dict[str, Any]:
     """Responses per second with one worker and with all, and what no grader of this work could exceed.
 
     The floor is the programs' own CPU time (an empty program's subtracted), spread evenly over the workers.
@@ -171,8 +160,8 @@ def rates(work: Work, own: Sequence[float], workers: int, settings: BenchSetting
         return {"responses": 0}
     return {
         "responses": len(work),
-        "one_worker_per_s": throughput(work, 1, settings.repeats),
-        "all_workers_per_s": throughput(work, workers, settings.repeats),
+        "one_worker_per_s": throughput(work, 1, options.repeats),
+        "all_workers_per_s": throughput(work, workers, options.repeats),
         "own_cpu_s": sum(own),
         "floor_s": sum(own) / workers,
         "floor_per_s": len(work) * workers / sum(own) if sum(own) else None,
@@ -222,25 +211,25 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     return {"median": median(ranked), "p90": ranked[int(0.9 * (len(ranked) - 1))], "max": ranked[-1]}
 
 
-def bench_loops(task: Task, workers: int, settings: BenchSettings) -> dict[str, Any]:
+def bench_loops(task: Task, workers: int, options: BenchGraderOptions) -> dict[str, Any]:
     """What one endless loop costs, and several at once against the ideal of loops / workers x limit."""
-    if not settings.loops:
+    if not options.loops:
         return {"count": 0}
-    limits = Limits(wall_s=settings.loop_limit) if settings.loop_limit else Limits()
+    limits = Limits(wall_s=options.loop_limit) if options.loop_limit else Limits()
     limit = min(limits.wall_s, limits.cpu_s)
     loop = (task, LOOP.format(method=task.method))
     with Sandbox(workers, limits) as sandbox:
         grader = Grader(sandbox)
         grader.grade_all([(task, "```python\n```")] * workers)
         one_s = timed(lambda: grader.grade(*loop))
-        all_s = timed(lambda: grader.grade_all([loop] * settings.loops))
-    ideal = settings.loops / workers * limit
-    loops = {"count": settings.loops, "all_s": all_s, "ideal_s": ideal, "over_ideal": all_s / ideal}
+        all_s = timed(lambda: grader.grade_all([loop] * options.loops))
+    ideal = options.loops / workers * limit
+    loops = {"count": options.loops, "all_s": all_s, "ideal_s": ideal, "over_ideal": all_s / ideal}
     return {"limit_s": limit, "one_s": one_s, **loops}
 
 
 def baseline(
-    work: Work, singles: Sequence[Single], sample: Sequence[int], workers: int, settings: BenchSettings
+    work: Work, singles: Sequence[Single], sample: Sequence[int], workers: int, options: BenchGraderOptions
 ) -> dict[str, Any]:
     """The sample's programs as plain scripts, one after another, against the grader on the same responses."""
     if not sample:
@@ -249,12 +238,12 @@ def baseline(
         as_script(program, extract_code(work[i][1]) or "") for i in sample for program in singles[i].programs
     ]
     before = cpu_of_tree()
-    passes = [plain_subprocesses(scripts) for _ in range(settings.repeats)]
-    plain_cpu = (cpu_of_tree() - before) / len(sample) / settings.repeats
+    passes = [plain_subprocesses(scripts) for _ in range(options.repeats)]
+    plain_cpu = (cpu_of_tree() - before) / len(sample) / options.repeats
     plain = len(sample) / min(passes)
     chosen = [work[i] for i in sample]
     our_cpu = cpu_per_response(chosen)
-    one, every = (throughput(chosen, count, settings.repeats) for count in (1, workers))
+    one, every = (throughput(chosen, count, options.repeats) for count in (1, workers))
     return {
         "responses": len(sample),
         "programs": len(scripts),

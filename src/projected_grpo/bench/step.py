@@ -62,8 +62,8 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 }
 WARM_UP = 1
 SHOWN = (  # of the work, beside its figures
-    *("prompts_per_step", "group", "prompt_tokens", "max_new", "steps", "grad_checkpoint", "intervention"),
-)
+    "prompts_per_step", "group", "prompt_tokens", "max_new", "steps", "grad_checkpoint", "intervention",
+)  # fmt: skip
 
 
 class RandomGrader(Grader):
@@ -275,9 +275,9 @@ def bench_generation(work: Work) -> dict[str, Any]:
     model: Any = policy.model
 
     options = {
-        **{"max_new_tokens": work.max_new, "min_new_tokens": work.max_new, "do_sample": True},
-        **{"temperature": sampling.temperature, "top_k": sampling.top_k, "pad_token_id": PAD},
-    }
+        "max_new_tokens": work.max_new, "min_new_tokens": work.max_new, "do_sample": True,
+        "temperature": sampling.temperature, "top_k": sampling.top_k, "pad_token_id": PAD,
+    }  # fmt: skip
     functions: dict[str, Callable[[], object]] = {
         "ours": lambda: chat.sample(prompts, seeds, sampling),
         "floor": lambda: model.generate(ids, attention_mask=attention.long(), **options),

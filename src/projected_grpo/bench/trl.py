@@ -39,7 +39,6 @@ class Remembering(GRPOTrainer):
     """Keeps the batch of its last loss, so that the loss can be run again by itself."""
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's own loss of the batch, which is kept."""
         self.batch = inputs
         return super().compute_loss(model, inputs, *args, **kwargs)
 

@@ -111,11 +111,8 @@ def headline(groups: Groups) -> list[Estimate]:
         other = baseline(groups, setting, BASELINE)
         for policy, key in POLICIES:
             estimate = partial(Estimate, "headline", setting, seeds=tuple(seeds), policy=policy)
-            if other is not None and other != setting:
-                safe = differences(seeds, groups[other], partial(safe_pass, key))
-                found.append(estimate(DELTA_SAFE, safe, against=other.label))
-            else:
-                found.append(estimate(DELTA_SAFE, {}))
+            safe = differences(seeds, groups[other], partial(safe_pass, key)) if other else {}
+            found.append(estimate(DELTA_SAFE, safe, against=other.label if other else ""))
             found.append(estimate("Hack", measured(seeds, of_summary(f"hack_{key}"))))
             found.append(estimate("Pass", measured(seeds, of_summary(f"solve_{key}"))))
             found += [
@@ -135,7 +132,7 @@ def paired(groups: Groups, arm: str = BASELINE) -> list[Estimate]:
     found = []
     for setting, seeds in groups.items():
         other = baseline(groups, setting, arm)
-        if other is None or other == setting:
+        if other is None:
             continue
         for policy, key in POLICIES:
             for name, metric in metrics.items():
@@ -174,34 +171,27 @@ def check_arm(groups: Groups, arm: str) -> None:
 def baseline(groups: Groups, setting: Setting, arm: str) -> Setting | None:
     """The setting of `arm` to compare with: same context, then as far as there is one with the same options.
 
-    None if there is none, or if several fit equally well.
+    None if there is none but itself, or if several fit equally well.
     """
     candidates = [s for s in groups if s.context == setting.context and s.arm == arm]
     own = (setting.basis_options, setting.own_options)
-    for found in (
-        [s for s in candidates if (s.basis_options, s.own_options) == own],
-        [s for s in candidates if s.basis_options == setting.basis_options],
-        [s for s in candidates if not s.basis_options and not s.own_options],
-        candidates,
-    ):
-        if found:
-            return found[0] if len(found) == 1 else None
-    return None
+    found = (
+        [s for s in candidates if (s.basis_options, s.own_options) == own]
+        or [s for s in candidates if s.basis_options == setting.basis_options]
+        or [s for s in candidates if not s.basis_options and not s.own_options]
+        or candidates
+    )
+    return found[0] if len(found) == 1 and found[0] != setting else None
 
 
 def notes(groups: Groups, arm: str = BASELINE) -> list[str]:
     """What a reader of the tables has to know and cannot see in them."""
-    against = tuple(dict.fromkeys((BASELINE, arm)))
-    return [
-        *_context_notes(groups),
-        *(
-            line
-            for setting, seeds in groups.items()
-            for name in against
-            if setting.arm != name
-            for line in _pairing_notes(groups, setting, seeds, name)
-        ),
-    ]
+    found = _context_notes(groups)
+    for setting, seeds in groups.items():
+        for name in dict.fromkeys((BASELINE, arm)):
+            if setting.arm != name:
+                found += _pairing_notes(groups, setting, seeds, name)
+    return found
 
 
 def _context_notes(groups: Groups) -> list[str]:

@@ -41,7 +41,6 @@ class Setting:
 
     @property
     def title(self) -> str:
-        """The context in words."""
         words = f"{self.preset}, {self.model}, problems {self.problems}, {self.env_mode}, {self.steps} steps"
         return words + (f", {self.shared_options}" if self.shared_options else "")
 
@@ -52,7 +51,6 @@ class Setting:
 
     @property
     def arm_options(self) -> str:
-        """Options of the arm and its basis."""
         return joined(self.own_options, self.basis_options)
 
     @property
@@ -79,7 +77,6 @@ class EndedRun:
 
     @property
     def seed(self) -> int:
-        """Of everything that is drawn."""
         return self.summary["seed"]
 
     @property

@@ -114,7 +114,6 @@ class StepTable:
         self.rows = 0
 
     def legend(self) -> str:
-        """What each shown column means, a line each."""
         return "\n".join(f"  {column.key:<12} {column.legend}" for column in self.shown)
 
     def lines(self, record: Mapping[str, Any]) -> list[str]:

@@ -57,12 +57,8 @@ class LiveView:
         older = list(folder.glob("*tfevents*"))
         path = folder / f"events.out.tfevents.{time.time():017.6f}"  # by name in the order they were made
         self._file = RecordWriter(str(path))
-        now = time.time()
-        for event in (
-            Event(wall_time=now, file_version=VERSION),
-            Event(wall_time=now, step=0, session_log=SessionLog(status=SessionLog.START)),
-        ):
-            self._file.write(event.SerializeToString())
+        self._event(file_version=VERSION)
+        self._event(step=0, session_log=SessionLog(status=SessionLog.START))
         self._write(rows)
         for file in older:
             file.unlink()
@@ -70,9 +66,11 @@ class LiveView:
     def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         for row in rows:
             values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures(row).items()]
-            event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
-            self._file.write(event.SerializeToString())
+            self._event(step=row["step"], summary=Summary(value=values))
         self._file.flush()
+
+    def _event(self, **fields: Any) -> None:
+        self._file.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float]:

@@ -85,10 +85,8 @@ def arms_table(arms: Arms, *, explored: bool = False) -> str:
     later = {arm.name for arm in study_spec("nano").arms if arm.explored}
     for name in (name for name in ordered(arms) if (name in later) == explored):
         own, none = arms[name], arms.get("none", {})
-        metrics = (
-            *(trained("hack"), deployed("hack"), trained("solve")),
-            *(deployed("solve", split) for split in (INSTANCES, TEMPLATES)),
-        )
+        held_out = (deployed("solve", split) for split in (INSTANCES, TEMPLATES))
+        metrics = (trained("hack"), deployed("hack"), trained("solve"), *held_out)
         against = (shown(paired(own, none, deployed(key))) for key in ("hack", "solve"))
         cells = (cell(own, metric) for metric in metrics)
         rows.append([name, len(own), *cells, *(against if name != "none" else ("", ""))])

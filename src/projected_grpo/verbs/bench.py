@@ -2,13 +2,14 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from loguru import logger
 from tabulate import tabulate
 
-from projected_grpo.bench.grader import BenchSettings, bench_grader, bench_table, benchmark_work, pool_work
+from projected_grpo.bench.grader import CANONICAL_SAMPLE, bench_grader, bench_table, benchmark_work, pool_work
 from projected_grpo.bench.growth import bench_growth
 from projected_grpo.bench.step import (
     Rival,
@@ -108,13 +109,11 @@ def bench_grader_verb(options: BenchGraderOptions) -> int:
         work = pool_work(problems, join(load_pool(options.pool), problems), options.limit)
         if not work:
             raise UserError(f"{options.pool}: no overlap with the problems of {options.problems.problems}")
-    baseline = options.baseline_sample
-    if baseline is None:
-        baseline = BenchSettings.baseline_sample if options.pool is None else 0
-    settings = BenchSettings(options.workers, options.repeats, baseline, options.loops, options.loop_limit)
-    if options.pool is not None and baseline:
+    if options.baseline_sample is None:
+        options = replace(options, baseline_sample=CANONICAL_SAMPLE if options.pool is None else 0)
+    if options.pool is not None and options.baseline_sample:
         logger.warning("plain subprocesses will run programs of this pool without containment")
-    report = bench_grader(work, settings)
+    report = bench_grader(work, options)
     print(bench_table(report))
     if options.json is not None:
         write_json(options.json, report)
