@@ -294,7 +294,7 @@ def test_the_metadata_follows_model_pairs_and_settings(tiny_policy):
     assert describe(tiny_policy, "a", PAIRS, BasisConfig()) == base
     layer.delta_s.data += 1.0  # a run that starts from another's adapter parameters has a basis of its own
     started = describe(tiny_policy, "a", PAIRS, BasisConfig())
-    assert set(started) - set(base) == {"adapter"} and base.items() < started.items()
+    assert set(started) - set(base) == {"knobs"} and base.items() < started.items()
     layer.delta_s.data.zero_()
     layer.base.weight.data[0, 0] += 1e-3
     assert differing(tiny_policy, "a", PAIRS, BasisConfig()) == {"weights"}

@@ -51,7 +51,7 @@ def weights_hash(policy: Policy) -> str:
 def describe(policy: Policy, model: str, pairs: PairSet, cfg: BasisConfig) -> dict[str, Any]:
     """The metadata that makes a basis file fit a run; every field must agree at load."""
     deployed = torch.cat([p.flatten() for p in policy.deltas(ablate_quarantine=True).values()])
-    started = {"adapter": tensor_hash(deployed)} if bool(deployed.any()) else {}  # a run with --init-adapter
+    started = {"knobs": tensor_hash(deployed)} if bool(deployed.any()) else {}  # a run with --init-adapter
     return started | {
         "schema": SCHEMA,
         "model": model,
@@ -99,7 +99,7 @@ def load_extraction(path: Path, expected: Mapping[str, Any], device: torch.devic
     checksum = meta.pop("checksum", None) if isinstance(meta, dict) else ""
     if checksum not in (None, content_hash(tensors, meta)):  # files had none at first
         raise UserError(f"{path}: damaged: its checksum differs from its content; delete it to extract again")
-    for field, value in {"adapter": None, **expected}.items():
+    for field, value in {"knobs": None, **expected}.items():
         if meta.get(field) != value:
             raise UserError(
                 f"{path}: made for another run: {field} is {_short(meta.get(field))}, this run has "

@@ -1,4 +1,4 @@
-"""A run and its folder: begun, locked, written to, saved, found again and gone on with."""
+"""A run's folder: what is written to it, and its saved states."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -71,7 +71,7 @@ class Run:
         return True
 
     def save(self, exp: Experiment, state: TrainState) -> None:
-        """Write state/: all that resuming needs; older states beyond --keep-states go.
+        """Write state/: all that resuming needs; older states than the last KEPT_STATES go.
 
         Where the storage does not take it, that is said in one line and remembered in `unsaved`; the last
         good state stays.

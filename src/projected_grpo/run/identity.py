@@ -15,7 +15,7 @@ from typing import Any
 
 from projected_grpo.config import PRESETS, RunConfig, TrainConfig, to_json
 
-PLACE = {f.name for f in fields(RunConfig)} - {"seed"} | {"device", "svd_cache", "vllm_memory"}
+PLACE = {f.name for f in fields(RunConfig)} - {"seed"} | {"device", "svd_cache"}
 REFERENCE = {"none": "vanilla", "erase": "projected", "route": "routing", "route2": "routing2"}
 SHORT = {
     "v_hack_k": "k",

@@ -3,7 +3,7 @@
 import math
 import re
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from loguru import logger
@@ -11,13 +11,13 @@ from loguru import logger
 from projected_grpo.antipasto import weights_digest
 from projected_grpo.checks import validate
 from projected_grpo.concept import concept_from_json
-from projected_grpo.config import PRESETS, TrainConfig, from_json, to_json
+from projected_grpo.config import PRESETS, TrainConfig, from_json
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Experiment
 from projected_grpo.ranks import Ranks, odd_one
 from projected_grpo.run.checkpoint import SavedState, read_state, restore_state, state_path, state_paths
 from projected_grpo.run.folder import Run, data_digest
-from projected_grpo.run.identity import chosen, differing, identity
+from projected_grpo.run.identity import changes, chosen, differing, identity
 from projected_grpo.run.start import Opened, live_module, provenance, set_up, start_run
 from projected_grpo.runlog import (
     lock_folder,
@@ -104,10 +104,10 @@ def resume_run(asked: TrainConfig, folder: Path, ranks: Ranks, stack: ExitStack)
 
 def options_given(cfg: TrainConfig) -> list[str]:
     """The options that are not as in the preset, as they are typed."""
-    mine, preset = to_json(cfg), to_json(PRESETS[cfg.preset][1])
-    groups = [group for group in mine if group != "preset"]
-    found = [o for group in groups for o, v in mine[group].items() if v != preset[group].get(o)]
-    return [f"--{option.replace('_', '-')}" for option in found]
+    preset = PRESETS[cfg.preset][1]
+    place = [f.name for f in fields(cfg.run) if getattr(cfg.run, f.name) != getattr(preset.run, f.name)]
+    names = {name: None for values in changes(cfg, preset).values() for name in values} | dict.fromkeys(place)
+    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 def read_settings(folder: Path) -> TrainConfig:
@@ -117,7 +117,10 @@ def read_settings(folder: Path) -> TrainConfig:
 
 
 def newest_run(cfg: TrainConfig) -> Path | None:
-    """For --resume=auto: the newest run in --out-dir of the same id and tag that was saved or has ended."""
+    """For --resume=auto: the newest run in --out-dir of the same id, tag and device that was saved or has ended.
+
+    On another device --dtype=auto may mean other weights.
+    """
     found = []
     for folder in (cfg.run.out_dir / "runs").glob(f"*_{cfg.preset}_*"):
         try:
@@ -128,10 +131,14 @@ def newest_run(cfg: TrainConfig) -> Path | None:
         same = False
         with suppress(UserError):  # a run of another version is not the same
             there = from_json(made.get("config", {}))
-            same = identity(there) == identity(cfg) and there.run.out_tag == cfg.run.out_tag
+            same = identity(there) == identity(cfg) and place(there) == place(cfg)
         if same and (finished_or_none(folder) is not None or state_paths(folder)):
             found.append(folder)
     return max(found, key=creation_order, default=None)
+
+
+def place(cfg: TrainConfig) -> tuple[str, str]:
+    return cfg.run.out_tag, cfg.model.device
 
 
 def creation_order(folder: Path) -> tuple[str, int]:
