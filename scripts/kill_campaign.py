@@ -34,7 +34,7 @@ SAVE_EVERY, STEPS = 2, 6
 OPTIONS = (
     *("--n-problems=6", "--eval-n-prompts=1", "--max-new=8", "--workers=1", "--device=cpu", "--group=3"),
     *("--vhack-refresh-every=5", "--eval-ablate-every=3", f"--save-every={SAVE_EVERY}", f"--steps={STEPS}"),
-    *("--intervention=route2", "--ref-every=0", "--vhack-pairs-path=pairs.json", "--resume=auto"),
+    *("--intervention=route2", "--vhack-pairs-path=pairs.json", "--resume=auto"),
 )
 MOST_PER_RUN = 15  # then the run is left to finish, so that there is something to compare
 

@@ -13,7 +13,6 @@ n-problems = 6
 eval-n-prompts = 1
 eval-ablate-every = 0
 max-new = 4
-threads = 1
 workers = 1
 save-every = 1
 vhack-pairs-path = "pairs.json"

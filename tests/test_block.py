@@ -415,7 +415,8 @@ def test_a_block_that_does_not_fit_is_refused_whole(saved, part, damage):
 def test_a_run_with_a_block_is_saved_evaluated_exported_and_started_from(svd_cache, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     few_pairs(tmp_path)
-    cache = f"--svd-cache={svd_cache}"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "svd_cache").symlink_to(svd_cache)
     run = [
         *(
             "train",
@@ -426,7 +427,7 @@ def test_a_run_with_a_block_is_saved_evaluated_exported_and_started_from(svd_cac
             "--workers=1",
             "--steps=2",
         ),
-        *("--lr=1e-2", "--warmup-frac=0", "--vhack-pairs-path=pairs.json", "--device=cpu", cache),
+        *("--lr=1e-2", "--warmup-frac=0", "--vhack-pairs-path=pairs.json", "--device=cpu"),
     ]
     arm = ["--intervention=absorb", "--block-init=direction", "--control=haar", "--rollout-ablate-frac=0.5"]
     assert main([*run, *arm, "--eval-ablate-every=1"]) == 0
@@ -446,7 +447,7 @@ def test_a_run_with_a_block_is_saved_evaluated_exported_and_started_from(svd_cac
     trained, alone = policy.deltas(), policy.deltas(ablate_quarantine=True)
     assert policy.quarantine_norm == pytest.approx(summary["delta_hack_norm"])
     assert not torch.equal(logits(policy, trained), logits(policy, alone))
-    assert main(["export", str(folder), "--out=model", "--as-trained", "--device=cpu", cache]) == 0
+    assert main(["export", str(folder), "--out=model", "--as-trained", "--device=cpu"]) == 0
     card = (tmp_path / "model" / "README.md").read_text()
     assert f"|H| {summary['delta_hack_norm']:.3e}" in card
     both = tmp_path / "model" / "adapter.safetensors"

@@ -73,7 +73,7 @@ def test_what_is_taught_is_the_complement(leave_out, teacher_modes, taught):
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
 def test_what_would_tell_the_run_after_all_is_refused_in_one_line(options, words, tmp_path, capsys):
-    where = [f"--out-dir={tmp_path}", f"--log-dir={tmp_path}", "--mix-ratio=0", "--workers=1"]
+    where = [f"--out-dir={tmp_path}", "--mix-ratio=0", "--workers=1"]
     assert main(["train", "smoke", *where, *options]) == 2
     (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert words in told

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from contextlib import chdir
 from dataclasses import replace
 
 import pytest
@@ -384,13 +385,14 @@ SAMPLE += ("--max-new=6", "--workers=1", "--env-mode=run_tests,sentinel")
 
 
 def sample(folder, *options):
-    return main(["pool", "sample", f"--out={folder}", *SAMPLE, *options])
+    with chdir(folder.parent):  # of the cache of SVDs
+        return main(["pool", "sample", f"--out={folder}", *SAMPLE, *options])
 
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sampled") / "pool"
-    assert sample(folder, f"--svd-cache={folder.parent / 'svd'}") == 0
+    assert sample(folder) == 0
     return folder
 
 
@@ -407,28 +409,27 @@ def test_a_sampled_pool_is_one_that_a_run_takes(sampled):
 
 def test_sampling_goes_on_where_it_was_and_leaves_labels_alone(sampled, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in sampled.glob("prompt_*")}
-    again, svd = tmp_path / "pool", f"--svd-cache={sampled.parent / 'svd'}"
+    again = tmp_path / "pool"
     again.mkdir()
     kept, *others = sorted(before)
     row = json.loads(gzip.decompress(before[kept]).splitlines()[0]) | {"reward": 0.125, "hacked": True}
     (again / kept).write_bytes(gzip.compress(json.dumps(row).encode(), mtime=0))
     (again / "sampled.json").write_bytes((sampled / "sampled.json").read_bytes())
-    assert sample(again, svd, "--batch=3") == 0
+    assert sample(again, "--batch=3") == 0
     assert "rows 9" in capsys.readouterr().out
     assert json.loads(gzip.decompress((again / kept).read_bytes())) == row
     assert {name: (again / name).read_bytes() for name in others} == {name: before[name] for name in others}
-    assert sample(again, svd, "--seed=7") == 2
+    assert sample(again, "--seed=7") == 2
     assert "other settings" in capsys.readouterr().err
 
 
 def test_the_adapter_of_a_run_changes_what_is_sampled(sampled, tmp_path, tiny_policy):
-    svd = sampled.parent / "svd"
     with torch.no_grad():
         for layer in tiny_policy.layers.values():
             layer.delta_s.normal_(generator=torch.Generator().manual_seed(0))
     adapter = tmp_path / "train.safetensors"
     save_adapter(adapter, tiny_policy, {}, deployed=True)
-    assert sample(tmp_path / "pool", f"--svd-cache={svd}", f"--adapter={adapter}") == 0
+    assert sample(tmp_path / "pool", f"--adapter={adapter}") == 0
     one, two = (
         [row.completion for p in load_pool(folder) for row in p.rows]
         for folder in (sampled, tmp_path / "pool")
@@ -448,15 +449,15 @@ def test_the_adapter_of_a_run_changes_what_is_sampled(sampled, tmp_path, tiny_po
     ],
     ids=str,
 )
-def test_bad_sampling_is_refused_and_leaves_nothing(tmp_path, sampled, capsys, options, word):
-    assert sample(tmp_path / "pool", f"--svd-cache={sampled.parent / 'svd'}", *options) == 2
+def test_bad_sampling_is_refused_and_leaves_nothing(tmp_path, capsys, options, word):
+    assert sample(tmp_path / "pool", *options) == 2
     (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert word in told and not (tmp_path / "pool").exists()
 
 
-def test_a_folder_of_something_else_is_not_sampled_into(tmp_path, sampled, capsys):
+def test_a_folder_of_something_else_is_not_sampled_into(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("x")
-    assert sample(tmp_path, f"--svd-cache={sampled.parent / 'svd'}") == 2
+    assert sample(tmp_path) == 2
     assert "not empty" in capsys.readouterr().err
 
 

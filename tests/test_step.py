@@ -63,7 +63,7 @@ def settings(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     return changed(
         PRESETS["smoke"][1],
-        **{"out_dir": home / "out", "log_dir": home / "logs", "svd_cache": home / "svd", "device": "cpu"},
+        **{"out_dir": home / "out", "svd_cache": home / "svd", "device": "cpu"},
         **{
             "vhack_pairs_path": few_pairs(home, 8),
             "workers": 1,
@@ -192,7 +192,9 @@ def test_the_order_in_which_grades_come_changes_no_byte(begin):
 
 
 def test_a_batch_is_with_the_grader_before_the_next_is_generated(begin):
-    exp, _ = begin(prompts_per_step=3, rows_per_batch=3, mix_ratio=0.25, rollout_ablate_frac=0.34)
+    exp, _ = begin(
+        intervention="route", prompts_per_step=3, rows_per_batch=3, mix_ratio=0.25, rollout_ablate_frac=0.34
+    )
     events = []
 
     class Seen(Future):
@@ -356,7 +358,7 @@ def test_what_a_step_draws_hangs_on_its_number_alone(begin):
 
 
 def test_ablated_rollouts_are_marked_and_drawn_from_the_deployed_policy(begin):
-    exp, _ = begin(rollout_ablate_frac=0.5, mix_ratio=0.0, temperature=1.0, max_new=16)
+    exp, _ = begin(intervention="route", rollout_ablate_frac=0.5, mix_ratio=0.0, temperature=1.0, max_new=16)
     clean = collect(exp, 0)
     assert [r.ablated for r in clean.rollouts] == [False, False, True, True]
     for layer in exp.chat.policy.layers.values():
@@ -605,7 +607,7 @@ def test_a_refresh_keeps_the_gate_of_every_module_in_use(begin):
 
 
 def test_counts_of_a_line_are_those_of_its_rollouts(begin):
-    exp, state = begin(prompts_per_step=3, rollout_ablate_frac=0.5)
+    exp, state = begin(intervention="route", prompts_per_step=3, rollout_ablate_frac=0.5)
     record, data = train_step(exp, state)
     student = [g for g in data.grades if g is not None]
     taught = [i for i, g in enumerate(data.grades) if g is None]

@@ -49,6 +49,11 @@ class ArmSettings:
         """Whether the quarantine is a block of its own."""
         return False
 
+    @property
+    def ablated_share(self) -> float:
+        """Share of student rollouts that are sampled without the quarantine."""
+        return 0.0
+
     def check(self) -> None:
         """Refuse values that mean nothing. Raises UserError naming the option."""
 
@@ -149,6 +154,26 @@ class AdvmodSettings(ArmSettings):
 
 
 @dataclass(frozen=True)
+class QuarantineSettings(ArmSettings):
+    """What arms that train a quarantine have in common."""
+
+    rollout_ablate_frac: float = 0.0
+    """Share of each group's student rollouts sampled with the quarantine ablated (logged as hack_abl,
+    solve_abl). Off by default: it makes the deployed model's reward a training target."""
+
+    @property
+    def ablated_share(self) -> float:
+        """Share of student rollouts that are sampled without the quarantine."""
+        return self.rollout_ablate_frac
+
+    def check(self) -> None:
+        """Refuse what is no share."""
+        super().check()
+        if not 0 <= self.rollout_ablate_frac <= 1:
+            raise UserError(f"--rollout-ablate-frac must be in [0, 1], got {self.rollout_ablate_frac}")
+
+
+@dataclass(frozen=True)
 class SplitSettings(ArmSettings):
     """How a vector is split at the basis: what arms that remove its hack-ward part have in common."""
 
@@ -159,6 +184,7 @@ class SplitSettings(ArmSettings):
 
     def check(self) -> None:
         """Refuse a negative overshoot."""
+        super().check()
         if self.project_overshoot < 0:
             raise UserError(f"--project-overshoot must be >= 0, got {self.project_overshoot}")
 
@@ -199,7 +225,7 @@ class EraseSettings(StepSettings):
 
 
 @dataclass(frozen=True)
-class RouteSettings(StepSettings):
+class RouteSettings(StepSettings, QuarantineSettings):
     """route: the hack-ward part trains the quarantine."""
 
     intervention: Literal["route"] = "route"
@@ -207,7 +233,7 @@ class RouteSettings(StepSettings):
 
 
 @dataclass(frozen=True)
-class BlockSettings(ArmSettings):
+class BlockSettings(QuarantineSettings):
     """What arms whose quarantine may be a block have in common."""
 
     quarantine: Quarantine = "auto"
@@ -226,6 +252,7 @@ class BlockSettings(ArmSettings):
 
     def check(self) -> None:
         """Refuse a block without rank, and options of a block where there is none."""
+        super().check()
         if self.block_rank < 1:
             raise UserError(f"--block-rank must be at least 1, got {self.block_rank}")
         for name in ("block_rank", "block_init"):

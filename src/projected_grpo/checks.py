@@ -46,8 +46,6 @@ def validate(cfg: TrainConfig) -> None:
         "--top-k": s.top_k,
         "--rows-per-batch": s.rows_per_batch,
         "--workers": cfg.run.workers,
-        "--threads": cfg.run.threads,
-        "--ref-every": cfg.loss.ref_every,
     }
     for option, amount in not_negative.items():
         if amount < 0:
@@ -63,8 +61,6 @@ def validate(cfg: TrainConfig) -> None:
         )
     if s.temperature <= 0 or not 0 < s.top_p <= 1:
         raise UserError("--temperature must be > 0 and --top-p in (0, 1]")
-    if not 0 <= s.rollout_ablate_frac <= 1:
-        raise UserError(f"--rollout-ablate-frac must be in [0, 1], got {s.rollout_ablate_frac}")
     if not 0 <= b.v_hack_drop_bottom_frac < 1 or not 0 <= b.v_hack_tau_axis <= 1:
         raise UserError("--v-hack-drop-bottom-frac must be in [0, 1) and --v-hack-tau-axis in [0, 1]")
     if s.max_new >= MAX_SEQUENCE:
@@ -73,7 +69,7 @@ def validate(cfg: TrainConfig) -> None:
         raise UserError("--adam-beta1 and --adam-beta2 must be in [0, 1) and --warmup-frac in [0, 1]")
     if o.grad_clip <= 0 or cfg.loss.clip > MOST_CLIP:
         raise UserError(f"--grad-clip must be > 0 and --clip at most {MOST_CLIP:g}: weights are truncated")
-    if cfg.model.sampler != "own" and s.rollout_ablate_frac > 0:
+    if cfg.model.sampler != "own" and cfg.arm.ablated_share > 0:
         raise UserError(
             f"--rollout-ablate-frac needs --sampler=own: under {cfg.model.sampler} the weight of ablated "
             "rollouts would be that of another policy, too"

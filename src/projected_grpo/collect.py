@@ -94,7 +94,8 @@ def collect(exp: Experiment, step: int) -> Collected:
     problems = pick_problems(exp, step)
     teacher = [pick_teacher(exp, p, step) for p in problems]
     live = [s.group - len(rows) for rows in teacher]
-    trained = [count - round(count * s.rollout_ablate_frac) for count in live]  # rows before the ablated ones
+    ablated = exp.cfg.arm.ablated_share
+    trained = [count - round(count * ablated) for count in live]  # rows before the ablated ones
     seeds = [
         [stream_seed(seed, "train", step, i, row) for row in range(count)] for i, count in enumerate(live)
     ]

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from tyro.conf import Fixed, Suppress
 
 from projected_grpo.arm_settings import (
     SETTINGS,
@@ -33,7 +35,10 @@ MAX_SEQUENCE = 2048  # tokens, prompt plus completion; longer prompts are skippe
 
 @dataclass(frozen=True)
 class Removed:
-    """An option that is gone: the value that does what is always done now, and what to use in its place."""
+    """An option that is gone: the value that does what is always done now, and what to use in its place.
+
+    `...` as that value: none changes an outcome.
+    """
 
     always: Any
     instead: str
@@ -52,6 +57,10 @@ REMOVED: Mapping[str, Removed] = {
     "max_skipped": Removed(3, "a run ends after three steps in a row that were skipped; leave it out"),
     "vllm_memory": Removed(0.3, "the engine takes .3 of the GPU (engine/vllm.py); leave it out"),
     "init_knobs": Removed(None, "its name is --init-adapter"),
+    "log_dir": Removed(..., "logs/ stands in --out-dir, and beside the default out/; leave it out"),
+    "svd_cache": Removed(..., "SVDs are cached in out/svd_cache of the current folder, which may be a link"),
+    "threads": Removed(..., "set OMP_NUM_THREADS, which torch reads; nano and smoke take one thread"),
+    "ref_every": Removed(1, "the preset says it: every 10 steps under nano, else every step; leave it out"),
 }
 
 
@@ -69,7 +78,7 @@ class ModelConfig:
     """Of the frozen weights; `auto` is bfloat16 on a GPU and float32 on a CPU. The adapter is float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """`auto` takes flash-attn on a GPU that has it, else sdpa."""
-    svd_cache: Path | None = Path("out/svd_cache")
+    svd_cache: Suppress[Fixed[Path | None]] = Path("out/svd_cache")
     """Folder of cached SVDs, keyed by the hash of each weight; None computes them each time."""
     sampler: Literal["own", "vllm"] = "own"
     """What generates completions, in the verbs that do: `own`, or a vLLM engine in the same process on the
@@ -110,9 +119,6 @@ class SamplingConfig:
     """Rollouts that are generated together; 0 is all of a step's. Evaluations take problems for as many
     rollouts of the longest length. Fewer need less memory
     (docs/benchmarks.md), and while one batch is generated the ones before it are graded."""
-    rollout_ablate_frac: float = 0.0
-    """Share of each group's student rollouts sampled with the quarantine ablated (logged as hack_abl,
-    solve_abl). Off by default: it makes the deployed model's reward a training target."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ class LossConfig:
     """PPO clip of the importance ratio."""
     beta: float = 0.0
     """Weight of the K3 KL to the reference (all adapter parameters zero)."""
-    ref_every: int = 1
+    ref_every: Suppress[Fixed[int]] = 1
     """Measure the KL and the reference's log-probability of student text every so many steps (every step
     when beta > 0); 0 is never, which also turns the no-teacher divergence tripwire off."""
     tokens_per_microbatch: int = 16384
@@ -225,9 +231,7 @@ class RunConfig:
     seed: int = 41
     """Of everything that is drawn: problems, completions, controls."""
     out_dir: Path = Path("out")
-    """Parent of runs/, vhack/ and pools/."""
-    log_dir: Path = Path("logs")
-    """Folder of the text log."""
+    """Parent of runs/, vhack/, pools/ and logs/; of the default, logs/ lies beside it."""
     out_tag: str = ""
     """Suffix of the run id."""
     save_every: int = 10
@@ -238,7 +242,7 @@ class RunConfig:
     as it did."""
     workers: int = 0
     """Grader processes, of each process under torchrun; 0 is one per core."""
-    threads: int = 0
+    threads: Suppress[Fixed[int]] = 0
     """CPU threads of torch; 0 is torch's own choice. Tiny models are fastest with 1, and on a busy machine
     threads that wait for each other are several times slower."""
     sandbox: SandboxMode = "auto"
@@ -246,6 +250,11 @@ class RunConfig:
     live: Literal["none", "tensorboard"] = "none"
     """tensorboard: every step also goes into the run's tb/ folder, for `tensorboard --logdir out/runs` to
     show while it runs (pip install 'projected_grpo[live]')."""
+
+    @property
+    def log_dir(self) -> Path:
+        """Folder of the text log."""
+        return Path("logs") if self.out_dir == Path("out") else self.out_dir / "logs"
 
 
 @dataclass(frozen=True)
@@ -396,10 +405,11 @@ def from_json(data: object, *, older: bool = False) -> TrainConfig:
 def _group_from_json(kind: Any, values: object, older: bool) -> Any:
     if not isinstance(values, Mapping):
         raise TypeError(f"{kind.__name__} is {str(values)[:40]!r}")
-    names: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(kind)}
+    names: dict[str, Any] = get_type_hints(kind)
     if older:
         without = _OTHER_ARMS | {name: removed.always for name, removed in REMOVED.items()}
-        values = {n: v for n, v in values.items() if n in names or n not in without or v != without[n]}
+        gone = {n for n, v in values.items() if n in without and without[n] in (..., v)}
+        values = {n: v for n, v in values.items() if n in names or n not in gone}
     _same_names(set(values), set(names), set() if older else None)
     revived = {name: _revive(names[name], value) for name, value in values.items()}
     for name, value in revived.items():

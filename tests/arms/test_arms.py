@@ -544,8 +544,7 @@ def test_every_new_arm_completes_smoke(home, monkeypatch, arm, tmp_path):
         "--workers=1",
         "--device=cpu",
     ]
-    caches = [f"--svd-cache={home / 'svd'}", f"--vhack-pairs-path={home / 'pairs.json'}"]
-    caches += [f"--v-hack-path={home / 'v.safetensors'}"]
+    caches = [f"--vhack-pairs-path={home / 'pairs.json'}", f"--v-hack-path={home / 'v.safetensors'}"]
     assert (
         main(["train", "smoke", f"--intervention={arm}", f"--out-dir={out}", *common, *caches, *options]) == 0
     )

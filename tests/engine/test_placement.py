@@ -206,17 +206,18 @@ def test_anything_misplaced_is_noticed(small_model, broken):
             outcome(policy, "apart")
 
 
-def test_a_whole_run_on_two_devices_is_the_run_on_one(tmp_path, unchecked):
+def test_a_whole_run_on_two_devices_is_the_run_on_one(tmp_path, unchecked, monkeypatch):
     """route2 with a block where V lies uses every part that knows devices: basis, gate, block, files."""
+    monkeypatch.chdir(tmp_path)
     argv = (
         *("train", "smoke", "--intervention=route2", "--quarantine=block", "--block-init=direction"),
         *("--steps=2", "--n-problems=6", "--eval-n-prompts=1", "--max-new=6", "--eval-ablate-every=0"),
         *("--workers=1", f"--vhack-pairs-path={few_pairs(tmp_path)}", "--v-hack-drop-bottom-frac=0"),
-        *("--svd-cache=None", "--vhack-refresh-every=0", "--v-hack-extract-top-k=2"),
+        *("--vhack-refresh-every=0", "--v-hack-extract-top-k=2"),
     )
     found = []
     for home, where in ((tmp_path / "one", "cpu"), (tmp_path / "two", "cpu:1,cpu:2")):
-        places = (f"--device={where}", f"--out-dir={home / 'out'}", f"--log-dir={home / 'logs'}")
+        places = (f"--device={where}", f"--out-dir={home / 'out'}")
         if where == "cpu":
             assert main([*argv, *places]) == 0
         else:

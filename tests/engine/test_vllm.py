@@ -15,6 +15,7 @@ import torch
 from fake_runs import few_pairs
 from fake_vllm import Model, modules
 from projected_grpo.antipasto import Policy, block_name, merged_weight, wrap
+from projected_grpo.arm_settings import arm_settings
 from projected_grpo.block import random_start
 from projected_grpo.checks import validate
 from projected_grpo.cli import main
@@ -38,7 +39,6 @@ TRAIN = (
     *(
         "--mix-ratio=0.25",
         "--save-every=1",
-        "--threads=1",
     ),
     f"--steps={STEPS}",
 )
@@ -252,7 +252,7 @@ def test_what_vllm_does_not_take_is_refused(fake, tiny_policy):
     with pytest.raises(UserError, match="--temperature 2.5: vLLM takes at most 2"):
         vllm(tiny_policy, PROMPTS, SEEDS, replace(SAMPLING, temperature=2.5), STOP)
     smoke = PRESETS["smoke"][1]
-    ablated = replace(smoke, model=VLLM, sampling=replace(smoke.sampling, rollout_ablate_frac=0.5))
+    ablated = replace(smoke, model=VLLM, arm=arm_settings("route", rollout_ablate_frac=0.5))
     with pytest.raises(UserError, match="--rollout-ablate-frac needs --sampler=own"):
         validate(ablated)
 
@@ -310,12 +310,14 @@ def runs(tmp_path_factory, svd_cache):
     home, before = tmp_path_factory.mktemp("home"), Path.cwd()
     few_pairs(home)
     found = {}
+    (home / "out").mkdir()
+    (home / "out" / "svd_cache").symlink_to(svd_cache)
     os.chdir(home)
     try:
         with pytest.MonkeyPatch.context() as patch:
             install(patch)
             for name in ("own", "vllm"):
-                options = (f"--out-tag=_{name}", f"--sampler={name}", f"--svd-cache={svd_cache}")
+                options = (f"--out-tag=_{name}", f"--sampler={name}")
                 assert main([*TRAIN, *options]) == 0
                 (found[name],) = (home / "out" / "runs").glob(f"*_{name}")
             found["resumed"] = home / "out" / "runs" / "resumed"
@@ -352,13 +354,13 @@ def test_a_resumed_run_samples_from_the_adapter_it_was_saved_with(runs):
     assert lines(found["resumed"], "steps.jsonl")[-1]["gn"] == lines(found["vllm"], "steps.jsonl")[-1]["gn"]
 
 
-def test_an_evaluation_with_the_engine_is_the_one_without_it(runs, monkeypatch, svd_cache, fake):
+def test_an_evaluation_with_the_engine_is_the_one_without_it(runs, monkeypatch, fake):
     home, found = runs
     monkeypatch.chdir(home)
     documents = {}
     for name in ("own", "vllm"):
         options = (f"--out={name}.json", f"--completions={name}.jsonl", f"--sampler={name}")
-        assert main(["evaluate", str(found["vllm"]), *ASK, *options, f"--svd-cache={svd_cache}"]) == 0
+        assert main(["evaluate", str(found["vllm"]), *ASK, *options]) == 0
         documents[name] = json.loads(Path(f"{name}.json").read_text())
         assert documents[name]["settings"].pop("sampler") == name
     assert Path("own.jsonl").read_text() == Path("vllm.jsonl").read_text()

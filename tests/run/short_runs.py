@@ -19,7 +19,7 @@ STEPS = 6
 OPTIONS = (
     *("--n-problems=6", "--eval-n-prompts=1", "--max-new=8", "--workers=1", "--device=cpu", "--group=3"),
     *("--vhack-pairs-path=pairs.json", "--vhack-refresh-every=5", "--eval-ablate-every=2", "--save-every=2"),
-    *("--intervention=route2", f"--steps={STEPS}", "--ref-every=0"),
+    *("--intervention=route2", f"--steps={STEPS}"),
 )
 
 

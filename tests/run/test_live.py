@@ -27,7 +27,7 @@ STEPS, GONE_AFTER, COLUMNS_WIDE = 4, 3, 100
 OPTIONS = (
     *("--n-problems=6", "--eval-n-prompts=1", "--max-new=8", "--workers=1", "--device=cpu", "--group=3"),
     *("--vhack-pairs-path=pairs.json", "--vhack-refresh-every=0", "--eval-ablate-every=2", "--save-every=2"),
-    *("--intervention=route2", f"--steps={STEPS}", "--ref-every=0", "--live=tensorboard", "--out-tag=_t"),
+    *("--intervention=route2", f"--steps={STEPS}", "--live=tensorboard", "--out-tag=_t"),
 )
 ROW = {"step": 0, "hack_s": [1, 4], "gt_s": [0, 0], "kl": None, "gn": 0.5, "loss": float("nan")}
 CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

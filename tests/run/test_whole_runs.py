@@ -181,7 +181,7 @@ def test_teacher_and_student_text_are_each_held_to_their_own_best(run, monkeypat
 
 
 def test_the_teachers_leaving_shows_in_the_log(run):
-    _, folder = run("--teacher-off-step=2", "--ref-every=1")
+    _, folder = run("--teacher-off-step=2")
     rows = lines(folder)
     assert [r["hack_t"] is not None for r in rows] == [True, True, False, False]
     assert [r["hack_s"][1] for r in rows] == [2, 2, 4, 4]

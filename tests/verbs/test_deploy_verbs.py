@@ -31,7 +31,7 @@ GROUP, PROMPTS, MAX_NEW = 3, 4, 6
 SMALL = ("--workers=1", "--device=cpu")
 TRAIN = (
     *("train", "smoke", *SMALL, "--steps=2", f"--group={GROUP}", "--prompts-per-step=2", "--n-problems=6"),
-    *(f"--eval-n-prompts={PROMPTS}", "--eval-ablate-every=0", f"--max-new={MAX_NEW}", "--threads=1"),
+    *(f"--eval-n-prompts={PROMPTS}", "--eval-ablate-every=0", f"--max-new={MAX_NEW}"),
     *("--vhack-pairs-path=pairs.json", "--lr=0.3"),
 )
 ASK = (*SMALL, f"--n-problems={PROMPTS}", "--samples=2", "--resamples=50")

@@ -112,7 +112,7 @@ def _last_value(given: Sequence[str], option: str) -> str | None:
 
 def _refuse_unknown(given: Sequence[str], cfg: TrainConfig) -> None:
     """One line for an option that is gone, is another arm's, or never was."""
-    mine = {f.name for group in _groups(cfg) for f in dataclasses.fields(getattr(cfg, group))}
+    mine = {f.name for group in _groups(cfg) for f in dataclasses.fields(getattr(cfg, group))} - set(REMOVED)
     for word in given:
         option = word.partition("=")[0]
         name = option.removeprefix("--").replace("-", "_")

@@ -52,7 +52,7 @@ def open_run(asked: TrainConfig, folder: Path | None, ranks: Ranks, stack: ExitS
     if other is not None:
         raise UserError(
             f"process {other} does not begin as process 0 does: all need the same model, problems, pairs, "
-            "--out-dir and --svd-cache"
+            "--out-dir and out/svd_cache"
         )
     return opened
 
@@ -117,10 +117,7 @@ def read_settings(folder: Path) -> TrainConfig:
 
 
 def newest_run(cfg: TrainConfig) -> Path | None:
-    """For --resume=auto: the newest run in --out-dir of the same id, tag and device that was saved or has ended.
-
-    On another device --dtype=auto may mean other weights.
-    """
+    """For --resume=auto: the newest run in --out-dir of the same id and place that was saved or has ended."""
     found = []
     for folder in (cfg.run.out_dir / "runs").glob(f"*_{cfg.preset}_*"):
         try:
@@ -138,6 +135,7 @@ def newest_run(cfg: TrainConfig) -> Path | None:
 
 
 def place(cfg: TrainConfig) -> tuple[str, str]:
+    """Tag and device: on another device --dtype=auto may mean other weights."""
     return cfg.run.out_tag, cfg.model.device
 
 

@@ -109,7 +109,7 @@ class Job:
         for folder in reversed(self.folders()):
             if any((folder / "state").rglob("*.safetensors")):
                 return [self.argv[0], f"--resume={folder}"]
-        place = (f"--out-dir={self.home}", f"--log-dir={Path(self.home) / 'logs'}", f"--out-tag=_{self.id}")
+        place = (f"--out-dir={self.home}", f"--out-tag=_{self.id}")
         return [*self.argv, *place]
 
     def command(self) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from projected_grpo.checks import validate
-from projected_grpo.config import PRESETS, BasisConfig, LossConfig, ModelConfig, TrainConfig
+from projected_grpo.config import PRESETS, REMOVED, BasisConfig, LossConfig, ModelConfig, TrainConfig
 from projected_grpo.errors import UserError
 from projected_grpo.options.train import parse
 from projected_grpo.results.files import check_fields
@@ -31,7 +31,7 @@ from projected_grpo.run.identity import identity, shown
 
 SWEEPS = Path("out/sweeps")
 ENGINES = ("local", "pueue", "slurm", "ray")
-ITS_OWN = ("out_dir", "log_dir", "out_tag", "resume")  # options that the sweep sets itself
+ITS_OWN = ("out_dir", "out_tag", "resume")  # options that the sweep sets itself
 NAME = re.compile(r"[A-Za-z0-9_.+=-]+")
 MOST_SEEDS = 10_000  # of one range
 
@@ -167,7 +167,7 @@ def basis_options(cfg: TrainConfig) -> list[str]:
             f.name: getattr(group, f.name)
             for group, default in groups
             for f in fields(group)
-            if getattr(group, f.name) != getattr(default, f.name)
+            if f.name not in REMOVED and getattr(group, f.name) != getattr(default, f.name)
         }
     )
 

@@ -7,7 +7,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -219,10 +219,9 @@ def check_pool(cfg: TrainConfig) -> Finding:
 def check_dry_run(cfg: TrainConfig) -> Finding:
     """Two steps of every part with a tiny random model, on the device asked for, in a temporary folder."""
     said = io.StringIO()
-    with tempfile.TemporaryDirectory(prefix="projected-grpo-doctor-") as home:
-        where = [f"--out-dir={home}/out", f"--log-dir={home}/logs", f"--svd-cache={home}/svd"]
+    with tempfile.TemporaryDirectory(prefix="projected-grpo-doctor-") as home, chdir(home):
         devices = cfg.model.device.split(",")[:2]  # tiny-random has no more layers
-        argv = [*DRY_RUN, *where, f"--device={','.join(devices)}"]
+        argv = [*DRY_RUN, f"--device={','.join(devices)}"]
         try:
             with redirect_stderr(said), redirect_stdout(said):
                 code = train.main(argv)
