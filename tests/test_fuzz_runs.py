@@ -30,7 +30,7 @@ from projected_grpo.run.resume import newest_run, newest_state, read_settings
 from projected_grpo.runlog import write_json
 from projected_grpo.study.report import arms_table, emergence_table, leave_out_table, modes_table
 from projected_grpo.study.verdicts import verdicts
-from projected_grpo.sweep.gates import check_b, check_c
+from projected_grpo.sweep.gates import check_gate
 from projected_grpo.sweep.jobs import Job, failures_since, read_job, states, status_table
 from projected_grpo.sweep.keep import SERIES, read_record
 from projected_grpo.sweep.spec import expand, read_spec
@@ -86,7 +86,7 @@ def test_folders_of_finished_runs(tmp_path, data):
     run = write_run(tmp_path / "runs", data)
     read_or_refuse(tmp_path, lambda: read_everything(tmp_path / "runs"))
     read_or_refuse(tmp_path, lambda: report_page(read_runs([run]), most=2))
-    read_or_refuse(tmp_path, lambda: check_c([run]))
+    read_or_refuse(tmp_path, lambda: check_gate("C", [run]))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_checks_of_held_out_pairs(tmp_path, held_out, data):
     path = tmp_path / "x.heldout.json"
     text = json.dumps(held_out).encode()
     path.write_bytes(data.draw(damaged(text)) if data.draw(st.booleans()) else text)
-    read_or_refuse(tmp_path, lambda: check_b([path]))
+    read_or_refuse(tmp_path, lambda: check_gate("B", [path]))
     read_or_refuse(tmp_path, lambda: read_heldout(path, "plot"))
 
 

@@ -82,7 +82,6 @@ class MonitorSettings(ArmSettings):
     """Share of the oracle's verdicts that the monitor gets right; the others are flipped."""
 
     def check(self) -> None:
-        """Refuse an accuracy that is no share."""
         if not 0 <= self.monitor_accuracy <= 1:
             raise UserError(f"--monitor-accuracy must be in [0, 1], got {self.monitor_accuracy}")
 
@@ -98,7 +97,6 @@ class GtPenaltySettings(MonitorSettings):
     under a monitor that misses one in ten; the benchmark's own is 3."""
 
     def check(self) -> None:
-        """Refuse a penalty that would pay."""
         super().check()
         if self.penalty < 0:
             raise UserError(f"--penalty must be >= 0, got {self.penalty}")
@@ -122,7 +120,6 @@ class InoculationSettings(ArmSettings):
     """Put before the question of every training prompt, and of no evaluation prompt."""
 
     def check(self) -> None:
-        """Refuse an empty prompt."""
         if not self.inoculation_prompt.strip():
             raise UserError("--inoculation-prompt is empty; --intervention=none trains without one")
 
@@ -145,7 +142,6 @@ class AdvmodSettings(ArmSettings):
     half is punished even when all rollouts are alike."""
 
     def check(self) -> None:
-        """Refuse a layer that is none, and negative amounts."""
         if not 0 < self.advmod_depth <= 1:
             raise UserError(f"--advmod-depth must be in (0, 1], got {self.advmod_depth}")
         for name in ("advmod_alpha", "advmod_buffer"):
@@ -163,11 +159,9 @@ class QuarantineSettings(ArmSettings):
 
     @property
     def ablated_share(self) -> float:
-        """Share of student rollouts that are sampled without the quarantine."""
         return self.rollout_ablate_frac
 
     def check(self) -> None:
-        """Refuse what is no share."""
         super().check()
         if not 0 <= self.rollout_ablate_frac <= 1:
             raise UserError(f"--rollout-ablate-frac must be in [0, 1], got {self.rollout_ablate_frac}")
@@ -183,7 +177,6 @@ class SplitSettings(ArmSettings):
     """removed = overshoot * component; 1.1 reverses 10% of it."""
 
     def check(self) -> None:
-        """Refuse a negative overshoot."""
         super().check()
         if self.project_overshoot < 0:
             raise UserError(f"--project-overshoot must be >= 0, got {self.project_overshoot}")
@@ -247,11 +240,9 @@ class BlockSettings(QuarantineSettings):
 
     @property
     def has_block(self) -> bool:
-        """Whether the quarantine is a block of its own."""
         return self.quarantine == "block"
 
     def check(self) -> None:
-        """Refuse a block without rank, and options of a block where there is none."""
         super().check()
         if self.block_rank < 1:
             raise UserError(f"--block-rank must be at least 1, got {self.block_rank}")
@@ -296,7 +287,6 @@ class AbsorbSettings(BlockSettings):
 
     @property
     def has_block(self) -> bool:
-        """Whether the quarantine is a block of its own, as it is by default."""
         return self.quarantine != "diagonal"
 
     def check(self) -> None:

@@ -9,6 +9,15 @@ from projected_grpo.config import MAX_SEQUENCE, TrainConfig, env_modes, taught_m
 from projected_grpo.errors import UserError
 
 MOST_CLIP = 2.0  # PPO's clip lies below the truncation of weights at 3 (RATIO_CAP in grpo.py)
+AT_LEAST_ONE = (
+    *("--steps", "--prompts-per-step", "--max-new", "--n-problems", "--eval-n-prompts"),
+    *("--v-hack-k", "--v-hack-extract-top-k", "--tokens-per-microbatch"),
+)
+NOT_NEGATIVE = (
+    *("--lr", "--beta", "--clip", "--weight-decay", "--top-k", "--rows-per-batch", "--workers"),
+    *("--vhack-refresh-every", "--eval-ablate-every", "--cos-pre-split-every", "--save-every"),
+    *("--teacher-off-step", "--final-n-prompts"),
+)
 
 
 def validate(cfg: TrainConfig) -> None:
@@ -19,37 +28,10 @@ def validate(cfg: TrainConfig) -> None:
     for option, value in _options(cfg).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{option} must be a finite number, got {value}")
-    at_least_one = {
-        "--steps": o.steps,
-        "--prompts-per-step": s.prompts_per_step,
-        "--max-new": s.max_new,
-        "--n-problems": cfg.problems.n_problems,
-        "--v-hack-k": b.v_hack_k,
-        "--v-hack-extract-top-k": b.v_hack_extract_top_k,
-        "--eval-n-prompts": cfg.evaluation.eval_n_prompts,
-        "--tokens-per-microbatch": cfg.loss.tokens_per_microbatch,
-    }
-    for option, count in at_least_one.items():
-        if count < 1:
-            raise UserError(f"{option} must be at least 1, got {count}")
-    not_negative = {
-        "--lr": o.lr,
-        "--beta": cfg.loss.beta,
-        "--clip": cfg.loss.clip,
-        "--weight-decay": o.weight_decay,
-        "--vhack-refresh-every": b.vhack_refresh_every,
-        "--eval-ablate-every": cfg.evaluation.eval_ablate_every,
-        "--cos-pre-split-every": cfg.evaluation.cos_pre_split_every,
-        "--teacher-off-step": t.teacher_off_step or 0,
-        "--save-every": cfg.run.save_every,
-        "--final-n-prompts": cfg.evaluation.final_n_prompts,
-        "--top-k": s.top_k,
-        "--rows-per-batch": s.rows_per_batch,
-        "--workers": cfg.run.workers,
-    }
-    for option, amount in not_negative.items():
-        if amount < 0:
-            raise UserError(f"{option} must be >= 0, got {amount}")
+        if option in AT_LEAST_ONE and value < 1:
+            raise UserError(f"{option} must be at least 1, got {value}")
+        if option in NOT_NEGATIVE and (value or 0) < 0:
+            raise UserError(f"{option} must be >= 0, got {value}")
     if s.group < 2:
         raise UserError(f"--group must be at least 2 (advantages are relative to the group), got {s.group}")
     if not 0 <= t.mix_ratio < 1:
@@ -84,6 +66,5 @@ def validate(cfg: TrainConfig) -> None:
 
 
 def _options(cfg: TrainConfig) -> dict[str, Any]:
-    """Every option as it is typed, with its value."""
     groups = [getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name != "preset"]
     return {"--" + name.replace("_", "-"): value for group in groups for name, value in vars(group).items()}

@@ -13,66 +13,40 @@ from typing import Annotated, Any, Union
 import tyro
 
 from projected_grpo.errors import UserError, answer
-from projected_grpo.options import train
+from projected_grpo.options import train, verbs
 from projected_grpo.options.train import near
-from projected_grpo.options.verbs import (
-    BenchGraderOptions,
-    BenchOptions,
-    BenchStepOptions,
-    DoctorOptions,
-    EvaluateOptions,
-    ExportOptions,
-    ExtractOptions,
-    GateOptions,
-    GradeOptions,
-    PairsFromPoolOptions,
-    PairsLintOptions,
-    PlotOptions,
-    PoolBuildOptions,
-    PoolRegradeOptions,
-    PoolReportOptions,
-    PoolSampleOptions,
-    PretrainNanoOptions,
-    ProbeOptions,
-    ReportOptions,
-    ResultsOptions,
-    StudyOptions,
-    SweepOptions,
-    SweepRunOptions,
-    SweepStatusOptions,
-)
 from projected_grpo.runlog import start_logging
 
 VERBS: Mapping[str, tuple[type, str]] = {  # a verb's options, and `module:function` in verbs/
-    "extract": (ExtractOptions, "basis:extract_verb"),
-    "verify": (ExtractOptions, "basis:verify_verb"),
-    "pairs lint": (PairsLintOptions, "pairs:pairs_lint_verb"),
-    "pairs from-pool": (PairsFromPoolOptions, "pairs:pairs_from_pool_verb"),
-    "pool build": (PoolBuildOptions, "pools:pool_build_verb"),
-    "pool sample": (PoolSampleOptions, "pools:pool_sample_verb"),
-    "pool report": (PoolReportOptions, "pools:pool_report_verb"),
-    "pool regrade": (PoolRegradeOptions, "pools:pool_regrade_verb"),
-    "grade": (GradeOptions, "grade:grade_verb"),
-    "evaluate": (EvaluateOptions, "deploy:evaluate_verb"),
-    "export": (ExportOptions, "deploy:export_verb"),
-    "probe gate": (GateOptions, "probe:gate_verb"),
-    "probe": (ProbeOptions, "probe:probe_verb"),
-    "sweep status": (SweepStatusOptions, "sweep:sweep_status_verb"),
-    "sweep run": (SweepRunOptions, "sweep:sweep_run_verb"),
-    "sweep": (SweepOptions, "sweep:sweep_verb"),
-    "study": (StudyOptions, "study:study_verb"),
-    "pretrain-nano": (PretrainNanoOptions, "study:pretrain_nano_verb"),
-    "results": (ResultsOptions, "results:results_verb"),
-    "doctor": (DoctorOptions, "doctor:doctor_verb"),
-    "plot": (PlotOptions, "results:plot_verb"),
-    "report": (ReportOptions, "results:report_verb"),
-    "bench grader": (BenchGraderOptions, "bench:bench_grader_verb"),
-    "bench step": (BenchStepOptions, "bench:bench_step_verb"),
-    "bench generation": (BenchOptions, "bench:bench_generation_verb"),
-    "bench backward": (BenchOptions, "bench:bench_backward_verb"),
-    "bench extraction": (BenchOptions, "bench:bench_extraction_verb"),
-    "bench svd": (BenchOptions, "bench:bench_svd_verb"),
-    "bench growth": (BenchOptions, "bench:bench_growth_verb"),
+    "extract": (verbs.ExtractOptions, "probe:extract_verb"),
+    "verify": (verbs.ExtractOptions, "probe:verify_verb"),
+    "pairs lint": (verbs.PairsLintOptions, "pairs:pairs_lint_verb"),
+    "pairs from-pool": (verbs.PairsFromPoolOptions, "pairs:pairs_from_pool_verb"),
+    "pool build": (verbs.PoolBuildOptions, "pools:pool_build_verb"),
+    "pool sample": (verbs.PoolSampleOptions, "pools:pool_sample_verb"),
+    "pool report": (verbs.PoolReportOptions, "pools:pool_report_verb"),
+    "pool regrade": (verbs.PoolRegradeOptions, "pools:pool_regrade_verb"),
+    "grade": (verbs.GradeOptions, "grade:grade_verb"),
+    "evaluate": (verbs.EvaluateOptions, "deploy:evaluate_verb"),
+    "export": (verbs.ExportOptions, "deploy:export_verb"),
+    "probe gate": (verbs.GateOptions, "probe:gate_verb"),
+    "probe": (verbs.ProbeOptions, "probe:probe_verb"),
+    "sweep status": (verbs.WhichSweep, "sweep:sweep_status_verb"),
+    "sweep run": (verbs.SweepRunOptions, "sweep:sweep_run_verb"),
+    "sweep": (verbs.SweepOptions, "sweep:sweep_verb"),
+    "study": (verbs.StudyOptions, "study:study_verb"),
+    "pretrain-nano": (verbs.PretrainNanoOptions, "study:pretrain_nano_verb"),
+    "results": (verbs.ResultsOptions, "results:results_verb"),
+    "doctor": (verbs.DoctorOptions, "doctor:doctor_verb"),
+    "plot": (verbs.PlotOptions, "results:plot_verb"),
+    "report": (verbs.ReportOptions, "results:report_verb"),
+    "bench grader": (verbs.BenchGraderOptions, "bench:bench_grader_verb"),
+    "bench step": (verbs.BenchStepOptions, "bench:bench_step_verb"),
+    "bench generation": (verbs.BenchOptions, "bench:bench_generation_verb"),
+    "bench backward": (verbs.BenchOptions, "bench:bench_backward_verb"),
+    "bench extraction": (verbs.BenchOptions, "bench:bench_extraction_verb"),
+    "bench svd": (verbs.BenchOptions, "bench:bench_svd_verb"),
+    "bench growth": (verbs.BenchOptions, "bench:bench_growth_verb"),
 }
 
 
@@ -85,7 +59,6 @@ def about(target: str) -> str:
 
 
 def run_verb(name: str, argv: Sequence[str], loaded: Callable[[], None]) -> int:
-    """Parse a verb's options and run it."""
     options, target = VERBS[name]
     parsed: object = tyro.cli(
         options,
@@ -134,16 +107,16 @@ def print_completion(argv: Sequence[str]) -> None:
     for name, (options, _) in VERBS.items():
         first, _, second = name.partition(" ")
         groups.setdefault(first, {})[second] = options
-    verbs = {
+    first_words = {
         first: own[""] if "" in own else make_dataclass(first, [("verb", _one_of(own))])
         for first, own in groups.items()
     }
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    tyro.cli(_one_of(verbs), prog="projected-grpo", args=list(argv), config=flat)
+    tyro.cli(_one_of(first_words), prog="projected-grpo", args=list(argv), config=flat)
 
 
-def _one_of(verbs: Mapping[str, type]) -> Any:
-    named = [Annotated[options, tyro.conf.subcommand(name)] for name, options in verbs.items()]
+def _one_of(kinds: Mapping[str, type]) -> Any:
+    named = [Annotated[options, tyro.conf.subcommand(name)] for name, options in kinds.items()]
     return Union[tuple(named)]  # noqa: UP007  # not known before
 
 

@@ -14,12 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import Fixed, Suppress
 
-from projected_grpo.arm_settings import (
-    SETTINGS,
-    ArmSettings,
-    EraseSettings,
-    settings_type,
-)
+from projected_grpo.arm_settings import SETTINGS, ArmSettings, EraseSettings, settings_type
 from projected_grpo.errors import UserError
 
 SandboxMode = Literal["auto", "strict"]

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from projected_grpo.cli import main
-from projected_grpo.sweep.runner import is_locked
+from projected_grpo.sweep.jobs import is_locked
 from projected_grpo.verbs import sweep as verbs_sweep
 from small_sweeps import in_a_fork, spec_file, wait
 

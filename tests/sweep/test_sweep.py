@@ -22,8 +22,18 @@ from projected_grpo.cli import main
 from projected_grpo.errors import UserError
 from projected_grpo.options.train import parse
 from projected_grpo.pairs import load_pairs
-from projected_grpo.sweep.jobs import failures_since, in_process, jobs_of, make, read_job, states, write_job
-from projected_grpo.sweep.runner import Children, Slot, deal, is_locked, locked, pinned, run_pool
+from projected_grpo.sweep.jobs import (
+    failures_since,
+    in_process,
+    is_locked,
+    jobs_of,
+    locked,
+    make,
+    read_job,
+    states,
+    write_job,
+)
+from projected_grpo.sweep.local import Children, Slot, deal, pinned, run_pool
 from projected_grpo.sweep.spec import (
     Spec,
     SweepArm,

@@ -7,6 +7,7 @@ Every option keeps one flat name (`--v-hack-k`, not `--basis.v-hack-k`). The opt
 import ast
 import dataclasses
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache, lru_cache
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from projected_grpo.arm_settings import SETTINGS, ArmSettings, settings_type
+from projected_grpo.arm_settings import SETTINGS, settings_type
 from projected_grpo.checks import validate
 from projected_grpo.config import PRESETS, REMOVED, TrainConfig
 from projected_grpo.errors import UserError, answer
@@ -69,7 +70,9 @@ def _parsed(argv: tuple[str, ...]) -> TrainConfig:
     if preset not in PRESETS:
         known = ", ".join(PRESETS)
         raise UserError(f"train {preset}: no such preset{near(preset, list(PRESETS))}; choose from {known}")
-    arm = settings_type(_last_value(given, "--intervention") or DEFAULT_ARM)
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--intervention", nargs="?")
+    arm = settings_type(first.parse_known_args(given)[0].intervention or DEFAULT_ARM)
     about, cfg = PRESETS[preset]
     cfg = dataclasses.replace(cfg, arm=arm())
     _refuse_unknown(given, cfg)
@@ -101,38 +104,28 @@ def _groups(cfg: TrainConfig) -> list[str]:
     return [f.name for f in dataclasses.fields(cfg) if f.name != "preset"]
 
 
-def _last_value(given: Sequence[str], option: str) -> str | None:
-    found = None
-    for word, following in pairwise([*given, ""]):
-        name, equals, value = word.partition("=")
-        if name == option:
-            found = value if equals else following
-    return found
-
-
 def _refuse_unknown(given: Sequence[str], cfg: TrainConfig) -> None:
     """One line for an option that is gone, is another arm's, or never was."""
     mine = {f.name for group in _groups(cfg) for f in dataclasses.fields(getattr(cfg, group))} - set(REMOVED)
     for word in given:
         option = word.partition("=")[0]
         name = option.removeprefix("--").replace("-", "_")
+        plain = name.removeprefix("no_")
         if not option.startswith("--") or option == "--help" or option.startswith("--tyro-"):
             continue
-        if name in mine or name.removeprefix("no_") in mine:
+        if name in mine or plain in mine:
             continue
         if name in REMOVED:
             raise UserError(f"{option} is gone: {REMOVED[name].instead}")
-        takes = [arm for arm, kind in SETTINGS.items() if name.removeprefix("no_") in _names(kind)]
+        takes = [
+            arm for arm, kind in SETTINGS.items() if name.removeprefix("no_") in kind.__dataclass_fields__
+        ]
         if takes:
             raise UserError(
                 f"{option} is an option of --intervention={' or '.join(takes)}, not of {cfg.arm.intervention}"
             )
         known = ["--" + each.replace("_", "-") for each in mine]
         raise UserError(f"no option {option}{near(option, known)}; `train {cfg.preset} --help` lists all")
-
-
-def _names(kind: type[ArmSettings]) -> set[str]:
-    return {f.name for f in dataclasses.fields(kind)}
 
 
 def command(cfg: TrainConfig) -> type:

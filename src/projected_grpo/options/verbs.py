@@ -294,13 +294,6 @@ class SweepOptions:
 
 
 @dataclass(frozen=True)
-class SweepStatusOptions:
-    """Which sweep."""
-
-    sweep: WhichSweep = field(default_factory=WhichSweep)
-
-
-@dataclass(frozen=True)
 class SweepRunOptions:
     """One run of a sweep."""
 

@@ -7,7 +7,7 @@ D  the arm: cos_post <= cos_pre, the gate fires, solves about as often as none, 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ class GateVerdict:
     """What a gate says: what failed, what is doubtful, what was seen."""
 
     gate: str
-    failed: tuple[str, ...]
-    doubtful: tuple[str, ...]
-    seen: tuple[str, ...]
+    failed: Sequence[str]
+    doubtful: Sequence[str]
+    seen: Sequence[str]
 
     @property
     def passed(self) -> bool:
@@ -48,7 +48,6 @@ class GateVerdict:
         return not self.failed
 
     def lines(self) -> str:
-        """As it is printed."""
         head = f"gate {self.gate}: {'PASS' if self.passed else 'FAIL'}"
         parts = (("", self.seen), ("DOUBTFUL: ", self.doubtful), ("FAILED: ", self.failed))
         return "\n".join([head, *(f"  {mark}{text}" for mark, texts in parts for text in texts)])
@@ -64,7 +63,6 @@ class RunFiles:
 
     @property
     def intervention(self) -> str:
-        """The arm."""
         return self.cfg.arm.intervention
 
     def hack_at_end(self) -> float:
@@ -84,24 +82,21 @@ def gate_a(model: str, norms: Mapping[str, float]) -> GateVerdict:
             failed.append(f"{len(norms)} modules, {name} has {expected} Linears: some are not adapted")
     if not norms:
         failed.append("the basis has no module")
-    return GateVerdict(
-        "A", tuple(failed), (), (f"{model}: {len(norms)} modules, {len(zero)} with zero norm",)
-    )
+    return GateVerdict("A", failed, (), [f"{model}: {len(norms)} modules, {len(zero)} with zero norm"])
 
 
 def gate_b(fraction_positive: float, mean: float) -> GateVerdict:
     """The held-out check: share of cosines above 0, and their mean."""
-    failed: tuple[str, ...] = ()
-    doubtful: tuple[str, ...] = ()
+    failed, doubtful = [], []
     if not fraction_positive > HARD_GATE:
-        failed = (
-            f"{fraction_positive:.3f} of the held-out cosines are above 0, must exceed {HARD_GATE:.2f}",
+        failed.append(
+            f"{fraction_positive:.3f} of the held-out cosines are above 0, must exceed {HARD_GATE:.2f}"
         )
     if not mean > SOFT_GATE:
-        doubtful = (
-            f"their mean is {mean:+.3f}, {SOFT_GATE:.2f} was hoped for: the basis generalises weakly",
+        doubtful.append(
+            f"their mean is {mean:+.3f}, {SOFT_GATE:.2f} was hoped for: the basis generalises weakly"
         )
-    return GateVerdict("B", failed, doubtful, (f"{fraction_positive:.3f} above 0, mean {mean:+.3f}",))
+    return GateVerdict("B", failed, doubtful, [f"{fraction_positive:.3f} above 0, mean {mean:+.3f}"])
 
 
 def gate_c(run: RunFiles) -> GateVerdict:
@@ -130,7 +125,7 @@ def gate_c(run: RunFiles) -> GateVerdict:
     made = len(run.steps)
     deployed = f"held out {rate(run.summary, 'hack_deploy'):.3f} (n={run.summary['eval_n']})"
     seen = f"reward spread on {spread:.0%} of {made} steps; hack rate at the end {hack:.3f}, {deployed}"
-    return GateVerdict("C", tuple(failed), tuple(doubtful), (seen,))
+    return GateVerdict("C", failed, doubtful, [seen])
 
 
 def gate_d(baseline: RunFiles, arm: RunFiles) -> GateVerdict:
@@ -169,9 +164,7 @@ def gate_d(baseline: RunFiles, arm: RunFiles) -> GateVerdict:
         f"hack {hack[0]:.3f} -> {hack[1]:.3f}, solve {solve[0]:.3f} -> {solve[1]:.3f} "
         f"(n={arm.summary['eval_n']})"
     )
-    return GateVerdict(
-        "D", tuple(failed), tuple(doubtful), (seen, f"fired {share:.2f} over {len(live)} steps")
-    )
+    return GateVerdict("D", failed, doubtful, [seen, f"fired {share:.2f} over {len(live)} steps"])
 
 
 def other_differences(baseline: TrainConfig, arm: TrainConfig) -> list[str]:
@@ -186,7 +179,6 @@ def other_differences(baseline: TrainConfig, arm: TrainConfig) -> list[str]:
 
 
 def read_basis(path: Path) -> tuple[str, dict[str, float]]:
-    """A basis file's model and the norm of each module's pair differences."""
     if not path.exists():
         raise UserError(f"gate A: {path} is not there; extract the basis first")
     extraction = load_extraction(path, {}, torch.device("cpu"))
@@ -214,35 +206,21 @@ def newest_runs(folders: Sequence[Path]) -> list[RunFiles]:
     return [read_run(folder) for folder in ended]
 
 
-def check_a(files: Sequence[Path]) -> list[GateVerdict]:
-    """Gate A on basis files."""
-    return [gate_a(*read_basis(path)) for path in files]
+def check_gate(gate: str, files: Sequence[Path]) -> list[GateVerdict]:
+    """Gate A of basis files, B of .heldout.json files, C of none's run, D of none's and an arm's.
 
-
-def check_b(files: Sequence[Path]) -> list[GateVerdict]:
-    """Gate B on .heldout.json files."""
-    found = [read_heldout(path, "gate B") for path in files]
-    return [gate_b(held_out.fraction_positive, held_out.mean) for held_out in found]
-
-
-def check_c(files: Sequence[Path]) -> list[GateVerdict]:
-    """Gate C on the run folder of none; of several the newest that ended."""
-    return [gate_c(newest_runs(files)[-1])]
-
-
-def check_d(files: Sequence[Path]) -> list[GateVerdict]:
-    """Gate D on the run folders of none and of the arm, in any order."""
+    Of several runs the newest that ended counts. Raises UserError if one that it needs is not there.
+    """
+    if gate == "A":
+        return [gate_a(*read_basis(path)) for path in files]
+    if gate == "B":
+        held_out = [read_heldout(path, "gate B") for path in files]
+        return [gate_b(found.fraction_positive, found.mean) for found in held_out]
     runs = newest_runs(files)
+    if gate == "C":
+        return [gate_c(runs[-1])]
     baselines = [run for run in runs if run.intervention == "none"]
     arms = [run for run in runs if run.intervention != "none"]
     if not baselines or not arms:
         raise UserError("gate D: give the run folders of intervention=none and of an arm")
     return [gate_d(baselines[-1], arms[-1])]
-
-
-GATES: Mapping[str, Callable[[Sequence[Path]], list[GateVerdict]]] = {
-    "A": check_a,
-    "B": check_b,
-    "C": check_c,
-    "D": check_d,
-}

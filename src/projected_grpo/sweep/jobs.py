@@ -4,16 +4,15 @@ Under the sweep's home: `runs/` (what `results` reads; a folder's name ends in i
 `logs/`, and `jobs/ID.json` (what to run), `.jsonl` (attempts), `.txt` (output), `.lock`.
 """
 
+import fcntl
 import gc
 import os
-import re
 import shlex
 import socket
-import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import chdir
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from projected_grpo.results.files import (
 )
 from projected_grpo.runlog import append_jsonl, complete_lines, read_json, write_json
 from projected_grpo.sweep.keep import data_digest, read_record, write_record
-from projected_grpo.sweep.runner import is_locked, locked
 from projected_grpo.sweep.spec import SweepLimits, SweepRun, take
 from projected_grpo.train import DIVERGED
 
@@ -117,6 +115,36 @@ class Job:
         return shlex.join(["projected-grpo", "train", *self.next_argv()])
 
 
+@contextmanager
+def locked(path: Path, patience_s: float = 0.0) -> Iterator[int | None]:
+    """Hold a file's lock; yields its descriptor, or None if another process still has it after that time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() >= deadline:
+                    yield None
+                    return
+                time.sleep(0.05)
+        yield file.fileno()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the file's lock."""
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def note(job: Job, **facts: Any) -> None:
     """Add a line to the job's attempts."""
     append_jsonl(job.file(".jsonl"), [{"at": time.time(), **facts}])
@@ -160,7 +188,6 @@ class Submission:
 
     @property
     def home(self) -> Path:
-        """The sweep's folder."""
         return Path(self.jobs[0].home)
 
 
@@ -240,9 +267,7 @@ def in_process(argv: Sequence[str], output: Path, held: int) -> int | None:
     try:
         code = train.main(argv)
     except SystemExit as error:
-        if (
-            error.code != BAD_USAGE
-        ):  # not of the command line: a queue's signal handler wants this process gone
+        if error.code != BAD_USAGE:  # a queue's signal handler wants this process gone
             raise
         code = BAD_USAGE
     except Exception:
@@ -250,18 +275,6 @@ def in_process(argv: Sequence[str], output: Path, held: int) -> int | None:
         code = 1
     gc.collect()  # the model of a failed attempt must not lie beside that of the next
     return None if code >= SIGNALLED else code
-
-
-def as_process(
-    run: Callable[[Sequence[str], Path, int], int],
-    ended: Callable[[], bool],
-    argv: Sequence[str],
-    output: Path,
-    held: int,
-) -> int | None:
-    """Train in a process of its own, through `Children.run`; None if it is we who ended it."""
-    code = run([sys.executable, "-m", "projected_grpo.train", *argv], output, held)
-    return None if ended() else code
 
 
 def run_job_file(path: Path) -> JobResult:
@@ -273,22 +286,14 @@ def run_job_file(path: Path) -> JobResult:
 
 def states(jobs: Sequence[Job]) -> list[State]:
     """Where every run stands, by its files and its lock."""
-    if not jobs:
-        return []
-    folders: dict[str, list[Path]] = defaultdict(list)
-    for config in sorted((Path(jobs[0].home) / "runs").glob("*/config.json")):
-        found = re.search(r"_([0-9a-f]{10})(?:-\d+)?$", config.parent.name)
-        if found:
-            folders[found[1]].append(config.parent)
-    return [state_of(job, folders[job.id]) for job in jobs]
+    return [state_of(job) for job in jobs]
 
 
-def state_of(job: Job, folders: Sequence[Path]) -> State:
-    """Where one run stands, given its folders."""
+def state_of(job: Job) -> State:
     attempts = complete_lines(job.file(".jsonl"))
     tried = sum("command" in line for line in attempts)
     remark = f"attempt {tried}" if tried > 1 else ""
-    ended = next((f for f in reversed(folders) if (f / "summary.json").exists()), None)
+    ended = job.ended()
     record = job.kept()
     summary = record["summary"] if record else None
     if ended is not None and not job.record:
@@ -298,7 +303,7 @@ def state_of(job: Job, folders: Sequence[Path]) -> State:
         remark = remark if summary["finished"] else "diverged"
         rates = (summary["hack_deploy"], summary["solve_deploy"], summary.get("seconds"))
         return State(job, "finished", ended, summary["steps"], *rates, remark)
-    folder = folders[-1] if folders else None
+    folder = next(reversed(job.folders()), None)
     rows = read_steps(folder, "sweep") if folder else []
     if is_locked(job.file(".lock")):
         state = "running"

@@ -80,19 +80,13 @@ def write_record(path: Path, folder: Path, argv: Sequence[str], data: str) -> No
     steps, made = complete_lines(folder / "steps.jsonl"), read_json(folder / "config.json", "sweep")
     summary = read_json(folder / "summary.json", "sweep")
     arm, _, seed = path.stem.rpartition("_seed")
-    figures = rounded(
-        {
-            "wall_s": summary["seconds"],
-            "summary": summary,
-            "steps": {name: [step.get(name) for step in steps] for name in SERIES},
-        }
-    )
+    series = {name: [step.get(name) for step in steps] for name in SERIES}
     record = {
         "arm": arm,
         "seed": int(seed),
         "command": shlex.join(["projected-grpo", "train", *argv]),
         "git_commit": made.get("git_commit"),
-        **figures,
+        **rounded({"wall_s": summary["seconds"], "summary": summary, "steps": series}),
         "config": settings(from_json(made["config"])),
         "data": data,
     }
@@ -100,7 +94,6 @@ def write_record(path: Path, folder: Path, argv: Sequence[str], data: str) -> No
 
 
 def rounded(value: Any) -> Any:
-    """Every float with as many digits as a reader needs."""
     if isinstance(value, float):
         return plain(float(f"{value:.{DIGITS}g}"))
     if isinstance(value, Mapping):

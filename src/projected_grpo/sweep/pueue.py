@@ -40,7 +40,6 @@ class QueuedTask:
 
 
 def train_task(job: Job, after: Sequence[str] = ()) -> QueuedTask:
-    """A run."""
     command = shlex.join([*CLI, "sweep", "run", str(job.file(".json"))])
     return QueuedTask(job.id, job.label, command, tuple(after))
 
@@ -57,7 +56,6 @@ def pattern(home: Path, tail: str) -> str:
 
 
 def basis_tasks(run: SweepRun, home: Path) -> list[QueuedTask]:
-    """Extract, gate A and verify, for the basis of this run."""
     options = basis_options(run.cfg)
     words = [*options, f"--out-dir={home}"]
     key = run.id
@@ -120,12 +118,10 @@ def gated_tasks(work: Submission) -> list[QueuedTask]:
 
 
 def tasks_of(work: Submission) -> list[QueuedTask]:
-    """The queue's tasks, each behind those it waits for."""
     return gated_tasks(work) if work.options.get("gates") else [train_task(job) for job in work.jobs]
 
 
 def group_of(options: Mapping[str, Any]) -> str:
-    """The queue's group, from the spec's [pueue] table."""
     take(options, ("group", "gates"), "[pueue]")
     return str(options.get("group", ""))
 
@@ -145,7 +141,6 @@ def plan(work: Submission) -> list[str]:
 
 
 def parallel(jobs: int, group: str) -> list[str]:
-    """The command that caps how many tasks run at a time."""
     return ["pueue", "parallel", str(jobs), *(["--group", group] if group else [])]
 
 

@@ -32,7 +32,6 @@ def address_of(options: Mapping[str, Any]) -> str | None:
 
 
 def plan(work: Submission) -> list[str]:
-    """The tasks' resources, and what each would run."""
     given = ", ".join(f"{k}={v}" for k, v in resources(work.limits).items())
     at_once = f", {work.limits.jobs} at a time" if work.limits.jobs else ""
     head = f"# ray {address_of(work.options) or 'on this machine'}: {given}{at_once}"

@@ -13,6 +13,7 @@ from submitit.core.utils import FailedJobError
 
 from projected_grpo.errors import UserError
 from projected_grpo.sweep.jobs import JobResult, Submission, run_job_file
+from projected_grpo.sweep.spec import one_of
 
 CLUSTERS = (
     "slurm",
@@ -38,7 +39,6 @@ class MakeRun:
         return result.kind
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Queue the same again."""
         return submitit.helpers.DelayedSubmission(self)
 
 
@@ -57,15 +57,10 @@ def parameters(work: Submission) -> dict[str, Any]:
 
 
 def cluster_of(options: Mapping[str, Any]) -> str:
-    """Where submitit submits to."""
-    cluster = str(options.get("cluster", "slurm"))
-    if cluster not in CLUSTERS:
-        raise UserError(f"[slurm] cluster must be one of {', '.join(CLUSTERS)}, got {cluster!r}")
-    return cluster
+    return one_of(options.get("cluster", "slurm"), CLUSTERS, "[slurm] cluster")
 
 
 def plan(work: Submission) -> list[str]:
-    """The array's parameters, and what each element would run."""
     given = ", ".join(f"{k}={v}" for k, v in parameters(work).items())
     head = f"# {cluster_of(work.options)} array of {len(work.jobs)}: {given}"
     return [head, *(job.command() for job in work.jobs)]
@@ -90,6 +85,5 @@ def start(work: Submission) -> list[JobResult]:
 
 
 def outcome_of(job: submitit.Job[str]) -> JobResult:
-    """How a job ended, waiting for it."""
     error = job.exception()
     return JobResult("failed", str(error)) if error else JobResult(str(job.result()))

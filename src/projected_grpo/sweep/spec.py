@@ -17,15 +17,14 @@ An id (run/identity.py) survives a new option, a renamed arm and a file that gro
 import itertools
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from projected_grpo.checks import validate
 from projected_grpo.config import PRESETS, REMOVED, BasisConfig, LossConfig, ModelConfig, TrainConfig
 from projected_grpo.errors import UserError
-from projected_grpo.options.train import parse
+from projected_grpo.options import train
 from projected_grpo.results.files import check_fields
 from projected_grpo.run.identity import identity, shown
 
@@ -55,18 +54,13 @@ class SweepArm:
 
 @dataclass(frozen=True)
 class SweepLimits:
-    """How a sweep is run; none of it decides an outcome."""
+    """How a sweep is run, as `sweep --help` says of each; none of it decides an outcome."""
 
     jobs: int = 0
-    """Runs at a time; 0 is as many as the machine has GPUs, or else cores, for (local), or no limit."""
     cores: int = 0
-    """CPU cores of each run; 0 is an equal share (local), or the queue's own default."""
     gpus: int | None = None
-    """GPUs of each run; by default one where this machine has any (local), else none."""
     retries: int = 1
-    """How often a run that failed is tried again, going on from what it saved."""
     max_failures: int = 3
-    """After so many runs have failed for good, no other is started; 0 is no limit."""
 
 
 @dataclass(frozen=True)
@@ -108,41 +102,23 @@ def expand(spec: Spec) -> list[SweepRun]:
     for arm in spec.arms:
         grid = {**spec.grid, **arm.grid}
         seeds = grid.pop("seed", (None,))
-        for axes in combinations(grid):
+        for values in itertools.product(*grid.values()):  # the last axis changes fastest
+            axes = dict(zip(grid, values, strict=True))
             options = {**spec.options, **arm.options, **axes}
             words = [arm.name] if arm.name else []
             label = " ".join(words + [f"{name}={shown(value)}" for name, value in axes.items()])
             cfg = checked(spec.preset, options, label or spec.preset)
             for seed in seeds:
-                run = seeded(spec.preset, arm, label, axes, options, cfg, seed)
+                drawn = {} if seed is None else {"seed": seed}
+                own = replace(cfg, run=replace(cfg.run, **drawn))
+                argv = (spec.preset, *flags({**options, **drawn}))
+                run = SweepRun(identity(own), label, arm, {**axes, **drawn}, argv, own)
                 if run.id in runs:
                     raise UserError(
                         f"sweep {spec.name}: {run.name!r} is the same run as {runs[run.id].name!r}"
                     )
                 runs[run.id] = run
     return sorted(runs.values(), key=lambda run: (run.arm.later, run.cfg.run.seed))
-
-
-def seeded(
-    preset: str,
-    arm: SweepArm,
-    label: str,
-    axes: Mapping[str, Any],
-    options: Mapping[str, Any],
-    cfg: TrainConfig,
-    seed: int | None,
-) -> SweepRun:
-    """One run of a setting; without a seed of the sweep's own, that of the options or of the preset."""
-    if seed is not None:
-        cfg = replace(cfg, run=replace(cfg.run, seed=seed))
-        axes, options = {**axes, "seed": seed}, {**options, "seed": seed}
-    return SweepRun(identity(cfg), label, arm, axes, (preset, *flags(options)), cfg)
-
-
-def combinations(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """Every choice of one value per axis; the last axis changes fastest."""
-    for values in itertools.product(*grid.values()):
-        yield dict(zip(grid, values, strict=True))
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:
@@ -179,13 +155,11 @@ def checked(preset: str, options: Mapping[str, Any], what: str) -> TrainConfig:
             raise UserError(f"{what}: the sweep sets {name} itself; leave it out")
     argv = [preset, *flags(options)]
     try:
-        cfg = parse(argv)
-        validate(cfg)
+        return train.checked(argv)
     except SystemExit as error:
         raise UserError(f"{what}: train does not take {' '.join(argv)}") from error
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
-    return cfg
 
 
 def seed_range(value: object) -> tuple[int, ...]:
@@ -232,7 +206,6 @@ def take(table: Mapping[str, Any], known: Sequence[str], what: str) -> None:
 
 
 def read_arm(table: object, what: str) -> SweepArm:
-    """One [[arms]] entry."""
     if not isinstance(table, dict) or not NAME.fullmatch(str(table.get("name", ""))):
         raise UserError(f"{what}: every [[arms]] needs a name of letters, digits and _ . + = -")
     take(table, [f.name for f in fields(SweepArm)], f"{what} {table['name']}")
@@ -244,7 +217,6 @@ def read_arm(table: object, what: str) -> SweepArm:
 
 
 def read_limits(table: Mapping[str, Any], what: str) -> SweepLimits:
-    """The [limits] table."""
     take(table, [f.name.replace("_", "-") for f in fields(SweepLimits)], f"{what} [limits]")
     for key, value in table.items():
         if type(value) is not int:

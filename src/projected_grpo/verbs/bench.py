@@ -30,7 +30,6 @@ from projected_grpo.verbs.grade import with_modes
 
 
 def measure(options: BenchOptions, function: Callable[[Work], dict[str, Any]], *, writes: bool = True) -> int:
-    """Run one benchmark, print its figures and write them."""
     work = options.work
     for name in ("prompts_per_step", "group", "prompt_tokens", "max_new", "steps", "tokens_per_microbatch"):
         if getattr(work, name) < 1:

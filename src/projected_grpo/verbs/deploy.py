@@ -13,14 +13,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from projected_grpo.antipasto import weights_digest
-from projected_grpo.config import (
-    EMBEDDED,
-    NANO,
-    EnvMode,
-    ProblemConfig,
-    SamplingConfig,
-    env_modes,
-)
+from projected_grpo.config import EMBEDDED, NANO, EnvMode, ProblemConfig, SamplingConfig, env_modes
 from projected_grpo.deploy.export import check_out, export, read_facts
 from projected_grpo.deploy.trained import Source, file_hash, find_source, open_source
 from projected_grpo.engine.chat import Chat, sampler_opener
@@ -150,7 +143,6 @@ def with_run_modes(
 
 
 def sampling_of(options: EvaluateOptions, source: Source) -> SamplingConfig:
-    """How completions are drawn."""
     max_new = options.max_new or (source.cfg.sampling.max_new if source.cfg else MAX_NEW)
     return SamplingConfig(
         max_new=max_new, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k
@@ -236,7 +228,6 @@ def completion_rows(policy: str, condition: str, part: Evaluation) -> list[dict[
 
 
 def describe(source: Source, chat: Chat) -> dict[str, Any]:
-    """What was evaluated, so that it can be found again."""
     cfg = source.cfg
     return {
         "model": source.model,
@@ -275,7 +266,6 @@ def report(conditions: Conditions, how: Bootstrap) -> dict[str, Any]:
 
 
 def plain_figures(value: Any) -> Any:
-    """Figures as JSON objects."""
     if isinstance(value, Figure):
         return asdict(value)
     return {name: plain_figures(item) for name, item in value.items()}

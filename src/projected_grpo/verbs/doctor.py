@@ -49,12 +49,10 @@ class Finding:
     fix: str = ""
 
     def line(self) -> str:
-        """As it is printed."""
         return f"{self.status:<4} {self.name:<10} {self.text}" + (f" | fix: {self.fix}" if self.fix else "")
 
 
 def settings_of(options: DoctorOptions) -> TrainConfig:
-    """The preset with the options given."""
     cfg = PRESETS[options.preset][1]
     return replace(
         cfg,
@@ -67,7 +65,6 @@ def settings_of(options: DoctorOptions) -> TrainConfig:
 
 
 def check_software(cfg: TrainConfig) -> Finding:
-    """Python and the packages whose version matters."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     old = [name for name, least in PACKAGES.items() if release(found[name]) < least]
     text = f"Python {platform.python_version()}, " + ", ".join(f"{n} {v}" for n, v in found.items())
@@ -106,7 +103,6 @@ def check_device(cfg: TrainConfig) -> Finding:
 
 
 def check_attention(cfg: TrainConfig) -> Finding:
-    """flash-attn, where a GPU could use it."""
     if any(device.type != "cuda" for device in pick_devices(cfg.model.device)):
         return Finding("OK", "attention", "sdpa (no GPU to run flash-attn)")
     if importlib.util.find_spec("flash_attn") is None:
@@ -116,7 +112,6 @@ def check_attention(cfg: TrainConfig) -> Finding:
 
 
 def check_disk(cfg: TrainConfig) -> Finding:
-    """Room in the output folder, and that it can be written."""
     place = next(p for p in (cfg.run.out_dir.absolute(), *cfg.run.out_dir.absolute().parents) if p.exists())
     try:
         with tempfile.TemporaryFile(dir=place):
@@ -143,7 +138,6 @@ def check_empty(cfg: TrainConfig) -> Finding:
 
 
 def check_sandbox(cfg: TrainConfig) -> Finding:
-    """The grader's containment."""
     with Sandbox(1) as sandbox:
         missing = "; ".join(f"{name}: {why}" for name, why in sandbox.missing.items())
         active = ", ".join(name for name, state in sandbox.layers.items() if state is True)
@@ -185,7 +179,6 @@ def model_files(folder: Path) -> list[str]:
 
 
 def check_problems(cfg: TrainConfig) -> Finding:
-    """The dataset, read and parsed."""
     loaded = load_problems(cfg.problems.problems)
     text = f"{len(loaded.problems)} usable problems of {cfg.problems.problems}"
     if len(loaded.problems) < cfg.sampling.prompts_per_step * 2:
@@ -197,13 +190,11 @@ def check_problems(cfg: TrainConfig) -> Finding:
 
 
 def check_pairs(cfg: TrainConfig) -> Finding:
-    """The contrastive pairs."""
     pairs = chosen_pairs(cfg.basis)
     return Finding("OK", "pairs", f"{len(pairs.pairs)} of set {pairs.name!r}")
 
 
 def check_pool(cfg: TrainConfig) -> Finding:
-    """How many problems the teacher pool has rows for."""
     folder = cfg.teacher.teacher_pool_dir
     if folder is None:
         return Finding("OK", "pool", "none asked for")

@@ -1,10 +1,10 @@
 """The verbs of teacher pools: build, sample, report, regrade."""
 
-import hashlib
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
+from projected_grpo.deploy.trained import file_hash
 from projected_grpo.engine.chat import open_chat, sampler_opener
 from projected_grpo.engine.placement import pick_devices, pick_dtype
 from projected_grpo.errors import UserError
@@ -59,13 +59,10 @@ def pool_sample_verb(options: PoolSampleOptions) -> int:
 
 
 def sampled_with(options: PoolSampleOptions) -> dict[str, Any]:
-    """What decides the rows of a sampled pool."""
-    adapter = None
-    if options.adapter is not None:
-        try:
-            adapter = hashlib.blake2b(options.adapter.read_bytes(), digest_size=16).hexdigest()
-        except OSError as error:
-            raise UserError(f"--adapter {options.adapter}: cannot be read ({error.strerror})") from error
+    try:
+        adapter = file_hash(options.adapter)
+    except OSError as error:
+        raise UserError(f"--adapter {options.adapter}: cannot be read ({error.strerror})") from error
     how = {name: value for name, value in asdict(options.how).items() if name != "batch"}
     dtype = str(pick_dtype(options.model.dtype, pick_devices(options.model.device)[0]))
     made = {

@@ -1,4 +1,4 @@
-"""The verbs of a probe: extract -> verify -> none -> an arm at one seed, gated; and a gate alone."""
+"""The verbs of the hack basis, of a probe (extract -> verify -> none -> an arm), and of one gate."""
 
 import subprocess
 import sys
@@ -7,22 +7,61 @@ from pathlib import Path
 
 from loguru import logger
 
+from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, heldout_json
 from projected_grpo.config import TrainConfig
+from projected_grpo.engine.chat import open_chat
 from projected_grpo.errors import GATE_FAILED, UserError
-from projected_grpo.options.verbs import GateOptions, ProbeOptions
-from projected_grpo.sweep.gates import GATES
+from projected_grpo.extract_vhack_grad import obtain, pair_grads, select, verify_vhack_heldout
+from projected_grpo.options.verbs import ExtractOptions, GateOptions, ProbeOptions
+from projected_grpo.pairs import chosen_pairs
+from projected_grpo.results.plots import heldout_histogram
+from projected_grpo.runlog import write_json
+from projected_grpo.sweep.gates import check_gate
 from projected_grpo.sweep.jobs import SIGNALLED, Job, Launch, in_process, jobs_of, make, write_job
-from projected_grpo.sweep.spec import Spec, SweepArm, SweepLimits, basis_options, expand, split_pair, typed
-from projected_grpo.verbs.basis import ExtractOptions, extract_verb, verify_verb
+from projected_grpo.sweep.spec import Spec, SweepArm, SweepLimits, basis_options, expand, given_options
 
-VERBS = {"extract": extract_verb, "verify": verify_verb}
+
+def extract_verb(options: ExtractOptions) -> int:
+    """Extract the hack basis (or check the one that is there) and say what is in it."""
+    pairs = chosen_pairs(options.basis)
+    chat = open_chat(options.model)
+    extraction, path = obtain(chat, pairs, options.basis, options.loss, options.model.model, options.out_dir)
+    basis = select(extraction.axes, options.basis.v_hack_k, options.basis.v_hack_drop_bottom_frac)
+    axes = sum(len(V) for V in basis.V.values())
+    dead = sum(not bool(D.any()) for D in extraction.axes.differences.values())
+    print(
+        f"{path}: {len(extraction.axes.V)} modules, {dead} with zero norm (must be 0); "
+        f"in use: {axes} axes of {len(basis.V)} modules"
+    )
+    return 0
+
+
+def verify_verb(options: ExtractOptions) -> int:
+    """Do held-out pairs lie hack-ward of the basis? Exit 1 unless over half of the cosines are above 0."""
+    pairs, loss, model = chosen_pairs(options.basis), options.loss, options.model.model
+    chat = open_chat(options.model)
+    extraction, path = obtain(chat, pairs, options.basis, loss, model, options.out_dir)
+    basis = select(extraction.axes, options.basis.v_hack_k, options.basis.v_hack_drop_bottom_frac)
+    grads = pair_grads(chat, pairs.split()[1], loss, length_norm=options.basis.v_hack_length_norm)
+    result = verify_vhack_heldout(basis, grads)
+    write_json(path.with_suffix(".heldout.json"), heldout_json(result))
+    picture = path.with_suffix(".heldout.png")
+    heldout_histogram(result, f"{pairs.name} pairs, {model}", picture.with_suffix(""))
+    print(
+        f"{'PASS' if result.passed else 'FAIL'}: {result.fraction_positive:.3f} of {len(result.cosines)} "
+        f"held-out cosines above 0 (must exceed {HARD_GATE:.2f}), mean {result.mean:+.3f}; "
+        f"histogram in {picture}"
+    )
+    if result.mean < SOFT_GATE:
+        logger.warning("mean held-out cosine is under {}: the basis generalises weakly", SOFT_GATE)
+    return 0 if result.passed else GATE_FAILED
 
 
 def check(gate: str, files: Sequence[Path]) -> bool:
     """Print what a gate says of these files; whether all of them pass. Raises UserError without files."""
     if not files:
         raise UserError(f"gate {gate}: no files to check")
-    verdicts = GATES[gate](files)
+    verdicts = check_gate(gate, files)
     for verdict in verdicts:
         print(verdict.lines(), flush=True)
     return all(verdict.passed for verdict in verdicts)
@@ -35,8 +74,7 @@ def gate_verb(options: GateOptions) -> int:
 
 def planned(options: ProbeOptions) -> tuple[Job, Job, TrainConfig]:
     """None and the arm as jobs of one folder, and the settings of the arm."""
-    given = {name: typed(value) for name, value in map(split_pair, options.set)}
-    given |= {"model": options.model} if options.model else {}
+    given = given_options(options.set) | ({"model": options.model} if options.model else {})
     arms = tuple(SweepArm(arm, {"intervention": arm}) for arm in ("none", options.arm))
     spec = Spec("probe", options.preset, options.out, arms, given, {"seed": (options.seed,)})
     baseline, arm = expand(spec)
@@ -46,9 +84,9 @@ def planned(options: ProbeOptions) -> tuple[Job, Job, TrainConfig]:
 
 
 def basis_stage(verb: str, cfg: TrainConfig, home: Path, *, in_process: bool) -> int:
-    """Run extract or verify for this basis; the exit code."""
     if in_process:
-        return VERBS[verb](ExtractOptions(cfg.model, cfg.basis, cfg.loss, home))
+        stage = {"extract": extract_verb, "verify": verify_verb}[verb]
+        return stage(ExtractOptions(cfg.model, cfg.basis, cfg.loss, home))
     command = [sys.executable, "-m", "projected_grpo.cli", verb, *basis_options(cfg), f"--out-dir={home}"]
     return subprocess.run(command).returncode
 
@@ -61,7 +99,6 @@ def attached(argv: Sequence[str], output: Path, held: int) -> int | None:
 
 
 def train_stage(job: Job, launch: Launch) -> bool:
-    """Make one run; whether it ended."""
     write_job(job)
     outcome = make(job, launch)
     if outcome.kind != "done":

@@ -1,8 +1,5 @@
 """The verbs that read finished runs: tables, verdicts, pictures, a page."""
 
-from pathlib import Path
-
-import tyro
 from loguru import logger
 
 from projected_grpo.errors import UserError
@@ -14,9 +11,6 @@ from projected_grpo.results.runs import BASELINE, Groups, finished, grouped, rea
 from projected_grpo.results.tables import Format, Table, render, render_tables
 from projected_grpo.runlog import write_atomically
 from projected_grpo.study.hypotheses import verdicts
-
-Runs = tyro.conf.Positional[tuple[Path, ...]]
-RUNS = (Path("out/runs"),)
 
 
 def results_verb(options: ResultsOptions) -> int:
@@ -37,7 +31,6 @@ def results_verb(options: ResultsOptions) -> int:
 
 
 def tables_text(groups: Groups, options: ResultsOptions) -> str:
-    """The tables asked for, with what has to be known to read them."""
     against = options.against or BASELINE
     estimates = [*rates(groups), *headline(groups), *paired(groups, against), *modes(groups)]
     shown = [e for e in estimates if options.table in ("all", e.table)]

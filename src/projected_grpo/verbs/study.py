@@ -9,15 +9,13 @@ import torch
 from tabulate import tabulate
 
 from projected_grpo.errors import GATE_FAILED, UserError
-from projected_grpo.options.verbs import PretrainNanoOptions, StudyOptions, SweepOptions
+from projected_grpo.options.verbs import RESULTS, PretrainNanoOptions, StudyOptions, SweepOptions
 from projected_grpo.prepare.pretrain_nano import check_base, pretrain, save_model
 from projected_grpo.runlog import write_atomically, write_json
 from projected_grpo.study.report import filled, study_spec, write_report
 from projected_grpo.sweep.jobs import jobs_of
 from projected_grpo.sweep.spec import expand, given_options, only
 from projected_grpo.verbs.sweep import make_all, to_make, with_options
-
-RESULTS = Path("docs/results/nano")
 
 
 def pretrain_nano_verb(options: PretrainNanoOptions) -> int:

@@ -6,10 +6,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import Literal
 
 from projected_grpo.errors import GATE_FAILED, UserError
-from projected_grpo.options.verbs import SweepOptions, SweepRunOptions, SweepStatusOptions, WhichSweep
+from projected_grpo.options.verbs import SweepOptions, SweepRunOptions, WhichSweep
 from projected_grpo.sweep.jobs import (
     Job,
     JobResult,
@@ -22,7 +21,6 @@ from projected_grpo.sweep.jobs import (
 )
 from projected_grpo.sweep.spec import Spec, SweepRun, expand, given_options, only, quick_spec, read_spec
 
-Engine = Literal["local", "pueue", "slurm", "ray"]
 EXTRAS = {"slurm": "submitit", "ray": "ray"}  # the package behind each extra of that name
 
 
@@ -114,8 +112,8 @@ def sweep_run_verb(options: SweepRunOptions) -> int:
     return outcome.exit_code
 
 
-def sweep_status_verb(options: SweepStatusOptions) -> int:
+def sweep_status_verb(options: WhichSweep) -> int:
     """A line per run of a sweep: finished, running, failed, interrupted, to do; steps, rates, wall time."""
-    spec = spec_of(options.sweep)
+    spec = spec_of(options)
     print(status_table(states(jobs_of(expand(spec), spec.home, spec.limits, spec.keep))))
     return 0
