@@ -124,6 +124,8 @@ def dispatch(argv: Sequence[str], loaded: Callable[[], None]) -> int:
     """Run the verb that the first words name. Raises UserError if there is no such verb."""
     if argv and argv[0].startswith("--tyro-"):
         print_completion(argv)
+    if argv and argv[0] in ("-h", "--help") and len(argv) > 1:  # `--help train` is `train --help`
+        argv = [*argv[1:], "--help"]
     asked = [word for word in argv if word not in ("-h", "--help")]
     if asked[:1] == ["train"]:
         return run_train(argv[1:], loaded)

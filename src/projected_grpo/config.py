@@ -1,4 +1,4 @@
-"""What a run is: frozen settings in groups, the presets, and the checks that need no file and no model.
+"""What a run is: frozen settings in groups, the presets, and their form in config.json.
 
 Options keep one flat name each on the command line (`--v-hack-k`, not `--basis.v-hack-k`); the groups only
 say which part of the program reads them.
@@ -57,6 +57,10 @@ REMOVED: Mapping[str, Removed] = {
     "threads": Removed(..., "set OMP_NUM_THREADS, which torch reads; nano and smoke take one thread"),
     "ref_every": Removed(1, "the preset says it: every 10 steps under nano, else every step; leave it out"),
 }
+
+
+RENAMED = {"init_knobs": "init_adapter"}
+RENAMED_VALUES = {"random_parking": "random_routing"}
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ class BasisConfig:
     vhack_pairs_modes: tuple[EnvMode, ...] = ()
     """Use only the pairs of these modes (default: all), to leave a mode out."""
     leave_out: str = ""
-    """Modes, comma-separated, that a run is told nothing about: none of their pairs, teacher rows and
+    """Modes, comma-separated, that a run learns nothing about: none of their pairs, teacher rows and
     detector labels of student rows is used. Their problems are trained on and evaluated, and marked as
     held-out. A detector of --half-a stays in use on the other modes."""
     v_hack_extract_top_k: int = 12
@@ -397,11 +401,12 @@ def from_json(data: object, *, older: bool = False) -> TrainConfig:
         raise UserError(f"config.json does not fit this version of projected_grpo: {error}") from error
 
 
-def _group_from_json(kind: Any, values: object, older: bool) -> Any:
+def _group_from_json(kind: Any, values: Any, older: bool) -> Any:
     if not isinstance(values, Mapping):
         raise TypeError(f"{kind.__name__} is {str(values)[:40]!r}")
     names: dict[str, Any] = get_type_hints(kind)
     if older:
+        values = {RENAMED.get(str(n), n): RENAMED_VALUES.get(str(v), v) for n, v in values.items()}
         without = _OTHER_ARMS | {name: removed.always for name, removed in REMOVED.items()}
         gone = {n for n, v in values.items() if n in without and without[n] in (..., v)}
         values = {n: v for n, v in values.items() if n in names or n not in gone}

@@ -17,7 +17,7 @@ from projected_grpo.pairs import packaged_pairs
 from projected_grpo.results.runs import read_runs
 from projected_grpo.run.identity import identity, settings
 from projected_grpo.sweep.jobs import Job, make, states
-from projected_grpo.sweep.keep import data_digest, rounded
+from projected_grpo.sweep.keep import kept_data, rounded
 
 ARGV = ("smoke", "--intervention=route2", "--seed=41")
 
@@ -29,7 +29,7 @@ def job(tmp_path):
     kept = tmp_path / "kept" / "route2_seed41.json"
     one = Job(
         id=identity(cfg), name="route2 seed=41", argv=ARGV, steps=30, home=str(tmp_path / "home"),
-        cwd=str(tmp_path), retries=0, max_failures=0, submitted=0.0, record=str(kept), data=data_digest(cfg),
+        cwd=str(tmp_path), retries=0, max_failures=0, submitted=0.0, record=str(kept), data=kept_data(cfg),
     )  # fmt: skip
     one.file("").parent.mkdir(parents=True)
     made(tmp_path / "home" / "runs", f"20260101T000000_smoke_route2_seed41_{one.id}", seconds=12.345678)
@@ -103,7 +103,7 @@ def test_what_is_kept_of_settings_is_enough_to_tell_the_run():
 
 def test_pairs_that_lie_elsewhere_count_as_data_of_the_run(tmp_path, monkeypatch):
     def digest(*options):
-        return data_digest(parse(["nano", *options]))
+        return kept_data(parse(["nano", *options]))
 
     path = tmp_path / "pairs.json"
     path.write_bytes(packaged_pairs("nano-sampled"))

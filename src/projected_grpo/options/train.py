@@ -65,7 +65,9 @@ def usage() -> str:
 def _parsed(argv: tuple[str, ...]) -> TrainConfig:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
-        sys.exit(0 if argv else 2)
+        if argv:
+            sys.exit(0)
+        raise UserError(f"name a preset: {', '.join(PRESETS)}")
     preset, *given = argv
     if preset not in PRESETS:
         known = ", ".join(PRESETS)
@@ -135,9 +137,9 @@ def command(cfg: TrainConfig) -> type:
         part = getattr(cfg, group)
         for f in dataclasses.fields(part):
             metavar = "NAME" if f.name == "intervention" else None
-            told = tyro.conf.arg(help=descriptions(type(part)).get(f.name), metavar=metavar)
+            shown = tyro.conf.arg(help=descriptions(type(part)).get(f.name), metavar=metavar)
             default = dataclasses.field(default=getattr(part, f.name))
-            options[f.name] = (f.name, Annotated[f.type, told], default)
+            options[f.name] = (f.name, Annotated[f.type, shown], default)
     titles = {group: cfg.arm.intervention if group == "arm" else group for group in _groups(cfg)}
     groups = {"usual": USUAL} | {
         title: tuple(f.name for f in dataclasses.fields(getattr(cfg, group)) if f.name not in USUAL)

@@ -21,6 +21,7 @@ from loguru import logger
 from tabulate import tabulate
 
 from projected_grpo import train
+from projected_grpo.errors import DIVERGED, SIGNALLED
 from projected_grpo.results.files import (
     Check,
     check_fields,
@@ -31,12 +32,10 @@ from projected_grpo.results.files import (
     read_steps,
 )
 from projected_grpo.runlog import append_jsonl, complete_lines, read_json, write_json
-from projected_grpo.sweep.keep import data_digest, read_record, write_record
+from projected_grpo.sweep.keep import kept_data, read_record, write_record
 from projected_grpo.sweep.spec import SweepLimits, SweepRun, take
-from projected_grpo.train import DIVERGED
 
 BAD_USAGE = 2  # exit code of train for what no further attempt would mend
-SIGNALLED = 128  # exit codes from here on, and negative ones, are signals
 STATES = ("finished", "running", "failed", "interrupted", "to do")
 PATIENCE_S = 120.0  # a queue's next attempt waits this long for what is left of the one before it
 
@@ -206,8 +205,8 @@ def jobs_of(runs: Sequence[SweepRun], home: Path, limits: SweepLimits, keep: Pat
             time.time(),
             run.arm.why,
             run.arm.resolve,
-            str(keep / f"{run.label.replace(' ', '_')}_seed{run.cfg.run.seed}.json") if keep else "",
-            data_digest(run.cfg) if keep else "",
+            str(keep / f"{run.stem}.json") if keep else "",
+            kept_data(run.cfg) if keep else "",
         )
         for run in runs
     ]

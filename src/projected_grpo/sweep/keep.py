@@ -16,7 +16,7 @@ from typing import Any
 from projected_grpo.config import NANO, TrainConfig, from_json
 from projected_grpo.errors import UserError
 from projected_grpo.options.train import parse
-from projected_grpo.pairs import packaged_pairs
+from projected_grpo.pairs import read_pairs
 from projected_grpo.results.files import KEPT, check_fields, check_record
 from projected_grpo.run.identity import chosen, differing, identity, settings
 from projected_grpo.runlog import complete_lines, plain, read_json, write_atomically
@@ -40,17 +40,14 @@ def nano_data() -> "hashlib.blake2b":
     return digest
 
 
-def data_digest(cfg: TrainConfig) -> str:
+def kept_data(cfg: TrainConfig) -> str:
     """Hash of the packaged nano data and of a pair set that is not part of it; of a pair file, its bytes.
 
     Raises UserError for a pair file that cannot be read.
     """
     digest, pairs = nano_data().copy(), cfg.basis.vhack_pairs_path
     if pairs is not None and str(pairs) not in PAIRS_OF_NANO:
-        try:
-            digest.update(pairs.read_bytes() if pairs.suffix else packaged_pairs(str(pairs)))
-        except OSError as error:
-            raise UserError(f"--vhack-pairs-path {pairs}: cannot be read ({error.strerror})") from error
+        digest.update(read_pairs(str(pairs)))
     return digest.hexdigest()
 
 

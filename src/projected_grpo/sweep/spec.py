@@ -95,6 +95,14 @@ class SweepRun:
         """What it is called in queues and tables."""
         return " ".join([*self.label.split(), f"seed={self.cfg.run.seed}"])
 
+    @property
+    def stem(self) -> str:
+        """The name of its record's file; with its id where arm and axes do not fit into one."""
+        plain = "_".join(self.label.split())
+        safe = re.sub(r"[^\w.+=-]+", "-", plain, flags=re.ASCII)[:100]
+        words = [safe] if safe == plain != "" else [safe, self.id]
+        return "_".join([*filter(None, words), f"seed{self.cfg.run.seed}"])
+
 
 def expand(spec: Spec) -> list[SweepRun]:
     """All runs, first seeds first, later arms last. Raises UserError for what train would refuse."""
@@ -118,6 +126,10 @@ def expand(spec: Spec) -> list[SweepRun]:
                         f"sweep {spec.name}: {run.name!r} is the same run as {runs[run.id].name!r}"
                     )
                 runs[run.id] = run
+    stems = [run.stem for run in runs.values()]
+    for run in runs.values():
+        if stems.count(run.stem) > 1:
+            raise UserError(f"sweep {spec.name}: two runs would be kept as {run.stem}; rename an arm")
     return sorted(runs.values(), key=lambda run: (run.arm.later, run.cfg.run.seed))
 
 

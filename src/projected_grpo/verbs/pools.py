@@ -40,7 +40,7 @@ def pool_build_verb(options: PoolBuildOptions) -> int:
 
 def pool_sample_verb(options: PoolSampleOptions) -> int:
     """Sample a teacher pool from a model, graded, in the form that --teacher-pool-dir takes."""
-    _ = options.how.sampler  # bad settings are told before anything is written
+    _ = options.how.sampler  # bad settings are reported before anything is written
     open_sampler = sampler_opener(options.model)
     if options.problems.n_problems < 1:
         raise UserError(f"--n-problems must be at least 1, got {options.problems.n_problems}")
@@ -53,8 +53,8 @@ def pool_sample_verb(options: PoolSampleOptions) -> int:
         if options.adapter is not None:
             load_adapter(options.adapter, chat.policy)
         counts = sample_pool(options.out, made_with, chat, grader, problems, options.how)
-    told = ", ".join(f"{name} {counts[name]}" for name in ("rows", "hacked", "correct"))
-    print(f"{options.out}: {len(load_pool(options.out))} prompts; made now: {told}")
+    counted = ", ".join(f"{name} {counts[name]}" for name in ("rows", "hacked", "correct"))
+    print(f"{options.out}: {len(load_pool(options.out))} prompts; made now: {counted}")
     return 0
 
 
@@ -72,7 +72,7 @@ def sampled_with(options: PoolSampleOptions) -> dict[str, Any]:
         **asdict(options.problems),
         **how,
     }
-    engine = options.model.sampler  # told only where it is another: older pools go on
+    engine = options.model.sampler  # named only where it is another: older pools go on
     return made if engine == "own" else made | {"sampler": engine}
 
 

@@ -10,14 +10,14 @@ from loguru import logger
 from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, heldout_json
 from projected_grpo.config import TrainConfig
 from projected_grpo.engine.chat import open_chat
-from projected_grpo.errors import GATE_FAILED, UserError
+from projected_grpo.errors import GATE_FAILED, SIGNALLED, UserError
 from projected_grpo.extract_vhack_grad import obtain, pair_grads, select, verify_vhack_heldout
 from projected_grpo.options.verbs import ExtractOptions, GateOptions, ProbeOptions
 from projected_grpo.pairs import chosen_pairs
 from projected_grpo.results.plots import heldout_histogram
 from projected_grpo.runlog import write_json
 from projected_grpo.sweep.gates import check_gate
-from projected_grpo.sweep.jobs import SIGNALLED, Job, Launch, in_process, jobs_of, make, write_job
+from projected_grpo.sweep.jobs import Job, Launch, in_process, jobs_of, make, write_job
 from projected_grpo.sweep.spec import Spec, SweepArm, SweepLimits, basis_options, expand, given_options
 
 
