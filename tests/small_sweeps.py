@@ -65,7 +65,7 @@ def in_a_fork(*words):
         os.waitpid(pid, 0)
 
 
-def wait(holds, seconds=600):
+def wait(holds, seconds=120):
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "waited in vain"
