@@ -563,7 +563,7 @@ def test_every_new_arm_completes_smoke(home, monkeypatch, arm, tmp_path):
         assert summary["delta_hack_norm"] == pytest.approx(removed, rel=1e-5)
         last = load_file(folder / "ckpt_step0002.safetensors")
         assert all(torch.equal(deployed[name], t) for name, t in last.items())
-    (log,) = (home / "logs").glob(f"{folder.name}.log")
+    (log,) = (out / "logs").glob(f"{folder.name}.log")
     assert (INOCULATION in log.read_text()) == (arm == "inoculation")
 
 

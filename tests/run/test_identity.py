@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from projected_grpo.arm_settings import arm_settings
 from projected_grpo.config import PRESETS, from_json, to_json
+from projected_grpo.errors import UserError
 from projected_grpo.options.train import parse
 from projected_grpo.run import identity as identity_module
 from projected_grpo.run.identity import (
@@ -69,12 +70,21 @@ def test_an_option_that_is_new_changes_no_id_at_its_default(monkeypatch):
 
 def test_an_option_that_is_gone_changes_no_id_at_the_value_it_is_fixed_at():
     older = to_json(NANO)
-    older["optim"]["init_knobs"] = None
+    older["loss"]["ratio_cap"] = 3.0
     del older["loss"]["clip"]  # one that came later
     assert identity(from_json(older, older=True)) == identity(NANO)
-    older["optim"]["init_knobs"] = "a.safetensors"
-    with pytest.raises(Exception, match="unknown field 'init_knobs'"):
+    older["loss"]["ratio_cap"] = 2.0
+    with pytest.raises(UserError, match="ratio_cap"):
         from_json(older, older=True)
+
+
+def test_renamed_options_and_values_of_older_runs_are_read():
+    older = to_json(NANO)
+    del older["optim"]["init_adapter"]
+    older["optim"]["init_knobs"] = "a.safetensors"
+    older["arm"] = {"intervention": "route2", "control": "random_parking"}
+    read = from_json(older, older=True)
+    assert str(read.optim.init_adapter) == "a.safetensors" and read.arm.control == "random_routing"
 
 
 def test_what_differs_is_named_with_both_values():

@@ -68,7 +68,6 @@ INTERRUPTED = (
     "--save-every=2",
     "--eval-ablate-every=2",
     "--vhack-refresh-every=3",
-    "--rollout-ablate-frac=0.5",
 )
 
 
@@ -76,9 +75,9 @@ INTERRUPTED = (
     ("arm", "options"),
     [
         ("erase", ("--project=purge",)),
-        ("route2", ()),
+        ("route2", ("--rollout-ablate-frac=0.5",)),
         ("advmod", ("--advmod-buffer=5",)),
-        ("route2", ("--quarantine=block", "--block-init=direction")),
+        ("route2", ("--rollout-ablate-frac=0.5", "--quarantine=block", "--block-init=direction")),
     ],
     ids=["erase", "route2", "advmod", "block"],
 )

@@ -166,7 +166,7 @@ def test_the_quick_form_is_the_file_in_short(here, capsys):
     for run, line in zip(expand(spec), lines[2:], strict=True):
         words = shlex.split(line)
         assert words[:2] == ["projected-grpo", "train"]
-        assert parse(words[2:-3]) == run.cfg and words[-1] == f"--out-tag=_{run.id}"
+        assert parse(words[2:-2]) == run.cfg and words[-1] == f"--out-tag=_{run.id}"
     assert not (here / "out").exists()
     assert main(["sweep", "--dry-run"]) == 2
     assert main(["sweep", "x.toml", "--preset=nano"]) == 2
