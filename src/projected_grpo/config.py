@@ -319,7 +319,7 @@ FULL = TrainConfig(
 PRESETS: Mapping[str, tuple[str, TrainConfig]] = {
     "smoke": (
         "The whole pipeline on a tiny random Qwen3: any CPU, no network, under a minute. Its rates mean "
-        "nothing; its columns all move.",
+        "nothing.",
         SMOKE,
     ),
     "nano": (

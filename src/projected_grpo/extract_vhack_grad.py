@@ -158,7 +158,8 @@ def obtain(
                 raise
             logger.warning("{}; extracting again", error)
     used, _ = pairs.split()
-    logger.info("extracting the hack basis from {} pairs of {!r} -> {}", len(used), pairs.name, path)
+    count = f"{len(used)} of {len(pairs.pairs)}"  # the others are held out, for `verify`
+    logger.info("extracting the hack basis from {} pairs of {!r} -> {}", count, pairs.name, path)
     grads = pair_grads(chat, used, loss, length_norm=cfg.v_hack_length_norm)
     try:
         extraction = extract(grads, cfg, meta)

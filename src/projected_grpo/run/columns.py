@@ -41,7 +41,7 @@ COLUMNS = (
     Column(
         "hack_s",
         "pair",
-        "student rollouts (ablated too) that exploit the grader, of n. Vanilla SHOULD rise",
+        "student rollouts (ablated too) that exploit the grader, of n. SHOULD rise under none",
         7,
     ),
     Column("hack_t", "pair", "teacher rollouts that their pool labels as hacks, of n"),

@@ -68,7 +68,9 @@ def study_verb(options: StudyOptions) -> int:
         jobs = list({job.record: job for job in (*jobs_of(expand(spec), *place), *jobs)}.values())
     records = [record for job in jobs if (record := job.kept()) is not None]
     if not records:
-        raise UserError(f"--out {options.out}: no record of this study; run it without --report-only first")
+        raise UserError(
+            f"--out {options.out}: no record of this study lies there; those that were kept lie in {RESULTS}"
+        )
     path = write_report(records, options.out)
     if options.page is not None:
         renew_page(options.page, records)
