@@ -52,7 +52,7 @@ REMOVED: Mapping[str, Removed] = {
     "max_skipped": Removed(3, "a run ends after three steps in a row that were skipped; leave it out"),
     "vllm_memory": Removed(0.3, "the engine takes .3 of the GPU (engine/vllm.py); leave it out"),
     "init_knobs": Removed(None, "its name is --init-adapter"),
-    "log_dir": Removed(..., "logs/ stands in --out-dir, and beside the default out/; leave it out"),
+    "log_dir": Removed(..., "logs are in logs/ of --out-dir, and in logs/ for the default out"),
     "svd_cache": Removed(..., "SVDs are cached in out/svd_cache of the current folder, which may be a link"),
     "threads": Removed(..., "set OMP_NUM_THREADS, which torch reads; nano and smoke take one thread"),
     "ref_every": Removed(1, "the preset says it: every 10 steps under nano, else every step; leave it out"),
