@@ -17,6 +17,7 @@ An id (run/identity.py) survives a new option, a renamed arm and a file that gro
 import itertools
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -126,10 +127,9 @@ def expand(spec: Spec) -> list[SweepRun]:
                         f"sweep {spec.name}: {run.name!r} is the same run as {runs[run.id].name!r}"
                     )
                 runs[run.id] = run
-    stems = [run.stem for run in runs.values()]
-    for run in runs.values():
-        if stems.count(run.stem) > 1:
-            raise UserError(f"sweep {spec.name}: two runs would be kept as {run.stem}; rename an arm")
+    for stem, count in Counter(run.stem for run in runs.values()).items():
+        if count > 1:
+            raise UserError(f"sweep {spec.name}: two runs would be kept as {stem}; rename an arm")
     return sorted(runs.values(), key=lambda run: (run.arm.later, run.cfg.run.seed))
 
 
