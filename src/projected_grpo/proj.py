@@ -99,6 +99,16 @@ def row_cosines(rows: Float[Tensor, "n r"], v: Float[Tensor, " r"]) -> Float[Ten
     return (rows @ v) / rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
 
 
+def pooled_cosines(
+    rows: Mapping[str, Float[Tensor, "n _"]], v: Mapping[str, Float[Tensor, " _"]]
+) -> Float[Tensor, " n"]:
+    """Cosine of each row with v, both taken over all modules of v together; 0 for a zero row."""
+    dots = torch.stack([rows[m] @ v[m] for m in v]).sum(0)
+    norms = torch.stack([rows[m].norm(dim=1) for m in v]).norm(dim=0)
+    length = torch.stack([u.norm() for u in v.values()]).norm()
+    return dots / (norms * length).clamp_min(torch.finfo(norms.dtype).tiny)
+
+
 def mean_hackward_share(g: Mapping[str, Tensor], basis: HackBasis) -> float | None:
     """Mean over modules of `hackward_share`; relu acts per module, before this mean. None if all g are 0."""
     shares = [hackward_share(g[m], V) for m, V in basis.V.items()]
