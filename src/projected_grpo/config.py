@@ -186,8 +186,9 @@ class BasisConfig:
     """At extraction, drop axes whose singular value is below this share of the module's first."""
     v_hack_drop_bottom_frac: float = 0.25
     """At load, drop this share of all (module, axis) with the smallest singular values."""
-    v_hack_length_norm: bool = False
-    """Per-token mean log-likelihood at extraction instead of the loss's own fixed denominator."""
+    v_hack_length_norm: bool = True
+    """Extract from log-likelihoods per token, as the reference does; without it by the loss's own fixed
+    denominator, where a long completion weighs more."""
     vhack_refresh_every: int = 5
     """Re-extract against the current model with the quarantine ablated; 0 freezes the basis."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from projected_grpo.antipasto import Policy
 from projected_grpo.config import LossConfig
 from projected_grpo.engine.batch import Batch, SharedBatch, collate, collate_shared
-from projected_grpo.engine.logps import can_share, completion_logps
+from projected_grpo.engine.logps import can_share, completion_logps, head_chunk
 from projected_grpo.engine.prefix import Leaves, SharedPass, shared_logps
 from projected_grpo.rollout import Rollout
 
@@ -85,3 +85,19 @@ def fixed_logps(policy: Policy, batch: Batch | SharedBatch, chunk: int | None) -
     if isinstance(batch, SharedBatch):
         return shared_logps(policy, batch, chunk)
     return completion_logps(policy.model, batch, chunk)
+
+
+@torch.no_grad()
+def rollout_logps(
+    policy: Policy, rollouts: Sequence[Rollout], tokens_per_microbatch: int
+) -> Float[Tensor, " n"]:
+    """Mean log-probability per completion token of each rollout, nats, by the deployed policy."""
+    found = torch.empty(len(rollouts))
+    with policy.bind(None):
+        chunk = head_chunk(policy.model, tokens_per_microbatch)
+    with policy.bind(policy.deltas(ablate_quarantine=True)):
+        for index in microbatches(rollouts, range(len(rollouts)), tokens_per_microbatch):
+            batch = collate([rollouts[i] for i in index], policy.device)
+            total = (completion_logps(policy.model, batch, chunk) * batch.completion).sum(1)
+            found[index] = (total / batch.completion.sum(1)).float().cpu()
+    return found

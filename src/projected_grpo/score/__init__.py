@@ -1,0 +1,1 @@
+"""How well directions separate hacks from the rest, and what erasing them would do, before any training."""
