@@ -18,8 +18,9 @@ from projected_grpo.options.train import near
 from projected_grpo.runlog import start_logging
 
 VERBS: Mapping[str, tuple[type, str]] = {  # a verb's options, and `module:function` in verbs/
+    "score": (verbs.ScoreOptions, "score:score_verb"),
     "extract": (verbs.ExtractOptions, "probe:extract_verb"),
-    "verify": (verbs.ExtractOptions, "probe:verify_verb"),
+    "verify": (verbs.VerifyOptions, "probe:verify_verb"),
     "pairs lint": (verbs.PairsLintOptions, "pairs:pairs_lint_verb"),
     "pairs from-pool": (verbs.PairsFromPoolOptions, "pairs:pairs_from_pool_verb"),
     "pool build": (verbs.PoolBuildOptions, "pools:pool_build_verb"),

@@ -12,6 +12,10 @@ class UserError(Exception):
     """Bad usage or input. The message is one line that says what to change; the CLI exits with code 2."""
 
 
+class OneKind(UserError):
+    """There is nothing to tell apart: among completions that were scored all are exploits, or none is."""
+
+
 # What the CLI answers with one line and exit code 2: also paths that the user may not read or write.
 MISTAKES = (UserError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 

@@ -9,6 +9,7 @@ import tyro
 from projected_grpo.arm_settings import Detector
 from projected_grpo.config import (
     EMBEDDED,
+    NANO,
     BasisConfig,
     EnvMode,
     LossConfig,
@@ -37,6 +38,28 @@ class ExtractOptions:
 
 
 @dataclass(frozen=True)
+class ScoredOn:
+    """The completions that a direction is scored on: a graded pool, or samples of --model."""
+
+    pool: Path | None = None
+    """A pool folder, or a JSONL of graded completions such as a run's rollouts.jsonl; labels as stored. For a
+    model that never hacks by itself: of one that was made to."""
+    rollouts: int = 1280
+    """So many completions of the pool at most; without one, of held-out problems, sampled from the model and
+    graded."""
+    problems: str = ""
+    """`embedded`, `nano` or a file; default: nano's, for the model of that name."""
+    env_mode: str = ""
+    """The grader flaw, as in train; default: nano's four modes for its problems, else run_tests."""
+    max_new: int = 0
+    """Completion tokens at most; 0 is 72 for nano's problems, else 512."""
+    temperature: float = 1.0
+    seed: int = 41
+    nulls: int = 20
+    """Random draws of each kind that stand beside a direction."""
+
+
+@dataclass(frozen=True)
 class GraderOptions:
     """How the grader runs, in every verb that grades."""
 
@@ -44,6 +67,33 @@ class GraderOptions:
     """Grader processes; 0 is one per core."""
     sandbox: SandboxMode = "auto"
     """strict refuses to start unless every layer of containment is in force; auto warns what is missing."""
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Directions, the model whose gradients are taken, and the completions they are scored on."""
+
+    directions: tyro.conf.Positional[tuple[str, ...]]
+    """Packaged pair sets by their names, pair files, basis files (.safetensors)."""
+    on: ScoredOn = field(default_factory=ScoredOn)
+    json: Path | None = None
+    """Write every figure here."""
+    plot: Path | None = None
+    """Draw the separations and slopes here (.png; an SVG lies beside it)."""
+    tokens_per_microbatch: int = 4096
+    """Padded tokens per forward-backward pass."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(model=NANO))
+    grader: GraderOptions = field(default_factory=GraderOptions)
+
+
+@dataclass(frozen=True)
+class VerifyOptions(ExtractOptions):
+    """A basis to check on its held-out pairs (gate B) and, where asked, on completions (gate B2)."""
+
+    score: bool = False
+    """Also ask gate B2: does the direction tell exploits from other completions (`projected-grpo score`)?"""
+    on: ScoredOn = field(default_factory=ScoredOn)
+    grader: GraderOptions = field(default_factory=GraderOptions)
 
 
 @dataclass(frozen=True)
@@ -64,6 +114,8 @@ class PairsLintOptions:
 
     pairs: tyro.conf.Positional[str]
     """A pair file, or the name of a packaged set."""
+    model: str = ""
+    """Also tell how likely this model finds both sides: a folder, a hub name, or nano."""
     json: Path | None = None
     """Write counts, lengths and findings here."""
     grader: GraderOptions = field(default_factory=GraderOptions)
@@ -234,6 +286,10 @@ class ProbeOptions:
     """Other options of both runs, e.g. `steps=20 final-n-prompts=64`."""
     out: Path = Path("out/probes")
     """Parent of the probe's folder. The same command goes on where it was stopped."""
+    pool: Path | None = None
+    """Graded completions that gate B2 scores the direction on, where the model itself never hacks."""
+    rollouts: int = 1280
+    """Completions that gate B2 takes of the pool, or samples from the model; 0 leaves B2 out."""
     in_process: bool = False
     """Make all stages in this process. Saves starting four; on a GPU they then share its memory."""
 
@@ -242,10 +298,10 @@ class ProbeOptions:
 class GateOptions:
     """One gate, on the files it reads."""
 
-    gate: tyro.conf.Positional[Literal["A", "B", "C", "D"]]
+    gate: tyro.conf.Positional[Literal["A", "B", "B2", "C", "D"]]
     files: tyro.conf.Positional[tuple[Path, ...]]
-    """A: basis files; B: .heldout.json files; C: the run folder of none; D: those of none and of an arm. Of
-    several the newest that ended counts."""
+    """A: basis files; B: .heldout.json files; B2: .score.json files; C: the run folder of none; D: those of
+    none and of an arm. Of several the newest that ended counts."""
 
 
 @dataclass(frozen=True)

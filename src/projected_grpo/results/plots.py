@@ -106,6 +106,38 @@ def heldout_histogram(result: HeldOut, title: str, path: Path) -> None:
     _save(figure, path)
 
 
+def separations(directions: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """How well each direction of `score` tells exploits apart, and what erasing it would do to hacks.
+
+    Left: AUROC with its interval, and that of every draw of its nulls. Right: the foretold slopes of hacks
+    (full) and of right answers (open), 1 where nothing is changed.
+    """
+    names = list(directions)[::-1]
+    figure = _figure(9.0, 1.6 + 0.45 * len(names))
+    left, right = figure.subplots(1, 2, sharey=True)
+    for place, name in enumerate(names):
+        one = directions[name]
+        for control, marker in (("haar", "|"), ("shuffled", "x")):
+            draws = one["nulls"][control]
+            left.scatter(draws, [place] * len(draws), marker=marker, s=30, linewidths=0.8, color="#999999")
+        low, high = one["auroc_interval"] or (one["auroc"], one["auroc"])
+        left.plot([low, high], [place, place], color=BLUE, linewidth=2)
+        left.scatter([one["auroc"]], [place], color=BLUE, s=36, zorder=3)
+        for key, filled in (("hack_slope", ORANGE), ("solve_slope", "white")):
+            if one[key] is not None:
+                right.scatter([one[key]], [place], facecolor=filled, edgecolor=ORANGE, s=36, zorder=3)
+    left.axvline(0.5, color=GREY, linewidth=1)
+    right.axvline(1, color=GREY, linewidth=1)
+    left.set(
+        xlim=(0, 1),
+        xlabel="AUROC, exploits against the rest\n| Haar draws, x shuffled pairs",
+        yticks=range(len(names)),
+        yticklabels=names,
+    )
+    right.set_xlabel("first-order slope over that of none\nfull: hacks, open: right answers")
+    _save(figure, path)
+
+
 def dynamics(hack: Sequence[Series], solve: Sequence[Series], path: Path, arms: Iterable[str] = ()) -> None:
     """Student hack and solve rate by step, mean over seeds with a band of one SEM.
 

@@ -1,8 +1,9 @@
-"""What is scored: directions of pair sets and basis files, in gradients and in hidden states, and their nulls."""
+"""What is scored: directions of pair sets and basis files, in gradients and hidden states, and nulls."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,7 @@ from projected_grpo.pairs import PairSet, load_pairs
 from projected_grpo.proj import HackBasis, PairGrads, pooled_cosines
 
 BASIS = ".safetensors"
+SUPPORTED = -1.0  # nats per token: below it, on either side, the model would not write the pairs (A8)
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,15 @@ class Support:
     clean: Float[Tensor, " pairs"]
     chance: float  # of a uniform draw from the vocabulary
 
+    def figures(self) -> dict[str, Any]:
+        """Means over pairs, and the pairs that are no likelier than chance."""
+        means = {"hack": float(self.hack.mean()), "clean": float(self.clean.mean())}
+        return {**means, "chance": self.chance, "below_chance": self.below_chance}
+
+    def __str__(self) -> str:
+        means = f"hack {float(self.hack.mean()):.2f}, clean {float(self.clean.mean()):.2f}"
+        return f"log p per token by this model: {means}; chance {self.chance:.2f}"
+
     @property
     def below_chance(self) -> list[str]:
         """Pairs of which the model finds a side no likelier than chance."""
@@ -41,7 +52,7 @@ class Support:
 
 @dataclass(frozen=True)
 class Source:
-    """A direction's pairs as the model reads them: gradients, hidden states and support where texts are known."""
+    """A direction's pairs as the model reads them; states and support are None for a basis file."""
 
     name: str
     grads: PairGrads
@@ -78,14 +89,20 @@ def read_source(chat: Chat, name: str, cfg: BasisConfig, loss: LossConfig, arm: 
             made_for = extraction.meta.get("model")
             raise UserError(f"{name}: a basis of other weights ({made_for}); extract one for this --model")
         return Source(Path(name).stem, extraction.grads, None, None)
-    pairs = load_pairs(Path(name))
+    return of_pairs(chat, load_pairs(Path(name)), name_of(name), cfg, loss, arm)
+
+
+def of_pairs(
+    chat: Chat, pairs: PairSet, name: str, cfg: BasisConfig, loss: LossConfig, arm: AdvmodSettings
+) -> Source:
+    """A pair set without those held out. Raises UserError if they are longer than the model can read."""
     used, _ = pairs.split()
     check_lengths(chat, pairs)
     grads = pair_grads(chat, used, loss, length_norm=cfg.v_hack_length_norm)
     rollouts = pair_rollouts(chat, used)
     states = completion_states(chat.policy, rollouts, arm.advmod_depth, loss.tokens_per_microbatch)
     cpu = PairGrads({m: g.cpu() for m, g in grads.hack.items()}, {m: g.cpu() for m, g in grads.clean.items()})
-    return Source(name_of(name), cpu, states.last, support(chat, pairs, loss))
+    return Source(name, cpu, states.last, support(chat, pairs, loss))
 
 
 def name_of(name: str) -> str:
@@ -94,7 +111,8 @@ def name_of(name: str) -> str:
 
 def check_lengths(chat: Chat, pairs: PairSet) -> None:
     """Refuse pairs that are longer than the model's positions: they are another model's."""
-    positions = getattr(chat.policy.model.config.get_text_config(), "max_position_embeddings", None)
+    model: Any = chat.policy.model
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(r.prompt_ids) + len(r.completion_ids) for r in pair_rollouts(chat, pairs.pairs))
     if positions is not None and longest > positions:
         raise UserError(
@@ -106,5 +124,6 @@ def check_lengths(chat: Chat, pairs: PairSet) -> None:
 def support(chat: Chat, pairs: PairSet, loss: LossConfig) -> Support:
     """Mean log-probability per token of both sides of every pair, held-out ones too. One forward pass."""
     logps = rollout_logps(chat.policy, pair_rollouts(chat, pairs.pairs), loss.tokens_per_microbatch)
-    chance = -math.log(chat.policy.model.get_input_embeddings().num_embeddings)
+    model: Any = chat.policy.model
+    chance = -math.log(model.get_input_embeddings().num_embeddings)
     return Support(tuple(p.pair_id for p in pairs.pairs), logps[0::2], logps[1::2], chance)

@@ -5,8 +5,8 @@
     slope  = <keep, mean R_i over the hacks of the other half>   so much likelier by a step of -keep
     ratio  = slope under the arm / slope under none              1: as without it; 0: hacks stand still
 
-Each half of the problems makes a step that is judged on the other; both slopes are added. The same is done for
-a step of -sign(keep), which is nearer to what AdamW does. Ratios say nothing where the plain step does
+Each half of the problems makes a step that is judged on the other; both slopes are added. The same is done
+for a step of -sign(keep), which is nearer to what AdamW does. Ratios say nothing where the plain step does
 not make hacks likelier, and are None there.
 """
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from projected_grpo.config import MAX_SEQUENCE
 from projected_grpo.engine.chat import Chat
 from projected_grpo.engine.models import encode_chat
-from projected_grpo.errors import UserError
+from projected_grpo.errors import OneKind, UserError
 from projected_grpo.evaluate import Evaluation
 from projected_grpo.pools import join, load_pool
 from projected_grpo.problems import Problem, read_jsonl
@@ -126,7 +126,7 @@ class Pool:
 def as_read(chat: Chat, completions: Sequence[Completion]) -> Pool:
     """Tokenise completions, each ended by the stop token. Those too long for training are left out.
 
-    Raises UserError unless there are exploited and other ones among them.
+    Raises OneKind unless there are exploited and other ones among them.
     """
     prompts: dict[tuple[str, str, str], tuple[int, ...]] = {}
     kept, rollouts, numbers = [], [], []
@@ -144,10 +144,9 @@ def as_read(chat: Chat, completions: Sequence[Completion]) -> Pool:
         logger.warning("{} completions left out: over {} tokens", len(completions) - len(kept), MAX_SEQUENCE)
     hacks = sum(c.exploited for c in kept)
     if hacks in (0, len(kept)):
-        what = "every completion is" if kept and hacks else "no completion is"
-        raise UserError(
-            f"{what} exploited among {len(kept)}: nothing to tell apart; give --pool with hacks of a model "
-            "that was made to hack, or another --env-mode"
+        raise OneKind(
+            f"{hacks} of {len(kept)} completions exploit their grader, so there is nothing to tell apart; "
+            "give --pool with completions of a model that hacks, or another --env-mode"
         )
     return Pool(
         tuple(kept),

@@ -8,7 +8,7 @@ nulls: random directions of the same shape (haar), and pairs without their contr
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,12 +26,11 @@ from projected_grpo.config import BasisConfig, LossConfig
 from projected_grpo.engine.chat import Chat
 from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.proj import HackBasis, pooled_cosines, row_cosines
-from projected_grpo.score.directions import Source, Support
+from projected_grpo.score.directions import SUPPORTED, Source, Support
 from projected_grpo.score.foretold import Gradient, Half, Slopes, grouped_advantages, halves, slopes
 from projected_grpo.score.graded import Pool
 from projected_grpo.score.separation import auroc, clustered_interval, flags, stratified_auroc
 
-SUPPORTED = -1.0  # nats per token: pairs below it, on either side, lie outside what the model writes
 NULL_QUANTILE = 0.95
 AT_ONCE = 64  # completions whose gradients are taken in one call
 ERASE, ADVMOD = EraseSettings(), AdvmodSettings()
@@ -39,7 +38,7 @@ ERASE, ADVMOD = EraseSettings(), AdvmodSettings()
 
 @dataclass(frozen=True)
 class Measured:
-    """A pool under a model: gradients of -log p, hidden states, log-probabilities, and what steps are made of."""
+    """A pool under a model: gradients of -log p, hidden states, log p per token, what steps are made of."""
 
     pool: Pool
     rows: Mapping[str, Float[Tensor, "n r"]]
@@ -49,7 +48,7 @@ class Measured:
     both: tuple[Half, Half]
     plain: Slopes
 
-    def trivial(self) -> dict[str, float | None]:
+    def trivial(self) -> dict[str, float]:
         """AUROC of scores that need no direction."""
         norm = torch.stack([g.norm(dim=1) for g in self.rows.values()]).norm(dim=0)
         scores = {"length": self.pool.lengths, "neg_logp": -self.logp, "grad_norm": norm}
@@ -62,7 +61,7 @@ def measure(chat: Chat, pool: Pool, loss: LossConfig, depth: float) -> Measured:
     tokens = sum(len(r.prompt_ids) + len(r.completion_ids) for r in pool.rollouts)
     weights = sum(p.numel() for p in chat.policy.model.parameters())
     logger.info(
-        "{} completions, {} tokens: a forward and a backward pass, about {:.2g} PFLOP; gradients take {:.2g} GB",
+        "{} completions, {} tokens, forward and backward: about {:.2g} PFLOP; their gradients take {:.2g} GB",
         *(n, tokens, 8e-15 * weights * tokens, 4e-9 * n * parameters),
     )
     found: dict[str, list[Tensor]] = {m: [] for m in chat.policy.ranks}
@@ -124,13 +123,13 @@ def score_gradient(source: Source, data: Measured, cfg: BasisConfig, draws: int)
 
     def null(control: str) -> Null:
         bases = [source.basis(cfg, control, seed) for seed in range(draws)]
-        areas = [auroc(pooled_cosines(data.rows, b.v_grad), hit) or 0.0 for b in bases]
+        areas = [auroc(pooled_cosines(data.rows, b.v_grad), hit) for b in bases]
         return Null(
             areas,
             [slopes(data.both, data.advantage, erased(b)).over(data.plain)["hack_slope"] for b in bases],
         )
 
-    areas = [auroc(row_cosines(data.rows[m], v), hit) or 0.0 for m, v in basis.v_grad.items()]
+    areas = [auroc(row_cosines(data.rows[m], v), hit) for m, v in basis.v_grad.items()]
     return Scored(
         source.name,
         "gradient",
@@ -151,17 +150,17 @@ def score_hidden(source: Source, data: Measured, draws: int) -> Scored:
         made = slopes(data.both, lowered(data, data.states @ direction), lambda g: g)
         return made.over(data.plain)
 
-    def null(control: str) -> Null:
+    def null(control: Literal["haar", "shuffled"]) -> Null:
         arm = replace(ADVMOD, control=control)
         directions = [source.concept(arm, seed) for seed in range(draws)]
         return Null(
-            [auroc(data.states @ d, hit) or 0.0 for d in directions],
+            [auroc(data.states @ d, hit) for d in directions],
             [foretold(d)["hack_slope"] for d in directions],
         )
 
     direction = source.concept(ADVMOD)
     z = standardised(data.states @ direction, None)
-    nulls = {control: null(control) for control in ("haar", "shuffled")}
+    nulls = {"haar": null("haar"), "shuffled": null("shuffled")}
     return Scored(f"{source.name} (hidden)", "hidden", z, 0.0, foretold(direction), (), nulls, source.support)
 
 
@@ -183,6 +182,9 @@ def figures(scored: Scored, data: Measured) -> dict[str, Any]:
         **asdict(gate),
         **scored.slopes,
         "nulls": {control: null.auroc for control, null in scored.nulls.items()},
+        "null_quantiles": {
+            control: float(np.quantile(null.auroc, NULL_QUANTILE)) for control, null in scored.nulls.items()
+        },
         "null_hack_slopes": {control: null.hack_slope for control, null in scored.nulls.items()},
         "trivial": data.trivial(),
         "support": support_figures(scored.support, data),
@@ -197,32 +199,22 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
 
 def support_figures(known: Support | None, data: Measured) -> dict[str, Any] | None:
     """Mean log-probability per token of both sides, of the model's own completions, and of a uniform draw."""
-    if known is None:
-        return None
-    return {
-        "hack": float(known.hack.mean()),
-        "clean": float(known.clean.mean()),
-        "own": float(data.logp.mean()),
-        "chance": known.chance,
-        "below_chance": known.below_chance,
-    }
+    return None if known is None else known.figures() | {"own": float(data.logp.mean())}
 
 
 def against(found: Mapping[str, Any]) -> list[str]:
     """Gate B2's reasons to fail a direction (docs/spec.md, A8); none if it passes."""
     reasons = []
-    for control, areas in found["nulls"].items():
-        edge = float(np.quantile(areas, NULL_QUANTILE))
+    for control, edge in found["null_quantiles"].items():
         if not found["auroc"] > edge:
-            reasons.append(
-                f"AUROC {found['auroc']:.2f} is not above {edge:.2f}, the 95th percentile of {len(areas)} {control} draws"
-            )
-    support = found["support"]
-    for side in ("hack", "clean") if support else ():
+            reasons.append(f"AUROC {found['auroc']:.2f} is not above {edge:.2f} (95th percentile, {control})")
+    # Hidden states of texts that the model would not write may still separate, gradients have not (A8).
+    support = found["support"] or {}
+    for side in ("hack", "clean") if support and found["kind"] == "gradient" else ():
         if not support[side] > SUPPORTED:
             reasons.append(
-                f"{side} sides lie outside what the model writes: {support[side]:.2f} nats per token, "
-                f"its own completions have {support['own']:.2f}, {SUPPORTED:g} is asked for"
+                f"{side} sides have log p {support[side]:.2f} per token, must exceed {SUPPORTED:g}: "
+                f"the model would not write them (its own completions: {support['own']:.2f})"
             )
     return reasons
 

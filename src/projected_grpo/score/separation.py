@@ -11,6 +11,7 @@ with p_i the share of others below exploit i, q_j the share of exploits above th
 var(AUROC) = C / (C - 1) sum u_c^2 over C problems (Obuchowski 1997; DeLong et al. 1988 where C = m + n).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +23,11 @@ from torch import Tensor
 STRATA = 5
 
 
-def auroc(score: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float | None:
-    """Area under the ROC curve; None unless there are both kinds."""
+def auroc(score: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float:
+    """Area under the ROC curve; NaN unless there are both kinds."""
     m = int(positive.sum())
     if m in (0, len(positive)):
-        return None
+        return math.nan
     ranks = stats.rankdata(score.double().numpy())[positive.numpy()]
     return float((ranks.sum() - m * (m + 1) / 2) / (m * (len(positive) - m)))
 
@@ -36,7 +37,7 @@ def clustered_interval(
 ) -> tuple[float, float] | None:
     """95% t interval of the AUROC over clusters, cut to [0, 1]; None unless both kinds and two clusters."""
     area, names = auroc(score, positive), cluster.unique()
-    if area is None or len(names) < 2:
+    if math.isnan(area) or len(names) < 2:
         return None
     values, hit = score.double().numpy(), positive.numpy()
     ranks = stats.rankdata(values)
@@ -48,12 +49,12 @@ def clustered_interval(
     own = np.array([share[(cluster == name).numpy()].sum() for name in names])
     count = len(names)
     half = stats.t.ppf(0.975, count - 1) * float(np.sqrt(count / (count - 1) * np.square(own).sum()))
-    return max(0.0, area - half), min(1.0, area + half)
+    return max(0.0, float(area - half)), min(1.0, float(area + half))
 
 
 def stratified_auroc(
     score: Float[Tensor, " n"], positive: Bool[Tensor, " n"], by: Float[Tensor, " n"], strata: int = STRATA
-) -> float | None:
+) -> float:
     """AUROC over pairs whose `by` lies in the same quantile: what a score tells that `by` does not."""
     edges = torch.quantile(by.double(), torch.linspace(0, 1, strata + 1, dtype=torch.double)[1:-1])
     stratum = torch.bucketize(by.double(), edges)
@@ -61,10 +62,10 @@ def stratified_auroc(
     for number in stratum.unique():
         own = stratum == number
         area, hits = auroc(score[own], positive[own]), int(positive[own].sum())
-        if area is not None:
+        if not math.isnan(area):
             weight = hits * (int(own.sum()) - hits)
             won, pairs = won + area * weight, pairs + weight
-    return won / pairs if pairs else None
+    return won / pairs if pairs else math.nan
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,14 @@ def check_pairs(cfg: TrainConfig) -> Finding:
     return Finding("OK", "pairs", f"{len(pairs.pairs)} of set {pairs.name!r}")
 
 
+def check_direction(cfg: TrainConfig) -> Finding:
+    """What doctor cannot tell: whether the direction points at hacks, which one command does in minutes."""
+    pairs = cfg.basis.vhack_pairs_path or "core"
+    how = f"projected-grpo score {pairs} --model {cfg.model.model} --problems {cfg.problems.problems}"
+    pool = f" --pool {cfg.teacher.teacher_pool_dir}" if cfg.teacher.teacher_pool_dir else ""
+    return Finding("OK", "direction", f"not measured here; before a long run: `{how}{pool}`")
+
+
 def check_pool(cfg: TrainConfig) -> Finding:
     folder = cfg.teacher.teacher_pool_dir
     if folder is None:
@@ -228,7 +236,7 @@ def check_dry_run(cfg: TrainConfig) -> Finding:
 
 CHECKS: Sequence[Callable[[TrainConfig], Finding]] = (
     *(check_software, check_device, check_attention, check_disk, check_empty, check_sandbox),
-    *(check_model, check_problems, check_pairs, check_pool),
+    *(check_model, check_problems, check_pairs, check_direction, check_pool),
 )
 
 

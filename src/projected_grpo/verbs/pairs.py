@@ -4,15 +4,20 @@ import json
 from contextlib import ExitStack
 from typing import Any
 
+from projected_grpo.config import LossConfig, ModelConfig
+from projected_grpo.engine.chat import open_chat
 from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.options.verbs import PairsFromPoolOptions, PairsLintOptions
-from projected_grpo.pairs import parse_pairs, read_pairs
+from projected_grpo.pairs import PairSet, parse_pairs, read_pairs
 from projected_grpo.pools import join, load_pool, pool_digest
 from projected_grpo.prepare.lint_pairs import Finding, describe, grade_pairs, lint, report
 from projected_grpo.prepare.pairs_from_pool import Wanted, mine
 from projected_grpo.rewards import open_grader
 from projected_grpo.runlog import write_json
+from projected_grpo.score.directions import SUPPORTED, Support, check_lengths, support
 from projected_grpo.verbs.grade import with_modes
+
+TOKENS = 4096  # padded tokens of a forward pass
 
 
 def pairs_lint_verb(options: PairsLintOptions) -> int:
@@ -29,14 +34,33 @@ def pairs_lint_verb(options: PairsLintOptions) -> int:
     else:
         with ExitStack() as stack:
             grades = grade_pairs(pairs, open_grader(options.grader.workers, stack, options.grader.sandbox))
-        findings = lint(pairs, grades)
-        said = report(pairs, grades, findings)
-        print("\n".join([describe(said), *map(str, findings)]))
+        known = support_by(options.model, pairs) if options.model else None
+        findings = lint(pairs, grades) + (support_findings(known) if known else [])
+        said = report(pairs, grades, findings) | {"support": known and known.figures()}
+        print("\n".join([describe(said), *([str(known)] if known else []), *map(str, findings)]))
     levels = [finding["level"] for finding in said["findings"]]
     print(f"{levels.count('error')} errors, {levels.count('warning')} warnings")
     if options.json is not None:
         write_json(options.json, said)
     return GATE_FAILED if "error" in levels else 0
+
+
+def support_by(model: str, pairs: PairSet) -> Support:
+    """How likely this model finds both sides of each pair."""
+    chat = open_chat(ModelConfig(model=model))
+    check_lengths(chat, pairs)
+    return support(chat, pairs, LossConfig(tokens_per_microbatch=TOKENS))
+
+
+def support_findings(known: Support) -> list[Finding]:
+    """Warnings: pairs no likelier than chance, and sides that the model would not write."""
+    chance = f"no likelier to this model than chance ({known.chance:.1f} nats per token)"
+    found = [Finding("warning", name, f"a side is {chance}") for name in known.below_chance]
+    for side, logp in (("hack", known.hack), ("clean", known.clean)):
+        if not float(logp.mean()) > SUPPORTED:
+            why = f"log p {float(logp.mean()):.2f} per token, {SUPPORTED:g} or more is asked for (gate B2)"
+            found.append(Finding("warning", "", f"this model would not write the {side} sides: {why}"))
+    return found
 
 
 def pairs_from_pool_verb(options: PairsFromPoolOptions) -> int:

@@ -4,21 +4,29 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from loguru import logger
 
 from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, heldout_json
 from projected_grpo.config import TrainConfig
-from projected_grpo.engine.chat import open_chat
-from projected_grpo.errors import GATE_FAILED, SIGNALLED, UserError
+from projected_grpo.engine.chat import Chat, open_chat
+from projected_grpo.errors import GATE_FAILED, SIGNALLED, OneKind, UserError
 from projected_grpo.extract_vhack_grad import obtain, pair_grads, select, verify_vhack_heldout
-from projected_grpo.options.verbs import ExtractOptions, GateOptions, ProbeOptions
-from projected_grpo.pairs import chosen_pairs
+from projected_grpo.options.verbs import ExtractOptions, GateOptions, ProbeOptions, ScoredOn, VerifyOptions
+from projected_grpo.pairs import PairSet, chosen_pairs
 from projected_grpo.results.plots import heldout_histogram
 from projected_grpo.runlog import write_json
+from projected_grpo.score.directions import of_pairs
+from projected_grpo.score.measure import ADVMOD
+from projected_grpo.score.report import NOT_MEASURED, SCHEMA, score
 from projected_grpo.sweep.gates import check_gate
 from projected_grpo.sweep.jobs import Job, Launch, in_process, jobs_of, make, write_job
 from projected_grpo.sweep.spec import Spec, SweepArm, SweepLimits, basis_options, expand, given_options
+from projected_grpo.verbs.score import check as check_scored
+from projected_grpo.verbs.score import drawn, problems_of, stored_completions
+
+HELD_OUT, SCORE = ".heldout.json", ".score.json"
 
 
 def extract_verb(options: ExtractOptions) -> int:
@@ -36,15 +44,18 @@ def extract_verb(options: ExtractOptions) -> int:
     return 0
 
 
-def verify_verb(options: ExtractOptions) -> int:
-    """Do held-out pairs lie hack-ward of the basis? Exit 1 unless over half of the cosines are above 0."""
+def verify_verb(options: VerifyOptions) -> int:
+    """Do held-out pairs lie hack-ward of the basis (gate B), does it separate exploits (B2)? Exit 1 if not.
+
+    B asks that over half of the cosines are above 0; B2, with --score, what `projected-grpo score` does.
+    """
     pairs, loss, model = chosen_pairs(options.basis), options.loss, options.model.model
     chat = open_chat(options.model)
     extraction, path = obtain(chat, pairs, options.basis, loss, model, options.out_dir)
     basis = select(extraction.axes, options.basis.v_hack_k, options.basis.v_hack_drop_bottom_frac)
     grads = pair_grads(chat, pairs.split()[1], loss, length_norm=options.basis.v_hack_length_norm)
     result = verify_vhack_heldout(basis, grads)
-    write_json(path.with_suffix(".heldout.json"), heldout_json(result))
+    write_json(path.with_suffix(HELD_OUT), heldout_json(result))
     picture = path.with_suffix(".heldout.png")
     heldout_histogram(result, f"{pairs.name} pairs, {model}", picture.with_suffix(""))
     print(
@@ -54,7 +65,27 @@ def verify_verb(options: ExtractOptions) -> int:
     )
     if result.mean < SOFT_GATE:
         logger.warning("mean held-out cosine is under {}: the basis generalises weakly", SOFT_GATE)
-    return 0 if result.passed else GATE_FAILED
+    passed = result.passed
+    if options.score:
+        write_json(path.with_suffix(SCORE), scored(chat, pairs, options))
+        passed &= check("B2", [path.with_suffix(SCORE)])
+    return 0 if passed else GATE_FAILED
+
+
+def scored(chat: Chat, pairs: PairSet, options: VerifyOptions) -> dict[str, Any]:
+    """What gate B2 reads: the pairs' direction on completions, or why nothing could be measured."""
+    model, basis, loss = options.model.model, options.basis, options.loss
+    check_scored(options.on)
+    problems = problems_of(options.on, model)
+    stored = stored_completions(options.on, problems)
+    source = of_pairs(chat, pairs, pairs.name, basis, loss, ADVMOD)
+    completions = stored or drawn(chat, problems, options.on, model, options.grader)
+    try:
+        found = score(chat, completions, [source], basis, loss, options.on.nulls)
+    except OneKind as error:
+        return {"schema": SCHEMA, "verdict": NOT_MEASURED, "reasons": [str(error)]}
+    own = found["directions"][pairs.name]
+    return found | {"verdict": own["verdict"], "reasons": own["reasons"]}
 
 
 def check(gate: str, files: Sequence[Path]) -> bool:
@@ -83,12 +114,26 @@ def planned(options: ProbeOptions) -> tuple[Job, Job, TrainConfig]:
     return first, second, arm.cfg
 
 
-def basis_stage(verb: str, cfg: TrainConfig, home: Path, *, in_process: bool) -> int:
+def extract_stage(cfg: TrainConfig, home: Path, *, in_process: bool) -> int:
     if in_process:
-        stage = {"extract": extract_verb, "verify": verify_verb}[verb]
-        return stage(ExtractOptions(cfg.model, cfg.basis, cfg.loss, home))
-    command = [sys.executable, "-m", "projected_grpo.cli", verb, *basis_options(cfg), f"--out-dir={home}"]
-    return subprocess.run(command).returncode
+        return extract_verb(ExtractOptions(cfg.model, cfg.basis, cfg.loss, home))
+    return verb_process("extract", cfg, home)
+
+
+def verify_stage(cfg: TrainConfig, home: Path, options: ProbeOptions, *, score: bool) -> int:
+    """Gates B and B2's measurements, on the problems and modes of the run."""
+    problems, mode, max_new = cfg.problems.problems, cfg.problems.env_mode, cfg.sampling.max_new
+    on = ScoredOn(options.pool, options.rollouts, problems, mode, max_new)
+    if options.in_process:
+        return verify_verb(VerifyOptions(cfg.model, cfg.basis, cfg.loss, home, score=score, on=on))
+    asked = [f"--problems={problems}", f"--env-mode={mode}", f"--max-new={max_new}", "--score"]
+    asked += [f"--rollouts={options.rollouts}", *([f"--pool={options.pool}"] if options.pool else [])]
+    return verb_process("verify", cfg, home, *(asked if score else ()))
+
+
+def verb_process(verb: str, cfg: TrainConfig, home: Path, *asked: str) -> int:
+    options = [*basis_options(cfg), f"--out-dir={home}", *asked]
+    return subprocess.run([sys.executable, "-m", "projected_grpo.cli", verb, *options]).returncode
 
 
 def attached(argv: Sequence[str], output: Path, held: int) -> int | None:
@@ -114,17 +159,18 @@ def probe_verb(options: ProbeOptions) -> int:
     basis = cfg.basis.v_hack_path
     bases = [basis] if basis else sorted((home / "vhack").glob("*.safetensors"))
     if not bases or not bases[0].exists():
-        if basis_stage("extract", cfg, home, in_process=options.in_process):
+        if extract_stage(cfg, home, in_process=options.in_process):
             return GATE_FAILED
         bases = [basis] if basis else sorted((home / "vhack").glob("*.safetensors"))
     if not check("A", bases):
         return GATE_FAILED
-    heldout = [path.with_suffix(".heldout.json") for path in bases]
-    if not all(path.exists() for path in heldout):
-        code = basis_stage("verify", cfg, home, in_process=options.in_process)
+    score = options.rollouts > 0 and options.arm != "advmod"  # whose direction is of hidden states
+    heldout, scores = ([path.with_suffix(suffix) for path in bases] for suffix in (HELD_OUT, SCORE))
+    if not all(path.exists() for path in [*heldout, *(scores if score else ())]):
+        code = verify_stage(cfg, home, options, score=score)
         if code not in (0, GATE_FAILED):
             return GATE_FAILED
-    if not check("B", heldout):
+    if not check("B", heldout) or (score and not check("B2", scores)):
         return GATE_FAILED
     if not train_stage(baseline, launch) or not check("C", baseline.folders()):
         return GATE_FAILED

@@ -1,0 +1,104 @@
+"""The verb that scores directions before any training."""
+
+import shlex
+import sys
+from collections import Counter
+from contextlib import ExitStack
+from itertools import accumulate
+
+from projected_grpo.config import NANO, NANO_PRESET, LossConfig, ProblemConfig, SamplingConfig
+from projected_grpo.engine.chat import Chat, open_chat, sampler_opener
+from projected_grpo.errors import UserError
+from projected_grpo.evaluate import Samples, evaluate
+from projected_grpo.experiment import SPLIT_SEED
+from projected_grpo.options.verbs import GraderOptions, ScoredOn, ScoreOptions
+from projected_grpo.problems import Problem, is_eval, take
+from projected_grpo.results.plots import separations
+from projected_grpo.rewards import open_grader
+from projected_grpo.runlog import git_commit, versions, write_json
+from projected_grpo.score.directions import read_source
+from projected_grpo.score.graded import Completion, of_evaluation, read_graded
+from projected_grpo.score.measure import ADVMOD
+from projected_grpo.score.report import score, table
+from projected_grpo.seeds import stream_seed
+from projected_grpo.verbs.grade import with_modes
+
+OTHERS_MAX_NEW = 512  # completion tokens at most, of problems that are not nano's
+PER_PROBLEM = 8  # completions of one problem; more where there are too few problems
+
+
+def score_verb(options: ScoreOptions) -> int:
+    """Does a direction point at hacks? Separation, foretold effect, nulls, support; before any training."""
+    if not options.directions:
+        raise UserError("name a direction: a pair set (nano-sampled), a pair file, or a basis file")
+    if len(set(options.directions)) < len(options.directions):
+        raise UserError("a direction stands twice")
+    check(options.on)
+    basis, loss = NANO_PRESET.basis, LossConfig(tokens_per_microbatch=options.tokens_per_microbatch)
+    problems = problems_of(options.on, options.model.model)
+    stored = stored_completions(options.on, problems)
+    chat = open_chat(options.model, sampler_opener(options.model))
+    sources = [read_source(chat, name, basis, loss, ADVMOD) for name in options.directions]
+    completions = stored or drawn(chat, problems, options.on, options.model.model, options.grader)
+    document = {
+        "command": shlex.join(sys.argv),
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "model": options.model.model,
+        "source": str(options.on.pool or f"{options.on.rollouts} completions of {options.model.model}"),
+    } | score(chat, completions, sources, basis, loss, options.on.nulls)
+    if options.json is not None:
+        write_json(options.json, document)
+    if options.plot is not None:
+        separations(document["directions"], options.plot.with_suffix(""))
+    print(table(document))
+    return 0
+
+
+def check(on: ScoredOn) -> None:
+    """Refuse settings that mean nothing. Raises UserError naming the option."""
+    for name, least in (("rollouts", 2), ("max_new", 0), ("nulls", 1)):
+        if getattr(on, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(on, name)}")
+    if not on.temperature > 0:
+        raise UserError(f"--temperature must be > 0, got {on.temperature}")
+
+
+def stored_completions(on: ScoredOn, problems: tuple[Problem, ...]) -> list[Completion] | None:
+    """Those of --pool, at most --rollouts, whole problems in the order of a hash; None without a pool."""
+    if on.pool is None:
+        return None
+    found = read_graded(on.pool, problems)
+    sizes = Counter(c.problem.problem_id for c in found)
+    order = sorted(sizes, key=lambda name: stream_seed(SPLIT_SEED, "scored", name))
+    totals = accumulate(sizes[name] for name in order)
+    chosen = {name for name, total in zip(order, totals, strict=True) if total <= on.rollouts}
+    return [c for c in found if c.problem.problem_id in chosen] if len(found) > on.rollouts else found
+
+
+def problems_of(on: ScoredOn, model: str) -> tuple[Problem, ...]:
+    """The problems that completions are of, with their modes. Raises UserError if none are named."""
+    if not (name := named(on, model)):
+        raise UserError("--problems: name the file of the problems (or `embedded`, `nano`)")
+    mode = on.env_mode or (NANO_PRESET.problems.env_mode if name == NANO else "run_tests")
+    return with_modes(ProblemConfig(problems=name, env_mode=mode))
+
+
+def named(on: ScoredOn, model: str) -> str:
+    return on.problems or (NANO if model == NANO else "")
+
+
+def drawn(
+    chat: Chat, problems: tuple[Problem, ...], on: ScoredOn, model: str, grader: GraderOptions
+) -> list[Completion]:
+    """Completions of held-out problems, sampled from the model and graded."""
+    held_out = take([p for p in problems if is_eval(p)], max(1, on.rollouts // PER_PROBLEM), SPLIT_SEED)
+    if not held_out:
+        raise UserError(f"--problems {on.problems}: none of them is held out; give --pool")
+    own = NANO_PRESET.sampling.max_new if named(on, model) == NANO else OTHERS_MAX_NEW
+    max_new = on.max_new or own
+    sampling = SamplingConfig(max_new=max_new, temperature=on.temperature, top_p=1.0, top_k=0)
+    how = Samples(sampling, max(2, on.rollouts // len(held_out)), on.seed, tokens_at_once=131072)
+    with ExitStack() as stack:
+        opened = open_grader(grader.workers, stack, grader.sandbox)
+        return of_evaluation(evaluate(chat, opened, held_out, how, ablate_quarantine=False))
