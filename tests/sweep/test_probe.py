@@ -219,10 +219,11 @@ SMALL = ("steps=3", "n-problems=6", "eval-n-prompts=2", "max-new=8", "workers=1"
 
 def test_the_chain_stops_at_the_gate_that_fails_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command = ["probe", "--preset=smoke", "--seed=3", "--in-process", "--set", *SMALL]
+    command = ["probe", "--preset=smoke", "--seed=3", "--in-process", "--rollouts=16", "--set", *SMALL]
     assert main(command) == GATE_FAILED  # a random model does not hack
     out = capsys.readouterr().out
-    for verdict in ("gate A: PASS", "gate B: PASS", "gate C: FAIL"):
+    assert "DOUBTFUL: 0 of " in out, "B2 finds nothing to tell apart, and stops nothing"
+    for verdict in ("gate A: PASS", "gate B: PASS", "gate B2: PASS", "gate C: FAIL"):
         assert verdict in out
     assert "nothing to lower" in out and "gate D" not in out
     (home,) = (tmp_path / "out" / "probes").iterdir()
