@@ -392,7 +392,7 @@ def test_a_step_of_advmod_is_shaped_by_the_scores_of_its_rollouts(experiment):
     d = direction(states.last[0::2], states.last[1::2], arm_settings("advmod"), 0)
     torch.testing.assert_close(state.concept.direction, d)
     data = collect(exp, 0)
-    scores = concept_scores(exp.chat.policy, data.rollouts, state.concept, exp.cfg.arm, 4096)
+    scores = concept_scores(exp.chat.policy, data.rollouts, d, exp.cfg.arm, 4096)
     record, _ = train_step(exp, state)
     torch.testing.assert_close(state.concept.past, scores, rtol=1e-4, atol=1e-5)
     expected = slow_advmod(data.rewards.flatten().tolist(), scores.tolist(), [], "additive", 2.0)
