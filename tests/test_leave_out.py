@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loguru import logger
 
 from projected_grpo.arm_settings import arm_settings
 from projected_grpo.arms.route2 import find_anchors
@@ -117,6 +118,16 @@ def test_a_pool_teaches_the_other_modes_and_all_its_problems_train(tmp_path, som
     assert set(data.teacher.rows) == told < set(whole.teacher.rows)
     assert {p.env_mode for p in data.train if p.problem_id not in told} == {"sentinel"}
     assert "sentinel" in {p.env_mode for p in data.held_out}
+
+
+@pytest.mark.parametrize(("mix", "warnings"), [(0.0, 1), (0.05, 1), (0.25, 0)])
+def test_a_pool_of_which_no_row_is_taught_is_told_in_one_line(tmp_path, some, grader, mix, warnings):
+    cfg = configured("", pool=pool(tmp_path / "pool", some, MODES_USED * 4), mix_ratio=mix)
+    said = []
+    handle = logger.add(said.append, level="WARNING", format="{message}")
+    read_data(cfg, grader)
+    logger.remove(handle)
+    assert len(said) == warnings and all(f"--mix-ratio {mix} of a group of 4 " in line for line in said)
 
 
 def test_a_pool_without_the_mode_has_nothing_to_leave_out(tmp_path, some, grader):
