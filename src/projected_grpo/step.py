@@ -139,7 +139,7 @@ def gradient_stage(
 ) -> Update:
     """What the arm makes of the gradients: the part to keep and the part to route."""
     device, split_every = exp.chat.policy.device, exp.cfg.evaluation.cos_pre_split_every
-    a_row_each = ARMS[exp.cfg.arm.intervention].per_rollout
+    per_rollout = ARMS[exp.cfg.arm.intervention].per_rollout  # else rows are sums, to which no score belongs
     order = random_order(len(data.rollouts), exp.cfg.run.seed, state.step).to(device)
     return intervene(
         grads.rows,
@@ -150,7 +150,7 @@ def gradient_stage(
         state.gate,
         split=split_every > 0 and state.step % split_every == 0,
         draws=Draws(state.frames, order),
-        scores=scores.to(device) if scores is not None and a_row_each else None,
+        scores=scores.to(device) if scores is not None and per_rollout else None,
     )
 
 

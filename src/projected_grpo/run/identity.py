@@ -25,6 +25,8 @@ SHORT = {
     "vhack_refresh_every": "refresh",
     "v_hack_drop_bottom_frac": "drop",
     "advmod_form": "form",
+    "advmod_signal": "signal",
+    "gate_signal": "signal",
 }
 OWN_GROUPS = ("arm", "basis")  # the other groups are also those of the run without an intervention
 LONGEST = 60  # characters of a run's name in its folder's
