@@ -16,7 +16,7 @@ likelier. That part is erased, or routed into parameters that deployment deletes
     route    as erase, and delta_hack gets removed
     route2   delta_hack gets each g_i that is flagged, delta_s the others. Flagged: cos(g_i, v) > tau, or a
              weak detector says hack. tau is the midpoint of mean cos(grad NLL, v) of hacks and of clean
-             answers. Both start at the pairs' means; that of hacks then follows the detected rollouts.
+             answers. Both start at the pairs' means and then follow the detected rollouts and the others.
 
 The package also has speed (merged weights, batches, processes), its own sampler (other rollouts for a seed),
 the importance ratio (1 on-policy) and its clip, a KL term, teachers, other arms, controls, files, resuming.
@@ -47,7 +47,7 @@ FLAWS = ("run_tests", "sentinel", "stdout_marker", "file_marker")  # the grader 
 PROMPTS, GROUP, MAX_NEW = 8, 8, 72  # a step has 8 groups of 8 rollouts of at most 72 tokens
 SAMPLING = {"do_sample": True, "top_k": 0, "num_return_sequences": GROUP, "max_new_tokens": MAX_NEW}
 LR, BETAS, WARMUP, CLIP = 4e-2, (0.9, 0.99), 0.1, 10.0
-AXES, DROPPED, REFRESH, MEMORY = 5, 0.25, 5, 0.9  # a new basis every 5 steps; MEMORY is of route2's mean
+AXES, DROPPED, REFRESH, MEMORY = 5, 0.25, 5, 0.9  # a new basis every 5 steps; MEMORY is of route2's means
 Arm = Literal["none", "erase", "route", "route2"]
 Text = tuple[list[int], list[int]]  # token ids of a prompt and of its completion
 PerLinear = dict[str, Tensor]  # by the Linear's name
@@ -69,21 +69,21 @@ def hack_basis(hack: PerLinear, clean: PerLinear, old: Basis | None) -> Basis:
         V[m], S[m] = (lean.sign()[:, None] * Vh)[:AXES], S[m][:AXES]
     floor = torch.quantile(torch.cat(list(S.values())), DROPPED)
     V = {m: V[m][S[m] >= floor] for m in V if S[m][0] >= floor}
-    v = {m: nn.functional.normalize(D[m].mean(0), dim=0) for m in V}
-    means = [{m: float(torch.cosine_similarity(g[m], v[m]).mean()) for m in V} for g in (hack, clean)]
-    if old is not None:  # they go on; a Linear that had no axes starts at the mean of the others
-        means = [{m: g.get(m, fmean(g.values())) for m in V} for g in (old.hack, old.clean)]
-    return Basis(V, v, *means)
+    v = {m: nn.functional.normalize(D[m].mean(0), dim=0) for m in D}
+    means = [{m: float(torch.cosine_similarity(g[m], v[m]).mean()) for m in D} for g in (hack, clean)]
+    return Basis(V, v, *(means if old is None else (old.hack, old.clean)))
 
 
 def flag(rows: PerLinear, A: Tensor, detected: Tensor, basis: Basis) -> tuple[PerLinear, Basis]:
-    """The rollouts [n] that route2 takes for hacks, from rows [n, r], and the basis with its new mean."""
+    """The rollouts [n] that route2 takes for hacks, from rows [n, r], and the basis with its new means."""
     cosines = {m: torch.cosine_similarity(rows[m], v) for m, v in basis.v.items()}
-    if detected.any():  # g_i has the sign of A_i, grad NLL_i has not
-        now = {m: float((c * A.sign())[detected].mean()) for m, c in cosines.items()}
-        basis = basis._replace(hack={m: MEMORY * basis.hack[m] + (1 - MEMORY) * now[m] for m in now})
-    over = {m: c > (basis.hack[m] + basis.clean[m]) / 2 for m, c in cosines.items()}
-    return {m: detected | over.get(m, detected) for m in rows}, basis
+    for side, anchors in (("hack", detected), ("clean", ~detected)):
+        anchors = anchors & (A != 0)
+        if anchors.any():  # g_i has the sign of A_i, grad NLL_i has not
+            now = {m: float((c * A.sign())[anchors].mean()) for m, c in cosines.items()}
+            means = {m: MEMORY * old + (1 - MEMORY) * now[m] for m, old in getattr(basis, side).items()}
+            basis = basis._replace(**{side: means})
+    return {m: detected | (c > (basis.hack[m] + basis.clean[m]) / 2) for m, c in cosines.items()}, basis
 
 
 def intervene(arm: Arm, rows: PerLinear, flags: PerLinear, basis: Basis) -> tuple[PerLinear, PerLinear]:
@@ -157,7 +157,7 @@ class Learner:
         if not A.any():  # no group's rewards differ, and there is no gradient
             return
         rows = {m: A[:, None] * g / (len(A) * MAX_NEW) for m, g in self.nll_gradients(texts).items()}
-        detected = torch.tensor([grade.hacked_C for grade in grades]) & (A != 0)  # own tests pass a stub
+        detected = torch.tensor([grade.hacked_C for grade in grades])  # own tests pass a stub
         flags, self.basis = flag(rows, A, detected, self.basis)  # only route2 reads them
         kept, routed = intervene(self.arm, rows, flags, self.basis)
         for m, adapter in self.adapters.items():

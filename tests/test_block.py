@@ -262,28 +262,28 @@ def test_masks_sort_rollouts_as_an_explicit_loop_does(flagged, unflagged, quaran
     ranks, wide, n = {"a": 6, "free": 4}, {"a": 9, "free": 7}, 8
     rows = {m: torch.tensor(rng.normal(size=(n, r))) for m, r in ranks.items()}
     blocks = {block_name(m): torch.tensor(rng.normal(size=(n, p))) for m, p in wide.items()}
-    v = torch.tensor(np.linalg.qr(rng.normal(size=(6, 1)))[0][:, 0])
+    v = {m: torch.tensor(np.linalg.qr(rng.normal(size=(r, 1)))[0][:, 0]) for m, r in ranks.items()}
     hack = torch.tensor([True] + [False] * 7)
     anchors = Anchors(hack, ~hack & False, torch.ones(n, dtype=torch.float64))
     arm = arm_settings("route2", quarantine=quarantine, mask_flagged=flagged, mask_unflagged=unflagged)
     given = rows | (blocks if quarantine == "block" else {})
-    gate = GateState({"a": 0.2}, {"a": -0.2})
+    gate = GateState({"a": 0.2, "free": 0.1}, {"a": -0.2, "free": 0.1})
     update = intervene(
         given,
-        HackBasis({"a": v[None]}, {"a": v}),
+        HackBasis({"a": v["a"][None]}, v),
         arm,
         torch.zeros(n, dtype=torch.bool) | hack,
         anchors,
         gate,
     )
-    tau, seen = update.gate.tau("a"), set()
+    seen = set()
     for m in ranks:
         keep = torch.zeros(ranks[m]).double()
         own = blocks[block_name(m)] if quarantine == "block" else rows[m]
         routed = torch.zeros(own.shape[1]).double()
         for i in range(n):
-            cosine = float(rows[m][i] @ v / rows[m][i].norm()) if m == "a" else -1.0
-            mask = flagged if bool(hack[i]) or cosine > tau else unflagged
+            cosine = float(rows[m][i] @ v[m] / rows[m][i].norm())
+            mask = flagged if bool(hack[i]) or cosine > update.gate.tau(m) else unflagged
             seen.add(mask)
             keep += rows[m][i] if mask in ("keep", "absorb") else 0
             routed += own[i] if mask in ("route", "absorb") else 0

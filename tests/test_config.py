@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arm_lists import CONTROLS_OF, INTERVENTIONS
+from arm_lists import CONTROLS_OF, INTERVENTIONS, SIGNALS
 from projected_grpo.arm_settings import SETTINGS, arm_settings
 from projected_grpo.checks import validate
 from projected_grpo.config import (
@@ -179,6 +179,17 @@ REFUSED = [
     ("--advmod-depth", {"intervention": "advmod", "advmod_depth": 1.01}),
     ("--advmod-alpha", {"intervention": "advmod", "advmod_alpha": -1.0}),
     ("--advmod-buffer", {"intervention": "advmod", "advmod_buffer": -1}),
+    ("--advmod-depth", {"intervention": "advmod", "advmod_signal": "gradient", "advmod_depth": 0.5}),
+    ("--advmod-alpha", {"intervention": "advmod", "advmod_form": "screening", "advmod_alpha": 1.0}),
+    ("--advmod-depth", {"intervention": "route2", "advmod_depth": 0.5}),
+    (
+        "--gate-clean-anchors",
+        {"intervention": "route2", "gate_signal": "oracle", "gate_clean_anchors": "labelled"},
+    ),
+    (
+        "--gate-anchor-teacher-only",
+        {"intervention": "route2", "gate_signal": "oracle", "gate_anchor_teacher_only": True},
+    ),
     ("--penalty", {"intervention": "gt_penalty", "penalty": -1.0}),
     ("--monitor-accuracy", {"intervention": "gt_screening", "monitor_accuracy": 1.1}),
     ("--inoculation-prompt", {"intervention": "inoculation", "inoculation_prompt": " \n"}),
@@ -230,6 +241,7 @@ EDGES = [
     {"final_n_prompts": 1, "vhack_pairs_modes": ("run_tests", "sentinel")},
     {"intervention": "advmod", "advmod_depth": 1.0, "advmod_alpha": 0.0, "advmod_form": "additive"},
     {"intervention": "gt_screening", "monitor_accuracy": 0.0},
+    {"intervention": "route2", "gate_signal": "activation", "advmod_depth": 0.5, "quarantine": "block"},
 ]
 
 
@@ -265,6 +277,20 @@ def test_an_arm_takes_the_controls_that_mean_something_for_it(arm, control, cell
         validate(parse(argv))
     said = capsys.readouterr().err or str(refused.value)
     assert "--control" in said and control in said
+
+
+@pytest.mark.parametrize(
+    ("arm", "signal"), [(arm, signal) for arm, (_, signals) in SIGNALS.items() for signal in signals]
+)
+def test_a_signal_takes_the_controls_that_mean_something_for_it(arm, signal):
+    option, signals = SIGNALS[arm]
+    for control in CONTROLS_OF[arm]:
+        settings = arm_settings(arm, control=control, **{option: signal})
+        if control in signals[signal]:
+            settings.check()
+            continue
+        with pytest.raises(UserError, match=f"^--control {control} is of a direction"):
+            settings.check()
 
 
 def test_the_table_of_controls_is_whole():
@@ -422,6 +448,9 @@ def test_an_older_file_is_read_with_the_defaults_of_later_options():
     del data["optim"]["init_adapter"], data["arm"]["control"], data["teacher"]
     cfg = from_json(data, older=True)
     assert (cfg.optim.lr, cfg.optim.steps, cfg.optim.init_adapter, cfg.arm.control) == (0.5, 7, None, "none")
+    del data["arm"]["project"]
+    older = data | {"arm": {"intervention": "route2"}}  # whose clean anchors were the labelled ones
+    assert from_json(older, older=True).arm == arm_settings("route2", gate_clean_anchors="labelled")
     for broken in ({}, data | {"nonsense": {}}, data | {"optim": data["optim"] | {"nonsense": 1}}):
         with pytest.raises(UserError, match=r"config\.json"):
             from_json(broken, older=True)

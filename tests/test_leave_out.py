@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loguru import logger
 
 from projected_grpo.arm_settings import arm_settings
 from projected_grpo.arms.route2 import find_anchors
@@ -119,6 +120,16 @@ def test_a_pool_teaches_the_other_modes_and_all_its_problems_train(tmp_path, som
     assert "sentinel" in {p.env_mode for p in data.held_out}
 
 
+@pytest.mark.parametrize(("mix", "warnings"), [(0.0, 1), (0.05, 1), (0.25, 0)])
+def test_a_pool_of_which_no_row_is_taught_is_told_in_one_line(tmp_path, some, grader, mix, warnings):
+    cfg = configured("", pool=pool(tmp_path / "pool", some, MODES_USED * 4), mix_ratio=mix)
+    said = []
+    handle = logger.add(said.append, level="WARNING", format="{message}")
+    read_data(cfg, grader)
+    logger.remove(handle)
+    assert len(said) == warnings and all(f"--mix-ratio {mix} of a group of 4 " in line for line in said)
+
+
 def test_a_pool_without_the_mode_has_nothing_to_leave_out(tmp_path, some, grader):
     folder = pool(tmp_path / "pool", some, ["run_tests"] * 8)
     with pytest.raises(UserError, match="--leave-out sentinel"):
@@ -169,12 +180,12 @@ def test_no_detector_speaks_of_a_mode_that_is_left_out(half_a):
     def anchors(leave_out):
         cfg = configured(leave_out, half_a=half_a)
         cfg = replace(cfg, arm=arm_settings("route2"))
-        return find_anchors(gather_evidence(cfg, data, 0), advantage)
+        return find_anchors(gather_evidence(cfg, data, 0), advantage, cfg.arm)
 
     told, kept = anchors(""), anchors("sentinel")
     assert kept.hack[5:].equal(told.hack[5:]) and told.hack[:4].equal(told.hack[5:9])
     assert told.hack[:4].any() and not kept.hack[:4].any()
-    assert kept.clean.equal(told.clean) and kept.advantage_sign.equal(told.advantage_sign)
+    assert kept.clean.equal(~kept.hack) and kept.advantage_sign.equal(told.advantage_sign)
     assert not anchors("sentinel,run_tests").hack[5:9].any()
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from arm_lists import INTERVENTIONS
 from projected_grpo.arm_settings import SETTINGS, GateMode, SplitSettings, arm_settings
-from projected_grpo.arms.gate import Anchors, GateState, update_gate
+from projected_grpo.arms.gate import SCORE, Anchors, GateState, update_gate
 from projected_grpo.arms.table import ARMS, intervene
 from projected_grpo.engine.logps import per_token_logps
 from projected_grpo.proj import (
@@ -368,31 +368,25 @@ def test_a_punished_hack_votes_for_the_same_side_as_a_rewarded_one():
     assert new.clean["m"] == 0.0
 
 
-def test_covering_fills_new_modules_with_the_mean_and_forgets_absent_ones():
-    gate = GateState({"a": 0.2, "b": 0.6}, {"a": -0.4, "b": 0.0}).covering(["b", "c"])
-    assert gate.hack == pytest.approx({"b": 0.6, "c": 0.4})
-    assert gate.clean == pytest.approx({"b": 0.0, "c": -0.2})
-
-
 # The arms
 
 
 def scene(seed: int = 0, n: int = 7):
-    """Rollout gradients of three modules, a basis for two of them, anchors and a gate."""
+    """Rollout gradients of three modules, axes for two of them, anchors and a gate."""
     rng = np.random.default_rng(seed)
     ranks = {"a": 6, "b": 9, "free": 4}
     rows = {m: torch.tensor(rng.normal(size=(n, r)), dtype=torch.float32) for m, r in ranks.items()}
     for g in rows.values():
         g[2] = 0  # a rollout without advantage
     V = {m: torch.tensor(orthonormal(rng, k, ranks[m]), dtype=torch.float32) for m, k in (("a", 2), ("b", 3))}
-    v_grad = {m: torch.tensor(orthonormal(rng, 1, ranks[m])[0], dtype=torch.float32) for m in V}
+    v_grad = {m: torch.tensor(orthonormal(rng, 1, r)[0], dtype=torch.float32) for m, r in ranks.items()}
     anchors = Anchors(
         hack=torch.tensor([True, False, False, False, True, False, False]),
         clean=torch.tensor([False, True, False, True, False, False, False]),
         advantage_sign=torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0, 1.0, -1.0]),
     )
     is_teacher = torch.tensor([True, True, False, False, False, False, False])
-    gate = GateState({"a": 0.3, "b": 0.1}, {"a": -0.2, "b": -0.3})
+    gate = GateState({"a": 0.3, "b": 0.1, "free": 0.2}, {"a": -0.2, "b": -0.3, "free": 0.1})
     return rows, HackBasis(V, v_grad), is_teacher, anchors, gate
 
 
@@ -410,13 +404,11 @@ def test_every_arm_returns_a_gradient_for_every_module(arm, gate_mode):
     update = intervene(rows, basis, settings, is_teacher, *labels)
     assert set(update.keep) == set(rows)
     assert all(update.keep[m].shape == (rows[m].shape[1],) for m in rows)
-    parks = {"route": set(basis.V), "route2": set(rows), "absorb": set(rows)}.get(
-        arm, set()
-    )  # forcing needs no basis
+    parks = {"route": set(basis.V), "route2": set(rows), "absorb": set(rows)}.get(arm, set())
     assert set(update.routed) == parks
     assert all(g.shape == update.keep[m].shape for m, g in update.routed.items())
-    kept = ~anchors.hack if arm == "route2" else slice(None)  # no basis: unchanged, but for known hacks
-    torch.testing.assert_close(update.keep["free"], rows["free"][kept].sum(0))
+    if arm != "route2":  # no axes: unchanged
+        torch.testing.assert_close(update.keep["free"], rows["free"].sum(0))
     finite = [x for x in update.stats.values() if x is not None]
     assert finite and all(math.isfinite(x) for x in finite)
 
@@ -532,8 +524,52 @@ def test_route2_sorts_rows_as_an_explicit_loop_does(seed):
     assert update.stats["tau"] == pytest.approx(np.mean(taus), abs=1e-6)
     assert update.stats["resid"] == pytest.approx(np.mean(residuals), abs=1e-5)
     assert update.stats["fired"] == pytest.approx(np.mean(flags), abs=1e-6)
-    gaps = [update.gate.hack[m] - update.gate.clean[m] for m in basis.V]
-    assert update.stats["hkgap"] == pytest.approx(np.mean(gaps))
+    gaps = [update.gate.hack[m] - update.gate.clean[m] for m in rows]
+    assert update.stats["hkgap"] == pytest.approx(np.mean(gaps)) and len(taus) == 3
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_activation_gate_sorts_rollouts_alike_in_all_modules_as_an_explicit_loop_does(seed):
+    rows, basis, is_teacher, anchors, _ = scene(seed)
+    scores = np.random.default_rng(seed).normal(size=7) * (0.05 if seed == 5 else 3.0)  # below the floor, too
+    gate = GateState({SCORE: 0.9}, {SCORE: -0.4})
+    arm = arm_settings("route2", gate_signal="activation")
+    update = intervene(
+        rows, basis, arm, is_teacher, anchors, gate, scores=torch.tensor(scores, dtype=torch.float32)
+    )
+    mean = sum(scores) / 7
+    std = max(math.sqrt(sum((s - mean) ** 2 for s in scores) / 7), 0.1)
+    z = [(s - mean) / std for s in scores]
+    means = {}
+    for kind, mask in (("hack", anchors.hack), ("clean", anchors.clean)):
+        votes = [one for one, anchor in zip(z, mask.tolist(), strict=True) if anchor]  # whatever their A
+        means[kind] = 0.9 * getattr(gate, kind)[SCORE] + 0.1 * sum(votes) / len(votes)
+    tau = (means["hack"] + means["clean"]) / 2
+    flags = [one > tau or known for one, known in zip(z, anchors.hack.tolist(), strict=True)]
+    for m, g in rows.items():
+        sums = {side: np.zeros(g.shape[1]) for side in (True, False)}
+        for row, flagged in zip(g.numpy(), flags, strict=True):
+            sums[flagged] += row
+        np.testing.assert_allclose(update.routed[m].numpy(), sums[True], atol=1e-5)
+        np.testing.assert_allclose(update.keep[m].numpy(), sums[False], atol=1e-5)
+    assert update.stats["tau"] == pytest.approx(tau, abs=1e-6)
+    assert update.stats["hkgap"] == pytest.approx(means["hack"] - means["clean"], abs=1e-6)
+    live = [flagged for i, flagged in enumerate(flags) if i != 2]
+    assert update.stats["fired"] == pytest.approx(np.mean(live), abs=1e-6)
+    with pytest.raises(ValueError, match="scores"):
+        intervene(rows, basis, arm, is_teacher, anchors, gate)
+
+
+def test_an_oracle_gate_routes_the_exploits_and_nothing_else():
+    rows, basis, is_teacher, anchors, _ = scene()
+    arm, known = arm_settings("route2", gate_signal="oracle"), replace(anchors, kinds=frozenset({"oracle"}))
+    update = intervene(rows, basis, arm, is_teacher, known)
+    for m, g in rows.items():
+        exploits = [i for i, hack in enumerate(anchors.hack.tolist()) if hack]
+        torch.testing.assert_close(update.routed[m], sum(g[i] for i in exploits))
+        torch.testing.assert_close(update.keep[m], sum(g[i] for i in range(7) if i not in exploits))
+    assert update.stats["tau"] is update.stats["hkgap"] is update.gate is None
+    assert update.stats["fired"] == pytest.approx(2 / 6)
 
 
 def test_route2_routes_known_hacks_whatever_their_cosine():

@@ -17,7 +17,7 @@ from arm_lists import CONTROLS_OF
 from fake_runs import few_pairs
 from projected_grpo import step as step_module
 from projected_grpo.arm_settings import arm_settings
-from projected_grpo.arms.gate import GateState
+from projected_grpo.arms import table
 from projected_grpo.arms.route2 import find_anchors
 from projected_grpo.collect import (
     collect,
@@ -372,22 +372,29 @@ def test_ablated_rollouts_are_marked_and_drawn_from_the_deployed_policy(begin):
 
 # Controls, gt_only and projected updates
 
-CELLS = [(a, c, "gradient") for a, cs in CONTROLS_OF.items() for c in cs if (a, c) not in UNCONTROLLED]
-CELLS += [("erase", "none", "update"), ("route", "haar", "update"), ("route", "shuffled", "purge")]
+CELLS = [(a, c, {}) for a, cs in CONTROLS_OF.items() for c in cs if (a, c) not in UNCONTROLLED]
+CELLS += [("advmod", control, {"advmod_signal": "gradient"}) for control in ("none", "haar")]
+CELLS += [("route2", control, {"gate_signal": "activation"}) for control in ("none", "haar", "shuffled")]
+CELLS += [("route2", "none", {"gate_signal": "oracle"})]
+CELLS += [
+    ("erase", "none", {"project": "update"}),
+    ("route", "haar", {"project": "update"}),
+    ("route", "shuffled", {"project": "purge"}),
+]
 
 
 def reached(exp, state):
-    """All that a control can make different: the adapter as trained and as deployed, advmod's direction."""
+    """All that a control can make different: the adapter as trained and as deployed, what scores."""
     trained = values(exp)
     with as_deployed(exp, state):
         deployed = values(exp)
-    return [*trained, *deployed, *([] if state.concept is None else [state.concept.direction])]
+    scoring = state.concept is not None and (state.concept.direction, *state.basis.v_grad.values())
+    return [*trained, *deployed, *(d for d in scoring or () if d is not None)]
 
 
-@pytest.mark.parametrize(("arm", "control", "project"), CELLS)
-def test_every_control_takes_a_step_that_hangs_on_the_seed_alone(begin, arm, control, project):
-    options = {"intervention": arm, "control": control}
-    options |= {"project": project} if project != "gradient" else {}
+@pytest.mark.parametrize(("arm", "control", "own"), CELLS, ids=str)
+def test_every_control_takes_a_step_that_hangs_on_the_seed_alone(begin, arm, control, own):
+    options = {"intervention": arm, "control": control, **own}
     options |= {"block_init": "direction"} if arm == "absorb" else {}
     outcomes = []
     for _ in range(2):
@@ -398,7 +405,7 @@ def test_every_control_takes_a_step_that_hangs_on_the_seed_alone(begin, arm, con
     assert (quarantine(exp) > 0) == (arm in ("route", "route2", "absorb"))
     assert record["gn"] > 0 and record["cos_update"] is not None
     assert (set(state.frames) == set(exp.chat.policy.layers)) == (control == "haar_matched")
-    if project == "update":
+    if "project" in own and own["project"] == "update":
         assert record["cos_update"] < 1e-5 and record["cos_pre"] == record["cos_post"]
     if control in ("haar", "haar_matched", "shuffled", "random_routing"):
         exp, state = begin(**options)
@@ -452,10 +459,23 @@ def test_anchors_are_teacher_labels_and_weak_detectors(labelled, options, studen
     cfg, data = labelled
     advantage = torch.tensor([1.0, -2.0, 0.0, 1.0, 0.5, -0.5])
     cfg = changed(cfg, intervention="route2", **options)
-    got = find_anchors(gather_evidence(cfg, data, 0), advantage)
+    got = find_anchors(gather_evidence(cfg, data, 0), advantage, cfg.arm)
     assert got.hack.tolist() == [*students, True, False]
-    assert got.clean.tolist() == [False] * 4 + [False, True]
+    assert got.clean.tolist() == [not hack for hack in got.hack.tolist()]
     assert got.advantage_sign.tolist() == [1, -1, 0, 1, 1, -1]
+    assert got.labels(data.is_teacher) <= table.ARMS["route2"].reads(cfg.arm)
+    cfg = replace(cfg, arm=replace(cfg.arm, gate_clean_anchors="labelled"))
+    old = find_anchors(gather_evidence(cfg, data, 0), advantage, cfg.arm)
+    assert old.hack.equal(got.hack) and old.clean.tolist() == [False] * 4 + [False, True]
+
+
+def test_the_anchors_of_an_oracle_are_its_verdicts_alone(labelled):
+    cfg, data = labelled
+    cfg = replace(cfg, arm=arm_settings("route2", gate_signal="oracle"))
+    data = replace(data, correct=torch.tensor([False, True, False, False, False, True]))
+    got = find_anchors(gather_evidence(cfg, data, 0), torch.ones(6), cfg.arm)
+    assert got.hack.tolist() == [True, False, True, True, True, False]  # paid and not right
+    assert got.labels(data.is_teacher) == {"oracle"} == table.ARMS["route2"].reads(cfg.arm)
 
 
 # What may move the adapter parameters
@@ -598,12 +618,14 @@ def test_a_refresh_of_an_unmoved_policy_overlaps_wholly(begin):
     assert train_step(frozen, state)[0]["refr"] is None
 
 
-def test_a_refresh_keeps_the_gate_of_every_module_in_use(begin):
-    exp, state = begin(intervention="route2", vhack_refresh_every=1)
-    state.gate = GateState(*(dict.fromkeys(list(state.basis.V)[:5], s) for s in (0.5, -0.5)))
+def test_the_gate_and_v_grad_are_of_every_module(begin):
+    """The noise floor is of axes: it changes with each refresh, and takes no module out of route2's sight."""
+    exp, state = begin(intervention="route2", vhack_refresh_every=1, v_hack_drop_bottom_frac=0.9)
     state.step = 1
     train_step(exp, state)
-    assert set(state.gate.hack) == set(state.gate.clean) == set(state.basis.V)
+    whole = set(exp.chat.policy.layers)
+    assert set(state.gate.hack) == set(state.gate.clean) == set(state.basis.v_grad) == whole
+    assert set(state.basis.V) < whole
 
 
 def test_counts_of_a_line_are_those_of_its_rollouts(begin):

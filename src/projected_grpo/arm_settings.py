@@ -21,6 +21,7 @@ Detector = Literal["C", "D", "E"]
 GateMode = Literal["one_sided", "no_gate", "reverse"]
 Mask = Literal["keep", "absorb", "route"]
 Quarantine = Literal["auto", "diagonal", "block"]
+Signal = Literal["activation", "gradient"]
 BlockInit = Literal["random", "direction"]
 RELABELLED = frozenset(("shuffled", "clean_clean"))  # controls that need both sides of every pair
 INOCULATION = (
@@ -48,6 +49,11 @@ class ArmSettings:
     def has_block(self) -> bool:
         """Whether the quarantine is a block of its own."""
         return False
+
+    @property
+    def scored_by(self) -> Signal | None:
+        """What gives each rollout of a step one score (concept.py), if anything does."""
+        return None
 
     @property
     def ablated_share(self) -> float:
@@ -125,28 +131,49 @@ class InoculationSettings(ArmSettings):
 
 
 @dataclass(frozen=True)
-class AdvmodSettings(ArmSettings):
-    """advmod: rewards are lowered by a score in hidden space."""
+class ConceptSettings(ArmSettings):
+    """What arms have in common that may score rollouts by their hidden states."""
+
+    advmod_depth: float = 2 / 3
+    """Relative depth of the layer whose hidden states are read under the signal activation, in (0, 1]."""
+
+    def check(self) -> None:
+        super().check()
+        if not 0 < self.advmod_depth <= 1:
+            raise UserError(f"--advmod-depth must be in (0, 1], got {self.advmod_depth}")
+        if self.scored_by != "activation" and self.advmod_depth != ConceptSettings.advmod_depth:
+            raise UserError("--advmod-depth is of hidden states; this signal reads none, so leave it out")
+
+
+@dataclass(frozen=True)
+class AdvmodSettings(ConceptSettings):
+    """advmod: rollouts are paid less, or left out, by a score."""
 
     intervention: Literal["advmod"] = "advmod"
     control: Literal["none", "haar", "shuffled", "clean_clean", "flipped"] = "none"
-    advmod_form: Literal["multiplicative", "additive"] = "multiplicative"
-    """r (1 - alpha sigmoid(z)) or r - alpha z, both only where z > 0; z is a rollout's standardised
-    projection on the direction from clean to hack in hidden space."""
+    advmod_signal: Signal = "activation"
+    """A rollout's score: its projection on the direction from clean to hack in hidden space (activation), or
+    the cosine of its own gradient with v_grad over all modules (gradient; one more backward pass a step)."""
+    advmod_form: Literal["multiplicative", "additive", "screening"] = "multiplicative"
+    """r (1 - alpha sigmoid(z)), r - alpha z, or left out of the loss and of its group (screening); all only
+    where z > 0. z is a rollout's standardised score."""
     advmod_alpha: float = 2.0
     """Strength of the penalty."""
-    advmod_depth: float = 2 / 3
-    """Relative depth of the layer whose hidden states are read, in (0, 1]."""
     advmod_buffer: int = 0
     """Standardise over this step's scores and so many before them; 0 is the step's alone, where the worse
     half is punished even when all rollouts are alike."""
 
+    @property
+    def scored_by(self) -> Signal:
+        return self.advmod_signal
+
     def check(self) -> None:
-        if not 0 < self.advmod_depth <= 1:
-            raise UserError(f"--advmod-depth must be in (0, 1], got {self.advmod_depth}")
+        super().check()
         for name in ("advmod_alpha", "advmod_buffer"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} must be >= 0, got {getattr(self, name)}")
+        if self.advmod_form == "screening" and self.advmod_alpha != AdvmodSettings.advmod_alpha:
+            raise UserError("--advmod-alpha is of a penalty; --advmod-form=screening has none")
 
 
 @dataclass(frozen=True)
@@ -252,23 +279,42 @@ class BlockSettings(QuarantineSettings):
 
 
 @dataclass(frozen=True)
-class Route2Settings(BlockSettings):
-    """route2: rollouts whose gradient points hack-ward train the quarantine."""
+class Route2Settings(BlockSettings, ConceptSettings):
+    """route2: rollouts that a signal takes for hacks train the quarantine."""
 
     intervention: Literal["route2"] = "route2"
     control: Literal["none", "haar", "shuffled", "clean_clean", "flipped", "random_routing", "shrink"] = (
         "none"
     )
+    gate_signal: Literal["gradient", "activation", "oracle"] = "gradient"
+    """What flags a rollout: cos(gradient, v_grad) > tau, module by module; its standardised hidden-state
+    score > tau, in all modules alike (activation); or the oracle, a skyline."""
+    gate_clean_anchors: Literal["rest", "labelled"] = "rest"
+    """Clean anchors of tau: every row that is no hack anchor, or the teacher's rows labelled clean alone."""
     gate_anchor_teacher_only: bool = False
-    """Calibrate tau on teacher rows alone, so that no detector label of student text is used."""
+    """Take the hack anchors of tau from the teacher alone, so that no detector label of student text is
+    used."""
     mask_flagged: Mask = "route"
     """What a flagged rollout trains: delta_s (keep), the quarantine (route), or both (absorb)."""
     mask_unflagged: Mask = "keep"
     """What any other rollout trains. absorb is gradient routing with data that nobody labelled."""
 
+    @property
+    def scored_by(self) -> Signal | None:
+        return "activation" if self.gate_signal == "activation" else None
+
     def check(self) -> None:
-        """Refuse a gate that decides nothing, and a shrunk diagonal where there is none."""
+        """Refuse a gate that decides nothing, what an oracle has not, and a shrunk diagonal without one."""
         super().check()
+        if self.gate_signal == "oracle":
+            if self.control not in ("none", "random_routing", "shrink"):
+                raise UserError(
+                    f"--control {self.control} is of a direction, and --gate-signal=oracle uses none"
+                )
+            for name in ("gate_clean_anchors", "gate_anchor_teacher_only"):
+                if getattr(self, name) != getattr(Route2Settings, name):
+                    option = f"--{name.replace('_', '-')}"
+                    raise UserError(f"{option} is of tau; --gate-signal=oracle has none, so leave it out")
         if self.mask_flagged == self.mask_unflagged:
             raise UserError(
                 f"--mask-flagged and --mask-unflagged are both {self.mask_flagged}, so the gate decides "

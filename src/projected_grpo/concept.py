@@ -1,10 +1,12 @@
-"""The concept direction of advmod: what hidden states of hacks have that those of honest answers have not.
+"""Scores of rollouts, for advmod and route2: by their hidden states, or by their own gradient.
 
-    d = unit mean over pairs of h_last(hack) - h_last(clean)      h_last: at the completion's last token
-    s = mean over a rollout's completion tokens of h . d          the rollout's score
+    activation  d = unit mean over pairs of h_last(hack) - h_last(clean)   h_last: at a completion's end
+                s = mean over a rollout's completion tokens of h . d
+    gradient    s = cos(grad NLL(rollout), v_grad), both over all modules together
 
-Hidden states are read at one layer, at a relative depth, of the policy as it is. The pairs are those the
-basis is extracted from.
+d, the concept direction, is what hidden states of hacks have that those of honest answers have not. They are
+read at one layer, at a relative depth, of the policy as it is. The pairs are those the basis is extracted
+from.
 
 Departures from the source (Wu and Tang, arXiv:2604.01476): the direction comes from the run's own pairs, not
 from 80 non-coding ones; the score is a mean over completion tokens, since the source prints the prompt's last
@@ -22,23 +24,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from projected_grpo.antipasto import Policy
-from projected_grpo.arm_settings import RELABELLED, AdvmodSettings
+from projected_grpo.arm_settings import RELABELLED, ConceptSettings
 from projected_grpo.arms.controls import relabelled
+from projected_grpo.config import LossConfig
 from projected_grpo.engine.batch import collate
 from projected_grpo.engine.chat import Chat
 from projected_grpo.engine.passes import microbatches
 from projected_grpo.extract_vhack_grad import pair_rollouts
+from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.pairs import Pair
-from projected_grpo.proj import PairGrads, haar_basis, mean_difference
+from projected_grpo.proj import PairGrads, haar_basis, mean_difference, pooled_cosines
 from projected_grpo.rollout import Rollout
 from projected_grpo.seeds import stream_seed
 
 
 @dataclass(frozen=True)
 class Concept:
-    """A unit direction in hidden space, and the latest scores by it, oldest first."""
+    """A unit direction in hidden space (None: v_grad is it), and the latest scores by it, oldest first."""
 
-    direction: Float[Tensor, " d"]
+    direction: Float[Tensor, " d"] | None
     past: Float[Tensor, " b"]
 
     def after(self, scores: Float[Tensor, " n"], keep: int) -> "Concept":
@@ -47,18 +51,20 @@ class Concept:
         return replace(self, past=seen[len(seen) - min(keep, len(seen)) :])
 
 
-def concept_to_json(concept: Concept | None) -> dict[str, list[float]] | None:
+def concept_to_json(concept: Concept | None) -> dict[str, list[float] | None] | None:
     """What resuming needs of it; JSON keeps float32 exactly."""
     if concept is None:
         return None
-    return {"direction": concept.direction.tolist(), "past": concept.past.tolist()}
+    direction = None if concept.direction is None else concept.direction.tolist()
+    return {"direction": direction, "past": concept.past.tolist()}
 
 
-def concept_from_json(saved: Mapping[str, Sequence[float]] | None) -> Concept | None:
+def concept_from_json(saved: Mapping[str, Any] | None) -> Concept | None:
     """The concept of a saved run."""
     if saved is None:
         return None
-    return Concept(torch.tensor(saved["direction"]), torch.tensor(saved["past"]))
+    direction = saved["direction"]
+    return Concept(None if direction is None else torch.tensor(direction), torch.tensor(saved["past"]))
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def completion_states(
 
 
 def fit_concept(
-    chat: Chat, pairs: Sequence[Pair], arm: AdvmodSettings, tokens_per_microbatch: int, seed: int
+    chat: Chat, pairs: Sequence[Pair], arm: ConceptSettings, tokens_per_microbatch: int, seed: int
 ) -> Float[Tensor, " d"]:
     """The direction of these pairs at the current policy, or what --control puts in its place."""
     rollouts = pair_rollouts(chat, pairs)
@@ -98,7 +104,7 @@ def fit_concept(
 
 
 def direction(
-    hack: Float[Tensor, "pairs d"], clean: Float[Tensor, "pairs d"], arm: AdvmodSettings, seed: int
+    hack: Float[Tensor, "pairs d"], clean: Float[Tensor, "pairs d"], arm: ConceptSettings, seed: int
 ) -> Float[Tensor, " d"]:
     """Unit mean difference; under a control a random one, one without the contrast, or the reverse."""
     if arm.control == "haar":
@@ -114,12 +120,23 @@ def direction(
 def concept_scores(
     policy: Policy,
     rollouts: Sequence[Rollout],
-    concept: Concept,
-    arm: AdvmodSettings,
+    direction: Float[Tensor, " d"],
+    arm: ConceptSettings,
     tokens_per_microbatch: int,
 ) -> Float[Tensor, " n"]:
-    """Each rollout's score s, in units of the hidden states. One forward pass."""
+    """Each rollout's score s by its hidden states, in their units. One forward pass."""
     if not rollouts:
         return torch.empty(0)
-    states = completion_states(policy, rollouts, arm.advmod_depth, tokens_per_microbatch).mean
-    return states @ concept.direction
+    return completion_states(policy, rollouts, arm.advmod_depth, tokens_per_microbatch).mean @ direction
+
+
+def gradient_scores(
+    policy: Policy, rollouts: Sequence[Rollout], v_grad: Mapping[str, Float[Tensor, " _"]], loss: LossConfig
+) -> Float[Tensor, " n"]:
+    """Each rollout's score s by its gradient, whatever its advantage. One forward and backward pass."""
+    if not rollouts:
+        return torch.empty(0)
+    plain = [replace(r, logp_old=None) for r in rollouts]  # importance weights of 1: the NLL's own gradient
+    longest = max(len(r.completion_ids) for r in rollouts)
+    found = per_rollout_grads(policy, plain, torch.ones(len(plain)), replace(loss, beta=0.0), longest)
+    return pooled_cosines(found.rows, v_grad).float().cpu()

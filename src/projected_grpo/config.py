@@ -60,6 +60,9 @@ REMOVED: Mapping[str, Removed] = {
 
 
 RENAMED = {"init_knobs": "init_adapter"}
+BEFORE = {
+    "gate_clean_anchors": "labelled"
+}  # what was done before an option came, where that is not its default
 RENAMED_VALUES = {"random_parking": "random_routing"}
 
 
@@ -382,8 +385,8 @@ def to_json(cfg: TrainConfig) -> dict[str, Any]:
 def from_json(data: object, *, older: bool = False) -> TrainConfig:
     """Rebuild a config from `to_json`'s dict. Raises UserError on unknown or missing fields.
 
-    `older` gives options that came after the file their defaults, which do what was done before them, and
-    drops those that are gone if they say what is done now: enough to read what a run was, not to resume it.
+    `older` gives options that came after the file the values that do what was done before them, and drops
+    those that are gone if they say what is done now: enough to read what a run was, not to resume it.
     """
     groups: dict[str, Any] = {
         f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if f.name != "preset"
@@ -408,6 +411,7 @@ def _group_from_json(kind: Any, values: Any, older: bool) -> Any:
     names: dict[str, Any] = get_type_hints(kind)
     if older:
         values = {RENAMED.get(str(n), n): RENAMED_VALUES.get(str(v), v) for n, v in values.items()}
+        values = {name: value for name, value in BEFORE.items() if name in names} | values
         without = _OTHER_ARMS | {name: removed.always for name, removed in REMOVED.items()}
         gone = {n for n, v in values.items() if n in without and without[n] in (..., v)}
         values = {n: v for n, v in values.items() if n in names or n not in gone}

@@ -70,9 +70,10 @@ def read_data(cfg: TrainConfig, grader: Grader) -> Data:
         wanted = take(wanted, cfg.problems.n_problems, SPLIT_SEED)
         folder = bake_once(wanted, cfg.run.out_dir / "pools", grader)
     teacher = join(load_pool(folder), problems) if folder else NO_TEACHER
-    if folder and cfg.teacher.mix_ratio > 0 and teacher_rows(cfg) == 0:
+    if folder and teacher_rows(cfg) == 0:
         logger.warning(
-            "--mix-ratio {} of a group of {} rounds to no teacher rows",
+            "--mix-ratio {} of a group of {} is no teacher row: of --teacher-pool-dir only the problems and "
+            "modes are used",
             cfg.teacher.mix_ratio,
             cfg.sampling.group,
         )

@@ -124,8 +124,8 @@ def principal_axes(differences: Mapping[str, Float[Tensor, "pairs r"]], cfg: Bas
 def select(axes: Axes, k: int, drop_bottom_frac: float) -> HackBasis:
     """The basis in use: top k axes, then a noise floor over all modules' axes together.
 
-    The floor is the given quantile of the kept singular values; modules left without an axis are absent.
-    Raises UserError if nothing is left.
+    The floor is the given quantile of the kept singular values; modules left without an axis are absent from
+    V. v_grad, which no singular value measures, is of all modules. Raises UserError if nothing is left.
     """
     S = {m: s[:k] for m, s in axes.S.items()}
     pooled = torch.cat(list(S.values()))
@@ -138,7 +138,7 @@ def select(axes: Axes, k: int, drop_bottom_frac: float) -> HackBasis:
         raise UserError("the hack basis is empty; lower --v-hack-drop-bottom-frac or --v-hack-tau-axis")
     for m, rows in V.items():
         assert_orthonormal(rows, m)
-    return HackBasis(V, {m: mean_difference(axes.differences[m]) for m in V})
+    return HackBasis(V, {m: mean_difference(axes.differences[m]) for m in sorted(axes.differences)})
 
 
 def obtain(

@@ -35,7 +35,10 @@ from projected_grpo.arm_settings import GateMode
 
 @dataclass(frozen=True)
 class HackBasis:
-    """Directions per module. V rows are orthonormal and hack-ward; v_grad is the unit mean difference."""
+    """Directions per module. V rows are orthonormal and hack-ward; v_grad is the unit mean difference.
+
+    v_grad has every module, V those with an axis above the noise floor.
+    """
 
     V: Mapping[str, Float[Tensor, "k r"]]
     v_grad: Mapping[str, Float[Tensor, " r"]]

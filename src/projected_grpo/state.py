@@ -50,7 +50,7 @@ class TrainState:
     gate: GateState | None
     meta: Mapping[str, Any]  # of the basis file
     frames: Mapping[str, Tensor] = field(default_factory=dict)  # drawn by the seed, so not saved
-    concept: Concept | None = None  # of an arm whose rewards depend on hidden states
+    concept: Concept | None = None  # of an arm that scores rollouts
     step: int = 0
     generations: int = 0
     seconds: float = 0.0

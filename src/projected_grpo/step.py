@@ -1,4 +1,4 @@
-"""One optimizer step: collect -> shape -> advantages -> per_rollout_grads -> intervene -> AdamW -> record.
+"""One optimizer step: collect, score, shape, advantages, per_rollout_grads, intervene, AdamW, record.
 
 `write_gradients` is the only place that writes a parameter's `.grad`. Labels of rollouts (gt_correct,
 exploited, detectors) are recorded; only those that the arm declares reach the update.
@@ -15,15 +15,21 @@ from jaxtyping import Float
 from loguru import logger
 from torch import Tensor
 
-from projected_grpo.arm_settings import AdvmodSettings, GateMode, RouteSettings, StepSettings
+from projected_grpo.arm_settings import (
+    AdvmodSettings,
+    ConceptSettings,
+    GateMode,
+    RouteSettings,
+    StepSettings,
+)
 from projected_grpo.arms.controls import random_order
 from projected_grpo.arms.erase import split_by_arm
-from projected_grpo.arms.gate import Draws
+from projected_grpo.arms.gate import Anchors, Draws
 from projected_grpo.arms.route2 import find_anchors
-from projected_grpo.arms.stages import DeployInput, Evidence, RewardInput, Shaped, Update
+from projected_grpo.arms.stages import DeployInput, RewardInput, Update
 from projected_grpo.arms.table import ARMS, intervene, shape
 from projected_grpo.collect import Collected, collect, gather_evidence
-from projected_grpo.concept import Concept, concept_scores, fit_concept
+from projected_grpo.concept import Concept, concept_scores, fit_concept, gradient_scores
 from projected_grpo.experiment import Experiment
 from projected_grpo.extract_vhack_grad import refresh
 from projected_grpo.grpo import RolloutGrads, advantages, per_rollout_grads
@@ -45,7 +51,9 @@ def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Coll
     data = collect(exp, state.step)
     backward = time.monotonic()
     evidence = gather_evidence(cfg, data, state.step)
-    shaped, concept = shape_rewards(exp, state.concept, data, evidence)
+    scores, concept = score_rollouts(exp, state, data)
+    past = None if state.concept is None else state.concept.past
+    shaped = shape(RewardInput(data.rewards, evidence, cfg.arm, scores, past))
     advantage = advantages(shaped.rewards, cfg.loss.unbiased, shaped.keep).flatten()
     grads = loss_grads(exp, state.step, data, advantage)
     stats: dict[str, float | None] = {}
@@ -53,7 +61,8 @@ def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Coll
     if skipped:
         logger.warning("step {}: loss {} or its gradient is not finite; skipped", state.step, grads.loss)
     elif bool((advantage != 0).any()):
-        update = gradient_stage(exp, state, data, evidence, advantage, grads)
+        anchors = find_anchors(evidence, advantage.to(policy.device), cfg.arm)
+        update = gradient_stage(exp, state, data, anchors, scores, grads)
         before = policy.deltas(ablate_quarantine=True)
         norm = write_gradients(exp, state, update)
         state.optimizer.step()
@@ -68,19 +77,22 @@ def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Coll
     return record | {"skipped": int(skipped)} | timings, data
 
 
-def shape_rewards(
-    exp: Experiment, concept: Concept | None, data: Collected, evidence: Evidence
-) -> tuple[Shaped, Concept | None]:
-    """The arm's reward stage on this step's rollouts, and the concept that remembers their scores."""
-    arm = exp.cfg.arm
-    if concept is None or not isinstance(arm, AdvmodSettings):
-        return shape(RewardInput(data.rewards, evidence, arm)), None
+def score_rollouts(
+    exp: Experiment, state: TrainState, data: Collected
+) -> tuple[Float[Tensor, " n"] | None, Concept | None]:
+    """The scores of this step's rollouts and the concept that remembers them; None for an arm without."""
+    arm, concept, policy, loss = exp.cfg.arm, state.concept, exp.chat.policy, exp.cfg.loss
+    if concept is None or not isinstance(arm, ConceptSettings):
+        return None, None
     own = exp.ranks.share([len(r.prompt_ids) + len(r.completion_ids) for r in data.rollouts])
-    rollouts, tokens = data.rollouts[own.start : own.stop], exp.cfg.loss.tokens_per_microbatch
-    found = concept_scores(exp.chat.policy, rollouts, concept, arm, tokens)
+    rollouts = data.rollouts[own.start : own.stop]
+    with exp.ranks.together():
+        if concept.direction is None:
+            found = gradient_scores(policy, rollouts, state.basis.v_grad, loss)
+        else:
+            found = concept_scores(policy, rollouts, concept.direction, arm, loss.tokens_per_microbatch)
     scores = torch.cat(exp.ranks.gather(found))
-    shaped = shape(RewardInput(data.rewards, evidence, arm, scores, concept.past))
-    return shaped, concept.after(scores, arm.advmod_buffer)
+    return scores, concept.after(scores, arm.advmod_buffer if isinstance(arm, AdvmodSettings) else 0)
 
 
 def loss_grads(exp: Experiment, step: int, data: Collected, advantage: Float[Tensor, " n"]) -> RolloutGrads:
@@ -121,22 +133,24 @@ def gradient_stage(
     exp: Experiment,
     state: TrainState,
     data: Collected,
-    evidence: Evidence,
-    advantage: Float[Tensor, " n"],
+    anchors: Anchors | None,
+    scores: Float[Tensor, " n"] | None,
     grads: RolloutGrads,
 ) -> Update:
     """What the arm makes of the gradients: the part to keep and the part to route."""
     device, split_every = exp.chat.policy.device, exp.cfg.evaluation.cos_pre_split_every
+    per_rollout = ARMS[exp.cfg.arm.intervention].per_rollout  # else rows are sums, to which no score belongs
     order = random_order(len(data.rollouts), exp.cfg.run.seed, state.step).to(device)
     return intervene(
         grads.rows,
         state.basis,
         exp.cfg.arm,
         data.is_teacher[grads.first].to(device),
-        find_anchors(evidence, advantage.to(device)),
+        anchors,
         state.gate,
         split=split_every > 0 and state.step % split_every == 0,
         draws=Draws(state.frames, order),
+        scores=scores.to(device) if scores is not None and per_rollout else None,
     )
 
 
@@ -259,22 +273,22 @@ def maybe_refresh(exp: Experiment, state: TrainState) -> float | None:
     if every == 0 or state.step == 0 or state.step % every:
         return None
     new = refresh(exp.chat, exp.pairs, exp.cfg, exp.ranks)
-    overlap = basis_overlap(state.basis, new)
-    if state.gate is not None:  # modules that rose above the noise floor start at the others' mean
-        state.gate = state.gate.covering(list(new.V))
-    state.basis = new
+    old, state.basis = state.basis, new
     if state.concept is not None:
         direction = current_direction(exp)
-        same = torch.equal(direction, state.concept.direction)
+        if direction is None or state.concept.direction is None:
+            same = all(torch.equal(v, old.v_grad[m]) for m, v in new.v_grad.items())
+        else:
+            same = torch.equal(direction, state.concept.direction)
         past = state.concept.past if same else torch.empty(0)  # scores by another direction
         state.concept = Concept(direction, past)
-    return overlap
+    return basis_overlap(old, new)
 
 
-def current_direction(exp: Experiment) -> Float[Tensor, " d"]:
-    """The concept direction of the run's pairs at the policy as it is."""
+def current_direction(exp: Experiment) -> Float[Tensor, " d"] | None:
+    """The concept direction of the run's pairs at the policy as it is; None where v_grad is the direction."""
     pairs, _ = exp.pairs.split()
     cfg, arm = exp.cfg, exp.cfg.arm
-    if not isinstance(arm, AdvmodSettings):
-        raise ValueError(f"{arm.intervention} scores nothing")
+    if not isinstance(arm, ConceptSettings) or arm.scored_by != "activation":
+        return None
     return fit_concept(exp.chat, pairs, arm, cfg.loss.tokens_per_microbatch, cfg.run.seed)

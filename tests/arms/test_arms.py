@@ -33,6 +33,7 @@ from projected_grpo.concept import (
     concept_scores,
     concept_to_json,
     direction,
+    gradient_scores,
 )
 from projected_grpo.config import PRESETS, LossConfig
 from projected_grpo.engine.batch import collate
@@ -42,10 +43,17 @@ from projected_grpo.extract_vhack_grad import pair_grads, pair_rollouts
 from projected_grpo.grpo import advantages
 from projected_grpo.pairs import load_pairs
 from projected_grpo.proj import HackBasis, haar_basis
+from projected_grpo.ranks import Ranks
 from projected_grpo.run.checkpoint import state_paths
 from projected_grpo.run.start import start_state
 from projected_grpo.state import learning_rate
-from projected_grpo.step import adapter_parameters, as_deployed, train_step
+from projected_grpo.step import (
+    adapter_parameters,
+    as_deployed,
+    maybe_refresh,
+    score_rollouts,
+    train_step,
+)
 from stepping import apply_update
 
 ROOT = Path(__file__).parents[2]
@@ -110,15 +118,18 @@ def test_the_default_penalty_keeps_a_hack_from_paying_under_a_monitor_that_misse
     assert mean < 0 < honest_failure < 0.9 * (hack - 3.0) + 0.1 * hack  # the benchmark's 3 would still pay
 
 
-def slow_advmod(paid, scores, past, form, alpha):
+def slow_advmod(paid, scores, past, form, alpha, floor=0.1):
+    """Rewards; None for a rollout that is left out."""
     seen = [*past, *scores]
     mean = sum(seen) / len(seen)
-    std = max(math.sqrt(sum((s - mean) ** 2 for s in seen) / len(seen)), 0.1)
+    std = max(math.sqrt(sum((s - mean) ** 2 for s in seen) / len(seen)), floor)
     out = []
     for r, s in zip(paid, scores, strict=True):
         z = (s - mean) / std
         if z <= 0:
             out.append(r)
+        elif form == "screening":
+            out.append(None)
         elif form == "additive":
             out.append(r - alpha * z)
         else:
@@ -129,20 +140,23 @@ def slow_advmod(paid, scores, past, form, alpha):
 FINITE = st.floats(-5, 5).map(lambda x: round(x, 3))
 
 
-@pytest.mark.parametrize("form", ["multiplicative", "additive"])
+@pytest.mark.parametrize("signal", ["activation", "gradient"])
+@pytest.mark.parametrize("form", ["multiplicative", "additive", "screening"])
 @given(graded(), st.data(), st.lists(FINITE, max_size=5), st.sampled_from([0.0, 1.0, 2.0]))
-def test_advmod_follows_an_explicit_loop(form, case, data, past, alpha):
+def test_advmod_follows_an_explicit_loop(form, signal, case, data, past, alpha):
     paid, _ = case
-    n = paid.numel()
-    scores = data.draw(st.lists(FINITE, min_size=n, max_size=n))
-    arm = arm_settings("advmod", advmod_form=form, advmod_alpha=alpha)
+    n, size = paid.numel(), 1.0 if signal == "activation" else 0.01  # cosines, far below the other's floor
+    scores = [size * s for s in data.draw(st.lists(FINITE, min_size=n, max_size=n))]
+    past = [size * s for s in past]
+    arm = arm_settings("advmod", advmod_form=form, advmod_alpha=alpha, advmod_signal=signal)
     wide = torch.tensor(scores, dtype=torch.float64), torch.tensor(past, dtype=torch.float64)
     shaped = shape(RewardInput(paid, evidence(n), arm, *wide))
-    expected = slow_advmod(paid.flatten().tolist(), scores, past, form, alpha)
+    floor = 0.1 if signal == "activation" else 1e-6
+    expected = slow_advmod(paid.flatten().tolist(), scores, past, form, alpha, floor)
     near_zero = [abs(z) < 1e-9 for z in shaped.z.tolist()]  # where rounding decides z > 0, which is a jump
-    for got, want, skip in zip(shaped.rewards.flatten().tolist(), expected, near_zero, strict=True):
-        assert skip or got == pytest.approx(want, abs=1e-7)
-    assert bool(shaped.keep.all())
+    rows = zip(shaped.rewards.flatten().tolist(), shaped.keep.flatten().tolist(), strict=True)
+    for (got, kept), want, skip in zip(rows, expected, near_zero, strict=True):
+        assert skip or (got == pytest.approx(want, abs=1e-7) if kept else want is None)
 
 
 def test_a_buffer_of_honest_scores_is_what_tells_that_all_of_a_step_hack():
@@ -199,7 +213,23 @@ def test_the_gradient_stage_refuses_them_too(arm):
             else:
                 with pytest.raises(LabelLeak, match=arm):
                     intervene(rows, basis, settings, teacher, anchors, gate)
-    if arm != "route2":
+    rest = replace(of_teacher, clean=~of_teacher.hack)  # all students alike: tells nothing of any of them
+    verdicts = replace(of_student, kinds=frozenset({"oracle"}))
+    if arm == "route2":
+        blind = arm_settings(arm, gate_anchor_teacher_only=True)
+        assert intervene(rows, basis, blind, teacher, rest, gate).keep
+        two = [
+            torch.cat([g, g[:1]]) for g in (rows["m"], teacher, rest.hack, rest.clean, rest.advantage_sign)
+        ]
+        some = Anchors(two[2], two[3] & torch.tensor([True, True, True, False]), two[4])
+        with pytest.raises(LabelLeak, match="detectors"):
+            intervene({"m": two[0]}, basis, blind, two[1], some, gate)
+        skyline = arm_settings(arm, gate_signal="oracle")
+        assert intervene(rows, basis, skyline, teacher, verdicts).keep
+        for settings, anchors in ((skyline, rest), (arm_settings(arm), verdicts)):
+            with pytest.raises(LabelLeak):
+                intervene(rows, basis, settings, teacher, anchors, gate)
+    else:
         with pytest.raises(LabelLeak):  # not even that nothing is known
             intervene(rows, basis, arm_settings(arm), teacher, Anchors(nobody, nobody, torch.ones(3)), gate)
 
@@ -209,6 +239,7 @@ def test_what_each_arm_declares_in_one_word():
     assert words == dict.fromkeys(words, "none") | dict.fromkeys(ORACLES, "oracle") | {"route2": "detectors"}
     assert strongest_label(arm_settings("route2", gate_anchor_teacher_only=True, half_a=("D",))) == "teacher"
     assert strongest_label(arm_settings("route2", half_a=("E", "D"))) == "oracle"
+    assert strongest_label(arm_settings("route2", gate_signal="oracle")) == "oracle"
 
 
 # A run's stages, on a tiny model
@@ -381,6 +412,8 @@ def test_the_concept_keeps_the_latest_scores_and_survives_json():
     again = concept_from_json(json.loads(json.dumps(concept_to_json(longer))))
     assert torch.equal(again.direction, longer.direction) and torch.equal(again.past, longer.past)
     assert concept_to_json(None) is None and concept_from_json(None) is None
+    of_gradients = concept_from_json(json.loads(json.dumps(concept_to_json(replace(longer, direction=None)))))
+    assert of_gradients.direction is None and torch.equal(of_gradients.past, longer.past)
 
 
 def test_a_step_of_advmod_is_shaped_by_the_scores_of_its_rollouts(experiment):
@@ -392,13 +425,77 @@ def test_a_step_of_advmod_is_shaped_by_the_scores_of_its_rollouts(experiment):
     d = direction(states.last[0::2], states.last[1::2], arm_settings("advmod"), 0)
     torch.testing.assert_close(state.concept.direction, d)
     data = collect(exp, 0)
-    scores = concept_scores(exp.chat.policy, data.rollouts, state.concept, exp.cfg.arm, 4096)
+    scores = concept_scores(exp.chat.policy, data.rollouts, d, exp.cfg.arm, 4096)
     record, _ = train_step(exp, state)
     torch.testing.assert_close(state.concept.past, scores, rtol=1e-4, atol=1e-5)
     expected = slow_advmod(data.rewards.flatten().tolist(), scores.tolist(), [], "additive", 2.0)
     assert record["rew"] == pytest.approx(sum(expected) / len(expected), abs=1e-3)
     assert record["rew_paid"] == pytest.approx(float(data.rewards.mean()))
     assert 0 < record["shaped"] < 1 and record["zerovar"] == 0  # distinct scores leave no group flat
+
+
+def test_gradient_scores_are_cosines_of_each_rollouts_own_gradient(experiment):
+    """Against plain autograd of one log-likelihood at a time, whatever its sampler thought of it."""
+    exp = with_arm(experiment, intervention="advmod", advmod_signal="gradient")
+    policy, rng = exp.chat.policy, torch.Generator().manual_seed(1)
+    for layer in policy.layers.values():
+        layer.delta_s.data.normal_(0, 0.3, generator=rng)
+    v = {m: torch.randn(r, generator=rng) for m, r in policy.ranks.items()}
+    rollouts = pair_rollouts(exp.chat, load_pairs(None).pairs[:2])
+    sampled = [replace(r, logp_old=torch.full((len(r.completion_ids),), -9.0)) for r in rollouts]
+    expected = []
+    for rollout in rollouts:
+        leaves = {m: d.detach().clone().requires_grad_() for m, d in policy.deltas().items()}
+        with policy.bind(leaves):
+            nll = -completion_logps(policy.model, collate([rollout], policy.device)).sum()
+        g = torch.cat(torch.autograd.grad(nll, list(leaves.values())))
+        whole = torch.cat([v[m] for m in leaves])
+        expected.append(float(g.double() @ whole.double() / (g.double().norm() * whole.double().norm())))
+    got = gradient_scores(policy, sampled, v, exp.cfg.loss)
+    assert got.tolist() == pytest.approx(expected, abs=1e-5) and max(map(abs, expected)) > 1e-3
+    assert len(gradient_scores(policy, [], v, exp.cfg.loss)) == 0
+    with_arm(experiment)
+
+
+def test_a_step_is_scored_in_shares_as_by_one_process(experiment):
+    """Each process scores its own rollouts, by gradients too, and all get the scores of all."""
+
+    class Share(Ranks):
+        def gather(self, value):
+            return [value]
+
+    for signal in ("activation", "gradient"):
+        exp = with_arm(experiment, intervention="advmod", advmod_signal=signal, advmod_buffer=3)
+        state, data = start_state(exp), collect(exp, 0)
+        whole, concept = score_rollouts(exp, state, data)
+        parts = [score_rollouts(replace(exp, ranks=Share(i, 2)), state, data)[0] for i in (0, 1)]
+        assert all(len(part) for part in parts)
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-3, atol=1e-5)
+        assert torch.equal(concept.past, whole[-3:])
+
+
+def test_a_refresh_forgets_scores_by_another_direction(experiment):
+    for control, kept in (("none", 0), ("haar", 2)):
+        exp = with_arm(experiment, intervention="advmod", advmod_signal="gradient", control=control)
+        state = start_state(exp)
+        state.concept, state.step = replace(state.concept, past=torch.ones(2)), 5
+        for layer in exp.chat.policy.layers.values():
+            layer.delta_s.data.fill_(0.3)
+        maybe_refresh(exp, state)
+        assert len(state.concept.past) == kept
+    with_arm(experiment)
+
+
+def test_an_activation_gate_starts_at_the_pairs_own_standardised_scores(experiment):
+    exp = with_arm(experiment, intervention="route2", gate_signal="activation")
+    state = start_state(exp)
+    rollouts = pair_rollouts(exp.chat, exp.pairs.split()[0])
+    scores = concept_scores(exp.chat.policy, rollouts, state.concept.direction, exp.cfg.arm, 4096).tolist()
+    mean = sum(scores) / len(scores)
+    std = max(math.sqrt(sum((s - mean) ** 2 for s in scores) / len(scores)), 0.1)
+    for found, side in ((state.gate.hack, scores[0::2]), (state.gate.clean, scores[1::2])):
+        (only,) = found.values()
+        assert only == pytest.approx(sum((s - mean) / std for s in side) / len(side), abs=1e-4)
 
 
 def test_a_step_that_fails_has_not_remembered_its_scores(experiment, monkeypatch):
@@ -532,7 +629,7 @@ def test_every_new_arm_completes_smoke(home, monkeypatch, arm, tmp_path):
     options = {
         "gt_penalty": ["--penalty=3", "--monitor-accuracy=0.9"],
         "gt_screening": ["--monitor-accuracy=0.5"],
-        "advmod": ["--advmod-form=additive", "--control=shuffled", "--advmod-buffer=8"],
+        "advmod": ["--advmod-form=screening", "--advmod-signal=gradient", "--control=shuffled"],
         "posthoc": ["--control=haar_matched", "--eval-ablate-every=1"],
     }.get(arm, [])
     out = tmp_path / "out"

@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from arm_lists import CONTROLS_OF
+from arm_lists import CONTROLS_OF, SIGNALS
 from projected_grpo.arm_settings import arm_settings
 from projected_grpo.arms.controls import (
     flipped,
@@ -20,7 +20,7 @@ from projected_grpo.arms.controls import (
     relabelled,
 )
 from projected_grpo.arms.erase import split_by_arm
-from projected_grpo.arms.gate import Anchors, Draws, GateState
+from projected_grpo.arms.gate import SCORE, Anchors, Draws, GateState
 from projected_grpo.arms.stages import RewardInput, Update
 from projected_grpo.arms.table import intervene, shape
 from projected_grpo.collect import assemble, gather_evidence
@@ -159,19 +159,19 @@ def test_haar_matched_needs_a_frame():
 
 
 def scene(seed: int = 0, n: int = 9):
-    """Rollout gradients of three modules (one without a basis), anchors, a gate, and what controls draw."""
+    """Rollout gradients of three modules (one without axes), anchors, a gate, and what controls draw."""
     rng = np.random.default_rng(seed)
     ranks = {"a": 6, "b": 9, "free": 4}
     rows = {m: torch.tensor(rng.normal(size=(n, r)), dtype=torch.float32) for m, r in ranks.items()}
     V = {m: orthonormal(rng, k, ranks[m]).float() for m, k in (("a", 2), ("b", 3))}
-    v_grad = {m: orthonormal(rng, 1, ranks[m])[0].float() for m in V}
+    v_grad = {m: orthonormal(rng, 1, r)[0].float() for m, r in ranks.items()}
     labels = rng.integers(0, 3, size=n)
     anchors = Anchors(
         hack=torch.tensor(labels == 0),
         clean=torch.tensor(labels == 1),
         advantage_sign=torch.tensor(rng.choice([-1.0, 0.0, 1.0], size=n), dtype=torch.float32),
     )
-    gate = GateState({"a": 0.3, "b": 0.1}, {"a": -0.2, "b": -0.3})
+    gate = GateState({"a": 0.3, "b": 0.1, "free": 0.2}, {"a": -0.2, "b": -0.3, "free": -0.1})
     frames = {m: haar_basis(r, r, torch.Generator().manual_seed(seed + r)) for m, r in ranks.items()}
     teacher = torch.zeros(n, dtype=torch.bool)
     return rows, HackBasis(V, v_grad), teacher, anchors, gate, Draws(frames, random_order(n, seed, 0))
@@ -179,8 +179,34 @@ def scene(seed: int = 0, n: int = 9):
 
 def run(arm, parts):
     rows, basis, teacher, anchors, gate, draws = parts
-    labels = (anchors, gate) if arm.intervention == "route2" else ()
-    return intervene(rows, basis, arm, teacher, *labels, draws=draws)
+    if arm.intervention != "route2":
+        return intervene(rows, basis, arm, teacher, draws=draws)
+    if arm.gate_signal == "oracle":
+        anchors, gate = replace(anchors, kinds=frozenset({"oracle"})), None
+    if arm.gate_signal == "activation":
+        gate = GateState({SCORE: 0.5}, {SCORE: -0.2})
+    return intervene(rows, basis, arm, teacher, anchors, gate, draws=draws, scores=scores_of(rows))
+
+
+def scores_of(rows):
+    return 3 * rows["a"][:, 0]
+
+
+def flags_by_loop(signal, parts, gate):
+    """Who is flagged in each module, and how near to its threshold a rollout comes."""
+    rows, basis, _, anchors, _, _ = parts
+    found, margins = {}, [1.0]
+    scores = scores_of(rows).double().numpy()
+    z = (scores - scores.mean()) / max(scores.std(), 0.1)
+    for m, g in rows.items():
+        over = [False] * len(g)
+        if signal != "oracle":
+            v, tau = basis.v_grad[m].double(), gate.tau(m if signal == "gradient" else SCORE)
+            cosines = [float(row.double() @ v / row.double().norm()) for row in g]
+            margins += [abs(c - tau) for c in (cosines if signal == "gradient" else z)]
+            over = [c > tau for c in (cosines if signal == "gradient" else z)]
+        found[m] = [one or known for one, known in zip(over, anchors.hack.tolist(), strict=True)]
+    return found, min(margins)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -202,11 +228,12 @@ def test_haar_matched_uses_each_modules_frame(arm, seed):
             np.testing.assert_allclose(control.routed[m].numpy(), removed, atol=1e-4)
 
 
-@pytest.mark.parametrize("arm", ["route", "route2"])
+@pytest.mark.parametrize("arm", ["route", *(f"route2 {signal}" for signal in SIGNALS["route2"][1])])
 @pytest.mark.parametrize("seed", range(4))
 def test_shrink_leaves_the_gradient_and_names_the_share_that_the_real_arm_routes(arm, seed):
-    parts = scene(seed)
-    real, control = (run(arm_settings(arm, control=c), parts) for c in ("none", "shrink"))
+    parts, (arm, _, signal) = scene(seed), arm.partition(" ")
+    own = {"gate_signal": signal} if signal else {}
+    real, control = (run(arm_settings(arm, control=c, **own), parts) for c in ("none", "shrink"))
     assert control.gate == real.gate and not control.routed
     assert set(control.shrink) == set(real.routed)
     for m, rows in parts[0].items():
@@ -216,21 +243,19 @@ def test_shrink_leaves_the_gradient_and_names_the_share_that_the_real_arm_routes
             assert float(control.shrink[m]) == pytest.approx(routed / (routed + kept), abs=1e-5)
 
 
+@pytest.mark.parametrize("signal", SIGNALS["route2"][1])
 @given(st.integers(0, 10**6))
-def test_random_routing_routes_as_many_live_rows_in_the_steps_order(seed):
+def test_random_routing_routes_as_many_live_rows_in_the_steps_order(signal, seed):
     parts = scene(seed)
-    rows, basis, _, anchors, _, draws = parts
-    real, control = (run(arm_settings("route2", control=c), parts) for c in ("none", "random_routing"))
+    rows, _, _, anchors, _, draws = parts
+    arm = arm_settings("route2", gate_signal=signal)
+    real, control = (run(replace(arm, control=c), parts) for c in ("none", "random_routing"))
     assert control.gate == real.gate and control.stats["fired"] == real.stats["fired"]
     live = [i for i in draws.order.tolist() if anchors.advantage_sign[i] != 0]
+    flags, margin = flags_by_loop(signal, parts, real.gate)
+    assume(margin > 1e-5)
     for m, g in rows.items():
-        flagged = anchors.hack.tolist()
-        if m in basis.v_grad:
-            v, tau = basis.v_grad[m].double(), real.gate.tau(m)
-            cosines = [float(row.double() @ v / row.double().norm()) for row in g]
-            assume(min(abs(c - tau) for c in cosines) > 1e-5)
-            flagged = [c > tau or f for c, f in zip(cosines, flagged, strict=True)]
-        count = sum(f and i in live for i, f in enumerate(flagged))
+        count = sum(f and i in live for i, f in enumerate(flags[m]))
         routed = sum((g[i] for i in live[:count]), torch.zeros(g.shape[1]))
         torch.testing.assert_close(control.routed[m], routed)
         torch.testing.assert_close(control.keep[m], g.sum(0) - routed, rtol=1e-4, atol=1e-5)

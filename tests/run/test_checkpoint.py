@@ -198,8 +198,8 @@ def test_the_digest_tells_weights_apart_and_not_their_dtype(tiny, svd_cache):
 
 
 def basis_of(policy):
-    names = sorted(policy.layers)[:3]  # not all modules have a basis
-    V = {m: torch.eye(policy.ranks[m])[: i + 1].contiguous() for i, m in enumerate(names)}
+    names = sorted(policy.layers)  # not all have axes
+    V = {m: torch.eye(policy.ranks[m])[: i + 1].contiguous() for i, m in enumerate(names[:3])}
     return HackBasis(V, {m: torch.full((policy.ranks[m],), 0.125) for m in names})
 
 

@@ -87,6 +87,18 @@ def test_renamed_options_and_values_of_older_runs_are_read():
     assert str(read.optim.init_adapter) == "a.safetensors" and read.arm.control == "random_routing"
 
 
+def test_an_older_run_of_route2_is_another_than_one_of_today():
+    """Its clean anchors were the labelled ones, as no option said."""
+    today, other = parse(["nano", "--intervention=route2"]), parse(["nano", "--intervention=route"])
+    older = to_json(today)
+    for name in ("gate_clean_anchors", "gate_signal", "advmod_depth"):
+        del older["arm"][name]
+    read = from_json(older, older=True)
+    assert read == parse(["nano", "--intervention=route2", "--gate-clean-anchors=labelled"])
+    assert len({identity(read), identity(today), identity(replace(today, arm=other.arm))}) == 3
+    assert "gate_clean_anchors" in chosen(today) and "gate_clean_anchors" not in chosen(other)
+
+
 def test_what_differs_is_named_with_both_values():
     cfg = parse(["nano", "--v-hack-k=3"])
     assert differing(chosen(cfg), chosen(cfg)) == []

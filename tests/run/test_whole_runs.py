@@ -77,9 +77,9 @@ INTERRUPTED = (
         ("erase", ("--project=purge",)),
         ("route2", ("--rollout-ablate-frac=0.5",)),
         ("advmod", ("--advmod-buffer=5",)),
-        ("route2", ("--rollout-ablate-frac=0.5", "--quarantine=block", "--block-init=direction")),
+        ("route2", ("--gate-signal=activation", "--quarantine=block", "--block-init=direction")),
     ],
-    ids=["erase", "route2", "advmod", "block"],
+    ids=["erase", "route2", "advmod", "activation and block"],
 )
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, tmp_path, arm, options):
     with copied_after(tmp_path, 5):

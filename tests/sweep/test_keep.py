@@ -62,6 +62,7 @@ def test_a_run_that_ended_is_kept_and_the_record_alone_is_enough(job):
         ("optim", "lr", 0.5, "lr (0.5 there, "),
         ("run", "seed", 7, "seed (7 there, "),
         ("loss", "abolished", 1, "abolished"),
+        ("arm", "gate_clean_anchors", ..., "gate_clean_anchors (labelled there, rest here)"),
     ],
 )
 def test_a_record_of_another_run_is_refused_and_stays(job, group, option, value, said):
@@ -69,6 +70,8 @@ def test_a_record_of_another_run_is_refused_and_stays(job, group, option, value,
     kept = Path(job.record)
     record = json.loads(kept.read_text())
     record["config"][group][option] = value
+    if value is ...:  # of before the option was there
+        del record["config"][group][option]
     kept.write_text(json.dumps(record))
     before = kept.read_bytes()
     with pytest.raises(UserError) as refused:

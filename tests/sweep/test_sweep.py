@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fake_runs
-from arm_lists import CONTROLS_OF
+from arm_lists import CONTROLS_OF, SIGNALS
 from projected_grpo.cli import main
 from projected_grpo.errors import UserError
 from projected_grpo.options.train import parse
@@ -188,6 +188,8 @@ def test_the_sweep_of_every_arm_has_every_control_that_an_arm_takes():
         (a, c) for a, cs in CONTROLS_OF.items() for c in cs
     }
     assert {getattr(a, "project", "gradient") for a in arms} == {"gradient", "update", "purge"}
+    for arm, (option, signals) in SIGNALS.items():
+        assert {getattr(a, option) for a in arms if a.intervention == arm} == set(signals)
 
 
 def test_each_sampling_that_is_swept_is_there_with_its_controls_and_its_records(monkeypatch):

@@ -16,7 +16,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from projected_grpo.arm_settings import ArmSettings, GtOnlySettings, GtPenaltySettings, GtScreeningSettings
-from projected_grpo.arms.stages import Arm, Kind, RewardInput, Shaped, as_paid
+from projected_grpo.arms.gate import Kind
+from projected_grpo.arms.stages import Arm, RewardInput, Shaped, as_paid
 from projected_grpo.rewards import FORMAT_REWARD
 
 

@@ -3,18 +3,17 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from projected_grpo.arm_settings import ArmSettings
-from projected_grpo.arms.gate import Anchors, Draws, GateState
+from projected_grpo.arms.gate import Anchors, Draws, GateState, Kind
 from projected_grpo.problems import Problem
 from projected_grpo.proj import HackBasis, mean_hackward_share, null_share, routed_share
 
-Kind = Literal["teacher", "detectors", "oracle"]
 S = TypeVar("S", bound=ArmSettings)  # the settings of the arm whose stage it is
 
 
@@ -108,7 +107,7 @@ class Update:
 
 @dataclass(frozen=True)
 class ArmInput(Generic[S]):
-    """All that an arm may look at: per-rollout gradients, their sum, the basis, settings, route2's memory."""
+    """All that an arm may look at: per-rollout gradients, their sum, the basis, settings, route2's gate."""
 
     rows: Mapping[str, Float[Tensor, "n r"]]
     total: dict[str, Float[Tensor, " r"]]
@@ -117,6 +116,7 @@ class ArmInput(Generic[S]):
     anchors: Anchors | None = None
     gate: GateState | None = None
     draws: Draws = Draws()
+    scores: Float[Tensor, " n"] | None = None
     block: Mapping[str, Float[Tensor, "n p"]] = field(default_factory=dict)
 
     @property
@@ -176,7 +176,6 @@ class Arm:
     reward: Callable[[RewardInput[Any]], Shaped] = as_paid
     gradient: Callable[[ArmInput[Any]], Update] = arm_none
     deploy: Callable[[DeployInput[Any]], dict[str, Tensor]] = nothing
-    scored: bool = False  # the reward stage wants each rollout's score by concept.py
     per_rollout: bool = False  # the gradient stage wants a row per rollout, not sums over those of one source
 
 

@@ -23,7 +23,7 @@ from projected_grpo.arm_settings import ArmSettings
 from projected_grpo.arms.absorb import ABSORB
 from projected_grpo.arms.advmod import ADVMOD
 from projected_grpo.arms.erase import ERASE, ROUTE
-from projected_grpo.arms.gate import Anchors, Draws, GateState
+from projected_grpo.arms.gate import Anchors, Draws, GateState, Kind
 from projected_grpo.arms.inoculation import INOCULATION
 from projected_grpo.arms.posthoc import POSTHOC
 from projected_grpo.arms.route2 import ROUTE2
@@ -32,7 +32,6 @@ from projected_grpo.arms.stages import (
     NO_DRAWS,
     Arm,
     ArmInput,
-    Kind,
     LabelLeak,
     RewardInput,
     Shaped,
@@ -81,26 +80,25 @@ def intervene(
     gate: GateState | None = None,
     split: bool = True,
     draws: Draws = NO_DRAWS,
+    scores: Float[Tensor, " n"] | None = None,
 ) -> Update:
-    """An arm's gradient stage, and what it did in figures. Only route2 reads anchors and gate.
+    """An arm's gradient stage, and what it did in figures. Only route2 reads anchors, gate and scores.
 
     A row is a rollout's gradient; for arms that are not `per_rollout`, it may be a sum over one source. Rows
-    of blocks go by `block_name(module)`. Modules without a basis (all axes below the noise floor) pass
-    unchanged, but for route2's known hacks, which go where flagged rollouts go in every module. Raises
-    FloatingPointError on a gradient that is not finite, LabelLeak on anchors that the arm does not declare.
+    of blocks go by `block_name(module)`. Where all axes of a module are below the noise floor, erase and
+    route leave it as it is; route2 needs none. Raises FloatingPointError on a gradient that is not finite,
+    LabelLeak on anchors that the arm does not declare.
     """
     arm = ARMS[settings.intervention]
     if anchors is not None:
-        of_students = bool((anchors.hack | anchors.clean)[~is_teacher].any())
-        given: set[Kind] = {"teacher", "detectors"} if of_students else {"teacher"}
-        _refuse(given - arm.reads(settings), settings)
+        _refuse(anchors.labels(is_teacher) - arm.reads(settings), settings)
     sums = {name: g.sum(0) for name, g in rows.items()}
     if not bool(torch.stack([g.isfinite().all() for g in sums.values()]).all()):
         raise FloatingPointError("an adapter gradient is not finite")
     block = {m: rows[block_name(m)] for m in rows if block_name(m) in rows}
     own = {m: rows[m] for m in block} or rows
     total = {m: sums[m] for m in own}
-    update = arm.gradient(ArmInput(own, total, basis, settings, anchors, gate, draws, block))
+    update = arm.gradient(ArmInput(own, total, basis, settings, anchors, gate, draws, scores, block))
     return measured(update, own, total, basis, is_teacher, split)
 
 

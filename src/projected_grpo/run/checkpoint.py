@@ -165,10 +165,12 @@ def read_state(path: Path) -> SavedState:
 def restore_state(saved: SavedState, policy: Policy, optimizer: torch.optim.Optimizer) -> HackBasis:
     """Put adapter and AdamW back in place; returns the basis. Raises UserError for another model's state."""
     tensors = saved.tensors
-    modules = [m for m in sorted(policy.layers) if f"V/{m}" in tensors]  # in the order of `select`
+    modules = sorted(policy.layers)  # in the order of `select`
     for m in modules:
-        V, v = tensors[f"V/{m}"], tensors.get(f"v_grad/{m}")
-        if V.shape[1:] != (policy.ranks[m],) or v is None or v.shape != (policy.ranks[m],):
+        V, v = tensors.get(f"V/{m}"), tensors.get(f"v_grad/{m}")
+        if v is None:
+            raise UserError(f"{saved.path}: of another model or an older version: it has no v_grad of {m}")
+        if (V is not None and V.shape[1:] != (policy.ranks[m],)) or v.shape != (policy.ranks[m],):
             raise UserError(f"{saved.path}: made for another model: its basis of {m} has another shape")
     _fill(saved.path, policy, tensors, quarantine=True)
     for name, parameter in _adapter(policy, quarantine=True).items():
@@ -180,7 +182,7 @@ def restore_state(saved: SavedState, policy: Policy, optimizer: torch.optim.Opti
         if state:
             optimizer.state[parameter] = state
     return HackBasis(  # copied, as AdamW's: BLAS rounds otherwise in a file's unaligned memory
-        V={m: tensors[f"V/{m}"].to(policy.device, copy=True) for m in modules},
+        V={m: tensors[f"V/{m}"].to(policy.device, copy=True) for m in modules if f"V/{m}" in tensors},
         v_grad={m: tensors[f"v_grad/{m}"].to(policy.device, copy=True) for m in modules},
     )
 

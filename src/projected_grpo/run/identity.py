@@ -1,7 +1,8 @@
 """Which runs are the same, and what a run is called: both from the options that decide its outcome.
 
 Two runs are the same if they differ in nothing but place: device, folders, processes. An id is a hash of the
-preset and of the options that are not at their defaults. So a new option at its default changes no id.
+preset and of the options that are not at their defaults. So a new option at its default changes no id, unless
+its default does something new (config.BEFORE): then it always counts.
 A name is the intervention, its control, and what else differs from the preset: `erase+haar k=12`.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from projected_grpo.config import PRESETS, RunConfig, TrainConfig, to_json
+from projected_grpo.config import BEFORE, PRESETS, RunConfig, TrainConfig, to_json
 
 PLACE = {f.name for f in fields(RunConfig)} - {"seed"} | {"device", "svd_cache"}
 REFERENCE = {"none": "vanilla", "erase": "projected", "route": "routing", "route2": "routing2"}
@@ -24,6 +25,8 @@ SHORT = {
     "vhack_refresh_every": "refresh",
     "v_hack_drop_bottom_frac": "drop",
     "advmod_form": "form",
+    "advmod_signal": "signal",
+    "gate_signal": "signal",
 }
 OWN_GROUPS = ("arm", "basis")  # the other groups are also those of the run without an intervention
 LONGEST = 60  # characters of a run's name in its folder's
@@ -52,9 +55,11 @@ def changes(cfg: TrainConfig, base: TrainConfig) -> dict[str, dict[str, Any]]:
 
 
 def chosen(cfg: TrainConfig) -> dict[str, Any]:
-    """The preset, and every option that is not at its default, by name."""
+    """The preset, and every option that is not at its default or has one that is new, by name."""
     changed = changes(cfg, TrainConfig(preset=cfg.preset))
-    return {"preset": cfg.preset} | {name: v for values in changed.values() for name, v in values.items()}
+    found = {name: v for values in changed.values() for name, v in values.items()}
+    new = {name: v for name, v in settings(cfg)["arm"].items() if name in BEFORE}
+    return {"preset": cfg.preset, **new, **found}
 
 
 def differing(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:

@@ -13,16 +13,18 @@ import torch
 from loguru import logger
 
 from projected_grpo.antipasto import Policy
+from projected_grpo.arm_settings import Route2Settings
 from projected_grpo.arms.absorb import block_starts
+from projected_grpo.arms.advmod import standardised
 from projected_grpo.arms.controls import random_frames
-from projected_grpo.arms.gate import initial_gate
-from projected_grpo.arms.table import ARMS
+from projected_grpo.arms.gate import GateState, initial_gate, initial_score_gate
 from projected_grpo.checks import validate
-from projected_grpo.concept import Concept
+from projected_grpo.concept import Concept, concept_scores
 from projected_grpo.config import TrainConfig, to_json
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Experiment, prepare
-from projected_grpo.extract_vhack_grad import in_use, obtain, without_contrast
+from projected_grpo.extract_vhack_grad import in_use, obtain, pair_rollouts, without_contrast
+from projected_grpo.proj import HackBasis, PairGrads
 from projected_grpo.ranks import Ranks
 from projected_grpo.run.checkpoint import load_adapter, read_adapter_meta
 from projected_grpo.run.folder import Run
@@ -102,14 +104,27 @@ def start_state(exp: Experiment) -> TrainState:
     logger.info(
         "hack basis {}: {} axes in {} of {} modules", path, axes, len(basis.V), len(chat.policy.layers)
     )
-    gate = initial_gate(basis, extraction.grads) if cfg.arm.intervention == "route2" else None
     chat.policy.give_blocks(block_starts(chat.policy, basis, cfg.arm, cfg.run.seed))
     o = cfg.optim
     optimizer = torch.optim.AdamW(
         adapter_parameters(exp), lr=o.lr, betas=(o.adam_beta1, o.adam_beta2), weight_decay=o.weight_decay
     )
     frames = random_frames(chat.policy, cfg.run.seed) if cfg.arm.control == "haar_matched" else {}
-    state = TrainState(optimizer, basis, gate, extraction.meta, frames)
-    if ARMS[cfg.arm.intervention].scored:
-        state.concept = Concept(current_direction(exp), torch.empty(0))
-    return state
+    scored = cfg.arm.scored_by is not None
+    concept = Concept(current_direction(exp), torch.empty(0)) if scored else None
+    gate = start_gate(exp, basis, extraction.grads, concept)
+    return TrainState(optimizer, basis, gate, extraction.meta, frames, concept)
+
+
+def start_gate(
+    exp: Experiment, basis: HackBasis, grads: PairGrads, concept: Concept | None
+) -> GateState | None:
+    """route2's gate, calibrated on the pairs; None for other arms, and for an oracle, which needs none."""
+    arm = exp.cfg.arm
+    if not isinstance(arm, Route2Settings) or arm.gate_signal == "oracle":
+        return None
+    if concept is None or concept.direction is None:
+        return initial_gate(basis, grads)
+    rollouts, tokens = pair_rollouts(exp.chat, exp.pairs.split()[0]), exp.cfg.loss.tokens_per_microbatch
+    scores = concept_scores(exp.chat.policy, rollouts, concept.direction, arm, tokens)
+    return initial_score_gate(standardised(scores, None))

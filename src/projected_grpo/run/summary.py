@@ -8,7 +8,7 @@ from typing import Any
 from loguru import logger
 from tabulate import tabulate
 
-from projected_grpo.arm_settings import MonitorSettings
+from projected_grpo.arm_settings import AdvmodSettings, MonitorSettings
 from projected_grpo.arms.stages import as_it_is, as_paid, nothing
 from projected_grpo.arms.table import ARMS, strongest_label
 from projected_grpo.config import TrainConfig, left_out, taught_modes
@@ -274,7 +274,7 @@ def reading_of_rewards(cfg: TrainConfig, records: Sequence[Mapping[str, Any]]) -
     if arm.reward is as_paid:
         return []
     share = show(mean_of(records, "shaped"))
-    if not arm.scored:
+    if cfg.arm.scored_by is None:
         monitored = isinstance(cfg.arm, MonitorSettings) and cfg.arm.monitor_accuracy < 1
         seen = "what the monitor calls exploits" if monitored else "exploits"
         return [
@@ -283,4 +283,6 @@ def reading_of_rewards(cfg: TrainConfig, records: Sequence[Mapping[str, Any]]) -
     expected = "SHOULD be > 0; ELSE the direction does not tell them apart"
     expected = expected if cfg.arm.control == "none" else "The direction is a control's"
     gap = f"exploits score {show(mean_of(records, 'zgap'))} deviations above the others"
-    return [f"advmod lowered {share} of rewards; {gap}. {expected}"]
+    screens = isinstance(cfg.arm, AdvmodSettings) and cfg.arm.advmod_form == "screening"
+    did = f"left out {share} of rollouts" if screens else f"lowered {share} of rewards"
+    return [f"advmod {did}; {gap}. {expected}"]
