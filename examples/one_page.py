@@ -8,7 +8,7 @@ likelier. That part is erased, or routed into parameters that deployment deletes
              delta_hack [r] are trained and start at 0. Deployment sets delta_hack = 0.
     Dr.GRPO  A_i = r_i - mean r of its group; loss = -sum_i A_i log p(completion_i) / (n T_max), n rollouts of
              at most T_max tokens. Rollout i has the gradient g_i = A_i grad NLL_i / (n T_max); g = sum_i g_i
-    basis    D [pairs, r] = grad NLL(hack) - grad NLL(clean): a descent step along a row makes hacks likelier.
+    basis    D [pairs, r] = grad NLL(hack) - grad NLL(clean) per token: descent along it makes hacks likelier.
              V [5, r] = first right singular vectors of D, each with the sign that most pairs give it. Of all
              Linears' axes, the quarter with the smallest singular values is dropped. v = mean D / |mean D|
     none     delta_s gets g
@@ -136,20 +136,20 @@ class Learner:
         grades = grader.grade_all([(problems[i // GROUP].task, answer) for i, answer in enumerate(answers)])
         return [(prompts[i // GROUP], ids) for i, ids in enumerate(drawn)], grades
 
-    def nll_gradients(self, texts: list[Text], deployed: bool = False) -> PerLinear:
-        """Gradients [n, r] of -log p(completion) by delta_s; those by delta_hack are the same."""
+    def nll_gradients(self, texts: list[Text], pairs: bool = False) -> PerLinear:
+        """Gradients [n, r] of -log p by delta_s, delta_hack's too; of pairs per token, without delta_hack."""
         zeros = {f"{m}.delta_hack": torch.zeros_like(a.delta_hack) for m, a in self.adapters.items()}
-        rows, values = [], zeros if deployed else {}  # in place of what is trained
+        rows, values, over = [], *((zeros, "mean") if pairs else ({}, "sum"))
         for prompt, completion in texts:
             ids = torch.tensor([prompt + completion])
             logits = torch.func.functional_call(self.model, values, ids).logits[0, len(prompt) - 1 : -1]
-            nll = nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum")
+            nll = nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction=over)
             rows.append(torch.autograd.grad(nll, [a.delta_s for a in self.adapters.values()]))
         return {m: torch.stack(g) for m, g in zip(self.adapters, zip(*rows, strict=True), strict=True)}
 
     def refresh(self, pairs: list[Pair]) -> None:
         sides = [[self.encode(p.messages, getattr(p, side)) for p in pairs] for side in ("hack", "clean")]
-        self.basis = hack_basis(*(self.nll_gradients(texts, deployed=True) for texts in sides), self.basis)
+        self.basis = hack_basis(*(self.nll_gradients(texts, pairs=True) for texts in sides), self.basis)
 
     def step(self, t: int, texts: list[Text], grades: list[Grade]) -> None:
         rewards = torch.tensor([grade.reward for grade in grades]).view(-1, GROUP)

@@ -287,7 +287,7 @@ def test_the_metadata_follows_model_pairs_and_settings(tiny_policy):
     assert differing(tiny_policy, "a", replace(PAIRS, digest="x"), BasisConfig()) == {"pairs"}
     assert differing(tiny_policy, "a", PAIRS, BasisConfig(v_hack_extract_top_k=3)) == {"top_k"}
     assert differing(tiny_policy, "a", PAIRS, BasisConfig(v_hack_tau_axis=0.1)) == {"tau_axis"}
-    assert differing(tiny_policy, "a", PAIRS, BasisConfig(v_hack_length_norm=True)) == {"length_norm"}
+    assert differing(tiny_policy, "a", PAIRS, BasisConfig(v_hack_length_norm=False)) == {"length_norm"}
     assert differing(tiny_policy, "a", PAIRS, BasisConfig(v_hack_k=1, vhack_refresh_every=0)) == set()
     layer = next(iter(tiny_policy.layers.values()))
     layer.delta_hack.data += 1.0  # extraction is at the deployed adapter parameters
