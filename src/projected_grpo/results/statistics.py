@@ -60,7 +60,7 @@ def safe_pass(r: Record) -> float:
 def step_mean(name: str, last: int | None = None) -> Metric:
     """Mean of a column over those of the last steps (default: all) that have it; NaN if it was not kept."""
     start = -last if last else None
-    return lambda r: mean_or_nan([v for v in r["steps"].get(name, ())[start:] if v is not None])
+    return lambda r: mean_or_nan([float(v) for v in r["steps"].get(name, ())[start:] if v is not None])
 
 
 def where_measured(values: Sequence[float | None]) -> dict[int, float]:
