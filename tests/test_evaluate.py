@@ -1,9 +1,13 @@
 """Held-out evaluation: paired samples, grades in their places, the quarantine on and off."""
 
+import itertools
+import math
 import random
 from dataclasses import replace
 from itertools import pairwise
+from statistics import NormalDist, fmean, stdev
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +19,7 @@ from projected_grpo.engine.generate import sample
 from projected_grpo.engine.models import stop_ids
 from projected_grpo.evaluate import Evaluation, Rates, Samples, chunks, evaluate
 from projected_grpo.problems import load_problems
-from projected_grpo.results.statistics import Bootstrap, cluster_interval, figures
+from projected_grpo.results.statistics import Bootstrap, Figure, cluster_interval, figures
 from projected_grpo.rewards import Grade, Grader
 
 SAMPLING = SamplingConfig(max_new=12, temperature=1.0)
@@ -196,41 +200,78 @@ def test_figures_of_some_problems_are_those_of_them_alone(problems):
     part = Evaluation(tuple(problems[::2]), ((),) * 2, groups[::2])
     assert figures(whole, QUICK, {p.problem_id for p in problems[::2]}) == figures(part, QUICK)
     nothing = figures(whole, QUICK, ())["hack"]
-    assert (nothing.count, nothing.n, nothing.rate, nothing.low, nothing.high) == (0, 0, None, None, None)
+    assert nothing == Figure(0, 0, 0, None, None, None, None)
 
 
-def test_the_interval_is_that_of_a_slow_loop_over_problems():
-    draw = random.Random(3)
-    totals = [draw.randint(1, 12) for _ in range(20)]
-    hits = [draw.choice((0, n, n // 2)) for n in totals]
-    rates = []
-    for _ in range(6000):
-        chosen = draw.choices(range(20), k=20)
-        rates.append(sum(hits[i] for i in chosen) / sum(totals[i] for i in chosen))
-    rates.sort()
-    low, high = cluster_interval(hits, totals, Bootstrap())
-    assert low == pytest.approx(rates[150], abs=0.015) and high == pytest.approx(rates[5850], abs=0.015)
+def test_the_interval_of_many_problems_is_that_of_a_slow_bca():
+    """Efron 1987: resampled problems, corrected for bias and by the jackknife for skewness."""
+    draw, n, normal = random.Random(3), 24, NormalDist()
+    totals = [draw.randint(1, 12) for _ in range(n)]
+    hits = [draw.choice((0, 0, t, t // 3)) for t in totals]
+
+    def ratio(rows):
+        return sum(hits[i] for i in rows) / sum(totals[i] for i in rows)
+
+    whole, drawn = ratio(range(n)), sorted(ratio(draw.choices(range(n), k=n)) for _ in range(6000))
+    bias = normal.inv_cdf(sum(r < whole for r in drawn) / len(drawn))
+    without = [ratio([i for i in range(n) if i != j]) for j in range(n)]
+    off = [fmean(without) - r for r in without]
+    skew = sum(d**3 for d in off) / (6 * sum(d**2 for d in off) ** 1.5)
+
+    def quantile(share):
+        z = bias + normal.inv_cdf(share)
+        return drawn[int(normal.cdf(bias + z / (1 - skew * z)) * len(drawn))]
+
+    low, high, method = cluster_interval(hits, totals, Bootstrap())
+    assert method == "BCa" and (low, high) == pytest.approx((quantile(0.025), quantile(0.975)), abs=0.015)
     narrow = cluster_interval(hits, totals, Bootstrap(confidence=0.5))
     assert low < narrow[0] < narrow[1] < high
-    assert cluster_interval(hits, totals, Bootstrap()) == (low, high)
+    assert cluster_interval(hits, totals, Bootstrap()) == (low, high, method)
 
 
-def test_alike_completions_of_a_problem_are_one_observation():
+def test_the_interval_of_few_problems_is_students_where_all_have_as_many_completions():
+    hits = [3, 5, 2, 6]
+    rates = [h / 10 for h in hits]
+    half = 3.182446 * stdev(rates) / math.sqrt(4)  # t of three degrees of freedom
+    low, high, method = cluster_interval(hits, [10] * 4, QUICK)
+    assert method == "t" and (low, high) == pytest.approx((fmean(rates) - half, fmean(rates) + half))
+    assert cluster_interval([0, 1], [10, 10], QUICK)[0] == 0.0  # a rate is never below 0
+
+
+@pytest.mark.parametrize(("n", "most"), [(3, 0.80), (5, 0.88)])
+def test_intervals_of_few_problems_hold_the_rate_where_percentile_bootstrap_does_not(n, most):
+    """500 evaluations of n problems, of 2 to 10 completions each, whose own rates differ about .5."""
+    rng = np.random.default_rng(n)
+    totals = rng.integers(2, 11, size=(500, n))
+    hits = rng.binomial(totals, rng.beta(3, 3, size=(500, n)))
+    every = np.array(list(itertools.product(range(n), repeat=n)))  # all resamples
+    resampled = hits[:, every].sum(-1) / totals[:, every].sum(-1)
+    low, high = np.quantile(resampled, (0.025, 0.975), axis=1)
+    percentile = np.mean((low <= 0.5) & (high >= 0.5))
+    found = [cluster_interval(h, t, QUICK) for h, t in zip(hits.tolist(), totals.tolist(), strict=True)]
+    assert {method for *_, method in found} == {"t"}
+    assert np.mean([low <= 0.5 <= high for low, high, _ in found]) > 0.91 > most > percentile
+
+
+@pytest.mark.parametrize(("half", "method"), [(10, "t"), (11, "BCa")])
+def test_alike_completions_of_a_problem_are_one_observation(half, method):
     """Ten copies of each completion say no more than one; a binomial interval would shrink threefold."""
-    once = cluster_interval([1, 0] * 10, [1] * 20, Bootstrap())
-    assert cluster_interval([10, 0] * 10, [10] * 20, Bootstrap()) == pytest.approx(once)
-    spread = cluster_interval([5] * 20, [10] * 20, Bootstrap())
-    assert spread == (0.5, 0.5) and once[1] - once[0] > 0.3
+    once = cluster_interval([1, 0] * half, [1] * 2 * half, Bootstrap())
+    copies = cluster_interval([10, 0] * half, [10] * 2 * half, Bootstrap())
+    assert copies[:2] == pytest.approx(once[:2]) and copies[2] == once[2] == method
+    spread = cluster_interval([5] * 2 * half, [10] * 2 * half, Bootstrap())
+    assert spread == (0.5, 0.5, "t") and once[1] - once[0] > 0.3  # BCa is undefined where all agree
 
 
 @pytest.mark.parametrize(
     ("hits", "totals", "expected"),
     [
-        ([], [], (None, None)),
-        ([3], [4], (None, None)),
-        ([3, 0, 0], [4, 0, 0], (None, None)),
-        ([0, 0], [4, 4], (0.0, 0.0)),
-        ([4, 4, 0], [4, 4, 0], (1.0, 1.0)),
+        ([], [], (None, None, None)),
+        ([3], [4], (None, None, None)),
+        ([3, 0, 0], [4, 0, 0], (None, None, None)),
+        ([0, 0], [4, 4], (0.0, 0.0, "t")),
+        ([4, 4, 0], [4, 4, 0], (1.0, 1.0, "t")),
+        ([1] * 30, [1] * 30, (1.0, 1.0, "t")),
     ],
 )
 def test_intervals_where_there_is_little_to_draw(hits, totals, expected):

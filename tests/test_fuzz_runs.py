@@ -28,11 +28,17 @@ from projected_grpo.run.folder import Run
 from projected_grpo.run.identity import chosen, identity
 from projected_grpo.run.resume import newest_run, newest_state, read_settings
 from projected_grpo.runlog import write_json
-from projected_grpo.study.report import arms_table, emergence_table, leave_out_table, modes_table
+from projected_grpo.study.report import (
+    arms_table,
+    emergence_table,
+    headline_table,
+    leave_out_table,
+    modes_table,
+)
 from projected_grpo.study.verdicts import verdicts
 from projected_grpo.sweep.gates import check_gate
 from projected_grpo.sweep.jobs import Job, failures_since, read_job, states, status_table
-from projected_grpo.sweep.keep import SERIES, read_record
+from projected_grpo.sweep.keep import LATER, SERIES, read_record
 from projected_grpo.sweep.spec import expand, read_spec
 from projected_grpo.tensor_files import compute_svd, load_svd
 from projected_grpo.verbs.results import ResultsOptions, falsify_text, tables_text
@@ -146,7 +152,7 @@ def record(arm):
     return {
         **{"arm": arm, "seed": 41, "git_commit": "abc", "wall_s": 100.0, "data": "d"},
         **{"summary": body | {"by_split": splits}, "config": to_json(config())},
-        "steps": {name: [row.get(name) for row in STEPS] for name in SERIES},
+        "steps": {name: [row.get(name) for row in STEPS] for name in (*SERIES, *LATER)},
     }
 
 
@@ -163,7 +169,7 @@ def test_records_of_a_study(tmp_path, data):
 
     def read():
         arms = by_arm([read_record(path, here, ["smoke", "--intervention=route2"], "d") for path in kept])
-        for table in (emergence_table, arms_table, leave_out_table, modes_table):
+        for table in (emergence_table, headline_table, arms_table, leave_out_table, modes_table):
             table(arms)
         verdicts(arms, {"hack": 0.1, "solve": 0.4})
 

@@ -5,8 +5,10 @@ import io
 import itertools
 import json
 import math
-from statistics import fmean
+from dataclasses import replace
+from statistics import fmean, stdev
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,10 +18,10 @@ from projected_grpo import cli
 from projected_grpo.errors import UserError
 from projected_grpo.results.compare import baseline, modes, notes, paired, rates
 from projected_grpo.results.runs import finished, grouped, mean_sem, read_runs
-from projected_grpo.results.statistics import bootstrap_interval
-from projected_grpo.results.tables import render, tables
+from projected_grpo.results.statistics import Difference, holm
+from projected_grpo.results.tables import LEGEND, marked, render, tables
 from projected_grpo.runlog import write_json
-from projected_grpo.study.hypotheses import h4_verdict, highest_rate, verdicts
+from projected_grpo.study.hypotheses import h4_verdict, rate_at_the_end, verdicts
 from projected_grpo.study.verdicts import h3_verdict
 
 
@@ -186,21 +188,63 @@ def test_modes_tell_which_were_held_out(tmp_path, capsys):
 # Paired differences
 
 
-@given(values=st.lists(st.floats(-1, 1), min_size=3, max_size=4))
-def test_the_bootstrap_interval_against_all_resamples(values):
-    """With three or four seeds every resample can be listed, and its quantiles are the interval."""
-    means = sorted(fmean(draw) for draw in itertools.product(values, repeat=len(values)))
-    low, high = bootstrap_interval(values)
+@given(values=st.lists(st.integers(-8, 8), min_size=2, max_size=7))
+def test_the_sign_flip_p_is_the_share_of_all_sign_patterns(values):
+    """Eighths are exact, so ties are ties."""
+    flips = [
+        sum(map(math.prod, zip(values, s, strict=True)))
+        for s in itertools.product((1, -1), repeat=len(values))
+    ]
+    difference = Difference(tuple(v / 8 for v in values))
+    expected = sum(abs(flip) >= abs(sum(values)) for flip in flips) / len(flips)
+    assert difference.sign_flip == pytest.approx(expected)
+    assert difference.sign_flip >= difference.least_sign_flip == 2 / len(flips)
 
-    def between(share):
-        """Quantiles of the listed means a little to either side, for what 9,999 draws can miss."""
-        return means[max(0, int((share - 0.01) * len(means)))], means[
-            min(len(means) - 1, math.ceil((share + 0.01) * len(means)))
-        ]
 
-    for got, (least, most) in ((low, between(0.025)), (high, between(0.975))):
-        assert least - 1e-9 <= got <= most + 1e-9
-    assert bootstrap_interval(values) == (low, high)
+@given(st.lists(st.floats(0, 1) | st.just(math.nan), max_size=6))
+def test_holm_rejects_what_going_down_from_the_smallest_p_rejects(ps):
+    """At every level that is one of the adjusted values, and just below it."""
+
+    def rejected(level):
+        found, left = set(), {i for i, p in enumerate(ps) if not math.isnan(p)}
+        while left and len(left) * min(ps[i] for i in left) <= level:
+            smallest = min(left, key=lambda i: ps[i])
+            left.remove(smallest)
+            found.add(smallest)
+        return found
+
+    adjusted = holm(ps)
+    assert [math.isnan(p) for p in adjusted] == [math.isnan(p) for p in ps]
+    for level in {p for p in adjusted if p < 1}:
+        for alpha in (level, math.nextafter(level, -1)):
+            assert {i for i, p in enumerate(adjusted) if p <= alpha} == rejected(alpha)
+
+
+def test_a_difference_is_bold_after_holm_alone():
+    clear, doubtful = Difference((-0.30, -0.31, -0.29)), Difference((-0.2, -0.1, -0.15))
+    text, p = marked(clear, 0.02)
+    assert text == f"**{clear}**" and p == "<0.001 / 0.020 / 0.250 (0.250)"
+    assert marked(doubtful, 0.06) == (f"{doubtful}*", "0.035 / 0.060 / 0.250 (0.250)")
+    assert marked(Difference((0.1, -0.1)), 1.0)[0] == "+0.000 [-1.271, +1.271]"
+    assert marked(Difference((0.1,)), math.nan) == ("+0.100 (n=1)", "-")
+    assert marked(Difference((0.1, 0.1)), math.nan) == ("+0.100 [+0.100, +0.100]", "- / - / 0.500 (0.500)")
+    assert marked(None, math.nan) == ("-", "-")
+
+
+def test_the_family_is_one_metric_of_one_policy_in_one_context():
+    rng = np.random.default_rng(0)
+    runs = [
+        a_run(arm, s, options, hack_deploy=rng.random(), hack_train=rng.random())
+        for options in (None, {"optim": {"lr": 1.0}})
+        for arm in ("none", "erase", "route", "route2")
+        for s in (1, 2, 3)
+    ]
+    found = paired(grouped(runs))
+    families = {(e.setting.context, e.metric, e.policy) for e in found}
+    assert len(families) == 2 * 3 * 2 and len(found) == len(families) * 3  # contexts, metrics, policies; arms
+    for family in families:
+        own = [e for e in found if (e.setting.context, e.metric, e.policy) == family]
+        assert len(own) == 3 and [e.holm for e in own] == holm([e.difference.p for e in own])
 
 
 def test_pairs_are_of_one_seed_and_one_context():
@@ -210,18 +254,20 @@ def test_pairs_are_of_one_seed_and_one_context():
     found = [e for e in paired(grouped(runs)) if (e.metric, e.policy) == ("Δhack", "deployed")]
     (estimate,) = found
     assert estimate.by_seed == pytest.approx({1: -0.8, 2: -0.1, 3: -0.5})
-    low, high = estimate.interval
-    assert -0.8001 <= low < estimate.mean < high <= -0.0999
+    half = 4.302653 * stdev((-0.8, -0.1, -0.5)) / math.sqrt(3)  # Student's t of two degrees of freedom
+    assert estimate.difference.interval == pytest.approx((estimate.mean - half, estimate.mean + half))
     told = " | ".join(notes(grouped(runs)))
     assert "3 of 4 seeds are also of none" in told and "2 contexts" in told
 
 
-def test_few_seeds_have_no_interval_and_say_why():
-    runs = [a_run(arm, s) for arm in ("erase", "none") for s in (1, 2)]
-    groups = grouped(runs)
-    assert {e.interval for e in paired(groups)} == {None}
-    assert "(n=2 < 3: no interval)" in render("markdown", paired(groups), [])
-    assert any("no interval against none: 2 shared seeds" in note for note in notes(groups))
+def test_one_seed_has_no_interval_and_says_why():
+    groups = grouped([a_run(arm, 1) for arm in ("erase", "none")])
+    text = render("json", paired(groups), [])
+    assert {(e["low"], e["p"], e["p_sign_flip"]) for e in json.loads(text)["estimates"]} == {
+        (None, None, None)
+    }
+    assert "(n=1)" in render("markdown", paired(groups), [])
+    assert any("no interval against none: 1 shared seeds" in note for note in notes(groups))
 
 
 def test_without_a_baseline_of_the_context_there_is_no_difference():
@@ -298,6 +344,7 @@ def test_csv_and_json_hold_the_same_figures(folder, capsys):
             assert text == ("" if b[key] is None else str(b[key]))
     (delta,) = [r for r in rows if (r["table"], r["metric"], r["policy"]) == ("paired", "Δhack", "deployed")]
     assert delta["mean"] == pytest.approx(-0.6) and delta["low"] <= delta["mean"] <= delta["high"]
+    assert delta["p_sign_flip"] == delta["p_sign_flip_least"] == 0.25 and delta["p"] is None  # all alike
 
 
 def test_latex_is_a_table_that_compiles_as_it_stands(folder, capsys):
@@ -310,6 +357,7 @@ def test_latex_is_a_table_that_compiles_as_it_stands(folder, capsys):
     columns = body.split("{tabular}{")[1].split("}")[0]
     rows = [line for line in body.splitlines() if line.endswith(r"\\")]
     assert len(rows) == 3 and {row.count("&") + 1 for row in rows} == {len(columns)}
+    assert LEGEND in out and "**" not in body
 
 
 def test_a_table_goes_to_a_file(folder, tmp_path, capsys):
@@ -381,17 +429,32 @@ def test_h3_takes_each_form_by_itself_and_its_own_control():
     assert h3_verdict("advmod", {}, {}) == "erase minus advmod: not measured"
 
 
-def test_h4_asks_for_any_five_steps_of_the_first_two_hundred():
-    late = steps_of(260, hack_s=lambda i: [4 if i >= 210 else 1, 4])
+def test_h4_asks_for_the_last_five_of_the_first_two_hundred_steps():
+    late = steps_of(260, hack_s=lambda i: [4 if i >= 197 else 1, 4])  # .70 over steps 195 to 199
     early = steps_of(200, hack_s=lambda i: [3 if 50 <= i < 55 else 0, 4])
-    assert highest_rate(a_run(steps=late)) == 0.25
-    assert highest_rate(a_run(steps=early)) == 0.75
-    assert highest_rate(a_run(steps=[])) is None
-    assert highest_rate(a_run(steps=steps_of(2, hack_s=lambda i: None))) is None
-    assert h4_verdict({1: a_run(steps=late)}).endswith("FALSIFIED")
-    assert h4_verdict({1: a_run(steps=early)}).endswith("SUPPORTED")
-    assert h4_verdict({1: a_run(steps=early), 2: a_run(seed=2, steps=late)}).endswith("SUPPORTED")  # .50
+    assert rate_at_the_end(a_run(steps=late)) == 0.7
+    assert rate_at_the_end(a_run(steps=early)) == 0
+    assert rate_at_the_end(a_run(steps=[])) is None
+    assert rate_at_the_end(a_run(steps=steps_of(2, hack_s=lambda i: None))) is None
+    assert h4_verdict({1: a_run(steps=early)}).endswith("FALSIFIED")
+    assert h4_verdict({1: a_run(steps=late)}).endswith("SUPPORTED")
+    assert h4_verdict({1: a_run(steps=early), 2: a_run(seed=2, steps=late)}).endswith("SUPPORTED")  # .35
     assert h4_verdict({1: a_run(steps=late[:40])}).endswith("OPEN: only 40 of 200 steps were made")
+    assert h4_verdict({1: a_run(steps=late[197:])}).endswith("SUPPORTED")  # within 63 steps
+
+
+def test_a_rate_of_24_percent_rarely_supports_h4():
+    """200 runs of 200 steps of 32 completions. The rule before took the highest of any five steps."""
+
+    def highest(hacks):
+        return max(sum(hacks[i : i + 5]) / (5 * 32) for i in range(len(hacks) - 4))
+
+    run, supported, before = a_run(), 0, 0
+    for hacks in np.random.default_rng(0).binomial(32, 0.24, size=(200, 200)).tolist():
+        made_of = replace(run, steps={"hack_s": [[count, 32] for count in hacks]})
+        supported += h4_verdict({1: made_of}).endswith("SUPPORTED")
+        before += highest(hacks) > 0.30
+    assert supported < 0.1 * 200 and before > 0.7 * 200
 
 
 def test_a_run_that_ended_early_counts_in_the_verdicts_and_is_told(tmp_path, capsys):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from projected_grpo.config import PRESETS
 from projected_grpo.errors import UserError
 from projected_grpo.pairs import load_pairs
-from projected_grpo.results.statistics import Difference, by_arm, deployed, paired
+from projected_grpo.results.statistics import by_arm, deployed, holm_of, paired
+from projected_grpo.results.tables import marked
 from projected_grpo.run.identity import changes, chosen
 from projected_grpo.study import verdicts as study_verdicts
 from projected_grpo.study.report import (
@@ -23,9 +24,9 @@ from projected_grpo.study.report import (
     controls_table,
     emergence_table,
     filled,
+    headline_table,
     leave_out_table,
     sections,
-    shown,
     study_spec,
     write_report,
 )
@@ -155,13 +156,13 @@ def test_a_paired_difference_is_students_interval(pairs):
     half = T_975[len(pairs) - 1] * stdev(differences) / math.sqrt(len(pairs))
     assert found.n == len(pairs)
     assert math.isclose(found.mean, fmean(differences), abs_tol=1e-9)
-    assert math.isclose(found.low, fmean(differences) - half, rel_tol=1e-4, abs_tol=1e-7)
-    assert math.isclose(found.high, fmean(differences) + half, rel_tol=1e-4, abs_tol=1e-7)
+    for got, expected in zip(found.interval, (-half, half), strict=True):
+        assert math.isclose(got, fmean(differences) + expected, rel_tol=1e-4, abs_tol=1e-7)
 
 
 def test_only_seeds_that_both_arms_have_are_paired():
     arms = study_of(a=[(1, 0.9, 0), (2, 0.5, 0)], b=[(2, 0.1, 0), (3, 0.7, 0)])
-    assert paired(arms["a"], arms["b"], deployed("hack")) == Difference(0.4, 0.4, 0.4, 1)
+    assert paired(arms["a"], arms["b"], deployed("hack")).values == (0.4,)
     assert paired(arms["a"], {}, deployed("hack")) is None
 
 
@@ -198,7 +199,9 @@ def test_a_direction_must_beat_every_control():
             erase__haar_matched=[(s, h, 0.2) for s, h in zip((1, 2, 3), matched, strict=True)],
         )
 
-    assert "direction MATTERS" in h1_verdict(arms((0.5, 0.6, 0.55)), "erase")
+    assert "MATTERS: hacks less than erase+haar, erase+haar_matched, erase+shuffled (after Holm: also)" in (
+        h1_verdict(arms((0.5, 0.6, 0.55)), "erase")
+    )
     assert "does not beat erase+haar_matched" in h1_verdict(arms((0.5, 0.0, 0.2)), "erase")
     few = arms((0.5, 0.6, 0.55))
     del few["erase+shuffled"]
@@ -226,17 +229,20 @@ def test_the_page_says_what_the_records_of_other_samplings_say(monkeypatch):
     kept = Path(__file__).parents[2] / "docs" / "results" / "samplings"
     arms = by_arm([json.loads(path.read_text()) for path in kept.glob("*_seed*.json")])
     assert len(arms) == 8 and all(set(runs) == set(range(41, 46)) for runs in arms.values())
-    verdicts = {}
+    verdicts, rows = {}, {}
     for own in ("sampled-98", "sampled-99"):
         rivals = ("erase+haar", f"{own}+haar_matched", f"{own}+shuffled")
         hack, solve = deployed("hack"), deployed("solve")
         differences = [paired(arms[own], arms["none"], key) for key in (hack, solve)]
         differences += [paired(arms[own], arms[rival], hack) for rival in rivals]
         pairs = len(load_pairs(kept / f"{own.removeprefix('sampled-')}.json").pairs)
-        cells = [own, pairs, *(cell(arms[own], key) for key in (hack, solve)), *map(shown, differences)]
-        assert f"| {' | '.join(map(str, cells))} |" in page.splitlines()
+        rows[own] = [pairs, *(cell(arms[own], key) for key in (hack, solve))], differences
         monkeypatch.setitem(study_verdicts.MUST_BEAT, own, rivals)
         verdicts[own] = h1_verdict(arms, own)
+    columns = list(zip(*(found for _, found in rows.values()), strict=True))
+    marks = [[marked(d, p)[0] for d, p in zip(c, holm_of(c), strict=True)] for c in columns]
+    for (own, (cells, _)), shown in zip(rows.items(), zip(*marks, strict=True), strict=True):
+        assert f"| {' | '.join(map(str, (own, *cells, *shown)))} |" in page.splitlines()
     assert verdicts["sampled-98"].endswith(
         "SUPPORTED; the direction is NOT SHOWN to matter: does not beat sampled-98+shuffled"
     )
@@ -252,7 +258,7 @@ def test_a_mode_that_is_left_out_has_to_be_lower_in_three_folds(name):
             rows += [record(f"{name}_{mode}", s, 0.5, 0.5, {mode: low - s / 50}) for s in (1, 2, 3)]
         return by_arm(rows)
 
-    assert "in 3 of 4 folds: GENERALISES" in leave_out_verdict(runs(3), name)
+    assert "in 3 of 4 folds: GENERALISES (after Holm, in 3 folds: also)" in leave_out_verdict(runs(3), name)
     assert "in 2 of 4 folds: not shown" in leave_out_verdict(runs(2), name)
 
 
@@ -294,12 +300,16 @@ def test_pairs_about_something_else_must_do_worse(style, verdict):
     assert placebo_verdict(arms) == "placebo pairs: not measured"
 
 
+WORKS = "direction that WORKS: hacks less than none, erase+haar (after Holm:"
+
+
 @pytest.mark.parametrize(
     ("own", "erase", "said"),
     [
-        ((0.2, 0.12), (0.2, 0.1), "direction that WORKS: hacks less than none, erase+haar; minus"),
-        ((0.2, 0.12), (0.9, 0.8), "direction that WORKS: hacks less than none, erase+haar; minus"),
-        ((0.9, 0.1), (0.2, 0.1), "does not beat none, erase+haar; erase does, so its effect may rest on"),
+        ((0.2, 0.12), (0.2, 0.11), f"{WORKS} also); minus"),
+        ((0.2, 0.12), (0.9, 0.8), f"{WORKS} also); minus"),
+        ((0.155, 0.145), (0.9, 0.8), f"{WORKS} no longer); minus"),  # p = .041 and .027
+        ((0.9, 0.1), (0.2, 0.11), "does not beat none, erase+haar; erase does, so its effect may rest on"),
         ((0.9, 0.1), (0.9, 0.8), "does not beat none, erase+haar; minus erase, deciding nothing"),
     ],
 )
@@ -334,6 +344,27 @@ def test_tables_hold_what_the_records_say():
     )
     emergence = emergence_table(arms).splitlines()
     assert len(emergence) == 4 and "0.229" in emergence[2]  # (4 + 8 + 32) / 3 / 64
+
+
+def test_the_headline_has_the_preregistered_columns_and_says_what_was_not_kept():
+    arms = study_of(none=[(1, 0.8, 0.1), (2, 0.6, 0.1)], erase=[(1, 0.2, 0.5), (2, 0.1, 0.4)])
+    for runs in arms.values():
+        for r in runs.values():
+            r["steps"] |= {"kl": [9] * 5 + [0, 1] * 12 + [0], "gn": [0.5, None]}
+    for name in ("kl", "gn"):
+        del arms["none"][1]["steps"][name]
+    head, _, none, erase = (
+        [c.strip() for c in line.replace("\\|", "!").strip("|").split("|")]
+        for line in headline_table(arms).splitlines()
+    )
+    assert head == [*("arm", "seeds", "ΔSafePass", "Hack", "Pass", "KL", "cos_pre", "fired", "!g!")]
+    assert erase[2:] == [
+        "+0.900 ± 0.100",  # (.3 + .7, .3 + .5), each against its own seed
+        *("0.150 ± 0.050", "0.450 ± 0.050", "0.48 ± 0", "0.500 ± 0.000", "0.500 ± 0.000", "0.5 ± 0"),
+    ]
+    assert none[2] == "-" and none[5] == "0.48" and none[8] == "0.5"
+    del arms["none"][2]["steps"]["kl"]
+    assert headline_table(arms).splitlines()[2].split("|")[6].strip() == "-"
 
 
 def test_what_was_thought_of_later_has_a_table_of_its_own():

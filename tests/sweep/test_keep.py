@@ -17,7 +17,7 @@ from projected_grpo.pairs import packaged_pairs
 from projected_grpo.results.runs import read_runs
 from projected_grpo.run.identity import identity, settings
 from projected_grpo.sweep.jobs import Job, make, states
-from projected_grpo.sweep.keep import kept_data, rounded
+from projected_grpo.sweep.keep import LATER, kept_data, rounded
 
 ARGV = ("smoke", "--intervention=route2", "--seed=41")
 
@@ -96,6 +96,17 @@ def test_a_record_from_before_an_option_counts_as_made_with_its_default(job):
     kept.write_text(json.dumps(record))
     with pytest.raises(UserError, match="lr "):
         job.kept()
+
+
+def test_a_record_from_before_kl_and_gradient_norm_were_kept_counts(job):
+    make(job, never)
+    kept = Path(job.record)
+    record = json.loads(kept.read_text())
+    assert record["steps"]["kl"] == [0.5] * 30 and LATER == ("kl", "gn")
+    for name in LATER:
+        del record["steps"][name]
+    kept.write_text(json.dumps(record))
+    assert job.kept() == record and states([job])[0].state == "finished"
 
 
 def test_what_is_kept_of_settings_is_enough_to_tell_the_run():

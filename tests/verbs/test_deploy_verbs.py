@@ -127,6 +127,7 @@ def test_what_an_evaluation_writes_can_be_counted_again(run, tmp_path, capsys):
             figure = figures[name]
             assert (figure["count"], figure["n"]) == (sum(r[field] for r in group), 2 * PROMPTS)
             assert figure["problems"] == PROMPTS and figure["low"] <= figure["rate"] <= figure["high"]
+            assert figure["method"] == "t"  # few problems
             for mode, part in figures["by_mode"].items():
                 own = [r for r in group if modes[r["problem_id"]] == mode]
                 assert (part[name]["count"], part[name]["n"]) == (sum(r[field] for r in own), len(own))

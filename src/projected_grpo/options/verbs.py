@@ -253,8 +253,9 @@ class EvaluateOptions:
     tokens_at_once: int = 131072
     """Prompt and completion tokens generated together: 147 kB of cache each for a Qwen3-4B in bfloat16."""
     confidence: float = 0.95
-    """Of the intervals, by bootstrap over problems."""
+    """Of the intervals over problems."""
     resamples: int = 9999
+    """Of the BCa bootstrap, which makes the interval where more than 20 problems count."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(model=""))
     grader: GraderOptions = field(default_factory=GraderOptions)
 
@@ -414,7 +415,7 @@ class ResultsOptions:
     runs: Runs = RUNS
     table: Literal["all", "rates", "headline", "paired", "modes"] = "all"
     """rates: student and held-out rates; headline: the preregistered schema; paired: differences per seed
-    with bootstrap intervals; modes: held-out rates per mode."""
+    with t intervals and p values; modes: held-out rates per mode."""
     against: str | None = None
     """Arm that paired differences are taken from (default: none), by its name in the tables. For
     --table paired, or all of them."""

@@ -1,21 +1,20 @@
 """Figures over runs: one estimate per setting and metric, per mode, and paired per seed against another arm.
 
 Two runs of one context and seed start from the same model, see the same prompts and draw the same random
-numbers until their updates part, so differences are taken per seed. Their 95% intervals are percentile
-bootstraps of the mean (Efron 1979), scipy's.
+numbers until their updates part, so differences are taken per seed.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean, stdev
 
 from projected_grpo.errors import UserError
 from projected_grpo.results.files import HELD_OUT
 from projected_grpo.results.runs import BASELINE, EndedRun, Groups, Setting
-from projected_grpo.results.statistics import bootstrap_interval
+from projected_grpo.results.statistics import FEWEST, Difference, holm_of
 
-FEWEST = 3  # seeds for an interval
 LAST_STUDENT, LAST_KL = 5, 25  # steps
 TRAINED, DEPLOYED = "as trained", "deployed"
 POLICIES = ((TRAINED, "train"), (DEPLOYED, "deploy"))
@@ -27,7 +26,7 @@ class Estimate:
     """One figure of one setting: its value per seed; of a difference, also the arm it is taken from.
 
     `table` and `of` say where it is shown: `of` is a mode or a kind of held-out problems, `policy` whether
-    with the quarantine (as trained) or without (deployed).
+    with the quarantine (as trained) or without (deployed). `holm` is the p of a paired difference, adjusted.
     """
 
     table: str
@@ -38,6 +37,7 @@ class Estimate:
     policy: str = ""
     of: str = ""
     against: str = ""
+    holm: float = math.nan
 
     @property
     def mean(self) -> float | None:
@@ -51,15 +51,17 @@ class Estimate:
         return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
     @property
-    def interval(self) -> tuple[float, float] | None:
-        """95% bootstrap interval of a difference; None for other figures and under three seeds."""
-        if not self.against or len(self.by_seed) < FEWEST:
-            return None
-        return bootstrap_interval(tuple(self.by_seed.values()))
+    def difference(self) -> Difference | None:
+        """The seeds of a difference; None for other figures and without one."""
+        return Difference(tuple(self.by_seed.values())) if self.against and self.by_seed else None
 
 
 def of_summary(key: str) -> Metric:
     return lambda run: run.summary.get(key)
+
+
+def of_steps(column: str, last: int | None) -> Metric:
+    return lambda run: run.mean(column, last)
 
 
 def safe_pass(policy: str, run: EndedRun) -> float | None:
@@ -72,11 +74,11 @@ RATES: Mapping[str, Metric] = {
     "hack_last5": lambda run: run.rate("hack_s", LAST_STUDENT),
     "pass_last5": lambda run: run.rate("gt_s", LAST_STUDENT),
 }
-DIAGNOSTICS: Mapping[str, Metric] = {
-    "KL": lambda run: run.mean("kl", LAST_KL),
-    "cos_pre": lambda run: run.mean("cos_pre"),
-    "fired": lambda run: run.mean("fired"),
-    "|g|": lambda run: run.mean("gn"),
+DIAGNOSTICS: Mapping[str, tuple[str, int | None]] = {  # a column of the steps, over its last ones or all
+    "KL": ("kl", LAST_KL),
+    "cos_pre": ("cos_pre", None),
+    "fired": ("fired", None),
+    "|g|": ("gn", None),
 }
 DELTA_SAFE = "ΔSafePass"
 
@@ -116,8 +118,8 @@ def headline(groups: Groups) -> list[Estimate]:
             found.append(estimate("Hack", measured(seeds, of_summary(f"hack_{key}"))))
             found.append(estimate("Pass", measured(seeds, of_summary(f"solve_{key}"))))
             found += [
-                estimate(name, measured(seeds, metric) if policy == TRAINED else {})
-                for name, metric in DIAGNOSTICS.items()
+                estimate(name, measured(seeds, of_steps(*column)) if policy == TRAINED else {})
+                for name, column in DIAGNOSTICS.items()
             ]
     return found
 
@@ -139,7 +141,19 @@ def paired(groups: Groups, arm: str = BASELINE) -> list[Estimate]:
                 values = differences(seeds, groups[other], metric(key))
                 own = Estimate("paired", setting, name, values, tuple(seeds), policy, against=other.label)
                 found.append(own)
-    return found
+    return with_holm(found)
+
+
+def with_holm(found: Sequence[Estimate]) -> list[Estimate]:
+    """Differences with Holm's p. A family is a column of a table: one metric in one context, of one policy.
+
+    An arm without a quarantine is the same as trained and deployed: both in one family would count it twice.
+    """
+    families: dict[object, list[Estimate]] = {}
+    for e in found:
+        families.setdefault((e.setting.context, e.metric, e.policy), []).append(e)
+    ps = {key: iter(holm_of([e.difference for e in family])) for key, family in families.items()}
+    return [replace(e, holm=next(ps[e.setting.context, e.metric, e.policy])) for e in found]
 
 
 def modes(groups: Groups) -> list[Estimate]:

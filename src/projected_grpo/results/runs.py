@@ -198,4 +198,4 @@ def mean_sem(values: Sequence[float], form: str = ".3f") -> str:
         return "-"
     if len(values) == 1:
         return format(values[0], form)
-    return f"{fmean(values):{form}} ± {stdev(values) / math.sqrt(len(values)):{form}}"
+    return f"{fmean(values):{form}} ± {stdev(values) / math.sqrt(len(values)):{form.lstrip('+')}}"

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +11,25 @@ from typing import Any, Literal
 
 from tabulate import tabulate
 
-from projected_grpo.results.compare import FEWEST, Estimate
+from projected_grpo.results.compare import Estimate
 from projected_grpo.results.runs import Setting, mean_sem
+from projected_grpo.results.statistics import ALPHA, FEWEST, Difference
+from projected_grpo.runlog import plain
 
 Format = Literal["markdown", "csv", "latex", "json"]
 CONTEXT = ("preset", "model", "problems", "env_mode", "steps")
 TITLES = {
     "rates": "Rates: student (whole run, last 5 steps) and held-out",
     "headline": "Headline: ΔSafePass is pass - hack minus that of none, per seed; KL over the last 25 steps",
-    "paired": "Paired differences per seed, with bootstrap 95% intervals",
+    "paired": "Paired differences per seed",
     "modes": "Held-out rates per mode",
 }
+P_TITLE = "p: t / Holm / flip (least)"
+LEGEND = (
+    "differences are paired by seed, with 95% t intervals; p: of the paired t test / adjusted by Holm over "
+    "the column of the table / of exact sign flips (the least that so many seeds can give); bold where "
+    f"Holm's p is at most {ALPHA}, * where only the interval excludes zero"
+)
 FORMS = {"KL": ".2g", "|g|": ".2g"}
 LATEX = (("±", r"$\pm$"), ("Δ", r"$\Delta$"), ("|g|", r"$|g|$"))
 Row = tuple[Setting, str, str, str]
@@ -62,11 +71,13 @@ def _rates_table(estimates: Sequence[Estimate]) -> Table:
 
 
 def _table(name: str, estimates: Sequence[Estimate]) -> Table:
+    paired = name == "paired"
     metrics = list(dict.fromkeys(e.metric for e in estimates))
+    titles = [title for metric in metrics for title in ((metric, P_TITLE) if paired else (metric,))]
     rows = _rows(estimates)
     columns = {
         "options": [s.arm_options for s, *_ in rows],
-        "minus": [against if name == "paired" else "" for *_, against in rows],
+        "minus": [against if paired else "" for *_, against in rows],
         "policy": [policy for _, policy, _, _ in rows],
         "of": [of for _, _, of, _ in rows],
     }
@@ -75,13 +86,13 @@ def _table(name: str, estimates: Sequence[Estimate]) -> Table:
         [
             setting.arm,
             *(cells[i] for cells in used.values()),
-            " ".join(map(str, own[0].by_seed if name == "paired" else own[0].seeds)),
-            *(cell(e) for e in own),
+            " ".join(map(str, own[0].by_seed if paired else own[0].seeds)),
+            *(text for e in own for text in (marked(e.difference, e.holm) if paired else (cell(e),))),
         ]
         for i, ((setting, *_), own) in enumerate(rows.items())
     ]
     title = f"{TITLES[name]} ({estimates[0].setting.title})"
-    return Table(title, ["arm", *used, "seeds", *metrics], body)
+    return Table(title, ["arm", *used, "seeds", *titles], body)
 
 
 def _rows(estimates: Sequence[Estimate]) -> dict[Row, list[Estimate]]:
@@ -93,30 +104,48 @@ def _rows(estimates: Sequence[Estimate]) -> dict[Row, list[Estimate]]:
 
 
 def cell(e: Estimate) -> str:
-    """Mean ± SEM; of a paired difference its interval, or why there is none."""
-    form = FORMS.get(e.metric, "+.3f" if e.against else ".3f")
-    if e.table != "paired" or e.mean is None:
-        text = mean_sem(list(e.by_seed.values()), form)
-        return text.replace("± +", "± ")
-    if e.interval is None:
-        return f"{e.mean:{form}} (n={len(e.by_seed)} < {FEWEST}: no interval)"
-    return f"{e.mean:{form}} [{e.interval[0]:{form}}, {e.interval[1]:{form}}]"
+    """Mean ± SEM."""
+    return mean_sem(list(e.by_seed.values()), FORMS.get(e.metric, "+.3f" if e.against else ".3f"))
+
+
+def marked(difference: Difference | None, holm: float) -> tuple[str, str]:
+    """A difference, bold if Holm's p is small, with `*` if only its interval excludes zero; and its p."""
+    if difference is None or difference.n < FEWEST:
+        return str(difference or "-"), "-"
+    star = "*" if difference.excludes_zero else ""
+    text = f"**{difference}**" if holm <= ALPHA else f"{difference}{star}"
+    tested = " / ".join(map(p_cell, (difference.p, holm, difference.sign_flip)))
+    return text, f"{tested} ({p_cell(difference.least_sign_flip)})"
+
+
+def p_cell(p: float) -> str:
+    if math.isnan(p):
+        return "-"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def flat(e: Estimate) -> dict[str, Any]:
-    s = e.setting
-    low, high = e.interval or (None, None)
+    """One figure as a row for programs; p values are of paired differences."""
+    s, d = e.setting, e.difference
+    low, high = d.interval if d and d.n >= FEWEST else (None, None)
+    tested = d if e.table == "paired" else None
     return {
         "table": e.table,
         **{name: getattr(s, name) for name in (*CONTEXT, "arm", "options")},
         **{"policy": e.policy, "of": e.of, "against": e.against, "metric": e.metric},
         **{"mean": e.mean, "sem": e.sem, "low": low, "high": high, "n": len(e.by_seed)},
+        "p": plain(tested.p) if tested else None,
+        "p_holm": plain(e.holm),
+        "p_sign_flip": plain(tested.sign_flip) if tested else None,
+        "p_sign_flip_least": tested.least_sign_flip if tested else None,
         "seeds": " ".join(map(str, e.by_seed)),
     }
 
 
 def render(kind: Format, estimates: Sequence[Estimate], notes: Sequence[str]) -> str:
     """All tables in one text. Markdown begins with the rates, if they are among the estimates."""
+    if any(e.table == "paired" for e in estimates):
+        notes = [f"{LEGEND}; as trained and deployed are families of their own", *notes]
     if kind == "csv":
         return as_csv([flat(e) for e in estimates])
     if kind == "json":
@@ -149,9 +178,10 @@ def markdown(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def as_latex(table: Table) -> str:
     """A booktabs tabular; minus signs in math mode, special characters escaped."""
     text = tabulate(table.rows, headers=list(table.headers), tablefmt="latex_booktabs", disable_numparse=True)
-    for plain, tex in LATEX:
-        text = text.replace(plain, tex)
-    return re.sub(r"(?<![\w.{$-])-(?=\d)", "$-$", text)
+    for sign, tex in LATEX:
+        text = text.replace(sign, tex)
+    text = re.sub(r"(?<![\w.{$-])-(?=\d)", "$-$", text)
+    return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:

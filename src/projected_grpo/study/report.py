@@ -9,8 +9,9 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from projected_grpo.errors import UserError
+from projected_grpo.results.compare import DELTA_SAFE, DIAGNOSTICS
 from projected_grpo.results.plots import Point, Series, dynamics, pareto
-from projected_grpo.results.runs import mean_sem
+from projected_grpo.results.runs import BASELINE, mean_sem
 from projected_grpo.results.statistics import (
     INSTANCES,
     TEMPLATES,
@@ -20,15 +21,17 @@ from projected_grpo.results.statistics import (
     Record,
     by_arm,
     deployed,
+    holm_of,
     in_mode,
     mean_or_nan,
     paired,
+    safe_pass,
     shares,
     step_mean,
     trained,
     where_measured,
 )
-from projected_grpo.results.tables import markdown
+from projected_grpo.results.tables import FORMS, LEGEND, P_TITLE, markdown, marked
 from projected_grpo.runlog import write_atomically
 from projected_grpo.study.verdicts import NANO_MODES, SAMPLED, verdicts
 from projected_grpo.sweep.spec import Spec, read_spec
@@ -45,6 +48,7 @@ COMPARED = (  # looked at after A1's tables, beside the controls that arms name
     ("route2+no_labels", "route2+random_routing"),
     ("route2+no_labels_haar", "route2+random_routing"),
 )
+Compared = tuple[Sequence[object], Sequence[Difference | None]]  # a row's first cells, its differences
 MARKER = re.compile("<!-- (end of |)([a-z-]+) -->")
 
 
@@ -55,8 +59,16 @@ def study_spec(study: str) -> Spec:
         return read_spec(path)
 
 
-def cell(seeds: Mapping[int, Record], metric: Metric) -> str:
-    return mean_sem([v for v in map(metric, seeds.values()) if not math.isnan(v)])
+def cell(seeds: Mapping[int, Record], metric: Metric, form: str = ".3f") -> str:
+    return mean_sem([v for v in map(metric, seeds.values()) if not math.isnan(v)], form)
+
+
+def compared(headers: Sequence[str], differences: Sequence[str], rows: Sequence[Compared]) -> str:
+    """A table that ends with differences, the p of each beside it. Each column is a family of Holm's."""
+    columns = zip(*(found for _, found in rows), strict=True)
+    marks = [list(map(marked, column, holm_of(column))) for column in columns]
+    body = [[*cells, *(text for mark in marks for text in mark[i])] for i, (cells, _) in enumerate(rows)]
+    return markdown([*headers, *(title for name in differences for title in (name, P_TITLE))], body)
 
 
 def emergence_table(arms: Arms) -> str:
@@ -76,25 +88,43 @@ def emergence_table(arms: Arms) -> str:
     return markdown(headers, rows)
 
 
-def arms_table(arms: Arms, *, explored: bool = False) -> str:
-    """Every arm: hack and solve as trained and deployed, and its paired difference from none.
-
-    `explored`: those thought of after tables had been seen, or all others.
-    """
-    rows = []
+def arms_in_order(arms: Arms, *, explored: bool) -> list[str]:
+    """Arms thought of after tables had been seen, or all others."""
     later = {arm.name for arm in study_spec("nano").arms if arm.explored}
-    for name in (name for name in ordered(arms) if (name in later) == explored):
-        own, none = arms[name], arms.get("none", {})
+    return [name for name in ordered(arms) if (name in later) == explored]
+
+
+def against_none(arms: Arms, name: str, metric: Metric) -> Difference | None:
+    return None if name == BASELINE else paired(arms[name], arms.get(BASELINE, {}), metric)
+
+
+def headline_table(arms: Arms) -> str:
+    """The preregistered schema, rates as deployed; means over steps of what a record keeps."""
+    rows = []
+    for name in arms_in_order(arms, explored=False):
+        own, safe = arms[name], against_none(arms, name, safe_pass)
+        rates = (cell(own, deployed(key)) for key in ("hack", "solve"))
+        means = (
+            cell(own, step_mean(*column), FORMS.get(title, ".3f")) for title, column in DIAGNOSTICS.items()
+        )
+        rows.append([name, len(own), mean_sem(safe.values, "+.3f") if safe else "-", *rates, *means])
+    return markdown(["arm", "seeds", DELTA_SAFE, "Hack", "Pass", *DIAGNOSTICS], rows)
+
+
+def arms_table(arms: Arms, *, explored: bool = False) -> str:
+    """Every arm: hack and solve as trained and deployed, and its paired difference from none."""
+    rows = []
+    for name in arms_in_order(arms, explored=explored):
+        own = arms[name]
         held_out = (deployed("solve", split) for split in (INSTANCES, TEMPLATES))
         metrics = (trained("hack"), deployed("hack"), trained("solve"), *held_out)
-        against = (shown(paired(own, none, deployed(key))) for key in ("hack", "solve"))
-        cells = (cell(own, metric) for metric in metrics)
-        rows.append([name, len(own), *cells, *(against if name != "none" else ("", ""))])
+        found = [against_none(arms, name, deployed(key)) for key in ("hack", "solve")]
+        rows.append(([name, len(own), *(cell(own, metric) for metric in metrics)], found))
     headers = [
         "arm", "seeds", "hack, trained", "hack, deployed", "solve, trained", "solve, deployed, instances",
-        "solve, deployed, templates", "Δ hack against none", "Δ solve against none",
+        "solve, deployed, templates",
     ]  # fmt: skip
-    return markdown(headers, rows)
+    return compared(headers, ["Δ hack against none", "Δ solve against none"], rows)
 
 
 def controls_table(arms: Arms) -> str:
@@ -107,9 +137,9 @@ def differences_table(arms: Arms, pairs: Sequence[tuple[str, str]]) -> str:
     rows = []
     for name, other in pairs:
         if name in arms and other in arms:
-            hack, solve = (paired(arms[name], arms[other], deployed(key)) for key in ("hack", "solve"))
-            rows.append([name, other, hack.n if hack else 0, shown(hack), shown(solve)])
-    return markdown(["arm", "minus", "seeds", "Δ hack", "Δ solve"], rows)
+            found = [paired(arms[name], arms[other], deployed(key)) for key in ("hack", "solve")]
+            rows.append(([name, other, found[0].n if found[0] else 0], found))
+    return compared(["arm", "minus", "seeds"], ["Δ hack", "Δ solve"], rows)
 
 
 def leave_out_table(arms: Arms, folds: str = "erase+without", whole: str = "erase") -> str:
@@ -125,13 +155,10 @@ def leave_out_table(arms: Arms, folds: str = "erase+without", whole: str = "eras
             none, haar, all_modes = (arms.get(name, {}) for name in ("none", "erase+haar", whole))
             same_seeds = ({s: other[s] for s in own if s in other} for other in (none, haar, all_modes))
             cells = (cell(seeds, hack) for seeds in (own, *same_seeds))
-            against = (paired(own, none, hack), paired(own, haar, hack), paired(own, none, solve))
-            rows.append([mode, len(own), *cells, *map(shown, against)])
-    headers = [
-        "mode left out", "seeds", "hack on it", "none", "erase+haar", f"{whole}, all modes",
-        "Δ hack against none", "Δ hack against Haar", "Δ solve against none",
-    ]  # fmt: skip
-    return markdown(headers, rows)
+            found = [paired(own, none, hack), paired(own, haar, hack), paired(own, none, solve)]
+            rows.append(([mode, len(own), *cells], found))
+    headers = ["mode left out", "seeds", "hack on it", "none", "erase+haar", f"{whole}, all modes"]
+    return compared(headers, ["Δ hack against none", "Δ hack against Haar", "Δ solve against none"], rows)
 
 
 def diagnostics_table(arms: Arms) -> str:
@@ -149,13 +176,6 @@ def modes_table(arms: Arms) -> str:
     return markdown(["arm", *(f"{m}: hack / solve" for m in NANO_MODES)], rows)
 
 
-def shown(difference: Difference | None) -> str:
-    """The difference, bold where its interval excludes zero."""
-    if difference is None:
-        return "-"
-    return f"**{difference}**" if difference.n > 1 and difference.excludes_zero else str(difference)
-
-
 def ordered(arms: Mapping[str, object]) -> list[str]:
     names = [arm.name for arm in study_spec("nano").arms]
     return sorted(arms, key=lambda name: (names.index(name) if name in names else len(names), name))
@@ -171,6 +191,10 @@ def sections(records: Sequence[Record]) -> dict[str, tuple[str, str]]:
     """Name -> (heading, table) of everything that the report says of the records."""
     arms, base = by_arm(records), packaged_base()
     return {
+        "headline": (
+            f"Headline: {DELTA_SAFE} is pass - hack minus that of none, per seed; KL over the last 25 steps",
+            headline_table(arms),
+        ),
         "emergence": ("Emergence", emergence_table(arms)),
         "arms": ("Arms", arms_table(arms)),
         "controls": ("Arms minus their controls, as deployed", controls_table(arms)),
@@ -219,8 +243,7 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
     parts = [
         "# Tables of the nano study\n\nMade by `projected-grpo study nano --report-only` from "
         f"{len(records)} runs (commits {', '.join(commits)}; {diverged} diverged and count as they ended). "
-        "Mean ± SEM over seeds; differences are paired by seed, with 95% intervals, bold where they exclude "
-        "zero.",
+        f"Mean ± SEM over seeds; {LEGEND}. A dash is a figure that the records do not have.",
         *(f"## {heading}\n\n{table}" for heading, table in sections(records).values()),
     ]
     path = out / "tables.md"

@@ -25,6 +25,7 @@ SERIES = (
     "hack_s", "gt_s", "cos_pre", "cos_post", "cos_update", "cos_null", "fired", "q_egy", "refr",
     "hack_deploy", "solve_deploy", "zerovar", "lp_s",
 )  # fmt: skip
+LATER = ("kl", "gn")  # not in records that were kept before December 2026
 NOT_READ = ("base.json",)
 PAIRS_OF_NANO = ("nano", "nano-oracle")  # made from what lies in data/nano
 DIGITS = 4  # kept of every figure
@@ -77,7 +78,7 @@ def write_record(path: Path, folder: Path, argv: Sequence[str], data: str) -> No
     steps, made = complete_lines(folder / "steps.jsonl"), read_json(folder / "config.json", "sweep")
     summary = read_json(folder / "summary.json", "sweep")
     arm, _, seed = path.stem.rpartition("_seed")
-    series = {name: [step.get(name) for step in steps] for name in SERIES}
+    series = {name: [step.get(name) for step in steps] for name in (*SERIES, *LATER)}
     record = {
         "arm": arm,
         "seed": int(seed),
