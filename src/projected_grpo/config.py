@@ -145,7 +145,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW on the adapter parameters, warm-up then cosine."""
+    """AdamW on the adapter parameters, warm-up then cosine or constant."""
 
     steps: int = 60
     """Optimizer steps of the run."""
@@ -158,7 +158,9 @@ class OptimConfig:
     weight_decay: float = 0.1
     """Pulls the adapter parameters to zero, which is where they start."""
     warmup_frac: float = 0.1
-    """Share of the steps in which the learning rate rises linearly; then it falls as a cosine."""
+    """Share of the steps in which the learning rate rises linearly."""
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    """What the learning rate does after the warm-up: falls to zero as a cosine, or stays."""
     grad_clip: float = 10.0
     """Global L2 norm over all adapter parameters."""
     init_adapter: Path | None = None

@@ -61,8 +61,10 @@ class TrainState:
 
 
 def learning_rate(step: int, cfg: OptimConfig) -> float:
-    """Linear warm-up over warmup_frac of the steps, then cosine to zero."""
+    """Linear warm-up over warmup_frac of the steps, then cosine to zero, or constant."""
     warmup = round(cfg.warmup_frac * cfg.steps)
     if step < warmup:
         return cfg.lr * (step + 1) / warmup
+    if cfg.lr_schedule == "constant":
+        return cfg.lr
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, cfg.steps - warmup)))

@@ -1,4 +1,4 @@
-"""The pair sets of A8 (docs/spec.md), from sampled-197.json and a packaged placebo: into sets/: `python docs/results/score/make_pairs.py`.
+"""The pair sets of A8 (docs/spec.md), into sets/: `python docs/results/score/make_pairs.py`.
 
 sampled-N-x      N pairs of sampled-197, drawn at random; x tells draws of one size apart
 noisy-P-x        48 of them, of which P percent have their sides exchanged
