@@ -140,6 +140,11 @@ def test_the_learning_rate_in_closed_form():
     assert learning_rate(20, cfg) == pytest.approx(0)
 
 
+def test_a_constant_learning_rate_stays_after_its_warm_up():
+    cfg = OptimConfig(steps=20, lr=2.0, warmup_frac=0.2, lr_schedule="constant")
+    assert [learning_rate(s, cfg) for s in range(20)] == [0.5, 1.0, 1.5, 2.0] + [2.0] * 16
+
+
 def test_the_learning_rate_without_warm_up_and_of_one_step():
     assert learning_rate(0, OptimConfig(steps=10, lr=3.0, warmup_frac=0.0)) == 3.0
     assert learning_rate(0, OptimConfig(steps=1, lr=3.0, warmup_frac=0.1)) == 3.0

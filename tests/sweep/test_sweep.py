@@ -125,6 +125,10 @@ def test_options_read_back_as_they_were_typed(numbers, flag):
         ('preset = "nano"\n[options]\nsteps = "many"', "train does not take"),
         ('preset = "nano"\n[[arms]]\nname="a"\noptions={intervention="none", control="haar"}', "=haar"),
         ('preset = "nano"\n[[arms]]\nname="a"\n[[arms]]\nname="a"', "two arms are called 'a'"),
+        (
+            'preset="nano"\n[[arms]]\nname="a"\ngrid={lr=[1.0]}\n[[arms]]\nname="a_lr=1.0"\noptions={lr=2.0}',
+            "two runs would be kept as a_lr=1.0_seed41; rename an arm",
+        ),
         ('preset = "nano"\n[[arms]]\nname="a"\n[[arms]]\nname="b"', "same run"),
         ('preset = "nano"\n[[arms]]\noptions={}', "needs a name"),
         ('preset = "nano"\n[grid]\nlr = 0.1', "lr must be a list"),
