@@ -598,7 +598,7 @@ def test_a_basis_of_another_run(here, finished, capsys):
     told = refused(smoke(*options, "--v-hack-extract-top-k=3"), capsys)
     assert "top_k" in told and str(basis) in told
     told = refused(
-        ["extract", "--model=tiny-random", "--device=cpu", *options, "--v-hack-length-norm"], capsys
+        ["extract", "--model=tiny-random", "--device=cpu", *options, "--no-v-hack-length-norm"], capsys
     )
     assert "length_norm" in told
 

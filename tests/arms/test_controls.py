@@ -462,7 +462,7 @@ def test_a_refresh_finds_what_an_extraction_at_that_adapter_would(tiny_policy, t
     arm, cfg, chat = arm_settings("erase", control=control), BasisConfig(), chat_of(tiny_policy, tiny[1])
     got = refresh(chat, TOY, TrainConfig("smoke", run=RunConfig(seed=3), arm=arm))
     pairs, _ = TOY.split()
-    made = extract(pair_grads(chat, pairs, LossConfig()), cfg, {})
+    made = extract(pair_grads(chat, pairs, LossConfig(), length_norm=cfg.v_hack_length_norm), cfg, {})
     expected = in_use(without_contrast(made, cfg, arm, 3).axes, cfg, arm, 3)
     assert {m: len(V) for m, V in got.V.items()} == {m: len(V) for m, V in expected.V.items()}
     for m, V in expected.V.items():

@@ -37,7 +37,7 @@ def nano():
 def scored(tmp_path_factory):
     """A score of two directions on a few hundred completions, as the verb writes it."""
     home = tmp_path_factory.mktemp("score")
-    argv = ["score", "nano", "nano-sampled", "--rollouts=160", "--nulls=3", f"--json={home / 'out.json'}"]
+    argv = ["score", "nano", "nano-sampled", "--rollouts=160", "--nulls=2", f"--json={home / 'out.json'}"]
     assert main([*argv, f"--plot={home / 'out.png'}"]) == 0
     assert (home / "out.png").stat().st_size > 10_000 and (home / "out.svg").exists()
     return json.loads((home / "out.json").read_text())
@@ -50,7 +50,7 @@ def test_every_figure_is_there_and_the_sampled_pairs_separate(scored):
     assert list(found) == ["nano", "nano (hidden)", "nano-sampled", "nano-sampled (hidden)"]
     for one in found.values():
         assert one.keys() >= FIELDS
-        assert {kind: len(draws) for kind, draws in one["nulls"].items()} == {"haar": 3, "shuffled": 3}
+        assert {kind: len(draws) for kind, draws in one["nulls"].items()} == {"haar": 2, "shuffled": 2}
         assert one["auroc_interval"][0] <= one["auroc"] <= one["auroc_interval"][1]
     good, bad = found["nano-sampled"], found["nano"]
     assert good["auroc"] > 0.85 > 0.5 > bad["auroc"]
@@ -185,7 +185,8 @@ def test_pairs_lint_tells_support(capsys, tmp_path):
 
 def test_verify_asks_b2_where_told(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    pairs = ["--model=nano", "--vhack-pairs-path=nano", "--score", "--rollouts=160", "--nulls=3"]
+    pool = lines(tmp_path / "pool.jsonl")
+    pairs = ["--model=nano", "--vhack-pairs-path=nano", "--score", f"--pool={pool}", "--nulls=2"]
     assert main(["verify", *pairs]) == 1
     said = capsys.readouterr().out
     assert "PASS" in said.splitlines()[0] and "gate B2: FAIL" in said
