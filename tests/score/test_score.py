@@ -14,7 +14,7 @@ from projected_grpo.config import NANO_PRESET, LossConfig
 from projected_grpo.engine.chat import open_chat
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.extract_vhack_grad import pair_rollouts
-from projected_grpo.pairs import load_pairs
+from projected_grpo.pairs import load_pairs, read_pairs
 from projected_grpo.problems import load_problems
 from projected_grpo.score.directions import read_source, support
 from projected_grpo.score.graded import Completion, as_read
@@ -37,7 +37,7 @@ def nano():
 def scored(tmp_path_factory):
     """A score of two directions on a few hundred completions, as the verb writes it."""
     home = tmp_path_factory.mktemp("score")
-    argv = ["score", "nano", "nano-sampled", "--rollouts=160", "--nulls=2", f"--json={home / 'out.json'}"]
+    argv = ["score", "nano", "nano-sampled", "--rollouts=160", f"--json={home / 'out.json'}"]
     assert main([*argv, f"--plot={home / 'out.png'}"]) == 0
     assert (home / "out.png").stat().st_size > 10_000 and (home / "out.svg").exists()
     return json.loads((home / "out.json").read_text())
@@ -50,7 +50,7 @@ def test_every_figure_is_there_and_the_sampled_pairs_separate(scored):
     assert list(found) == ["nano", "nano (hidden)", "nano-sampled", "nano-sampled (hidden)"]
     for one in found.values():
         assert one.keys() >= FIELDS
-        assert {kind: len(draws) for kind, draws in one["nulls"].items()} == {"haar": 2, "shuffled": 2}
+        assert {kind: len(draws) for kind, draws in one["nulls"].items()} == {"haar": 20, "shuffled": 20}
         assert one["auroc_interval"][0] <= one["auroc"] <= one["auroc_interval"][1]
     good, bad = found["nano-sampled"], found["nano"]
     assert good["auroc"] > 0.85 > 0.5 > bad["auroc"]
@@ -88,7 +88,8 @@ def test_a_file_of_graded_completions_and_a_basis_file(tmp_path, monkeypatch, ca
     basis, pairs = found["directions"]["v"], found["directions"]["nano-sampled"]
     assert basis["auroc"] == pytest.approx(pairs["auroc"]) and basis["support"] is None
     assert basis["hack_slope"] is None, "no reward differs, so the plain step does nothing"
-    capsys.readouterr()
+    assert basis["verdict"] == "not measured" and "a verdict needs 20" in basis["reasons"][0]
+    assert "no slopes: rewards do not vary" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,11 @@ def test_a_file_of_graded_completions_and_a_basis_file(tmp_path, monkeypatch, ca
         (["nano", "--rollouts=1"], "--rollouts must be at least 2"),
         (["nano", "--nulls=0"], "--nulls must be at least 1"),
         (["nano", "--temperature=0"], "--temperature must be > 0"),
+        (["nano", "--pool=all.jsonl", "--seed=3"], "--seed is for sampling"),
+        (["nano", "--pool=crowded.jsonl", "--rollouts=3"], "--rollouts 3: no problem of the pool has so few"),
+        (["none.safetensors"], "none.safetensors: no such file"),
+        (["a/p.json", "b/p.json", "--pool=all.jsonl"], "two directions have one name"),
+        (["nano", "--pool=unpaid.jsonl"], "reward None is not as the grader writes it"),
         (["no-such-set"], "cannot be read"),
         (["core", "--rollouts=16"], "they are for another model"),
         (["nano", "--model=tiny-random"], "--problems: name the file"),
@@ -117,6 +123,12 @@ def test_bad_input_is_one_line(argv, said, tmp_path_factory, monkeypatch, capsys
         Path("empty.jsonl").write_text('{"problem_id": "nobody"}\n')
         lines(Path("all.jsonl"))
         lines(Path("clean.jsonl"), lambda row: row | {"exploited": False})
+        lines(Path("unpaid.jsonl"), lambda row: row | {"reward": None})
+        first = json.loads(Path("all.jsonl").read_text().splitlines()[0])
+        Path("crowded.jsonl").write_text("".join(json.dumps(first) + "\n" for _ in range(4)))
+        for folder in ("a", "b"):
+            Path(folder).mkdir()
+            Path(folder, "p.json").write_bytes(read_pairs("nano"))
         unlabelled = {"exploited": None}
         lines(Path("unlabelled.jsonl"), lambda row: row | unlabelled)
         pairs = ["--vhack-pairs-path=nano", "--v-hack-path=other.safetensors"]
@@ -186,10 +198,11 @@ def test_pairs_lint_tells_support(capsys, tmp_path):
 def test_verify_asks_b2_where_told(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pool = lines(tmp_path / "pool.jsonl")
-    pairs = ["--model=nano", "--vhack-pairs-path=nano", "--score", f"--pool={pool}", "--nulls=2"]
-    assert main(["verify", *pairs]) == 1
+    pairs = ["--model=nano", "--vhack-pairs-path=nano", f"--pool={pool}"]
+    assert main(["verify", *pairs]) == 2, "a pool without --score would be ignored"
+    assert main(["verify", *pairs, "--score=gradient"]) == 1
     said = capsys.readouterr().out
-    assert "PASS" in said.splitlines()[0] and "gate B2: FAIL" in said
+    assert "PASS" in said.splitlines()[0] and "fails B2" in said.splitlines()[1]
     (written,) = Path("out/vhack").glob("*.score.json")
     assert main(["probe", "gate", "B2", str(written)]) == 1
     written.write_text(json.dumps({"verdict": "not measured", "reasons": ["0 of 9 exploit"]}))
@@ -204,4 +217,5 @@ def test_prompts_follow_the_mode_of_each_line(nano):
     posed = [replace(problem, env_mode=mode) for mode in ("sentinel", "run_tests")]
     pool = as_read(nano, [Completion(p, "x", 0.0, p.env_mode == "sentinel", False) for p in posed])
     assert pool.rollouts[0].prompt_ids != pool.rollouts[1].prompt_ids
+    assert pool.problem.tolist() == [0, 0] and pool.prompt.tolist() == [0, 1], "one problem, two prompts"
     assert pool.counts()["by_mode"].keys() == {"run_tests", "sentinel"}

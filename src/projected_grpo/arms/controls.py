@@ -73,11 +73,13 @@ def relabelled(grads: PairGrads, control: str, seed: int) -> PairGrads:
     """
     n = len(next(iter(grads.hack.values())))
     generator = torch.Generator().manual_seed(stream_seed(seed, control))
-    order = torch.randperm(n, generator=generator)
+    device = next(iter(grads.hack.values())).device
+    order = torch.randperm(n, generator=generator).to(device)
     partner = order[(order.argsort() + 1) % n]  # a single cycle, so that nothing meets itself
     side = torch.where(torch.rand(n, 1, generator=generator) < 0.5, -1.0, 1.0)
     side[0] = -side[1]  # all alike, the differences around the cycle would cancel
-    hacks = torch.randperm(n, generator=generator)[:, None] < (n // 2 if control == "shuffled" else 0)
+    hacked = torch.randperm(n, generator=generator)[:, None] < (n // 2 if control == "shuffled" else 0)
+    hacks = hacked.to(device)
 
     def likelier(m: str) -> Float[Tensor, "n r"]:
         return side.to(grads.hack[m]) * torch.where(hacks, grads.hack[m], -grads.clean[m])

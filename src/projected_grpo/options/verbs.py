@@ -90,8 +90,9 @@ class ScoreOptions:
 class VerifyOptions(ExtractOptions):
     """A basis to check on its held-out pairs (gate B) and, where asked, on completions (gate B2)."""
 
-    score: bool = False
-    """Also ask gate B2: does the direction tell exploits from other completions (`projected-grpo score`)?"""
+    score: Literal["none", "gradient", "activation"] = "none"
+    """Also ask gate B2: does the direction of gradients, or of hidden states, tell exploits from other
+    completions (`projected-grpo score`)?"""
     on: ScoredOn = field(default_factory=ScoredOn)
     grader: GraderOptions = field(default_factory=GraderOptions)
 

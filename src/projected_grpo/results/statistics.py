@@ -137,8 +137,8 @@ class Difference:
 
     @property
     def least_sign_flip(self) -> float:
-        """The smallest that `sign_flip` can be with so many seeds: their own signs, and all reversed."""
-        return 2.0 ** (1 - self.n)
+        """The smallest that `sign_flip` can be: of all patterns two, or of the random ones none but these."""
+        return 2.0 ** (1 - self.n) if self.n <= EXACT else 2 / (2**EXACT + 1)
 
     @property
     def excludes_zero(self) -> bool:

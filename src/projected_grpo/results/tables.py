@@ -27,7 +27,8 @@ TITLES = {
 P_TITLE = "p: t / Holm / flip (least)"
 LEGEND = (
     "differences are paired by seed, with 95% t intervals; p: of the paired t test / adjusted by Holm over "
-    "the column of the table / of exact sign flips (the least that so many seeds can give); bold where "
+    "the column of the table / of sign flips (the least that so many seeds can give), all patterns up to 12 "
+    "seeds; differences that do not vary have no p and are no part of the family; bold where "
     f"Holm's p is at most {ALPHA}, * where only the interval excludes zero"
 )
 FORMS = {"KL": ".2g", "|g|": ".2g"}

@@ -60,7 +60,7 @@ class Source:
     support: Support | None
 
     def basis(self, cfg: BasisConfig, control: str = "none", seed: int = 0) -> HackBasis:
-        """The basis that a run would use, or what a control puts in its place, drawn by the seed."""
+        """The basis that a run with these settings would use, or its control's, drawn by the seed."""
         grads = relabelled(self.grads, control, seed) if control == "shuffled" else self.grads
         basis = select(principal_axes(grads.differences(), cfg), cfg.v_hack_k, cfg.v_hack_drop_bottom_frac)
         return haar_like(basis, cfg.v_hack_k, seed) if control == "haar" else basis

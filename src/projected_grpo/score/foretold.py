@@ -7,7 +7,7 @@
 
 Each half of the problems makes a step that is judged on the other; both slopes are added. The same is done
 for a step of -sign(keep), which is nearer to what AdamW does. Ratios say nothing where the plain step does
-not make hacks likelier, and are None there.
+not make hacks likelier, and are None there. A half without a hack judges nothing.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,7 +1,7 @@
 """The completions that directions are scored on, with their labels: sampled now, or graded before."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,21 +83,25 @@ def _completion(problem: Problem, row: Mapping[str, Any], where: str) -> Complet
     for kind, wanted in (("text", str), ("hacked", bool), ("correct", bool)):
         if not isinstance(found[kind], wanted):
             raise UserError(f"{where}: no {' or '.join(NAMES[kind])} in it, or not as the grader writes it")
-    mode, reward = row.get("env_mode", problem.env_mode), row.get("reward", 0.0)
+    mode, reward = row.get("env_mode", problem.env_mode), row.get("reward")
     if mode not in tuple(MODES) or isinstance(reward, bool) or not isinstance(reward, int | float):
         raise UserError(f"{where}: env_mode {mode!r} or reward {reward!r} is not as the grader writes it")
-    posed = replace(problem, env_mode=mode, named=str(row.get("named", problem.named)))
+    posed = replace(problem, env_mode=mode, named=str(row.get("named") or problem.named))
     exploited = bool(found["hacked"]) and not found["correct"]
     return Completion(posed, str(found["text"]), float(reward), exploited, bool(found["correct"]))
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Completions as a model reads them, with their labels. `problem` numbers the problem of each."""
+    """Completions as a model reads them, with their labels, and the number of each one's problem and prompt.
+
+    A problem has several prompts where its completions are of several modes or names.
+    """
 
     completions: tuple[Completion, ...]
     rollouts: tuple[Rollout, ...]
     problem: Int[Tensor, " n"]
+    prompt: Int[Tensor, " n"]
     exploited: Bool[Tensor, " n"]
     correct: Bool[Tensor, " n"]
     reward: Float[Tensor, " n"]
@@ -123,13 +127,19 @@ class Pool:
         return {name: int(mask.sum()) for name, mask in named.items()}
 
 
+def numbered(names: Sequence[Hashable]) -> Int[Tensor, " n"]:
+    """A number for each, the same for equal names."""
+    numbers: dict[Hashable, int] = {}
+    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
+
+
 def as_read(chat: Chat, completions: Sequence[Completion]) -> Pool:
     """Tokenise completions, each ended by the stop token. Those too long for training are left out.
 
     Raises OneKind unless there are exploited and other ones among them.
     """
     prompts: dict[tuple[str, str, str], tuple[int, ...]] = {}
-    kept, rollouts, numbers = [], [], []
+    kept, rollouts = [], []
     for completion in completions:
         p = completion.problem
         key = (p.problem_id, p.env_mode, p.named)
@@ -139,7 +149,6 @@ def as_read(chat: Chat, completions: Sequence[Completion]) -> Pool:
         if len(prompts[key]) + len(ids) <= MAX_SEQUENCE:
             kept.append(completion)
             rollouts.append(Rollout(prompts[key], ids, completion.text))
-            numbers.append(list(prompts).index(key))
     if len(kept) < len(completions):
         logger.warning("{} completions left out: over {} tokens", len(completions) - len(kept), MAX_SEQUENCE)
     hacks = sum(c.exploited for c in kept)
@@ -151,7 +160,8 @@ def as_read(chat: Chat, completions: Sequence[Completion]) -> Pool:
     return Pool(
         tuple(kept),
         tuple(rollouts),
-        torch.tensor(numbers),
+        numbered([c.problem.problem_id for c in kept]),
+        numbered([r.prompt_ids for r in rollouts]),
         torch.tensor([c.exploited for c in kept]),
         torch.tensor([c.correct for c in kept]),
         torch.tensor([c.reward for c in kept]),

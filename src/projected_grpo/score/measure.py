@@ -31,7 +31,8 @@ from projected_grpo.score.foretold import Gradient, Half, Slopes, grouped_advant
 from projected_grpo.score.graded import Pool
 from projected_grpo.score.separation import auroc, clustered_interval, flags, stratified_auroc
 
-NULL_QUANTILE = 0.95
+NULL_QUANTILE, FEWEST = 0.95, 20  # of so many draws at least
+NOT_MEASURED = "not measured"
 AT_ONCE = 64  # completions whose gradients are taken in one call
 ERASE, ADVMOD = EraseSettings(), AdvmodSettings()
 
@@ -62,7 +63,7 @@ def measure(chat: Chat, pool: Pool, loss: LossConfig, depth: float) -> Measured:
     weights = sum(p.numel() for p in chat.policy.model.parameters())
     logger.info(
         "{} completions, {} tokens, forward and backward: about {:.2g} PFLOP; their gradients take {:.2g} GB",
-        *(n, tokens, 8e-15 * weights * tokens, 4e-9 * n * parameters),
+        *(n, tokens, 8e-15 * weights * tokens, 8e-9 * n * parameters),  # of all, and again of both halves
     )
     found: dict[str, list[Tensor]] = {m: [] for m in chat.policy.ranks}
     logp = []
@@ -76,7 +77,7 @@ def measure(chat: Chat, pool: Pool, loss: LossConfig, depth: float) -> Measured:
         logp.append(got.logp)
     rows = {m: torch.cat(parts) for m, parts in found.items()}
     states = completion_states(chat.policy, pool.rollouts, depth, loss.tokens_per_microbatch).mean
-    advantage = grouped_advantages(pool.reward, pool.problem)
+    advantage = grouped_advantages(pool.reward, pool.prompt)
     both = halves(rows, pool.problem, pool.exploited, pool.correct)
     return Measured(
         pool, rows, states, torch.cat(logp), advantage, both, slopes(both, advantage, lambda g: g)
@@ -92,7 +93,7 @@ def lowered(data: Measured, z: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Advantages as advmod has them, by its default settings, of these scores standardised over the pool."""
     nobody = Evidence(torch.zeros_like(data.pool.exploited))
     shaped = advantage_modified(RewardInput(data.pool.reward[:, None], nobody, ADVMOD, z, None))
-    return grouped_advantages(shaped.rewards[:, 0], data.pool.problem)
+    return grouped_advantages(shaped.rewards[:, 0], data.pool.prompt)
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,7 @@ def figures(scored: Scored, data: Measured) -> dict[str, Any]:
         "trivial": data.trivial(),
         "support": support_figures(scored.support, data),
     }
-    reasons = against(found)
-    return found | {"verdict": "fails" if reasons else "passes", "reasons": reasons or [in_favour(found)]}
+    return found | verdict(found)
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
@@ -200,6 +200,16 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
 def support_figures(known: Support | None, data: Measured) -> dict[str, Any] | None:
     """Mean log-probability per token of both sides, of the model's own completions, and of a uniform draw."""
     return None if known is None else known.figures() | {"own": float(data.logp.mean())}
+
+
+def verdict(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Gate B2 on a direction's figures: passes, fails, or not measured, with the reasons."""
+    draws = min(map(len, found["nulls"].values()))
+    if draws < FEWEST:
+        reasons = [f"{draws} null draws, a verdict needs {FEWEST} (--nulls)"]
+        return {"verdict": NOT_MEASURED, "reasons": reasons}
+    reasons = against(found)
+    return {"verdict": "fails" if reasons else "passes", "reasons": reasons or [in_favour(found)]}
 
 
 def against(found: Mapping[str, Any]) -> list[str]:
@@ -214,7 +224,7 @@ def against(found: Mapping[str, Any]) -> list[str]:
         if not support[side] > SUPPORTED:
             reasons.append(
                 f"{side} sides have log p {support[side]:.2f} per token, must exceed {SUPPORTED:g}: "
-                f"the model would not write them (its own completions: {support['own']:.2f})"
+                f"the model would not write them (the completions scored: {support['own']:.2f})"
             )
     return reasons
 

@@ -13,7 +13,6 @@ from projected_grpo.score.graded import Completion, as_read
 from projected_grpo.score.measure import ADVMOD, figures, measure, score_gradient, score_hidden
 
 SCHEMA = "projected_grpo.score/1"
-NOT_MEASURED = "not measured"  # gate B2's verdict where nothing could be told apart
 
 
 def score(
@@ -46,6 +45,7 @@ def table(document: Mapping[str, Any]) -> str:
     """The main figures, a row per direction, between those of the pool and the reasons of each verdict."""
     pool, found = document["pool"], document["directions"]
     first = next(iter(found.values()))
+    flat = all(one["hack_slope"] is None for one in found.values())
     lines = [
         f"{pool['n']} completions: {pool['exploited']} exploit, {pool['correct']} are right",
         *(f"  {mode}: {own['exploited']} of {own['n']} exploit" for mode, own in pool["by_mode"].items()),
@@ -64,6 +64,7 @@ def table(document: Mapping[str, Any]) -> str:
             "",
             f"AUROC without a direction: {trivial}",
             "slopes: erase's (hidden: advmod's) first-order effect over that of none; sides: log p per token",
+            *(["no slopes: rewards do not vary, or the plain step makes no hack likelier"] if flat else []),
             *(f"{name} {one['verdict']} B2: {'; '.join(one['reasons'])}" for name, one in found.items()),
         ]
     )

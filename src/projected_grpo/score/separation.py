@@ -35,9 +35,12 @@ def auroc(score: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float:
 def clustered_interval(
     score: Float[Tensor, " n"], positive: Bool[Tensor, " n"], cluster: Int[Tensor, " n"]
 ) -> tuple[float, float] | None:
-    """95% t interval of the AUROC over clusters, cut to [0, 1]; None unless both kinds and two clusters."""
+    """95% t interval of the AUROC over clusters, cut to [0, 1].
+
+    None where it says nothing: one kind alone, one cluster, or a perfect separation, which has no variance.
+    """
     area, names = auroc(score, positive), cluster.unique()
-    if math.isnan(area) or len(names) < 2:
+    if math.isnan(area) or area in (0, 1) or len(names) < 2:
         return None
     values, hit = score.double().numpy(), positive.numpy()
     ranks = stats.rankdata(values)

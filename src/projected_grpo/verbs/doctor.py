@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import platform
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -197,9 +198,11 @@ def check_pairs(cfg: TrainConfig) -> Finding:
 def check_direction(cfg: TrainConfig) -> Finding:
     """What doctor cannot tell: whether the direction points at hacks, which one command does in minutes."""
     pairs = cfg.basis.vhack_pairs_path or "core"
-    how = f"projected-grpo score {pairs} --model {cfg.model.model} --problems {cfg.problems.problems}"
-    pool = f" --pool {cfg.teacher.teacher_pool_dir}" if cfg.teacher.teacher_pool_dir else ""
-    return Finding("OK", "direction", f"not measured here; before a long run: `{how}{pool}`")
+    words = ["score", str(pairs), "--model", cfg.model.model, "--problems", cfg.problems.problems]
+    words += ["--env-mode", cfg.problems.env_mode]
+    pool = cfg.teacher.teacher_pool_dir
+    how = shlex.join(["projected-grpo", *words, *(["--pool", str(pool)] if pool else [])])
+    return Finding("OK", "direction", f"not measured here; before a long run: `{how}`")
 
 
 def check_pool(cfg: TrainConfig) -> Finding:

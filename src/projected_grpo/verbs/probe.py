@@ -1,30 +1,42 @@
 """The verbs of the hack basis, of a probe (extract -> verify -> none -> an arm), and of one gate."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loguru import logger
 
+from projected_grpo.arm_settings import Route2Settings, Signal
 from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, heldout_json
 from projected_grpo.config import TrainConfig
 from projected_grpo.engine.chat import Chat, open_chat
 from projected_grpo.errors import GATE_FAILED, SIGNALLED, OneKind, UserError
 from projected_grpo.extract_vhack_grad import obtain, pair_grads, select, verify_vhack_heldout
-from projected_grpo.options.verbs import ExtractOptions, GateOptions, ProbeOptions, ScoredOn, VerifyOptions
+from projected_grpo.options.verbs import (
+    ExtractOptions,
+    GateOptions,
+    GraderOptions,
+    ProbeOptions,
+    ScoredOn,
+    VerifyOptions,
+)
 from projected_grpo.pairs import PairSet, chosen_pairs
+from projected_grpo.problems import Problem
 from projected_grpo.results.plots import heldout_histogram
-from projected_grpo.runlog import write_json
+from projected_grpo.runlog import read_json, write_json
 from projected_grpo.score.directions import of_pairs
-from projected_grpo.score.measure import ADVMOD
-from projected_grpo.score.report import NOT_MEASURED, SCHEMA, score
+from projected_grpo.score.graded import Completion
+from projected_grpo.score.measure import ADVMOD, NOT_MEASURED
+from projected_grpo.score.report import SCHEMA, score
 from projected_grpo.sweep.gates import check_gate
 from projected_grpo.sweep.jobs import Job, Launch, in_process, jobs_of, make, write_job
 from projected_grpo.sweep.spec import Spec, SweepArm, SweepLimits, basis_options, expand, given_options
 from projected_grpo.verbs.score import check as check_scored
-from projected_grpo.verbs.score import drawn, problems_of, stored_completions
+from projected_grpo.verbs.score import chosen, problems_of, stored_completions
 
 HELD_OUT, SCORE = ".heldout.json", ".score.json"
 
@@ -50,6 +62,14 @@ def verify_verb(options: VerifyOptions) -> int:
     B asks that over half of the cosines are above 0; B2, with --score, what `projected-grpo score` does.
     """
     pairs, loss, model = chosen_pairs(options.basis), options.loss, options.model.model
+    problems: tuple[Problem, ...] = ()
+    stored = None
+    if options.score != "none":
+        check_scored(options.on)
+        problems = problems_of(options.on, model)
+        stored = stored_completions(options.on, problems)
+    elif options.on != ScoredOn():
+        raise UserError("completions are for gate B2: --score=gradient or --score=activation asks it")
     chat = open_chat(options.model)
     extraction, path = obtain(chat, pairs, options.basis, loss, model, options.out_dir)
     basis = select(extraction.axes, options.basis.v_hack_k, options.basis.v_hack_drop_bottom_frac)
@@ -65,27 +85,33 @@ def verify_verb(options: VerifyOptions) -> int:
     )
     if result.mean < SOFT_GATE:
         logger.warning("mean held-out cosine is under {}: the basis generalises weakly", SOFT_GATE)
-    passed = result.passed
-    if options.score:
-        write_json(path.with_suffix(SCORE), scored(chat, pairs, options))
-        passed &= check("B2", [path.with_suffix(SCORE)])
-    return 0 if passed else GATE_FAILED
+    if options.score == "none":
+        return 0 if result.passed else GATE_FAILED
+    found = scored(chat, pairs, problems, stored, options)
+    write_json(path.with_suffix(SCORE), found)
+    print(f"{found['verdict']} B2: {'; '.join(found['reasons'])}")
+    return 0 if result.passed and found["verdict"] != "fails" else GATE_FAILED
 
 
-def scored(chat: Chat, pairs: PairSet, options: VerifyOptions) -> dict[str, Any]:
+def scored(
+    chat: Chat,
+    pairs: PairSet,
+    problems: tuple[Problem, ...],
+    stored: list[Completion] | None,
+    options: VerifyOptions,
+) -> dict[str, Any]:
     """What gate B2 reads: the pairs' direction on completions, or why nothing could be measured."""
-    model, basis, loss = options.model.model, options.basis, options.loss
-    check_scored(options.on)
-    problems = problems_of(options.on, model)
-    stored = stored_completions(options.on, problems)
+    basis, loss, on = options.basis, options.loss, options.on
     source = of_pairs(chat, pairs, pairs.name, basis, loss, ADVMOD)
-    completions = stored or drawn(chat, problems, options.on, model, options.grader)
+    completions = chosen(stored, chat, problems, on, options.model.model, options.grader)
+    head = {"signal": options.score, "on": asdict(on)}
     try:
-        found = score(chat, completions, [source], basis, loss, options.on.nulls)
+        found = score(chat, completions, [source], basis, loss, on.nulls)
     except OneKind as error:
-        return {"schema": SCHEMA, "verdict": NOT_MEASURED, "reasons": [str(error)]}
-    own = found["directions"][pairs.name]
-    return found | {"verdict": own["verdict"], "reasons": own["reasons"]}
+        return head | {"schema": SCHEMA, "verdict": NOT_MEASURED, "reasons": [str(error)]}
+    kind = {"gradient": "gradient", "activation": "hidden"}[options.score]
+    (own,) = (one for one in found["directions"].values() if one["kind"] == kind)
+    return head | found | {"verdict": own["verdict"], "reasons": own["reasons"]}
 
 
 def check(gate: str, files: Sequence[Path]) -> bool:
@@ -120,15 +146,37 @@ def extract_stage(cfg: TrainConfig, home: Path, *, in_process: bool) -> int:
     return verb_process("extract", cfg, home)
 
 
-def verify_stage(cfg: TrainConfig, home: Path, options: ProbeOptions, *, score: bool) -> int:
+def b2_of(cfg: TrainConfig, options: ProbeOptions) -> tuple[Signal | Literal["none"], ScoredOn]:
+    """What gate B2 has to judge for this arm, none where it follows no direction, and on what."""
+    arm = cfg.arm
+    signal = arm.scored_by or "gradient"
+    blind = isinstance(arm, Route2Settings) and arm.gate_signal == "oracle"
+    if blind or options.rollouts == 0:
+        return "none", ScoredOn()
+    on = ScoredOn(options.pool, options.rollouts, cfg.problems.problems, cfg.problems.env_mode)
+    return signal, on if options.pool else replace(on, max_new=cfg.sampling.max_new)
+
+
+def verify_stage(cfg: TrainConfig, home: Path, options: ProbeOptions) -> int:
     """Gates B and B2's measurements, on the problems and modes of the run."""
-    problems, mode, max_new = cfg.problems.problems, cfg.problems.env_mode, cfg.sampling.max_new
-    on = ScoredOn(options.pool, options.rollouts, problems, mode, max_new)
+    signal, on = b2_of(cfg, options)
+    grader = GraderOptions(cfg.run.workers, cfg.run.sandbox)
     if options.in_process:
-        return verify_verb(VerifyOptions(cfg.model, cfg.basis, cfg.loss, home, score=score, on=on))
-    asked = [f"--problems={problems}", f"--env-mode={mode}", f"--max-new={max_new}", "--score"]
-    asked += [f"--rollouts={options.rollouts}", *([f"--pool={options.pool}"] if options.pool else [])]
-    return verb_process("verify", cfg, home, *(asked if score else ()))
+        return verify_verb(VerifyOptions(cfg.model, cfg.basis, cfg.loss, home, signal, on, grader))
+    given = {name: value for name, value in asdict(on).items() if value != getattr(ScoredOn, name)}
+    given |= asdict(grader) | {"score": signal}
+    asked = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    return verb_process("verify", cfg, home, *asked)
+
+
+def measured(path: Path, signal: str, on: ScoredOn) -> bool:
+    """Whether a .score.json is there and of this signal and these completions."""
+    if not path.exists():
+        return False
+    found = read_json(path, "probe")
+    return found.get("signal") == signal and found.get("on") == json.loads(
+        json.dumps(asdict(on), default=str)
+    )
 
 
 def verb_process(verb: str, cfg: TrainConfig, home: Path, *asked: str) -> int:
@@ -164,13 +212,16 @@ def probe_verb(options: ProbeOptions) -> int:
         bases = [basis] if basis else sorted((home / "vhack").glob("*.safetensors"))
     if not check("A", bases):
         return GATE_FAILED
-    score = options.rollouts > 0 and options.arm != "advmod"  # whose direction is of hidden states
+    signal, on = b2_of(cfg, options)
     heldout, scores = ([path.with_suffix(suffix) for path in bases] for suffix in (HELD_OUT, SCORE))
-    if not all(path.exists() for path in [*heldout, *(scores if score else ())]):
-        code = verify_stage(cfg, home, options, score=score)
+    asked = signal != "none"
+    if not all(path.exists() for path in heldout) or (
+        asked and not all(measured(path, signal, on) for path in scores)
+    ):
+        code = verify_stage(cfg, home, options)
         if code not in (0, GATE_FAILED):
             return GATE_FAILED
-    if not check("B", heldout) or (score and not check("B2", scores)):
+    if not check("B", heldout) or (asked and not check("B2", scores)):
         return GATE_FAILED
     if not train_stage(baseline, launch) or not check("C", baseline.folders()):
         return GATE_FAILED

@@ -4,7 +4,8 @@ import shlex
 import sys
 from collections import Counter
 from contextlib import ExitStack
-from itertools import accumulate
+from dataclasses import asdict
+from pathlib import Path
 
 from projected_grpo.config import NANO, NANO_PRESET, LossConfig, ProblemConfig, SamplingConfig
 from projected_grpo.engine.chat import Chat, open_chat, sampler_opener
@@ -16,7 +17,7 @@ from projected_grpo.problems import Problem, is_eval, take
 from projected_grpo.results.plots import separations
 from projected_grpo.rewards import open_grader
 from projected_grpo.runlog import git_commit, versions, write_json
-from projected_grpo.score.directions import read_source
+from projected_grpo.score.directions import BASIS, read_source
 from projected_grpo.score.graded import Completion, of_evaluation, read_graded
 from projected_grpo.score.measure import ADVMOD
 from projected_grpo.score.report import score, table
@@ -33,19 +34,24 @@ def score_verb(options: ScoreOptions) -> int:
         raise UserError("name a direction: a pair set (nano-sampled), a pair file, or a basis file")
     if len(set(options.directions)) < len(options.directions):
         raise UserError("a direction stands twice")
+    for name in options.directions:
+        if name.endswith(BASIS) and not Path(name).exists():
+            raise UserError(f"{name}: no such file; `projected-grpo extract` makes a basis")
     check(options.on)
     basis, loss = NANO_PRESET.basis, LossConfig(tokens_per_microbatch=options.tokens_per_microbatch)
     problems = problems_of(options.on, options.model.model)
     stored = stored_completions(options.on, problems)
     chat = open_chat(options.model, sampler_opener(options.model))
     sources = [read_source(chat, name, basis, loss, ADVMOD) for name in options.directions]
-    completions = stored or drawn(chat, problems, options.on, options.model.model, options.grader)
+    if len({source.name for source in sources}) < len(sources):
+        raise UserError("two directions have one name: " + ", ".join(source.name for source in sources))
+    completions = chosen(stored, chat, problems, options.on, options.model.model, options.grader)
     document = {
         "command": shlex.join(sys.argv),
         "git_commit": git_commit(),
         "versions": versions(),
         "model": options.model.model,
-        "source": str(options.on.pool or f"{options.on.rollouts} completions of {options.model.model}"),
+        "on": asdict(options.on),
     } | score(chat, completions, sources, basis, loss, options.on.nulls)
     if options.json is not None:
         write_json(options.json, document)
@@ -57,6 +63,9 @@ def score_verb(options: ScoreOptions) -> int:
 
 def check(on: ScoredOn) -> None:
     """Refuse settings that mean nothing. Raises UserError naming the option."""
+    for name in ("max_new", "temperature", "seed") if on.pool else ():
+        if getattr(on, name) != getattr(ScoredOn, name):
+            raise UserError(f"--{name.replace('_', '-')} is for sampling; with --pool nothing is sampled")
     for name, least in (("rollouts", 2), ("max_new", 0), ("nulls", 1)):
         if getattr(on, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(on, name)}")
@@ -65,15 +74,37 @@ def check(on: ScoredOn) -> None:
 
 
 def stored_completions(on: ScoredOn, problems: tuple[Problem, ...]) -> list[Completion] | None:
-    """Those of --pool, at most --rollouts, whole problems in the order of a hash; None without a pool."""
+    """Those of --pool, at most --rollouts, whole problems in the order of a hash; None without a pool.
+
+    Raises UserError if no problem fits whole.
+    """
     if on.pool is None:
         return None
     found = read_graded(on.pool, problems)
     sizes = Counter(c.problem.problem_id for c in found)
-    order = sorted(sizes, key=lambda name: stream_seed(SPLIT_SEED, "scored", name))
-    totals = accumulate(sizes[name] for name in order)
-    chosen = {name for name, total in zip(order, totals, strict=True) if total <= on.rollouts}
-    return [c for c in found if c.problem.problem_id in chosen] if len(found) > on.rollouts else found
+    taken: set[str] = set()
+    room = on.rollouts
+    for name in sorted(sizes, key=lambda name: stream_seed(SPLIT_SEED, "scored", name)):
+        if sizes[name] <= room:
+            taken.add(name)
+            room -= sizes[name]
+    if not taken:
+        raise UserError(
+            f"--rollouts {on.rollouts}: no problem of the pool has so few; {min(sizes.values())} fit one"
+        )
+    return [c for c in found if c.problem.problem_id in taken]
+
+
+def chosen(
+    stored: list[Completion] | None,
+    chat: Chat,
+    problems: tuple[Problem, ...],
+    on: ScoredOn,
+    model: str,
+    grader: GraderOptions,
+) -> list[Completion]:
+    """A pool's completions, or without one those sampled now."""
+    return drawn(chat, problems, on, model, grader) if stored is None else stored
 
 
 def problems_of(on: ScoredOn, model: str) -> tuple[Problem, ...]:
