@@ -96,7 +96,9 @@ def read_pairs(name: str) -> bytes:
     try:
         return packaged_pairs(name) if name in PACKAGED else Path(name).read_bytes()
     except OSError as error:
-        raise UserError(f"--vhack-pairs-path {name}: cannot be read ({error.strerror})") from error
+        sets = ", ".join(PACKAGED)
+        why = error.strerror
+        raise UserError(f"pairs {name}: cannot be read ({why}), and no packaged set: {sets}") from error
 
 
 def parse_pairs(raw: bytes, name: str) -> PairSet:

@@ -46,7 +46,7 @@ def scored(tmp_path_factory):
 def test_every_figure_is_there_and_the_sampled_pairs_separate(scored):
     pool, found = scored["pool"], scored["directions"]
     assert pool["n"] == 160 and sum(mode["n"] for mode in pool["by_mode"].values()) == 160
-    assert pool["exploited"] == sum(mode["exploited"] for mode in pool["by_mode"].values()) > 5
+    assert pool["exploited"] == sum(mode["exploited"] for mode in pool["by_mode"].values()) >= 10
     assert list(found) == ["nano", "nano (hidden)", "nano-sampled", "nano-sampled (hidden)"]
     for one in found.values():
         assert one.keys() >= FIELDS
@@ -89,7 +89,7 @@ def test_a_file_of_graded_completions_and_a_basis_file(tmp_path, monkeypatch, ca
     assert basis["auroc"] == pytest.approx(pairs["auroc"]) and basis["support"] is None
     assert basis["hack_slope"] is None, "no reward differs, so the plain step does nothing"
     assert basis["verdict"] == "not measured" and "a verdict needs 20" in basis["reasons"][0]
-    assert "no slopes: rewards do not vary" in capsys.readouterr().out
+    assert "a slope of -: rewards do not vary" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -202,9 +202,13 @@ def test_verify_asks_b2_where_told(tmp_path, monkeypatch, capsys):
     assert main(["verify", *pairs]) == 2, "a pool without --score would be ignored"
     assert main(["verify", *pairs, "--score=gradient"]) == 1
     said = capsys.readouterr().out
-    assert "PASS" in said.splitlines()[0] and "fails B2" in said.splitlines()[1]
+    assert "PASS" in said.splitlines()[0] and "B2 fails (gradient)" in said.splitlines()[1]
     (written,) = Path("out/vhack").glob("*.score.json")
     assert main(["probe", "gate", "B2", str(written)]) == 1
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(pool.read_text().splitlines(keepends=True)[:18]))
+    assert main(["verify", *pairs[:2], "--score=gradient", f"--pool={few}"]) == 0
+    assert "9 exploits and 9 others, a verdict needs 10 of each" in capsys.readouterr().out
     written.write_text(json.dumps({"verdict": "not measured", "reasons": ["0 of 9 exploit"]}))
     assert main(["probe", "gate", "B2", str(written)]) == 0
     assert "DOUBTFUL: 0 of 9" in capsys.readouterr().out

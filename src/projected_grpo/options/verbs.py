@@ -50,7 +50,8 @@ class ScoredOn:
     problems: str = ""
     """`embedded`, `nano` or a file; default: nano's, for the model of that name."""
     env_mode: str = ""
-    """The grader flaw, as in train; default: nano's four modes for its problems, else run_tests."""
+    """The grader flaw, as in train, of completions that do not name their own; default: nano's four modes for
+    its problems, else run_tests."""
     max_new: int = 0
     """Completion tokens at most; 0 is 72 for nano's problems, else 512."""
     temperature: float = 1.0
@@ -79,7 +80,7 @@ class ScoreOptions:
     json: Path | None = None
     """Write every figure here."""
     plot: Path | None = None
-    """Draw the separations and slopes here (.png; an SVG lies beside it)."""
+    """Draw the separations and slopes here, as PNG and SVG of this name."""
     tokens_per_microbatch: int = 4096
     """Padded tokens per forward-backward pass."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(model=NANO))

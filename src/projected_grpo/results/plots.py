@@ -131,9 +131,11 @@ def separations(directions: Mapping[str, Mapping[str, Any]], path: Path) -> None
     left.set(
         xlim=(0, 1),
         xlabel="AUROC, exploits against the rest\n| Haar draws, x shuffled pairs",
+        ylim=(-0.6, len(names) - 0.4),
         yticks=range(len(names)),
         yticklabels=names,
     )
+    right.axvline(0, color=GREY, linewidth=1, linestyle=":")
     right.set_xlabel("first-order slope over that of none\nfull: hacks, open: right answers")
     _save(figure, path)
 

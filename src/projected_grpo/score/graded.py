@@ -57,7 +57,7 @@ def read_graded(path: Path, problems: Sequence[Problem]) -> list[Completion]:
     found = list(_of_pool(path, problems) if path.is_dir() else _of_lines(path, problems))
     if not found:
         raise UserError(
-            f"--pool {path}: no completion in it is of these problems; name their file (--problems)"
+            f"--pool {path}: no completion in it is of these problems; --problems names their file"
         )
     return found
 
@@ -72,10 +72,15 @@ def _of_pool(path: Path, problems: Sequence[Problem]) -> Iterator[Completion]:
 
 def _of_lines(path: Path, problems: Sequence[Problem]) -> Iterator[Completion]:
     by_id = {p.problem_id: p for p in problems}
+    others = 0
     for number, row in read_jsonl(path):
         problem = by_id.get(str(row.get("problem_id")))
-        if problem is not None:
+        if problem is None:
+            others += 1
+        else:
             yield _completion(problem, row, f"{path}:{number}")
+    if others:
+        logger.warning("{}: {} lines left out, of problems that are not among --problems", path, others)
 
 
 def _completion(problem: Problem, row: Mapping[str, Any], where: str) -> Completion:

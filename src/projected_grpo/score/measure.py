@@ -31,7 +31,8 @@ from projected_grpo.score.foretold import Gradient, Half, Slopes, grouped_advant
 from projected_grpo.score.graded import Pool
 from projected_grpo.score.separation import auroc, clustered_interval, flags, stratified_auroc
 
-NULL_QUANTILE, FEWEST = 0.95, 20  # of so many draws at least
+NULL_QUANTILE = 0.95
+FEWEST_DRAWS, FEWEST_OF_A_KIND = 20, 10  # for a verdict
 NOT_MEASURED = "not measured"
 AT_ONCE = 64  # completions whose gradients are taken in one call
 ERASE, ADVMOD = EraseSettings(), AdvmodSettings()
@@ -190,7 +191,7 @@ def figures(scored: Scored, data: Measured) -> dict[str, Any]:
         "trivial": data.trivial(),
         "support": support_figures(scored.support, data),
     }
-    return found | verdict(found)
+    return found | verdict(found, int(hit.sum()), int((~hit).sum()))
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
@@ -202,12 +203,17 @@ def support_figures(known: Support | None, data: Measured) -> dict[str, Any] | N
     return None if known is None else known.figures() | {"own": float(data.logp.mean())}
 
 
-def verdict(found: Mapping[str, Any]) -> dict[str, Any]:
+def verdict(found: Mapping[str, Any], exploits: int, others: int) -> dict[str, Any]:
     """Gate B2 on a direction's figures: passes, fails, or not measured, with the reasons."""
     draws = min(map(len, found["nulls"].values()))
-    if draws < FEWEST:
-        reasons = [f"{draws} null draws, a verdict needs {FEWEST} (--nulls)"]
-        return {"verdict": NOT_MEASURED, "reasons": reasons}
+    missing = []
+    if draws < FEWEST_DRAWS:
+        missing.append(f"{draws} null draws, a verdict needs {FEWEST_DRAWS} (--nulls)")
+    if min(exploits, others) < FEWEST_OF_A_KIND:
+        few = f"{exploits} exploits and {others} others"
+        missing.append(f"{few}, a verdict needs {FEWEST_OF_A_KIND} of each (--rollouts, --pool)")
+    if missing:
+        return {"verdict": NOT_MEASURED, "reasons": missing}
     reasons = against(found)
     return {"verdict": "fails" if reasons else "passes", "reasons": reasons or [in_favour(found)]}
 
@@ -217,7 +223,7 @@ def against(found: Mapping[str, Any]) -> list[str]:
     reasons = []
     for control, edge in found["null_quantiles"].items():
         if not found["auroc"] > edge:
-            reasons.append(f"AUROC {found['auroc']:.2f} is not above {edge:.2f} (95th percentile, {control})")
+            reasons.append(f"AUROC {found['auroc']:.3f} is not above {edge:.3f} (95th percentile, {control})")
     # Hidden states of texts that the model would not write may still separate, gradients have not (A8).
     support = found["support"] or {}
     for side in ("hack", "clean") if support and found["kind"] == "gradient" else ():
@@ -231,4 +237,4 @@ def against(found: Mapping[str, Any]) -> list[str]:
 
 def in_favour(found: Mapping[str, Any]) -> str:
     known = "" if found["support"] else "; the support of its pairs is not known"
-    return f"AUROC {found['auroc']:.2f} is above the 95th percentile of both nulls{known}"
+    return f"AUROC {found['auroc']:.3f} is above the 95th percentile of both nulls{known}"

@@ -45,7 +45,7 @@ def table(document: Mapping[str, Any]) -> str:
     """The main figures, a row per direction, between those of the pool and the reasons of each verdict."""
     pool, found = document["pool"], document["directions"]
     first = next(iter(found.values()))
-    flat = all(one["hack_slope"] is None for one in found.values())
+    flat = any(one[slope] is None for one in found.values() for slope in ("hack_slope", "solve_slope"))
     lines = [
         f"{pool['n']} completions: {pool['exploited']} exploit, {pool['correct']} are right",
         *(f"  {mode}: {own['exploited']} of {own['n']} exploit" for mode, own in pool["by_mode"].items()),
@@ -64,8 +64,12 @@ def table(document: Mapping[str, Any]) -> str:
             "",
             f"AUROC without a direction: {trivial}",
             "slopes: erase's (hidden: advmod's) first-order effect over that of none; sides: log p per token",
-            *(["no slopes: rewards do not vary, or the plain step makes no hack likelier"] if flat else []),
-            *(f"{name} {one['verdict']} B2: {'; '.join(one['reasons'])}" for name, one in found.items()),
+            *(
+                ["a slope of -: rewards do not vary, or the plain step makes them no likelier"]
+                if flat
+                else []
+            ),
+            *(f"{name}: B2 {one['verdict']}: {'; '.join(one['reasons'])}" for name, one in found.items()),
         ]
     )
 

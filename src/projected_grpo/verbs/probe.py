@@ -89,7 +89,7 @@ def verify_verb(options: VerifyOptions) -> int:
         return 0 if result.passed else GATE_FAILED
     found = scored(chat, pairs, problems, stored, options)
     write_json(path.with_suffix(SCORE), found)
-    print(f"{found['verdict']} B2: {'; '.join(found['reasons'])}")
+    print(f"B2 {found['verdict']} ({options.score}): {'; '.join(found['reasons'])}")
     return 0 if result.passed and found["verdict"] != "fails" else GATE_FAILED
 
 

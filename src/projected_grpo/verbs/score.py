@@ -38,6 +38,9 @@ def score_verb(options: ScoreOptions) -> int:
         if name.endswith(BASIS) and not Path(name).exists():
             raise UserError(f"{name}: no such file; `projected-grpo extract` makes a basis")
     check(options.on)
+    for option, path in (("--json", options.json), ("--plot", options.plot)):
+        if path is not None and path.is_dir():
+            raise UserError(f"{option} {path}: is a folder; name a file")
     basis, loss = NANO_PRESET.basis, LossConfig(tokens_per_microbatch=options.tokens_per_microbatch)
     problems = problems_of(options.on, options.model.model)
     stored = stored_completions(options.on, problems)
