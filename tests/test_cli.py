@@ -551,7 +551,7 @@ def smoke(*options):
         (["--mix-ratio=0.9"], ["--mix-ratio", "live"]),
         (["--group=1"], ["--group", "at least 2"]),
         (["--problems=no/such.jsonl"], ["no/such.jsonl", "no such file"]),
-        (["--vhack-pairs-path=no/such.json"], ["--vhack-pairs-path", "no/such.json"]),
+        (["--vhack-pairs-path=no/such.json"], ["pairs no/such.json: cannot be read", "no packaged set"]),
         (["--resume=no/such/run"], ["--resume", "no/such/run"]),
         (["--resume=."], ["--resume", "config.json"]),
         (["--teacher-pool-dir=no/such/pool"], ["--teacher-pool-dir", "no such folder"]),

@@ -466,7 +466,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 @pytest.mark.parametrize("what", ["missing", "folder"])
 def test_a_file_that_is_none_is_refused(tmp_path, what):
     path = tmp_path if what == "folder" else tmp_path / "none.json"
-    with pytest.raises(UserError, match="--vhack-pairs-path"):
+    with pytest.raises(UserError, match="cannot be read .* and no packaged set: core"):
         load_pairs(path)
 
 

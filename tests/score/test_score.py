@@ -14,11 +14,11 @@ from projected_grpo.config import NANO_PRESET, LossConfig
 from projected_grpo.engine.chat import open_chat
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.extract_vhack_grad import pair_rollouts
-from projected_grpo.pairs import load_pairs, read_pairs
+from projected_grpo.pairs import load_pairs
 from projected_grpo.problems import load_problems
 from projected_grpo.score.directions import read_source, support
 from projected_grpo.score.graded import Completion, as_read
-from projected_grpo.score.measure import ADVMOD, ERASE, erased, measure
+from projected_grpo.score.measure import ADVMOD, ERASE, erased, measure, verdict
 
 FIELDS = {
     "auroc", "auroc_interval", "auroc_by_mode", "auroc_by_module", "precision", "f_half", "hack_slope",
@@ -35,9 +35,9 @@ def nano():
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
-    """A score of two directions on a few hundred completions, as the verb writes it."""
+    """A score of a direction on 160 completions, as the verb writes it."""
     home = tmp_path_factory.mktemp("score")
-    argv = ["score", "nano", "nano-sampled", "--rollouts=160", f"--json={home / 'out.json'}"]
+    argv = ["score", "nano-sampled", "--rollouts=160", f"--json={home / 'out.json'}"]
     assert main([*argv, f"--plot={home / 'out.png'}"]) == 0
     assert (home / "out.png").stat().st_size > 10_000 and (home / "out.svg").exists()
     return json.loads((home / "out.json").read_text())
@@ -47,16 +47,14 @@ def test_every_figure_is_there_and_the_sampled_pairs_separate(scored):
     pool, found = scored["pool"], scored["directions"]
     assert pool["n"] == 160 and sum(mode["n"] for mode in pool["by_mode"].values()) == 160
     assert pool["exploited"] == sum(mode["exploited"] for mode in pool["by_mode"].values()) >= 10
-    assert list(found) == ["nano", "nano (hidden)", "nano-sampled", "nano-sampled (hidden)"]
+    assert list(found) == ["nano-sampled", "nano-sampled (hidden)"]
     for one in found.values():
         assert one.keys() >= FIELDS
         assert {kind: len(draws) for kind, draws in one["nulls"].items()} == {"haar": 20, "shuffled": 20}
         assert one["auroc_interval"][0] <= one["auroc"] <= one["auroc_interval"][1]
-    good, bad = found["nano-sampled"], found["nano"]
-    assert good["auroc"] > 0.85 > 0.5 > bad["auroc"]
-    assert good["hack_slope"] < 0.7 < bad["hack_slope"]
-    assert bad["support"]["hack"] < bad["support"]["chance"] < -1 < good["support"]["hack"]
-    assert good["verdict"] == "passes" and bad["verdict"] == "fails"
+    own = found["nano-sampled"]
+    assert own["auroc"] > 0.85 and own["hack_slope"] < 0.7 < own["solve_slope"]
+    assert own["support"]["chance"] < -6 < -1 < own["support"]["hack"] and own["verdict"] == "passes"
 
 
 def lines(out, tampered=lambda row: row):
@@ -96,14 +94,14 @@ def test_a_file_of_graded_completions_and_a_basis_file(tmp_path, monkeypatch, ca
     ("argv", "said"),
     [
         ([], "name a direction"),
-        (["nano", "nano"], "stands twice"),
+        (["nano", "nano"], "two directions have one name"),
         (["nano", "--rollouts=1"], "--rollouts must be at least 2"),
         (["nano", "--nulls=0"], "--nulls must be at least 1"),
         (["nano", "--temperature=0"], "--temperature must be > 0"),
         (["nano", "--pool=all.jsonl", "--seed=3"], "--seed is for sampling"),
         (["nano", "--pool=crowded.jsonl", "--rollouts=3"], "--rollouts 3: no problem of the pool has so few"),
         (["none.safetensors"], "none.safetensors: no such file"),
-        (["a/p.json", "b/p.json", "--pool=all.jsonl"], "two directions have one name"),
+        (["a/p.json", "p.safetensors"], "two directions have one name: p, p"),
         (["nano", "--pool=unpaid.jsonl"], "reward None is not as the grader writes it"),
         (["no-such-set"], "cannot be read"),
         (["core", "--rollouts=16"], "they are for another model"),
@@ -126,9 +124,6 @@ def test_bad_input_is_one_line(argv, said, tmp_path_factory, monkeypatch, capsys
         lines(Path("unpaid.jsonl"), lambda row: row | {"reward": None})
         first = json.loads(Path("all.jsonl").read_text().splitlines()[0])
         Path("crowded.jsonl").write_text("".join(json.dumps(first) + "\n" for _ in range(4)))
-        for folder in ("a", "b"):
-            Path(folder).mkdir()
-            Path(folder, "p.json").write_bytes(read_pairs("nano"))
         unlabelled = {"exploited": None}
         lines(Path("unlabelled.jsonl"), lambda row: row | unlabelled)
         pairs = ["--vhack-pairs-path=nano", "--v-hack-path=other.safetensors"]
@@ -205,15 +200,23 @@ def test_verify_asks_b2_where_told(tmp_path, monkeypatch, capsys):
     assert "PASS" in said.splitlines()[0] and "B2 fails (gradient)" in said.splitlines()[1]
     (written,) = Path("out/vhack").glob("*.score.json")
     assert main(["probe", "gate", "B2", str(written)]) == 1
-    few = tmp_path / "few.jsonl"
-    few.write_text("".join(pool.read_text().splitlines(keepends=True)[:18]))
-    assert main(["verify", *pairs[:2], "--score=gradient", f"--pool={few}"]) == 0
-    assert "9 exploits and 9 others, a verdict needs 10 of each" in capsys.readouterr().out
     written.write_text(json.dumps({"verdict": "not measured", "reasons": ["0 of 9 exploit"]}))
     assert main(["probe", "gate", "B2", str(written)]) == 0
     assert "DOUBTFUL: 0 of 9" in capsys.readouterr().out
     written.write_text(json.dumps({"verdict": "maybe", "reasons": []}))
     assert main(["probe", "gate", "B2", str(written)]) == 2
+
+
+def test_a_verdict_needs_draws_and_completions_of_both_kinds(scored):
+    own = scored["directions"]["nano-sampled"]
+    assert verdict(own, 10, 10) == {"verdict": own["verdict"], "reasons": own["reasons"]}
+    assert verdict(own, 9, 500)["verdict"] == verdict(own, 500, 9)["verdict"] == "not measured"
+    assert "9 exploits and 500 others" in verdict(own, 9, 500)["reasons"][0]
+    beaten = own | {"auroc": own["null_quantiles"]["haar"]}
+    assert verdict(beaten, 10, 10)["verdict"] == "fails" and "haar" in verdict(beaten, 10, 10)["reasons"][0]
+    alien = own | {"support": own["support"] | {"clean": -1.5}}
+    assert verdict(alien, 10, 10)["verdict"] == "fails"
+    assert verdict(alien | {"kind": "hidden"}, 10, 10)["verdict"] == "passes", "hidden states bear it"
 
 
 def test_prompts_follow_the_mode_of_each_line(nano):

@@ -88,7 +88,7 @@ def read_source(chat: Chat, name: str, cfg: BasisConfig, loss: LossConfig, arm: 
         if extraction.meta.get("weights") != weights_hash(chat.policy):
             made_for = extraction.meta.get("model")
             raise UserError(f"{name}: a basis of other weights ({made_for}); extract one for this --model")
-        return Source(Path(name).stem, extraction.grads, None, None)
+        return Source(name_of(name), extraction.grads, None, None)
     return of_pairs(chat, load_pairs(Path(name)), name_of(name), cfg, loss, arm)
 
 
@@ -106,7 +106,8 @@ def of_pairs(
 
 
 def name_of(name: str) -> str:
-    return Path(name).stem if name.endswith(".json") else name
+    """What a direction is called: a file by its stem, a packaged set as it is."""
+    return Path(name).stem if name.endswith((".json", BASIS)) else name
 
 
 def check_lengths(chat: Chat, pairs: PairSet) -> None:

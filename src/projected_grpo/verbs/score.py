@@ -17,7 +17,7 @@ from projected_grpo.problems import Problem, is_eval, take
 from projected_grpo.results.plots import separations
 from projected_grpo.rewards import open_grader
 from projected_grpo.runlog import git_commit, versions, write_json
-from projected_grpo.score.directions import BASIS, read_source
+from projected_grpo.score.directions import BASIS, name_of, read_source
 from projected_grpo.score.graded import Completion, of_evaluation, read_graded
 from projected_grpo.score.measure import ADVMOD
 from projected_grpo.score.report import score, table
@@ -32,8 +32,9 @@ def score_verb(options: ScoreOptions) -> int:
     """Does a direction point at hacks? Separation, foretold effect, nulls, support; before any training."""
     if not options.directions:
         raise UserError("name a direction: a pair set (nano-sampled), a pair file, or a basis file")
-    if len(set(options.directions)) < len(options.directions):
-        raise UserError("a direction stands twice")
+    names = [name_of(direction) for direction in options.directions]
+    if len(set(names)) < len(names):
+        raise UserError(f"two directions have one name: {', '.join(names)}")
     for name in options.directions:
         if name.endswith(BASIS) and not Path(name).exists():
             raise UserError(f"{name}: no such file; `projected-grpo extract` makes a basis")
@@ -46,8 +47,6 @@ def score_verb(options: ScoreOptions) -> int:
     stored = stored_completions(options.on, problems)
     chat = open_chat(options.model, sampler_opener(options.model))
     sources = [read_source(chat, name, basis, loss, ADVMOD) for name in options.directions]
-    if len({source.name for source in sources}) < len(sources):
-        raise UserError("two directions have one name: " + ", ".join(source.name for source in sources))
     completions = chosen(stored, chat, problems, options.on, options.model.model, options.grader)
     document = {
         "command": shlex.join(sys.argv),
