@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from projected_grpo.arm_settings import AdvmodSettings
-from projected_grpo.arms.controls import haar_like, relabelled
+from projected_grpo.arms.controls import relabelled
 from projected_grpo.basis_file import load_extraction, weights_hash
 from projected_grpo.concept import completion_states, direction
 from projected_grpo.config import BasisConfig, LossConfig
@@ -59,11 +59,13 @@ class Source:
     states: Float[Tensor, "rows d"] | None  # at the last token of hack and clean in turn
     support: Support | None
 
-    def basis(self, cfg: BasisConfig, control: str = "none", seed: int = 0) -> HackBasis:
-        """The basis that a run with these settings would use, or its control's, drawn by the seed."""
-        grads = relabelled(self.grads, control, seed) if control == "shuffled" else self.grads
-        basis = select(principal_axes(grads.differences(), cfg), cfg.v_hack_k, cfg.v_hack_drop_bottom_frac)
-        return haar_like(basis, cfg.v_hack_k, seed) if control == "haar" else basis
+    def basis(self, cfg: BasisConfig) -> HackBasis:
+        """The basis that a run with these settings would use."""
+        return basis_of(self.grads, cfg)
+
+    def shuffled(self, cfg: BasisConfig, seed: int) -> HackBasis:
+        """The same of pairs matched within their label, drawn by the seed."""
+        return basis_of(relabelled(self.grads, "shuffled", seed), cfg)
 
     def concept(self, arm: AdvmodSettings, seed: int = 0) -> Float[Tensor, " d"]:
         """The direction in hidden space that advmod would use under this arm's control."""
@@ -76,6 +78,10 @@ class Source:
         hack = pooled_cosines(self.grads.hack, basis.v_grad).mean()
         clean = pooled_cosines({m: -g for m, g in self.grads.clean.items()}, basis.v_grad).mean()
         return float(hack + clean) / 2
+
+
+def basis_of(grads: PairGrads, cfg: BasisConfig) -> HackBasis:
+    return select(principal_axes(grads.differences(), cfg), cfg.v_hack_k, cfg.v_hack_drop_bottom_frac)
 
 
 def read_source(chat: Chat, name: str, cfg: BasisConfig, loss: LossConfig, arm: AdvmodSettings) -> Source:

@@ -7,6 +7,7 @@ nulls: random directions of the same shape (haar), and pairs without their contr
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from statistics import median
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from projected_grpo.arm_settings import AdvmodSettings, EraseSettings
 from projected_grpo.arms.advmod import advantage_modified, standardised
+from projected_grpo.arms.controls import haar_like
 from projected_grpo.arms.erase import split_by_arm
 from projected_grpo.arms.stages import Evidence, RewardInput
 from projected_grpo.concept import completion_states
@@ -50,6 +52,7 @@ class Measured:
     both: tuple[Half, Half]
     plain: Slopes
 
+    @cached_property
     def trivial(self) -> dict[str, float]:
         """AUROC of scores that need no direction."""
         norm = torch.stack([g.norm(dim=1) for g in self.rows.values()]).norm(dim=0)
@@ -123,8 +126,7 @@ def score_gradient(source: Source, data: Measured, cfg: BasisConfig, draws: int)
     """A direction of gradients: v_grad separates, V is what erase would remove."""
     hit, basis = data.pool.exploited, source.basis(cfg)
 
-    def null(control: str) -> Null:
-        bases = [source.basis(cfg, control, seed) for seed in range(draws)]
+    def null(bases: Sequence[HackBasis]) -> Null:
         areas = [auroc(pooled_cosines(data.rows, b.v_grad), hit) for b in bases]
         return Null(
             areas,
@@ -139,7 +141,10 @@ def score_gradient(source: Source, data: Measured, cfg: BasisConfig, draws: int)
         source.threshold(basis),
         slopes(data.both, data.advantage, erased(basis)).over(data.plain),
         areas,
-        {control: null(control) for control in ("haar", "shuffled")},
+        {
+            "haar": null([haar_like(basis, cfg.v_hack_k, seed) for seed in range(draws)]),
+            "shuffled": null([source.shuffled(cfg, seed) for seed in range(draws)]),
+        },
         source.support,
     )
 
@@ -188,7 +193,7 @@ def figures(scored: Scored, data: Measured) -> dict[str, Any]:
             control: float(np.quantile(null.auroc, NULL_QUANTILE)) for control, null in scored.nulls.items()
         },
         "null_hack_slopes": {control: null.hack_slope for control, null in scored.nulls.items()},
-        "trivial": data.trivial(),
+        "trivial": data.trivial,
         "support": support_figures(scored.support, data),
     }
     return found | verdict(found, int(hit.sum()), int((~hit).sum()))

@@ -22,6 +22,7 @@ from projected_grpo.results.files import Check, check_fields, is_whole, read_end
 from projected_grpo.results.statistics import rate
 from projected_grpo.run.identity import OWN_GROUPS, changes, settings
 from projected_grpo.runlog import read_json
+from projected_grpo.score.measure import NOT_MEASURED
 
 LINEARS = {"Qwen3-4B": 252}  # adapted modules of a model, by the end of its name
 COUNTED: Mapping[str, Check] = dict.fromkeys(("step", "zerovar"), is_whole)  # at every step
@@ -33,7 +34,7 @@ H1 = 0.30  # and of the fall under the arm
 PASS_MARGIN = 0.10  # how much lower the arm's solve rate may be
 FIRED = 0.05  # share of (module, axis) under which the gate as good as never fires; .50-.61 was seen
 SCORED: Mapping[str, Check] = {  # of a .score.json
-    "verdict": lambda value: value in ("passes", "fails", "not measured"),
+    "verdict": lambda value: value in ("passes", "fails", NOT_MEASURED),
     "reasons": lambda value: isinstance(value, list) and all(isinstance(line, str) for line in value),
 }
 ROUNDING = 1e-6  # of a cosine in float32
@@ -111,7 +112,7 @@ def gate_b2(verdict: str, reasons: Sequence[str]) -> GateVerdict:
     Doubtful where nothing could be measured.
     """
     failed = reasons if verdict == "fails" else ()
-    doubtful = reasons if verdict == "not measured" else ()
+    doubtful = reasons if verdict == NOT_MEASURED else ()
     return GateVerdict("B2", failed, doubtful, reasons if verdict == "passes" else ())
 
 

@@ -25,7 +25,7 @@ from projected_grpo.options.verbs import (
     VerifyOptions,
 )
 from projected_grpo.pairs import PairSet, chosen_pairs
-from projected_grpo.problems import Problem
+from projected_grpo.results.pictures import HELD_OUT
 from projected_grpo.results.plots import heldout_histogram
 from projected_grpo.runlog import read_json, write_json
 from projected_grpo.score.directions import of_pairs
@@ -35,10 +35,9 @@ from projected_grpo.score.report import SCHEMA, score
 from projected_grpo.sweep.gates import check_gate
 from projected_grpo.sweep.jobs import Job, Launch, in_process, jobs_of, make, write_job
 from projected_grpo.sweep.spec import Spec, SweepArm, SweepLimits, basis_options, expand, given_options
-from projected_grpo.verbs.score import check as check_scored
-from projected_grpo.verbs.score import chosen, problems_of, stored_completions
+from projected_grpo.verbs.score import completions_of
 
-HELD_OUT, SCORE = ".heldout.json", ".score.json"
+SCORE = ".score.json"
 
 
 def extract_verb(options: ExtractOptions) -> int:
@@ -62,14 +61,10 @@ def verify_verb(options: VerifyOptions) -> int:
     B asks that over half of the cosines are above 0; B2, with --score, what `projected-grpo score` does.
     """
     pairs, loss, model = chosen_pairs(options.basis), options.loss, options.model.model
-    problems: tuple[Problem, ...] = ()
-    stored = None
-    if options.score != "none":
-        check_scored(options.on)
-        problems = problems_of(options.on, model)
-        stored = stored_completions(options.on, problems)
-    elif options.on != ScoredOn():
+    if options.score == "none" and options.on != ScoredOn():
         raise UserError("completions are for gate B2: --score=gradient or --score=activation asks it")
+    asks_b2 = options.score != "none"
+    completions = completions_of(options.on, model, options.grader) if asks_b2 else None
     chat = open_chat(options.model)
     extraction, path = obtain(chat, pairs, options.basis, loss, model, options.out_dir)
     basis = select(extraction.axes, options.basis.v_hack_k, options.basis.v_hack_drop_bottom_frac)
@@ -85,25 +80,20 @@ def verify_verb(options: VerifyOptions) -> int:
     )
     if result.mean < SOFT_GATE:
         logger.warning("mean held-out cosine is under {}: the basis generalises weakly", SOFT_GATE)
-    if options.score == "none":
+    if completions is None:
         return 0 if result.passed else GATE_FAILED
-    found = scored(chat, pairs, problems, stored, options)
+    found = scored(chat, pairs, completions(chat), options)
     write_json(path.with_suffix(SCORE), found)
     print(f"B2 {found['verdict']} ({options.score}): {'; '.join(found['reasons'])}")
     return 0 if result.passed and found["verdict"] != "fails" else GATE_FAILED
 
 
 def scored(
-    chat: Chat,
-    pairs: PairSet,
-    problems: tuple[Problem, ...],
-    stored: list[Completion] | None,
-    options: VerifyOptions,
+    chat: Chat, pairs: PairSet, completions: list[Completion], options: VerifyOptions
 ) -> dict[str, Any]:
     """What gate B2 reads: the pairs' direction on completions, or why nothing could be measured."""
     basis, loss, on = options.basis, options.loss, options.on
     source = of_pairs(chat, pairs, pairs.name, basis, loss, ADVMOD)
-    completions = chosen(stored, chat, problems, on, options.model.model, options.grader)
     head = {"signal": options.score, "on": asdict(on)}
     try:
         found = score(chat, completions, [source], basis, loss, on.nulls)

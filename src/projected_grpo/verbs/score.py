@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -38,29 +39,36 @@ def score_verb(options: ScoreOptions) -> int:
     for name in options.directions:
         if name.endswith(BASIS) and not Path(name).exists():
             raise UserError(f"{name}: no such file; `projected-grpo extract` makes a basis")
-    check(options.on)
     for option, path in (("--json", options.json), ("--plot", options.plot)):
         if path is not None and path.is_dir():
             raise UserError(f"{option} {path}: is a folder; name a file")
     basis, loss = NANO_PRESET.basis, LossConfig(tokens_per_microbatch=options.tokens_per_microbatch)
-    problems = problems_of(options.on, options.model.model)
-    stored = stored_completions(options.on, problems)
+    completions = completions_of(options.on, options.model.model, options.grader)
     chat = open_chat(options.model, sampler_opener(options.model))
     sources = [read_source(chat, name, basis, loss, ADVMOD) for name in options.directions]
-    completions = chosen(stored, chat, problems, options.on, options.model.model, options.grader)
     document = {
         "command": shlex.join(sys.argv),
         "git_commit": git_commit(),
         "versions": versions(),
         "model": options.model.model,
         "on": asdict(options.on),
-    } | score(chat, completions, sources, basis, loss, options.on.nulls)
+    } | score(chat, completions(chat), sources, basis, loss, options.on.nulls)
     if options.json is not None:
         write_json(options.json, document)
     if options.plot is not None:
         separations(document["directions"], options.plot.with_suffix(""))
     print(table(document))
     return 0
+
+
+def completions_of(on: ScoredOn, model: str, grader: GraderOptions) -> Callable[[Chat], list[Completion]]:
+    """What gives the completions once there is a model. A pool is read at once, and refused if it is bad."""
+    check(on)
+    problems = problems_of(on, model)
+    if on.pool is None:
+        return lambda chat: drawn(chat, problems, on, model, grader)
+    stored = stored_completions(on.pool, on.rollouts, problems)
+    return lambda chat: stored
 
 
 def check(on: ScoredOn) -> None:
@@ -75,38 +83,21 @@ def check(on: ScoredOn) -> None:
         raise UserError(f"--temperature must be > 0, got {on.temperature}")
 
 
-def stored_completions(on: ScoredOn, problems: tuple[Problem, ...]) -> list[Completion] | None:
-    """Those of --pool, at most --rollouts, whole problems in the order of a hash; None without a pool.
-
-    Raises UserError if no problem fits whole.
-    """
-    if on.pool is None:
-        return None
-    found = read_graded(on.pool, problems)
+def stored_completions(pool: Path, most: int, problems: tuple[Problem, ...]) -> list[Completion]:
+    """At most so many of a pool, whole problems in the order of a hash. UserError if none fits whole."""
+    found = read_graded(pool, problems)
     sizes = Counter(c.problem.problem_id for c in found)
     taken: set[str] = set()
-    room = on.rollouts
+    room = most
     for name in sorted(sizes, key=lambda name: stream_seed(SPLIT_SEED, "scored", name)):
         if sizes[name] <= room:
             taken.add(name)
             room -= sizes[name]
     if not taken:
         raise UserError(
-            f"--rollouts {on.rollouts}: no problem of the pool has so few; {min(sizes.values())} fit one"
+            f"--rollouts {most}: no problem of the pool has so few; {min(sizes.values())} fit one"
         )
     return [c for c in found if c.problem.problem_id in taken]
-
-
-def chosen(
-    stored: list[Completion] | None,
-    chat: Chat,
-    problems: tuple[Problem, ...],
-    on: ScoredOn,
-    model: str,
-    grader: GraderOptions,
-) -> list[Completion]:
-    """A pool's completions, or without one those sampled now."""
-    return drawn(chat, problems, on, model, grader) if stored is None else stored
 
 
 def problems_of(on: ScoredOn, model: str) -> tuple[Problem, ...]:
