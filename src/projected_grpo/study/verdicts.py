@@ -1,4 +1,4 @@
-"""The preregistered rules of docs/spec.md (A1, A2, A4, A6) on the records of a study: a verdict is a line."""
+"""The preregistered rules of docs/spec.md (A1, A2, A4, A6, A9) on the records of a study: a verdict is a line."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -27,6 +27,7 @@ MUST_BEAT = {
     "route": ("route+haar", "route+haar_matched", "route+shuffled"),
     "route2": ("route2+haar", "route2+random_routing", "route2+shuffled"),
     SAMPLED: ("erase+haar", "erase+sampled_haar_matched", "erase+sampled_shuffled"),
+    "fair": ("erase+haar", "fair+haar_matched", "fair+shuffled"),
 }
 LAST = 3  # steps that are "the end"
 FOLDS_ASKED = 3  # of the four
