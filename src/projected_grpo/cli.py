@@ -3,6 +3,8 @@
 import ast
 import gc
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import make_dataclass
@@ -12,9 +14,9 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from projected_grpo.errors import UserError, answer
+from projected_grpo.errors import SIGNALLED, UserError, answer
 from projected_grpo.options import train, verbs
-from projected_grpo.options.train import near
+from projected_grpo.options.typed import VALUES, as_typed, near
 from projected_grpo.runlog import start_logging
 
 VERBS: Mapping[str, tuple[type, str]] = {  # a verb's options, and `module:function` in verbs/
@@ -61,13 +63,14 @@ def about(target: str) -> str:
 
 def run_verb(name: str, argv: Sequence[str], loaded: Callable[[], None]) -> int:
     options, target = VERBS[name]
-    parsed: object = tyro.cli(
-        options,
-        prog=f"projected-grpo {name}",
-        description=about(target),
-        args=list(argv),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    with VALUES:
+        parsed: object = tyro.cli(
+            options,
+            prog=f"projected-grpo {name}",
+            description=about(target),
+            args=as_typed(argv, options, name),
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
     start_logging(None)
     verb = implementation(target)
     loaded()
@@ -158,7 +161,15 @@ def main(argv: Sequence[str] | None = None, loaded: Callable[[], None] = lambda:
 
 def console() -> int:
     """`projected-grpo VERB ...` as a process of its own."""
-    return main(loaded=gc.freeze)  # collections, and the end of the process, need not walk what was imported
+    try:
+        code = main(
+            loaded=gc.freeze
+        )  # collections, and the end of the process, need not walk what was imported
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as under `| head`; what is left unsaid must not be tried again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SIGNALLED + signal.SIGPIPE
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def read_data(cfg: TrainConfig, grader: Grader) -> Data:
         if p.problem_id in teacher.rows and p.env_mode in taught_modes(cfg)
     }
     if cfg.teacher.teacher_modes and not rows:
-        raise UserError(f"--teacher-modes {' '.join(cfg.teacher.teacher_modes)}: no problem has such a mode")
+        raise UserError(f"--teacher-modes {','.join(cfg.teacher.teacher_modes)}: no problem has such a mode")
     check_left_out(cfg, train, teacher)
     if not train or not held_out:
         side = "train on" if not train else "hold out for evaluation"

@@ -56,7 +56,7 @@ class PairSet:
     def of_modes(self, modes: Sequence[EnvMode]) -> "PairSet":
         """Only the pairs of these modes (all if none is named). Raises UserError if too few are left."""
         kept = tuple(p for p in self.pairs if not modes or p.env_mode in modes)
-        return self._cut_to(kept, f"--vhack-pairs-modes {' '.join(modes)}", "have one")
+        return self._cut_to(kept, f"--vhack-pairs-modes {','.join(modes)}", "have one")
 
     def without_modes(self, modes: Sequence[EnvMode]) -> "PairSet":
         """Only the pairs of other modes. Raises UserError if too few are left."""

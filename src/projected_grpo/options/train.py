@@ -9,7 +9,6 @@ import dataclasses
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +20,7 @@ from projected_grpo.arm_settings import SETTINGS, settings_type
 from projected_grpo.checks import validate
 from projected_grpo.config import PRESETS, REMOVED, TrainConfig
 from projected_grpo.errors import UserError, answer
+from projected_grpo.options.typed import VALUES, as_typed, near
 
 USUAL = (
     *("intervention", "control", "seed", "steps", "model", "problems"),
@@ -74,17 +74,20 @@ def _parsed(argv: tuple[str, ...]) -> TrainConfig:
         raise UserError(f"train {preset}: no such preset{near(preset, list(PRESETS))}; choose from {known}")
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--intervention", nargs="?")
-    arm = settings_type(first.parse_known_args(given)[0].intervention or DEFAULT_ARM)
+    named = first.parse_known_args(given)[0].intervention or DEFAULT_ARM
+    arm = settings_type("none" if named.lower() == "none" else named)
     about, cfg = PRESETS[preset]
     cfg = dataclasses.replace(cfg, arm=arm())
     _refuse_unknown(given, cfg)
-    options: Any = tyro.cli(
-        command(cfg),
-        prog=f"projected-grpo train {preset}",
-        description=f"{about}\n\n{arm.__doc__} `--intervention=NAME --help` shows another arm's options.",
-        args=given,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    typed = command(cfg)
+    with VALUES:
+        options: Any = tyro.cli(
+            typed,
+            prog=f"projected-grpo train {preset}",
+            description=f"{about}\n\n{arm.__doc__} `--intervention=NAME --help` shows another arm's options.",
+            args=as_typed(given, typed, f"train {preset}"),
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
     values = {name: value for group in vars(options).values() for name, value in vars(group).items()}
     parts = {name: getattr(cfg, name) for name in _groups(cfg)}
     return dataclasses.replace(
@@ -94,12 +97,6 @@ def _parsed(argv: tuple[str, ...]) -> TrainConfig:
             for group, part in parts.items()
         },
     )
-
-
-def near(name: str, known: Sequence[str]) -> str:
-    """`; did you mean ...?` where something known is spelt much like it."""
-    found = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _groups(cfg: TrainConfig) -> list[str]:

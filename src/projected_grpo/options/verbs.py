@@ -20,6 +20,7 @@ from projected_grpo.config import (
 )
 from projected_grpo.errors import UserError
 from projected_grpo.nano_tasks import CorpusMix
+from projected_grpo.options.typed import NameValue
 
 Preset = Literal["smoke", "nano", "fast", "full"]
 Runs = tyro.conf.Positional[tuple[Path, ...]]
@@ -35,6 +36,7 @@ class ExtractOptions:
     basis: BasisConfig = field(default_factory=BasisConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     out_dir: Path = Path("out")
+    """Parent of vhack/, where the basis lies."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class ScoredOn:
     max_new: int = 0
     """Completion tokens at most; 0 is 72 for nano's problems, else 512."""
     temperature: float = 1.0
+    """Of the sampling of completions."""
     seed: int = 41
+    """Of the choice of problems, the sampling and the random draws."""
     nulls: int = 20
     """Random draws of each kind that stand beside a direction."""
 
@@ -150,10 +154,13 @@ class PoolSampling:
     max_new: int = 512
     """Completion tokens at most."""
     temperature: float = 0.7
+    """Of the sampling."""
     top_p: float = 1.0
+    """Sample among the likeliest tokens of this total probability; 1 is all."""
     top_k: int = 20
     """0 turns the top-k filter off."""
     seed: int = 41
+    """Of the sampling."""
     batch: int = 4
     """Problems sampled at once; it changes no row."""
 
@@ -245,7 +252,9 @@ class EvaluateOptions:
     samples: int = 10
     """Completions of each problem in each condition."""
     temperature: float = 0.7
+    """Of the sampling."""
     top_p: float = 0.95
+    """Sample among the likeliest tokens of this total probability; 1 is all."""
     top_k: int = 0
     """0 turns the top-k filter off."""
     max_new: int = 0
@@ -280,13 +289,15 @@ class ProbeOptions:
     """One seed of a preset, gated (docs/spec.md)."""
 
     preset: Preset = "full"
+    """The settings of both runs."""
     seed: int = 41
+    """Of both runs."""
     model: str = ""
     """In place of the preset's."""
     arm: str = "erase"
     """What is compared with intervention=none."""
-    set: tuple[str, ...] = ()
-    """Other options of both runs, e.g. `steps=20 final-n-prompts=64`."""
+    set: tuple[NameValue, ...] = ()
+    """Other options of both runs, e.g. `steps=20,final-n-prompts=64`."""
     out: Path = Path("out/probes")
     """Parent of the probe's folder. The same command goes on where it was stopped."""
     pool: Path | None = None
@@ -302,6 +313,7 @@ class GateOptions:
     """One gate, on the files it reads."""
 
     gate: tyro.conf.Positional[Literal["A", "B", "B2", "C", "D"]]
+    """Which gate (docs/spec.md)."""
     files: tyro.conf.Positional[tuple[Path, ...]]
     """A: basis files; B: .heldout.json files; B2: .score.json files; C: the run folder of none; D: those of
     none and of an arm. Of several the newest that ended counts."""
@@ -314,12 +326,12 @@ class WhichSweep:
     spec: tyro.conf.Positional[Path | None] = None
     """The sweep's TOML file."""
     seeds: str = ""
-    """In place of the file's: `41-45`, `41,43` or `41 43`."""
+    """In place of the file's: `41-45` or `41,43`."""
     preset: str = ""
     """Without a file: smoke, nano, fast or full."""
-    grid: tuple[str, ...] = ()
-    """Without a file: axes, e.g. `intervention=none,erase v-hack-k=1,5`."""
-    set: tuple[str, ...] = ()
+    grid: tuple[NameValue, ...] = ()
+    """Without a file: axes, e.g. `intervention=none,erase,v-hack-k=1,5`."""
+    set: tuple[NameValue, ...] = ()
     """Options of every run, e.g. `steps=20`; over a file's [options], under its arms' and axes' own."""
     arms: tuple[str, ...] = ()
     """Only these arms of the file (default: all)."""
@@ -365,14 +377,19 @@ class PretrainConfig:
     """The recipe of the packaged model."""
 
     seed: int = 0
+    """Of the weights and the corpus."""
     steps: int = 1000
+    """Optimizer steps."""
     batch: int = 24
     """Examples per step; none is seen twice."""
     lr: float = 2.5e-3
     """Peak, after a warm-up of one step in twenty; cosine to zero."""
     vocabulary: int = 512
+    """Tokens of the tokenizer."""
     hidden: int = 160
+    """Width of the hidden states."""
     layers: int = 4
+    """Transformer layers."""
     mix: CorpusMix = CorpusMix()
 
 
@@ -394,11 +411,12 @@ class StudyOptions:
     """Which arms and seeds of the packaged sweep, and where its records and tables go."""
 
     study: tyro.conf.Positional[Literal["nano"]]
+    """The study: nano (docs/sweeps/nano.toml)."""
     arms: tuple[str, ...] = ()
     """Only these arms (default: all)."""
     seeds: str = ""
-    """In place of the study's: `41-45`, `41,43` or `41 43`."""
-    set: tuple[str, ...] = ()
+    """In place of the study's: `41-45` or `41,43`."""
+    set: tuple[NameValue, ...] = ()
     """Options of every run, e.g. `steps=1`: another study, for trying the command out."""
     jobs: int = 0
     """Runs at a time; 0 is one per core."""
@@ -415,6 +433,7 @@ class ResultsOptions:
     """Runs, study records, or folders of either."""
 
     runs: Runs = RUNS
+    """Folders of runs, folders of such folders, or records of a study."""
     table: Literal["all", "rates", "headline", "paired", "modes"] = "all"
     """rates: student and held-out rates; headline: the preregistered schema; paired: differences per seed
     with t intervals and p values; modes: held-out rates per mode."""
@@ -436,6 +455,7 @@ class PlotOptions:
     out: Path
     """Folder of the pictures, PNG and SVG each."""
     runs: Runs = RUNS
+    """Folders of runs, folders of such folders, or records of a study."""
     kind: Literal["all", "dynamics", "pareto", "modes", "cosines", "routed", "heldout"] = "all"
     """dynamics: hack and solve by step; pareto: hack against solve; modes: held-out rates per mode; cosines:
     hack-ward shares by step; routed: the quarantine's share; heldout: cosines of held-out pairs."""
@@ -446,6 +466,7 @@ class ReportOptions:
     """Runs, or folders of runs, and the file that shows them."""
 
     runs: Runs
+    """Folders of runs, or folders of such folders."""
     out: Path = Path("out/report.html")
     """The page; it needs no other file and no network."""
     max_rollouts: int = 50_000
@@ -457,13 +478,21 @@ class DoctorOptions:
     """What is to be run on this machine; options that are left out are the preset's."""
 
     preset: Preset = "full"
+    """What is to be run."""
     model: str | None = None
+    """As in train."""
     problems: str | None = None
+    """As in train."""
     teacher_pool_dir: Path | None = None
+    """As in train."""
     vhack_pairs_path: Path | None = None
+    """As in train."""
     device: str = "auto"
+    """As in train."""
     out_dir: Path = Path("out")
+    """As in train."""
     sandbox: SandboxMode = "auto"
+    """As in train."""
     dry_run: bool = True
     """`--no-dry-run` leaves out the two steps with a tiny random model."""
 
@@ -474,11 +503,15 @@ class Work:
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig(model="random-21m", svd_cache=None))
     prompts_per_step: int = 4
+    """Problems in a step."""
     group: int = 4
+    """Rollouts of a problem."""
     prompt_tokens: int = 200
+    """Tokens of each prompt."""
     max_new: int = 64
     """Completion tokens; no completion stops early."""
     steps: int = 5
+    """Steps to time, after one that is not counted."""
     intervention: str = "erase"
     """The arm whose step it is."""
     tokens_per_microbatch: int = 16384
@@ -486,6 +519,7 @@ class Work:
     grad_checkpoint: bool = False
     """Run layers again in the backward pass instead of keeping what is in them."""
     seed: int = 41
+    """Of the weights, the prompts and the sampling."""
 
 
 @dataclass(frozen=True)

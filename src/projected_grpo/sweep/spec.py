@@ -26,6 +26,7 @@ from typing import Any
 from projected_grpo.config import PRESETS, REMOVED, BasisConfig, LossConfig, ModelConfig, TrainConfig
 from projected_grpo.errors import UserError
 from projected_grpo.options import train
+from projected_grpo.options.typed import flags
 from projected_grpo.results.files import check_fields
 from projected_grpo.run.identity import identity, shown
 
@@ -131,20 +132,6 @@ def expand(spec: Spec) -> list[SweepRun]:
         if count > 1:
             raise UserError(f"sweep {spec.name}: two runs would be kept as {stem}; rename an arm")
     return sorted(runs.values(), key=lambda run: (run.arm.later, run.cfg.run.seed))
-
-
-def flags(options: Mapping[str, Any]) -> list[str]:
-    """Options as they are typed: `--name=value`, `--name a b` for a list, `--name` or `--no-name`."""
-    words = []
-    for name, value in options.items():
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        elif isinstance(value, (list, tuple)):
-            words += [f"--{option}", *map(str, value)]
-        else:
-            words.append(f"--{option}={value}")
-    return words
 
 
 def basis_options(cfg: TrainConfig) -> list[str]:

@@ -1,0 +1,202 @@
+"""How options are typed: a list is one word with commas, `none` means no value, a flag takes no value.
+
+What is wrong is told in one line before tyro reads the words. Lists as several words, the form that scripts
+of earlier versions use, are taken too.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from projected_grpo.errors import UserError
+
+
+class NameValue(str):
+    """`steps=20`: an option of train without its dashes."""
+
+
+PARTS = {NameValue: re.compile(r",(?=[\w-]+=)")}  # else every comma parts a list
+SHOWN = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH", NameValue: "NAME=VALUE"}
+YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+NOT_TYPED = get_args(tyro.conf.Fixed[int])[1:]
+POSITIONAL = get_args(tyro.conf.Positional[int])[1]
+
+VALUES = ConstructorRegistry()
+"""The forms of lists and of options that may have no value, for tyro and its help."""
+
+
+def is_list(kind: Any) -> bool:
+    return get_origin(kind) is tuple
+
+
+def without_none(kind: Any) -> Any:
+    """The other half of `X | None`; None for a kind that always has a value."""
+    if get_origin(kind) not in (UnionType, Union):
+        return None
+    (value,) = (each for each in get_args(kind) if each is not type(None))
+    return value
+
+
+def metavar(kind: Any) -> str:
+    """What help shows in place of a value."""
+    if is_list(kind):
+        return f"{metavar(get_args(kind)[0])},..."
+    if inner := without_none(kind):
+        return f"{metavar(inner)}|none"
+    return "{" + ",".join(map(str, get_args(kind))) + "}" if get_origin(kind) is Literal else SHOWN[kind]
+
+
+def read(kind: Any, text: str) -> Any:
+    """The value that was typed. Raises ValueError saying what it is not."""
+    if is_list(kind):
+        inner = get_args(kind)[0]
+        if text.lower() == "none" and get_origin(inner) is Literal:
+            return ()
+        parts = (part.strip() for part in re.split(PARTS.get(inner, ","), text))
+        return tuple(read(inner, part) for part in parts if part)
+    if inner := without_none(kind):
+        return None if text.lower() == "none" else read(inner, text)
+    if get_origin(kind) is Literal:
+        return one_of(text, get_args(kind))
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no {'whole number' if kind is int else 'number'}") from error
+
+
+def one_of(text: str, choices: Sequence[str]) -> str:
+    found = text.lower() if text.lower() == "none" else text
+    if found not in choices:
+        raise ValueError(f"{text!r} is none of {', '.join(choices)}{near(text, choices)}")
+    return found
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    """`; did you mean ...?` where something known is spelt much like it."""
+    found = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def written(value: Any) -> str:
+    """A value as it is typed."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Options as they are typed: `--name=value`, `--name=a,b` for a list, `--name` or `--no-name`."""
+    words = []
+    for name, value in options.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words.append(f"--{option}={written(value)}")
+    return words
+
+
+@VALUES.primitive_rule
+def lists_and_none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """tyro's reader of a list in one word, and of a value that may be none."""
+    kind: Any = info.type
+    if not (is_list(kind) or without_none(kind)) or (is_list(kind) and POSITIONAL in info.markers):
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar(kind),
+        instance_from_str=lambda words: read(kind, words[0]),
+        is_instance=lambda value: value is None or isinstance(value, tuple) == is_list(kind),
+        str_from_instance=lambda value: [] if value == () else [written(value)],
+    )
+
+
+def typed_fields(options: type) -> Iterator[tuple[str, Any, bool]]:
+    """Every option of a class and of the classes in it: its name, its kind, and whether it is positional."""
+    hints = get_type_hints(options, include_extras=True)
+    for field in fields(options):
+        hint = hints[field.name]
+        kind, *markers = get_args(hint) if get_origin(hint) is Annotated else [hint]
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from typed_fields(kind)
+        elif not any(marker in NOT_TYPED for marker in markers):
+            yield field.name.replace("_", "-"), kind, POSITIONAL in markers
+
+
+def as_typed(argv: Sequence[str], options: type, command: str) -> list[str]:
+    """The words with lists in one and `none` in small letters, as tyro is to read them.
+
+    Raises UserError for an option that is unknown, that needs a value or takes none, or whose value is wrong.
+    """
+    if {"-h", "--help"} & set(argv):
+        return list(argv)
+    found = list(typed_fields(options))
+    kinds = {name: kind for name, kind, positional in found if not positional}
+    places = [kind for _, kind, positional in found if positional]
+    words, read_words = list(argv), list[str]()
+    alone = list[str]()
+    while words:
+        word = words.pop(0)
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--").replace("_", "-")
+        if not word.startswith("--"):
+            if len(alone) == len(places) and not any(map(is_list, places)):
+                raise UserError(f"{word!r} belongs to no option; a list is one word with commas, as in a,b")
+            alone.append(word)
+        elif kinds.get(name.removeprefix("no-")) is bool:
+            if equals or (words and words[0].lower() in (*YES, *NO)):
+                refuse_value(name, value if equals else words[0])
+        elif name in kinds:
+            word = f"--{name}={value_of(name, kinds[name], [value] if equals else [], words)}"
+        elif not name.startswith("tyro-"):
+            known = ["--" + each for each in kinds]
+            raise UserError(f"no option {option}{near(option, known)}; `{command} --help` lists all")
+        read_words.append(word)
+    for word, kind in zip(alone, places, strict=False):
+        if get_origin(kind) is Literal:
+            checked(command, kind, word)
+    return read_words
+
+
+def refuse_value(option: str, value: str) -> None:
+    """Raises UserError for a flag that is given a value, as in `--x False` and `--x=false`."""
+    plain = option.removeprefix("no-")
+    meant = f"--{plain} or --no-{plain}"
+    if value.lower() in (*YES, *NO):
+        meant = f"--{plain}" if (value.lower() in YES) == (option == plain) else f"--no-{plain}"
+    raise UserError(f"--{option} takes no value, got {value!r}: write {meant}")
+
+
+def value_of(name: str, kind: Any, given: list[str], words: list[str]) -> str:
+    """An option's value in one word; those that stand behind it are taken from `words`."""
+    if not given:
+        if not words or words[0].startswith("--"):
+            raise UserError(f"--{name} needs a value: {metavar(kind)}")
+        given.append(words.pop(0))
+    if is_list(kind):
+        pairs = get_args(kind)[0] is NameValue
+        while words and not words[0].startswith("--") and is_next(given, words[0], pairs):
+            given.append(words.pop(0))
+    text = ",".join(word.strip(",") for word in given) if is_list(kind) else given[0]
+    value = checked(f"--{name}", kind, text)
+    return written(value) if is_list(kind) or value is None or text.lower() == "none" else text
+
+
+def checked(what: str, kind: Any, text: str) -> Any:
+    """`read`, with its refusal as the user's mistake."""
+    try:
+        return read(kind, text)
+    except ValueError as error:
+        raise UserError(f"{what} {error}") from error
+
+
+def is_next(given: Sequence[str], word: str, pairs: bool) -> bool:
+    """Whether a word goes on with a list that is typed as several words."""
+    return "=" in word if pairs else given[-1].endswith(",") or not any("," in each for each in given)
