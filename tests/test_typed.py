@@ -65,7 +65,7 @@ def test_none_is_typed_in_one_way(word):
         ("--lr --steps=3", "--lr needs a value: FLOAT"),
         ("--teacher-off-step=later", "--teacher-off-step 'later' is no whole number"),
         ("--dtype float23", "did you mean float32?"),
-        ("--half-a CE", "--half-a 'CE' is none of C, D, E"),
+        ("--half-a CE", "--half-a 'CE' is not one of: C, D, E"),
         ("--env-mode run_tests sentinel", "'sentinel' belongs to no option; a list is one word with commas"),
         ("--step=3", "did you mean --steps?"),
     ],
@@ -82,8 +82,8 @@ def test_a_slip_is_told_in_one_line(typed, said, capsys):
     [
         ("export RUN --as-trained true", "--as-trained takes no value, got 'true': write --as-trained"),
         ("evaluate --temprature=1", "no option --temprature; did you mean --temperature?; `evaluate --help`"),
-        ("study nono", "study 'nono' is none of nano"),
-        ("probe gate Z out", "probe gate 'Z' is none of A, B, B2, C, D"),
+        ("study nono", "study 'nono' is not one of: nano"),
+        ("probe gate Z out", "probe gate 'Z' is not one of: A, B, B2, C, D"),
         ("export RUN OTHER --out=x", "'OTHER' belongs to no option"),
     ],
 )

@@ -74,7 +74,7 @@ def read(kind: Any, text: str) -> Any:
 def one_of(text: str, choices: Sequence[str]) -> str:
     found = text.lower() if text.lower() == "none" else text
     if found not in choices:
-        raise ValueError(f"{text!r} is none of {', '.join(choices)}{near(text, choices)}")
+        raise ValueError(f"{text!r} is not one of: {', '.join(choices)}{near(text, choices)}")
     return found
 
 
