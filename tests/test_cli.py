@@ -251,7 +251,10 @@ def test_the_end_of_a_run_says_the_main_metric_first(here, finished, capsys):
         f"{STEPS} steps",
     ):
         assert word in said[head]
-    assert sum("SHOULD" in line and "ELSE" in line for line in said[head:]) >= 2
+    rates = next(i for i, line in enumerate(said) if line.startswith("deployed, on held-out problems"))
+    checks = [line for line in said[rates:] if line.split(" ")[0] in ("ok", "look")]
+    assert rates > head and len(checks) >= 4 and "random model: rates mean nothing" in "\n".join(said[rates:])
+    assert said[-1].endswith("train nano --intervention=none")
 
 
 def test_results_reads_the_run(here, finished, capsys):

@@ -9,6 +9,8 @@ import math
 import os
 import platform
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -194,6 +196,20 @@ def versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def command_line(*words: object) -> str:
+    """A command of this program as it can be pasted into this shell."""
+    script = Path(sys.executable).with_name("projected-grpo")
+    found = shutil.which(script.name)
+    if found and (not script.exists() or Path(found).resolve() == script.resolve()):
+        program = [script.name]
+    elif script.exists():
+        here = script.is_relative_to(Path.cwd())
+        program = [str(script.relative_to(Path.cwd()) if here else script)]
+    else:
+        program = [sys.executable, "-m", "projected_grpo.cli"]
+    return shlex.join([*program, *map(str, words)])
 
 
 def git_commit() -> str | None:

@@ -1,6 +1,7 @@
 """The training verb: its loop, evaluations, files and command line."""
 
 import gc
+import shlex
 import signal
 import sys
 import time
@@ -33,7 +34,7 @@ from projected_grpo.run.identity import arm_name
 from projected_grpo.run.resume import AUTO, finished_or_none, newest_run, open_run, read_settings
 from projected_grpo.run.stop import StopSignal
 from projected_grpo.run.summary import finish
-from projected_grpo.runlog import start_logging
+from projected_grpo.runlog import command_line, start_logging
 from projected_grpo.state import WATCHED, TrainState
 from projected_grpo.step import adapter_digest, as_deployed, train_step
 
@@ -67,7 +68,7 @@ def train(cfg: TrainConfig) -> int:
         except RankLost as error:
             logger.error("ended at step {}: {}", state.step, error)
             if state_paths(run.folder):
-                logger.error("go on from what was saved: train {} --resume {}", run.cfg.preset, run.folder)
+                logger.error("go on from what was saved:\n  {}", resuming(run, exp.ranks))
             return LOST
 
 
@@ -181,7 +182,7 @@ def note_first_hacks(run: Run, exp: Experiment, state: TrainState, rows: Sequenc
             run.keep_adapter("first_hack.safetensors", exp, run.adapter_meta(state.step + 1), deployed=False)
         state.mechanisms_seen.add(mechanism)
         logger.info("first {} hack by the student at step {} (see the log)", mechanism, state.step)
-        logger.debug("SHOULD look like: {}\n{}", MODES[mechanism].looks_like, row["text"])
+        logger.debug("it should look like: {}\n{}", MODES[mechanism].looks_like, row["text"])
 
 
 def dump_first(exp: Experiment, data: Collected) -> None:
@@ -216,7 +217,7 @@ def deploy_evaluation(run: Run, exp: Experiment, state: TrainState) -> dict[str,
 def conclude(run: Run, exp: Experiment, state: TrainState, code: int | None) -> int:
     """The results of a run that made all its steps or diverged; returns the exit code."""
     if code not in (None, DIVERGED):
-        logger.info("go on with: train {} --resume {}", run.cfg.preset, run.folder)
+        logger.info("go on with:\n  {}", resuming(run, exp.ranks))
         return code
     try:
         with as_deployed(exp, state):
@@ -240,6 +241,21 @@ def conclude(run: Run, exp: Experiment, state: TrainState, code: int | None) -> 
         logger.error("results not written ({}); --resume writes them again", error)
         return UNSAVED
     return code or 0
+
+
+def resuming(run: Run, ranks: Ranks) -> str:
+    """The command that goes on with a run, as it can be pasted."""
+    words = ["train", run.cfg.preset, f"--resume={run.folder}"]
+    if ranks.size == 1:
+        return command_line(*words)
+    started = [
+        "torchrun",
+        "--standalone",
+        f"--nproc-per-node={ranks.size}",
+        "-m",
+        f"projected_grpo.{words[0]}",
+    ]
+    return shlex.join([*started, *words[1:]])
 
 
 def final_evaluations(exp: Experiment) -> dict[str, Evaluation]:

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import re
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,13 +18,18 @@ from projected_grpo.arm_settings import arm_settings
 from projected_grpo.config import PRESETS
 from projected_grpo.errors import UserError
 from projected_grpo.evaluate import Evaluation
+from projected_grpo.options.train import parse
+from projected_grpo.options.typed import flags as flags_of
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import MODES, Grade
 from projected_grpo.run.columns import COLUMNS, HEADER_EVERY, StepTable, cell, complete, markdown_table
-from projected_grpo.run.summary import by_mode, cue, detector_rates, rate, reading, steps_to_hack, total
+from projected_grpo.run.ending import checks, cue, next_commands, rate
+from projected_grpo.run.identity import given as not_as_in_the_preset
+from projected_grpo.run.summary import by_mode, detector_rates, steps_to_hack, total
 from projected_grpo.runlog import (
     JsonlLog,
     append_jsonl,
+    command_line,
     lock_folder,
     make_run_dir,
     plain,
@@ -157,44 +163,147 @@ def record(**values):
     return {"cos_pre": 0.3, "cos_post": 0.1, "cos_null": 0.2, "cos_update": 0.15} | values
 
 
-@pytest.mark.parametrize("arm", ["none", "erase", "route", "route2"])
-def test_reading_lines_give_figures_and_what_they_should_be(arm):
-    cfg = replace(SMOKE, arm=arm_settings(arm))
-    lines = reading(cfg, {"delta_hack_norm": 0.5}, [record(), record(cos_pre=0.5), {"cos_pre": None}])
-    assert "67%" in lines[0] and "0.400" in lines[1] and "0.100" in lines[1] and "0.150" in lines[1]
-    assert all("SHOULD" in line for line in lines)
-    assert ("exactly 0" in lines[2]) == (arm in ("none", "erase"))
+ENDED = {"finished": True, "skipped": 0, "delta_hack_norm": 0.0, "hack_rate_student": 0.4, "hack_deploy": 0.1}
+STEPS = [record(), record(cos_pre=0.5), {"cos_pre": None}]
+
+
+def looked_at(arm, records=STEPS, **summary):
+    """The texts of the checks that do not hold, and of those that do."""
+    cfg = replace(SMOKE, arm=arm_settings(**arm) if isinstance(arm, dict) else arm_settings(arm))
+    found = checks(cfg, ENDED | summary, records)
+    return [text for ok, text in found if not ok], [text for ok, text in found if ok]
+
+
+@pytest.mark.parametrize(
+    ("arm", "norm"), [("none", 0.0), ("erase", 0.0), ("route", 0.5), ("route2", 0.5), ("posthoc", 0.5)]
+)
+def test_a_sound_run_has_nothing_to_look_at(arm, norm):
+    look, ok = looked_at(arm, delta_hack_norm=norm)
+    assert not look
+    assert "67%" in ok[1] and "0.400" in ok[2] and "0.200" in ok[2] and "0.100" in ok[3] and "0.150" in ok[3]
+    assert all(text[0] != " " and "SHOULD" not in text for text in ok)
+
+
+@pytest.mark.parametrize(
+    ("arm", "records", "summary", "word"),
+    [
+        ("none", STEPS, {"finished": False}, "steps made"),
+        ("none", STEPS, {"skipped": 2}, "2 skipped"),
+        ("erase", [record(), {}, {}], {}, "33%"),
+        ("erase", [record(cos_pre=0.15)], {}, "does not fit this model"),
+        ("erase", [record(cos_post=0.31)], {}, "larger than before"),
+        ("erase", STEPS, {"delta_hack_norm": 0.1}, "must be 0"),
+        ("route", STEPS, {}, "nothing was routed"),
+        ("posthoc", STEPS, {}, "nothing in delta_s"),
+        ("inoculation", STEPS, {"hack_deploy": 0.4}, "does not depend on the prompt"),
+        ("gt_only", [record(shaped=0.5)], {}, "hacking grows"),
+        ("advmod", [record(shaped=0.5, zgap=-0.1)], {}, "does not tell them apart"),
+    ],
+)
+def test_what_is_to_be_looked_at_is_said(arm, records, summary, word):
+    look, _ = looked_at(arm, records, **summary)
+    assert len(look) == 1 and word in look[0]
 
 
 @pytest.mark.parametrize(
     ("options", "facts"),
     [
-        ({"intervention": "gt_only"}, ("gt_only", "0.250")),
-        ({"intervention": "gt_penalty", "monitor_accuracy": 0.9}, ("gt_penalty", "0.250", "monitor")),
-        ({"intervention": "gt_screening"}, ("gt_screening", "0.250")),
-        ({"intervention": "advmod"}, ("1.500", "> 0")),
+        ({"intervention": "gt_only"}, ("gt_only", "0.200")),
+        ({"intervention": "gt_penalty", "monitor_accuracy": 0.9}, ("gt_penalty", "0.200", "monitor")),
+        ({"intervention": "gt_screening"}, ("gt_screening", "0.200")),
+        ({"intervention": "advmod"}, ("1.500", "lowered")),
+        ({"intervention": "advmod", "advmod_form": "screening"}, ("1.500", "left out")),
         ({"intervention": "advmod", "control": "haar"}, ("1.500", "control")),
-        ({"intervention": "inoculation"}, ("inoculation",)),
-        ({"intervention": "posthoc"}, ()),
+        ({"intervention": "inoculation"}, ("0.400", "0.100", "inoculation")),
     ],
     ids=str,
 )
-def test_reading_lines_of_arms_that_act_elsewhere(options, facts):
-    cfg = replace(SMOKE, arm=arm_settings(**options))
-    steps = [record(shaped=0.2, zgap=None), record(shaped=0.3, zgap=1.5), {"cos_pre": None}]
-    lines = reading(cfg, {"delta_hack_norm": 0.5}, steps)
-    assert len(lines) == (4 if facts else 3)
-    assert all(fact in lines[2] for fact in facts)
-    assert ("delta_s" if cfg.arm.intervention == "posthoc" else "exactly 0") in lines[-1]
-    assert reading(cfg, {"delta_hack_norm": 0.0}, [])
+def test_arms_that_act_elsewhere_say_so(options, facts):
+    steps = [record(shaped=0.1, zgap=None), record(shaped=0.3, zgap=1.5)]
+    look, ok = looked_at(options, steps)
+    assert not look and all(fact in ok[4] for fact in facts)
+
+
+@pytest.mark.parametrize("control", ["haar", "shuffled", "flipped"])
+def test_a_controls_direction_need_not_point_hack_ward(control):
+    assert not looked_at({"intervention": "erase", "control": control}, [record(cos_pre=0.15)])[0]
+    assert not looked_at({"intervention": "route2", "control": control})[0]  # nothing routed is an outcome
 
 
 def test_a_step_that_kept_nothing_does_not_break_the_end_of_a_run():
     """route2 may route every row of every module: then there is no cos_post, and no change to measure."""
-    lines = reading(SMOKE, {"delta_hack_norm": 0.5}, [record(cos_post=None, cos_update=None), record()])
-    assert "0.100" in lines[1]
-    assert reading(SMOKE, {"delta_hack_norm": 0.5}, [record(cos_post=None, cos_update=None)])
-    assert reading(SMOKE, {"delta_hack_norm": 0.0}, [])
+    _, ok = looked_at("erase", [record(cos_post=None, cos_update=None), record()])
+    assert "0.100" in ok[3]
+    assert not looked_at("erase", [record(cos_post=None, cos_update=None)])[0]
+    assert len(looked_at("erase", [])[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("smoke", ["train nano --intervention=none"]),
+        (
+            "nano --intervention=none --seed=43 --steps=4",
+            [
+                "train nano --intervention=erase --vhack-pairs-path=nano-sampled --seed=43 --steps=4",
+                "results",
+            ],
+        ),
+        (
+            "nano --vhack-pairs-path=nano-sampled --control=haar --gate-mode=no_gate --out-dir=my_out",
+            [
+                "train nano --intervention=none --vhack-pairs-path=nano-sampled --out-dir=my_out",
+                "results my_out/runs",
+            ],
+        ),
+        (
+            "smoke --model=nano --no-unbiased",
+            ["train smoke --intervention=none --model=nano --no-unbiased", "results"],
+        ),
+    ],
+)
+def test_what_to_type_next_can_be_typed(typed, expected):
+    cfg = parse(typed.split())
+    commands = [shlex.split(line)[1:] for line in next_commands(cfg)[1:]]
+    assert [sorted(words) for words in commands] == [sorted(line.split()) for line in expected]
+    for words in commands:
+        if words[0] == "train":
+            parse(words[1:])
+
+
+def test_the_options_of_a_run_are_those_that_make_it_again():
+    typed = [
+        "nano",
+        "--device=cuda:1",
+        "--intervention=route",
+        "--half-a=C,E",
+        "--save-every=3",
+        "--out-tag=_x",
+    ]
+    cfg = parse(typed)
+    assert parse(["nano", *flags_of(not_as_in_the_preset(cfg))]) == cfg
+
+
+def test_a_command_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    python, script = tmp_path / "my env" / "python", tmp_path / "my env" / "projected-grpo"
+    script.parent.mkdir()
+    monkeypatch.setattr("sys.executable", str(python))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    told = command_line("train", "nano", "--resume=out/my runs/x")
+    assert shlex.split(told) == [
+        str(python),
+        "-m",
+        "projected_grpo.cli",
+        "train",
+        "nano",
+        "--resume=out/my runs/x",
+    ]
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    assert shlex.split(command_line("results"))[0] == "my env/projected-grpo"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert command_line("results") == "projected-grpo results"
 
 
 # steptable

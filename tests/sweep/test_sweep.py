@@ -123,7 +123,7 @@ def test_options_read_back_as_they_were_typed(numbers, flag):
         ('preset = "nano"\n[options]\nstepps = 3', "--steps"),
         ('preset = "nano"\n[options]\nout-dir = "x"', "sets out-dir itself"),
         ('preset = "nano"\n[options]\nsteps = "many"', "--steps 'many' is no whole number"),
-        ('preset = "nano"\n[[arms]]\nname="a"\noptions={intervention="none", control="haar"}', "--control 'haar'"),
+        ('preset = "nano"\n[[arms]]\nname="a"\noptions={intervention="none", control="haar"}', "--control"),
         ('preset = "nano"\n[[arms]]\nname="a"\n[[arms]]\nname="a"', "two arms are called 'a'"),
         (
             'preset="nano"\n[[arms]]\nname="a"\ngrid={lr=[1.0]}\n[[arms]]\nname="a_lr=1.0"\noptions={lr=2.0}',

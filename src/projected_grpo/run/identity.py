@@ -62,6 +62,19 @@ def chosen(cfg: TrainConfig) -> dict[str, Any]:
     return {"preset": cfg.preset, **new, **found}
 
 
+def given(cfg: TrainConfig) -> dict[str, Any]:
+    """The options that are not as in the preset, those of place among them, as they would be typed."""
+    preset = PRESETS[cfg.preset][1]
+    found = {name: value for values in changes(cfg, preset).values() for name, value in values.items()}
+    place = (
+        (f.name, getattr(mine, f.name), getattr(theirs, f.name))
+        for mine, theirs in ((cfg.model, preset.model), (cfg.run, preset.run))
+        for f in fields(mine)
+        if f.name in PLACE - {"svd_cache", "resume"}
+    )
+    return found | {name: value for name, value, usual in place if value != usual}
+
+
 def differing(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     """The options in which a run that is there is another one than this, with both values, from `chosen`."""
     names = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))

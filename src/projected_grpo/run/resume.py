@@ -3,7 +3,7 @@
 import math
 import re
 from contextlib import ExitStack, suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from loguru import logger
@@ -11,15 +11,16 @@ from loguru import logger
 from projected_grpo.antipasto import weights_digest
 from projected_grpo.checks import validate
 from projected_grpo.concept import concept_from_json
-from projected_grpo.config import PRESETS, TrainConfig, from_json
+from projected_grpo.config import TrainConfig, from_json
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Experiment
 from projected_grpo.ranks import Ranks, odd_one
 from projected_grpo.run.checkpoint import SavedState, read_state, restore_state, state_path, state_paths
 from projected_grpo.run.folder import Run, data_digest
-from projected_grpo.run.identity import changes, chosen, differing, identity
+from projected_grpo.run.identity import chosen, differing, given, identity
 from projected_grpo.run.start import Opened, live_module, provenance, set_up, start_run
 from projected_grpo.runlog import (
+    command_line,
     lock_folder,
     log_errors,
     read_json,
@@ -92,22 +93,15 @@ def resume_run(asked: TrainConfig, folder: Path, ranks: Ranks, stack: ExitStack)
     if asked.run.resume == AUTO:
         return resume(typed, folder, ranks, stack)
     cfg = read_settings(folder)
-    given = options_given(typed)
-    if given:
-        raise UserError(f"--resume goes on under the run's own settings; leave out {', '.join(given)}")
+    if others := given(typed):
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise UserError(f"--resume goes on under the run's own settings; leave out {told}")
     if cfg.preset != asked.preset:
         raise UserError(
-            f"--resume: {folder} is a {cfg.preset} run, so `train {cfg.preset} --resume {folder}`"
+            f"--resume: {folder} is a {cfg.preset} run, so: "
+            + command_line("train", cfg.preset, "--resume", folder)
         )
     return resume(cfg, folder, ranks, stack)
-
-
-def options_given(cfg: TrainConfig) -> list[str]:
-    """The options that are not as in the preset, as they are typed."""
-    preset = PRESETS[cfg.preset][1]
-    place = [f.name for f in fields(cfg.run) if getattr(cfg.run, f.name) != getattr(preset.run, f.name)]
-    names = {name: None for values in changes(cfg, preset).values() for name in values} | dict.fromkeys(place)
-    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 def read_settings(folder: Path) -> TrainConfig:
