@@ -68,11 +68,11 @@ full *options:
 
 # One seed, gated: extract, verify, none, the arm; stops with its reason at the first gate that fails.
 probe-full-seed seed="41" *options:
-    {{verb}} probe --preset full --model {{model}} --seed {{seed}} {{options}}
+    {{verb}} probe --preset full --model {{model}} --seed {{if seed =~ '^-' { '41 ' + seed } else { seed } }} {{options}}
 
 # Queue the full sweep with pueue: three arms for each seed, with the probe's gates between them.
 queue-full seeds="41 42 43" *options:
-    {{verb}} sweep docs/sweeps/full.toml --engine pueue --gates --seeds "{{seeds}}" {{options}}
+    {{verb}} sweep docs/sweeps/full.toml --engine pueue --gates {{if seeds =~ '^-' { seeds } else { '--seeds "' + seeds + '"' } }} {{options}}
 
 # Every run of a sweep that is not finished; docs/sweeps.md has the file and the engines.
 sweep spec *options:

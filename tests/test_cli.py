@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -21,6 +22,8 @@ from safetensors.torch import load_file
 from fake_runs import few_pairs
 from projected_grpo.cli import VERBS, main
 from projected_grpo.config import from_json, to_json
+from projected_grpo.errors import UserError
+from projected_grpo.options.train import parse
 from projected_grpo.problems import load_problems
 from projected_grpo.rewards import Grade
 
@@ -639,11 +642,54 @@ def test_other_refusals(here, tmp_path, capsys):
     assert "--model" in refused(["verify", "--model=./nowhere"], capsys)
 
 
+@pytest.mark.parametrize("verb", ["extract", "verify"])
+def test_a_default_model_that_is_not_here_is_told_with_one_to_try(here, monkeypatch, capsys, verb):
+    def absent(model):
+        raise UserError(f"--model {model.model} cannot be loaded")
+
+    monkeypatch.setattr("projected_grpo.verbs.probe.open_chat", absent)
+    told = refused([verb], capsys)
+    assert "download-model" in told and "--model Qwen" not in told
+    program, *words = shlex.split(told.split("packaged model: ")[1])
+    assert words == [verb, "--model=nano", "--vhack-pairs-path=nano-sampled"]
+    assert "--model nano cannot" in refused([verb, "--model=nano"], capsys)
+
+
+def test_a_pool_names_the_problems_that_it_refuses(here, tmp_path, capsys):
+    good, wrong, raises = ({**json.loads(line)} for line in problem_lines(3))
+    wrong["test"] = wrong["test"].replace("== [2", "== [7")
+    raises["completion"] = "class Solution:\n    def scale(self, xs):\n        return 1 / 0\n"
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (good, wrong, raises)))
+    options = [f"--problems={file}", "--env-mode=sentinel", f"--out={tmp_path / 'pool'}", "--workers=1"]
+    assert main(["pool", "build", *options]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("problem ")]
+    assert [line.split(":")[0] for line in said] == ["problem 2", "problem 3"]
+    assert "wrong answer" in said[0] and "ZeroDivisionError" in said[1]
+
+
+def problem_lines(count):
+    """Problems in LeetCodeDataset's fields: each asks to multiply by two."""
+    test = "def check(candidate):\n    assert candidate(xs = [1, 2]) == [2, 4]\n"
+    code = "class Solution:\n    def scale(self, xs):\n"
+    for k in range(1, count + 1):
+        meta = {"question_id": k, "difficulty": "Easy", "question_title": "Double.", "lang_code": code}
+        yield json.dumps(
+            {
+                **{"task_id": f"t{k}", "entry_point": "Solution().scale", "prompt": "", "test": test},
+                **{"completion": code + "        return [2 * x for x in xs]\n", "meta": meta},
+            }
+        )
+
+
 def test_a_run_without_a_saved_state_cannot_go_on(here, finished, tmp_path, capsys):
     folder = tmp_path / "early"
     folder.mkdir()
     (folder / "config.json").write_bytes((finished / "config.json").read_bytes())
-    assert "state/state_stepNNNN.safetensors" in refused(["train", "smoke", f"--resume={folder}"], capsys)
+    told = refused(["train", "smoke", f"--resume={folder}"], capsys)
+    assert "state/state_stepNNNN.safetensors" in told
+    begun = json.loads((folder / "config.json").read_text())["config"]
+    assert to_json(parse(shlex.split(told.split("begin it again: ")[1])[2:])) == begun
     (folder / "config.json").write_text("{}")
     assert "config.json" in refused(["train", "smoke", f"--resume={folder}"], capsys)
 

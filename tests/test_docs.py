@@ -170,6 +170,20 @@ def test_a_command_parses(nothing_is_run, command):
     check(command)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "queue-full",
+        "queue-full --dry-run",
+        "queue-full 41,42 --dry-run",
+        "probe-full-seed --rollouts=0",
+        "probe-full-seed 43",
+    ],
+)
+def test_a_recipe_takes_options_alone(nothing_is_run, words):
+    check(Command("justfile", ("just", *words.split())))
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_files_of_the_repository_that_a_command_names_are_there(command):
     for word in command.words:

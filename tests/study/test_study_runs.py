@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,13 @@ from pathlib import Path
 import pytest
 
 from projected_grpo import cli
+from projected_grpo.cli import VERBS
 from projected_grpo.errors import GATE_FAILED
+from projected_grpo.options.typed import as_typed
+from projected_grpo.options.verbs import RESULTS, StudyOptions
 from projected_grpo.study.report import study_spec
+from projected_grpo.sweep.spec import expand, only
+from projected_grpo.verbs.study import found_text
 from small_sweeps import in_a_fork, wait
 
 SMALL = ("n-problems=8", "eval-n-prompts=4", "final-n-prompts=8", "eval-ablate-every=0")
@@ -67,6 +73,22 @@ def running():
             yield path.read_bytes().decode(errors="replace")
         except OSError:
             continue
+
+
+def test_a_study_says_what_it_found_and_how_to_make_ones_own(here, capsys):
+    """Its records came with the clone; elsewhere a day of runs is not begun by mistake."""
+    assert cli.main(["study", "nano"]) == 2
+    refused = capsys.readouterr().err
+    found = found_text(StudyOptions("nano"), [{"wall_s": 5400.0}] * 10, 0, RESULTS / "tables.md")
+    assert "10 records of the study nano lie in docs/results/nano; no run was left to make" in found
+    assert "15 hours" in found and str(RESULTS / "tables.md") in found and "root of a clone" in refused
+    for text in (refused, found):
+        _, own = text.strip().split("your own: ")
+        options = VERBS["study"][0]
+        words = as_typed(shlex.split(own)[2:], options, "study")
+        assert "--out=my_study" in words
+        expand(only(study_spec("nano"), ("none", "erase+sampled_pairs"), "41-43"))
+    assert "to make" not in found_text(StudyOptions("nano", out=Path("my")), [{"wall_s": 1.0}], 1, Path("t"))
 
 
 def test_trying_a_study_out_does_not_touch_the_real_ones_records(capsys):

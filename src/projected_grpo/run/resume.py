@@ -14,6 +14,7 @@ from projected_grpo.concept import concept_from_json
 from projected_grpo.config import TrainConfig, from_json
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Experiment
+from projected_grpo.options.typed import flags
 from projected_grpo.ranks import Ranks, odd_one
 from projected_grpo.run.checkpoint import SavedState, read_state, restore_state, state_path, state_paths
 from projected_grpo.run.folder import Run, data_digest
@@ -200,7 +201,8 @@ def newest_state(run: Run) -> SavedState:
             logger.warning("state refused: {}", refused[-1])
     if not refused:
         raise UserError(
-            f"--resume: {run.folder} was not saved yet: no state/state_stepNNNN.safetensors in it"
+            f"--resume: {run.folder} was not saved yet: no state/state_stepNNNN.safetensors in it. To begin "
+            f"it again: {command_line('train', run.cfg.preset, *flags(given(run.cfg)))}"
         )
     raise UserError(f"--resume: no state of {run.folder} can be used: {'; '.join(refused)}")
 

@@ -19,6 +19,14 @@ from projected_grpo.sweep.jobs import Job, JobResult, Submission
 from projected_grpo.sweep.spec import SweepRun, basis_options, take
 
 CLI = (sys.executable, "-m", "projected_grpo.cli")
+ABOUT = (
+    "# Tasks for pueue: runs, and with --gates the checks between them. $t1, $t2, ... are the ids of tasks,",
+    "# and a task waits for those behind --after. Where a check fails, all that waits for it is not started.",
+)
+MISSING = (
+    "pueue is not installed: install it (https://github.com/Nukesor/pueue) and start pueued, "
+    "or use --engine local"
+)
 OVER = ("Done",)  # states of a task that will not run (again)
 
 
@@ -128,7 +136,8 @@ def group_of(options: Mapping[str, Any]) -> str:
 
 def plan(work: Submission) -> list[str]:
     """A shell script that queues what would be queued (all of it, if the queue is empty)."""
-    group, ids, lines = group_of(work.options), {}, []
+    group, ids, lines = group_of(work.options), {}, list(ABOUT)
+    lines += [] if shutil.which("pueue") else [f"# {MISSING}"]
     if group:
         lines.append(f"pueue group add {shlex.quote(group)}  # unless it is there")
     if work.limits.jobs:
@@ -167,10 +176,7 @@ def live_tasks(status: Mapping[str, Any]) -> dict[str, str]:
 def start(work: Submission) -> list[JobResult]:
     """Queue what is not in the queue yet, and return; the queue does the rest."""
     if shutil.which("pueue") is None:
-        raise UserError(
-            "pueue is not installed: install it (https://github.com/Nukesor/pueue) and start pueued, "
-            "or use --engine local"
-        )
+        raise UserError(MISSING)
     group = group_of(work.options)
     status = json.loads(ask(["pueue", "status", "--json"]))
     if group and group not in status.get("groups", {}):

@@ -1,8 +1,12 @@
 """The verbs of teacher pools: build, sample, report, regrade."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+from loguru import logger
 
 from projected_grpo.deploy.trained import file_hash
 from projected_grpo.engine.chat import open_chat, sampler_opener
@@ -15,10 +19,10 @@ from projected_grpo.options.verbs import (
     PoolReportOptions,
     PoolSampleOptions,
 )
-from projected_grpo.pools import bake, join, load_pool, pool_report, report_table
+from projected_grpo.pools import bake, join, load_pool, pool_report, prompt_path, report_table
 from projected_grpo.prepare.grade_file import Comparison, as_line, disagreement_tables
 from projected_grpo.prepare.sample_pool import sample_pool
-from projected_grpo.problems import is_eval, load_problems, take
+from projected_grpo.problems import Problem, is_eval, load_problems, read_jsonl, take
 from projected_grpo.rewards import open_grader
 from projected_grpo.run.checkpoint import load_adapter
 from projected_grpo.runlog import write_atomically, write_json
@@ -28,14 +32,34 @@ from projected_grpo.verbs.grade import with_modes
 def pool_build_verb(options: PoolBuildOptions) -> int:
     """Bake and grade a teacher pool."""
     if options.out.exists() and any(options.out.iterdir()):
-        raise UserError(f"--out {options.out}: not empty; old prompts would stay in the pool")
+        raise UserError(
+            f"--out {options.out}: not empty; old prompts would stay in the pool, so name another"
+        )
     problems = with_modes(options.problems)[: options.problems.n_problems]
     with ExitStack() as stack:
         counts = bake(
             problems, open_grader(options.grader.workers, stack, options.grader.sandbox), options.out
         )
     print(f"{options.out}: {len(problems)} prompts, " + ", ".join(f"{k} {n}" for k, n in counts.items()))
+    for line in refused(options.out, problems):
+        logger.warning("{}", line)
     return 0
+
+
+def refused(pool: Path, problems: Sequence[Problem]) -> list[str]:
+    """A line per problem of a built pool whose solution is not right, or whose hacks are not paid."""
+    lines = []
+    for problem in problems:
+        rows = [row for _, row in read_jsonl(prompt_path(pool, problem))]
+        if not any(row["gt_pass"] for row in rows):
+            why = next((row["error"] for row in rows if row["error"]), "wrong answers")
+            lines.append(f"problem {problem.problem_id}: its asserts refuse its own solution ({why})")
+        if problem.env_mode != "gt_only" and not any(row["hacked"] for row in rows):
+            mode = problem.env_mode
+            lines.append(
+                f"problem {problem.problem_id}: no template hack of {mode} is paid without being right"
+            )
+    return lines
 
 
 def pool_sample_verb(options: PoolSampleOptions) -> int:

@@ -12,7 +12,7 @@ from loguru import logger
 
 from projected_grpo.arm_settings import Route2Settings, Signal
 from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, heldout_json
-from projected_grpo.config import TrainConfig
+from projected_grpo.config import ModelConfig, TrainConfig
 from projected_grpo.engine.chat import Chat, open_chat
 from projected_grpo.errors import GATE_FAILED, SIGNALLED, OneKind, UserError
 from projected_grpo.extract_vhack_grad import obtain, pair_grads, select, verify_vhack_heldout
@@ -27,7 +27,7 @@ from projected_grpo.options.verbs import (
 from projected_grpo.pairs import PairSet, chosen_pairs
 from projected_grpo.results.pictures import HELD_OUT
 from projected_grpo.results.plots import heldout_histogram
-from projected_grpo.runlog import read_json, write_json
+from projected_grpo.runlog import command_line, read_json, write_json
 from projected_grpo.score.directions import of_pairs
 from projected_grpo.score.graded import Completion
 from projected_grpo.score.measure import ADVMOD, NOT_MEASURED
@@ -40,10 +40,24 @@ from projected_grpo.verbs.score import completions_of
 SCORE = ".score.json"
 
 
+def chat_of(options: ExtractOptions, verb: str) -> Chat:
+    """The model asked for. Raises UserError, with one to try where the default is meant and is not here."""
+    try:
+        return open_chat(options.model)
+    except UserError as error:
+        if options.model.model != ModelConfig.model:
+            raise
+        tried = command_line(verb, "--model=nano", "--vhack-pairs-path=nano-sampled")
+        raise UserError(
+            f"{verb} is of {ModelConfig.model} unless --model names another, and that one is not here: `just "
+            f"download-model` fetches it. To try {verb} on the packaged model: {tried}"
+        ) from error
+
+
 def extract_verb(options: ExtractOptions) -> int:
     """Extract the hack basis (or check the one that is there) and say what is in it."""
     pairs = chosen_pairs(options.basis)
-    chat = open_chat(options.model)
+    chat = chat_of(options, "extract")
     extraction, path = obtain(chat, pairs, options.basis, options.loss, options.model.model, options.out_dir)
     basis = select(extraction.axes, options.basis.v_hack_k, options.basis.v_hack_drop_bottom_frac)
     axes = sum(len(V) for V in basis.V.values())
@@ -65,7 +79,7 @@ def verify_verb(options: VerifyOptions) -> int:
         raise UserError("completions are for gate B2: --score=gradient or --score=activation asks it")
     asks_b2 = options.score != "none"
     completions = completions_of(options.on, model, options.grader) if asks_b2 else None
-    chat = open_chat(options.model)
+    chat = chat_of(options, "verify")
     extraction, path = obtain(chat, pairs, options.basis, loss, model, options.out_dir)
     basis = select(extraction.axes, options.basis.v_hack_k, options.basis.v_hack_drop_bottom_frac)
     grads = pair_grads(chat, pairs.split()[1], loss, length_norm=options.basis.v_hack_length_norm)
@@ -217,5 +231,5 @@ def probe_verb(options: ProbeOptions) -> int:
         return GATE_FAILED
     if not train_stage(arm, launch) or not check("D", [*baseline.folders(), *arm.folders()]):
         return GATE_FAILED
-    print(f"probe passed; `projected-grpo results {home / 'runs'}` has its table")
+    print(f"probe passed; its tables: {command_line('results', home / 'runs')}")
     return 0

@@ -78,7 +78,10 @@ def sweep_verb(options: SweepOptions) -> int:
     work = to_make(spec, runs, jobs)
     if options.dry_run and work.jobs:
         lines = engine_module(spec.engine).plan(work)
-        print("\n".join([f"# {len(work.jobs)} of {len(jobs)} runs to make", *lines]))
+        head = (
+            f"# {len(work.jobs)} of {len(jobs)} runs to make. Nothing was started; without --dry-run it is."
+        )
+        print("\n".join([head, *lines]))
         return 0
     results = make_all(spec.engine, work)
     print(status_table(states(jobs)))
