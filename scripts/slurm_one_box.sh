@@ -85,6 +85,8 @@ wait_for() { # until the command holds, for ten minutes
     echo "waited in vain for: $*" >&2
     exit 1
 }
+pid_of() { sed -n 's/.*"pid": \([0-9]*\).*/\1/p' "$jobs/$1.jsonl" | tail -1; } # of its newest attempt
+requeued() { grep -qsh Requeued out/sweeps/four/slurm/*.out; }
 saved() { compgen -G "out/sweeps/four/runs/*_$1/state/*.safetensors" >/dev/null; }
 drained() { [ -z "$(squeue -h -o %i)" ]; }
 
@@ -95,11 +97,15 @@ preempted=${ids[0]} killed=${ids[1]}
 squeue
 array=$(squeue -h -o %F | head -1)
 wait_for saved "$preempted"
+wait_for saved "$killed" # both run before either is stopped
+victim=$(pid_of "$killed")
 echo "preempting $preempted"
-scancel --signal=USR2 "${array}_0" || true # what Slurm sends before it takes a job's node away
-wait_for saved "$killed"
+# What Slurm sends before it takes a job's node away. Once: scancel itself tries again five seconds later, and for
+# a minute and a half, where it finds that the job has queued itself again; by then the other runs have ended.
+timeout 4 scancel --signal=USR2 "${array}_0" || true
 echo "killing the process of $killed"
-kill -KILL "$(sed -n 's/.*"pid": \([0-9]*\).*/\1/p' "$jobs/$killed.jsonl" | head -1)"
+kill -KILL "$victim" || { echo "the run to be killed had ended" >&2; exit 1; }
+wait_for requeued
 wait_for drained
 "${verb[@]}" sweep status four.toml
 "${verb[@]}" sweep four.toml # goes on with the killed run alone

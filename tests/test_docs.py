@@ -74,6 +74,7 @@ NOT_RUN = {
 OTHERS = {
     "git": "network, or another checkout",
     "cd": "the test is there already",
+    "source": "the shell's own",
     "python -m venv": "this test runs in such an environment",
     "python -m pytest": "the tests themselves",
     "python -m ruff": "runs with the tests",

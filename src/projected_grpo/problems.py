@@ -166,8 +166,8 @@ def from_parts(row: Mapping[str, Any], setup: str) -> tuple[Problem, str]:
 def _from_file(path: Path) -> Iterator[tuple[Problem, str]]:
     if not path.exists() and str(path) == BENCHMARK_FILE:
         raise UserError(
-            f"{path}: no benchmark here; clone ariahw/rl-rewardhacking to external/rl-rewardhacking, "
-            "or name a file (or `embedded`) with --problems"
+            f"{path}: no benchmark here; `git clone https://github.com/ariahw/rl-rewardhacking "
+            "external/rl-rewardhacking`, or name a file (or `embedded`) with --problems"
         )
     for number, row in read_jsonl(path):
         try:
