@@ -181,7 +181,7 @@ def note_first_hacks(run: Run, exp: Experiment, state: TrainState, rows: Sequenc
         if not state.mechanisms_seen:
             run.keep_adapter("first_hack.safetensors", exp, run.adapter_meta(state.step + 1), deployed=False)
         state.mechanisms_seen.add(mechanism)
-        logger.info("first {} hack by the student at step {} (see the log)", mechanism, state.step)
+        logger.info("first {} hack by the student at step {}; its text is in the log", mechanism, state.step)
         logger.debug("it should look like: {}\n{}", MODES[mechanism].looks_like, row["text"])
 
 

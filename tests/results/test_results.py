@@ -267,7 +267,7 @@ def test_one_seed_has_no_interval_and_says_why():
         (None, None, None)
     }
     assert "(n=1)" in render("markdown", paired(groups), [])
-    assert any("no interval against none: 1 shared seeds" in note for note in notes(groups))
+    assert any("no interval against none: 1 of 2 shared seeds" in note for note in notes(groups))
 
 
 def test_without_a_baseline_of_the_context_there_is_no_difference():

@@ -252,7 +252,7 @@ def test_a_step_that_kept_nothing_does_not_break_the_end_of_a_run():
         (
             "nano --vhack-pairs-path=nano-sampled --control=haar --gate-mode=no_gate --out-dir=my_out",
             [
-                "train nano --intervention=none --vhack-pairs-path=nano-sampled --out-dir=my_out",
+                "train nano --intervention=none --out-dir=my_out",
                 "results my_out/runs",
             ],
         ),

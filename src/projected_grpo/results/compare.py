@@ -238,7 +238,7 @@ def _pairing_notes(groups: Groups, setting: Setting, seeds: Mapping[int, EndedRu
         found.append(f"{setting.label}: {len(shared)} of {len(seeds)} seeds are also of {other.label}")
     if len(shared) < FEWEST:
         found.append(
-            f"{setting.label}: no interval against {other.label}: {len(shared)} shared seeds, under {FEWEST}"
+            f"{setting.label}: no interval against {other.label}: {len(shared)} of {FEWEST} shared seeds"
         )
     if (other.basis_options, other.own_options) != (setting.basis_options, setting.own_options):
         found.append(f"{setting.label} is compared with {other.label}: options of arm or basis differ")

@@ -31,6 +31,11 @@ LEGEND = (
     "seeds; differences that do not vary have no p and are no part of the family; bold where "
     f"Holm's p is at most {ALPHA}, * where only the interval excludes zero"
 )
+RATES_LEGEND = (
+    "a hack is paid without a right answer; pass and solve: the answer is right; _student: of the completions "
+    "of training (last5: of its last 5 steps); _train and _deploy: on held-out problems, as trained and as "
+    "deployed, which is without the quarantine"
+)
 FORMS = {"KL": ".2g", "|g|": ".2g"}
 LATEX = (("±", r"$\pm$"), ("Δ", r"$\Delta$"), ("|g|", r"$|g|$"))
 Row = tuple[Setting, str, str, str]
@@ -147,6 +152,8 @@ def render(kind: Format, estimates: Sequence[Estimate], notes: Sequence[str]) ->
     """All tables in one text. Markdown begins with the rates, if they are among the estimates."""
     if any(e.table == "paired" for e in estimates):
         notes = [f"{LEGEND}; as trained and deployed are families of their own", *notes]
+    if any(e.table == "rates" for e in estimates):
+        notes = [RATES_LEGEND, *notes]
     if kind == "csv":
         return as_csv([flat(e) for e in estimates])
     if kind == "json":

@@ -60,6 +60,7 @@ def end_block(
             *(f"{'ok' if ok else 'look':<5} {text}" for ok, text in checks(cfg, s, records)),
             "",
             f"files of this run: {folder}",
+            f"its log, with the first hack of each kind: {cfg.run.log_dir / folder.name}.log",
             *next_commands(cfg),
         ]
     )
@@ -229,14 +230,15 @@ def next_commands(cfg: TrainConfig) -> list[str]:
     if cfg.model.model == TINY_RANDOM:
         told = "next, a small model that learns to hack (two CPU cores, about three minutes):"
         return [told, "  " + command_line("train", "nano", "--intervention=none")]
-    other = {name: value for name, value in given(cfg).items() if name not in vars(cfg.arm)}
+    arm, basis = vars(cfg.arm), vars(cfg.basis)
+    other = {name: value for name, value in given(cfg).items() if name not in arm}
     if cfg.arm.intervention == "none":
         told = "the same with the hack direction taken out of every gradient"
         pairs = {"vhack_pairs_path": "nano-sampled"} if cfg.model.model == NANO else {}
         other = {"intervention": "erase", **pairs, **other}
     else:
         told = "unless you have it, the same without an intervention"
-        other = {"intervention": "none", **other}
+        other = {"intervention": "none"} | {n: value for n, value in other.items() if n not in basis}
     runs = [] if cfg.run.out_dir == Path("out") else [cfg.run.out_dir / "runs"]
     return [
         f"next, {told}; then both side by side:",

@@ -49,7 +49,9 @@ class Run:
         if self.live is not None:
             self.live.add(record)
         if self.table.rows == 0:
-            logger.info("columns, a row a step (steps.jsonl has more of them):\n{}", self.table.legend())
+            logger.info(
+                "columns, a row a step; - is not measured, and steps.jsonl has more:\n{}", self.table.legend()
+            )
         for line in self.table.lines(record):
             logger.info(line)
 

@@ -3,13 +3,13 @@
 from loguru import logger
 
 from projected_grpo.errors import UserError
-from projected_grpo.options.verbs import PlotOptions, ReportOptions, ResultsOptions
+from projected_grpo.options.verbs import RUNS, PlotOptions, ReportOptions, ResultsOptions
 from projected_grpo.results.compare import check_arm, headline, modes, notes, paired, rates
 from projected_grpo.results.pictures import draw
 from projected_grpo.results.report import report_page
 from projected_grpo.results.runs import BASELINE, Groups, finished, grouped, read_runs
 from projected_grpo.results.tables import Format, Table, render, render_tables
-from projected_grpo.runlog import write_atomically
+from projected_grpo.runlog import command_line, write_atomically
 from projected_grpo.study.hypotheses import verdicts
 
 
@@ -24,6 +24,13 @@ def results_verb(options: ResultsOptions) -> int:
     text = falsify_text(groups, options.format) if options.falsify else tables_text(groups, options)
     if options.out is None:
         print(text)
+        if options.format == "markdown" and all(run.path.is_dir() for run in runs):
+            places = [] if options.runs == RUNS else options.runs
+            pictures = command_line("plot", "--out=pictures", *places)
+            page = command_line("report", *options.runs)
+            logger.info(
+                "\npictures:\n  {}\na page with every completion and its grade:\n  {}", pictures, page
+            )
     else:
         write_atomically(options.out, (text + "\n").encode())
         logger.info("{}", options.out)
@@ -70,7 +77,7 @@ def report_verb(options: ReportOptions) -> int:
     if options.max_rollouts < 1:
         raise UserError(f"--max-rollouts must be at least 1, got {options.max_rollouts}")
     if not options.runs:
-        raise UserError("report needs a run: projected-grpo report out/runs/RUN ...")
+        raise UserError(f"report needs folders of runs, as in: {command_line('report', *RUNS)}")
     write_atomically(options.out, report_page(read_runs(options.runs), options.max_rollouts).encode())
-    print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB")
+    print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB, for a browser; it needs no network")
     return 0

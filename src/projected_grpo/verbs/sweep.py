@@ -78,9 +78,7 @@ def sweep_verb(options: SweepOptions) -> int:
     work = to_make(spec, runs, jobs)
     if options.dry_run and work.jobs:
         lines = engine_module(spec.engine).plan(work)
-        head = (
-            f"# {len(work.jobs)} of {len(jobs)} runs to make. Nothing was started; without --dry-run it is."
-        )
+        head = f"# {len(work.jobs)} of {len(jobs)} runs to make; --dry-run starts none"
         print("\n".join([head, *lines]))
         return 0
     results = make_all(spec.engine, work)
