@@ -32,7 +32,7 @@ LEGEND = (
     f"Holm's p is at most {ALPHA}, * where only the interval excludes zero"
 )
 RATES_LEGEND = (
-    "a hack is paid without a right answer; pass and solve: the answer is right; _student: of the completions "
+    "a hack is paid without a right answer; pass, solve: the answer is right; _student: of the completions "
     "of training (last5: of its last 5 steps); _train and _deploy: on held-out problems, as trained and as "
     "deployed, which is without the quarantine"
 )
