@@ -69,6 +69,7 @@ def test_none_is_typed_in_one_way(word):
         ("--half-a CE", "--half-a 'CE' is not one of: C, D, E"),
         ("--env-mode run_tests sentinel", "'sentinel' belongs to no option; a list is one word with commas"),
         ("--step=3", "did you mean --steps?"),
+        ("-steps=3", "two dashes, as in --steps"),
     ],
 )
 def test_a_slip_is_told_in_one_line(typed, said, capsys):

@@ -162,9 +162,7 @@ def main(argv: Sequence[str] | None = None, loaded: Callable[[], None] = lambda:
 def console() -> int:
     """`projected-grpo VERB ...` as a process of its own."""
     try:
-        code = main(
-            loaded=gc.freeze
-        )  # collections, and the end of the process, need not walk what was imported
+        code = main(loaded=gc.freeze)  # neither collections nor the end need to walk what was imported
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # as under `| head`; what is left unsaid must not be tried again at the end

@@ -147,6 +147,8 @@ def as_typed(argv: Sequence[str], options: type, command: str) -> list[str]:
         option, equals, value = word.partition("=")
         name = option.removeprefix("--").replace("_", "-")
         if not word.startswith("--"):
+            if option.lstrip("-").replace("_", "-") in kinds and option.startswith("-"):
+                raise UserError(f"{option}: an option begins with two dashes, as in -{option}")
             if len(alone) == len(places) and not any(map(is_list, places)):
                 raise UserError(f"{word!r} belongs to no option; a list is one word with commas, as in a,b")
             alone.append(word)

@@ -15,11 +15,8 @@ from projected_grpo.run.identity import arm_name, given
 from projected_grpo.runlog import command_line
 
 RANDOM_MODEL = "random model: rates mean nothing. This run shows that every part works."
-OF_THE_DIRECTION = (
-    "none",
-    "random_routing",
-    "shrink",
-)  # controls under which the direction is the pairs' own
+# Controls under which the direction is the pairs' own.
+OF_THE_DIRECTION = ("none", "random_routing", "shrink")
 MUCH_HACKING = 0.25  # of the rollouts of an arm that pays exploits less
 Check = tuple[bool, str]
 """Whether it is as it should be, and what was found."""
@@ -204,7 +201,7 @@ def checks_of_rewards(
         found = (
             f"hack rate {within:.3f} with the inoculation prompt (training), {without:.3f} without (held-out)"
         )
-        ok = within > without
+        ok = within > without or not within + without
         return [(ok, found + ("" if ok else ": what was learnt does not depend on the prompt"))]
     if arm.reward is as_paid:
         return []
