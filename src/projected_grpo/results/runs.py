@@ -14,7 +14,7 @@ from projected_grpo.config import TrainConfig, from_json
 from projected_grpo.errors import UserError
 from projected_grpo.results.files import check_record, read_ended
 from projected_grpo.run.identity import OWN_GROUPS, arm_name, tags
-from projected_grpo.runlog import read_json
+from projected_grpo.runlog import command_line, read_json
 
 SHOWN = ("model", "problems", "env_mode", "steps")  # in columns of their own
 BASELINE = "none"  # the arm without an intervention, which others are compared with
@@ -147,7 +147,8 @@ def read_runs(paths: Iterable[Path]) -> list[EndedRun]:
     if skipped:
         logger.warning("{} unfinished runs left out", skipped)
     if not found:
-        raise UserError(f"no finished run in {', '.join(map(str, paths))}; train one first (`just smoke`)")
+        where = ", ".join(map(str, paths))
+        raise UserError(f"no finished run in {where}; train one first: {command_line('train', 'smoke')}")
     return sorted(found, key=lambda run: run.name)
 
 
@@ -177,7 +178,7 @@ def finished(runs: Sequence[EndedRun]) -> list[EndedRun]:
     if early:
         logger.warning("{} unfinished runs left out, ended early: {}", len(early), ", ".join(early))
     if not kept:
-        raise UserError(f"no finished run: {', '.join(early)} ended early; train one first (`just smoke`)")
+        raise UserError(f"no finished run: {', '.join(early)} ended early")
     return kept
 
 
