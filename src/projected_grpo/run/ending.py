@@ -23,6 +23,7 @@ Check = tuple[bool, str]
 
 
 def rate(count: int, n: int) -> float | None:
+    """A share; None of nothing."""
     return count / n if n else None
 
 
