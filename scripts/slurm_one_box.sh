@@ -61,7 +61,7 @@ name = "four"
 preset = "nano"
 engine = "slurm"
 [options]
-steps = 40
+steps = 24
 final-n-prompts = 8
 workers = 1
 save-every = 1
