@@ -182,4 +182,4 @@ def test_refusals(run, tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "none")]) == 2
     assert "no finished run" in capsys.readouterr().err
     assert cli.main(["report"]) == 2
-    assert "report needs a run" in capsys.readouterr().err
+    assert "report needs folders of runs" in capsys.readouterr().err
