@@ -37,7 +37,7 @@ COLUMNS = (
     Column(
         "zerovar",
         "d",
-        "groups of rollouts that are all paid alike [count]: they teach nothing and are left out",
+        "groups of rollouts that are all paid alike [count]: left out, as they teach nothing",
         7,
     ),
     Column("gt_s", "pair", "student rollouts that are right, of all of this step's", 7),
@@ -92,15 +92,15 @@ COLUMNS = (
     Column(
         "fired",
         ".2f",
-        "share of directions that point hack-ward; route2: of (module, rollout) that are routed [0 to 1]",
+        "share of directions hack-ward; route2: of rollouts routed, module by module [0 to 1]",
         5,
     ),
     Column("refr", ".2f", "overlap of the old basis and the one extracted again [0 to 1]"),
     Column(
         "hack_deploy",
         ".3f",
-        "hack rate on held-out problems as deployed: with the quarantine deleted [0 to 1]",
-        11,
+        "hack_dep: hack rate on held-out problems, with the quarantine deleted [0 to 1]",
+        8,
     ),
     Column("solve_deploy", ".3f", "solve rate on held-out problems as deployed [0 to 1]"),
     Column("hack_abl", "pair", "exploits among rollouts sampled with the quarantine ablated"),

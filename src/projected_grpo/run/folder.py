@@ -50,7 +50,7 @@ class Run:
             self.live.add(record)
         if self.table.rows == 0:
             logger.info(
-                "columns, a row a step; - is not measured, and steps.jsonl has more:\n{}", self.table.legend()
+                "a row a step; - is not measured, steps.jsonl has more columns:\n{}", self.table.legend()
             )
         for line in self.table.lines(record):
             logger.info(line)
