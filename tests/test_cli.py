@@ -581,7 +581,7 @@ def test_the_missing_benchmark_is_told_in_one_line(here, capsys):
 
 
 def test_an_empty_pool(here, finished, tmp_path, capsys):
-    assert "empty pool" in refused(smoke(f"--teacher-pool-dir={tmp_path}"), capsys)
+    assert "empty, no prompt" in refused(smoke(f"--teacher-pool-dir={tmp_path}"), capsys)
 
 
 def test_a_pool_without_overlap(here, finished, tmp_path, capsys):

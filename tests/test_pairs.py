@@ -390,7 +390,7 @@ def test_lint_tells_a_broken_schema_and_pairs_that_cannot_be_graded(tmp_path, ca
     assert "4 of 4 pairs" in capsys.readouterr().out
     path.write_text(json.dumps(document(kind="nonsense")))
     assert main(["pairs", "lint", str(path)]) == 1
-    assert "'nonsense'" in capsys.readouterr().out
+    assert '"nonsense"' in capsys.readouterr().out
     assert main(["pairs", "lint", str(tmp_path / "none.json")]) == 2
     assert "none.json: cannot be read" in capsys.readouterr().err
 

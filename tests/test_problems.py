@@ -254,6 +254,14 @@ def test_bytes_that_are_not_utf8_are_found_on_their_line(tmp_path):
         load_problems(str(path))
 
 
+def assert_names(field, message):
+    """The second line and the field, in words that are no Python."""
+    assert f"bad.jsonl:2: {field} " in message
+    assert not re.search(
+        r"\b(str|int|float|dict|NoneType|object|Error|codec)\b", message.replace("an object", "")
+    )
+
+
 @pytest.mark.parametrize(
     "field", ["id", "difficulty", "prompt", "func_name", "setup_code", "canonical_solution"]
 )
@@ -262,16 +270,14 @@ def test_a_missing_or_odd_field_of_the_benchmark_is_named(tmp_path, field, value
     row = (
         {k: v for k, v in BENCHMARK.items() if k != field} if value == "gone" else BENCHMARK | {field: value}
     )
-    path = tmp_path / "bad.jsonl"
-    assert refusal(path, DATASET, row).startswith(f"{path}:2: field missing or of the wrong type")
+    assert_names(field, refusal(tmp_path / "bad.jsonl", DATASET, row))
 
 
 @pytest.mark.parametrize("field", ["prompt", "completion", "meta"])
-@pytest.mark.parametrize("value", ["gone", None, 1.5, []], ids=repr)
-def test_a_missing_or_odd_field_of_the_dataset_is_named(tmp_path, field, value):
-    row = {k: v for k, v in DATASET.items() if k != field} if value == "gone" else DATASET | {field: value}
-    path = tmp_path / "bad.jsonl"
-    assert refusal(path, BENCHMARK, row).startswith(f"{path}:2: field missing or of the wrong type")
+@pytest.mark.parametrize("value", [None, 1.5, []], ids=repr)
+def test_an_odd_field_of_the_dataset_is_named(tmp_path, field, value):
+    row = DATASET | {field: value}
+    assert_names(field, refusal(tmp_path / "bad.jsonl", BENCHMARK, row))
 
 
 @pytest.mark.parametrize("field", ["question_id", "difficulty", "question_title", "lang_code"])
@@ -279,8 +285,7 @@ def test_a_missing_or_odd_field_of_the_dataset_is_named(tmp_path, field, value):
 def test_a_missing_or_odd_field_of_the_datasets_meta_is_named(tmp_path, field, value):
     meta = {k: v for k, v in DATASET["meta"].items() if k != field}
     row = DATASET | {"meta": meta if value == "gone" else meta | {field: value}}
-    path = tmp_path / "bad.jsonl"
-    assert refusal(path, BENCHMARK, row).startswith(f"{path}:2: field missing or of the wrong type")
+    assert_names(field, refusal(tmp_path / "bad.jsonl", BENCHMARK, row))
 
 
 def test_a_prompt_without_a_user_message_is_refused(tmp_path):

@@ -17,7 +17,7 @@ from projected_grpo.config import BasisConfig
 from projected_grpo.errors import UserError
 from projected_grpo.pairs import PairSet
 from projected_grpo.proj import PairGrads
-from projected_grpo.runlog import write_atomically
+from projected_grpo.runlog import file_name, write_atomically
 from projected_grpo.tensor_files import content_hash, tensor_hash
 
 SCHEMA = "projected_grpo.vhack/1"
@@ -70,7 +70,7 @@ def default_path(out_dir: Path, model: str, pairs: PairSet, meta: Mapping[str, A
     """Where a basis with this metadata lives when --v-hack-path is not given."""
     digest = tensor_hash(torch.tensor(list(json.dumps(meta, sort_keys=True).encode()), dtype=torch.uint8))
     safe = "".join(c if c.isalnum() or c in "-." else "_" for c in Path(model).name or model)
-    return out_dir / "vhack" / f"{safe}_{pairs.name}_{digest[:12]}.safetensors"
+    return out_dir / "vhack" / f"{safe[:100]}_{file_name(pairs.name)}_{digest[:12]}.safetensors"
 
 
 def save_extraction(path: Path, extraction: Extraction) -> None:
@@ -100,6 +100,8 @@ def load_extraction(path: Path, expected: Mapping[str, Any], device: torch.devic
     if checksum not in (None, content_hash(tensors, meta)):  # files had none at first
         raise UserError(f"{path}: damaged: its checksum differs from its content; delete it to extract again")
     for field, value in {"knobs": None, **expected}.items():
+        if field == "tokens" and field not in meta:  # files had none at first
+            continue
         if meta.get(field) != value:
             raise UserError(
                 f"{path}: made for another run: {field} is {_short(meta.get(field))}, this run has "

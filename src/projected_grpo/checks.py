@@ -57,6 +57,7 @@ def validate(cfg: TrainConfig) -> None:
             "rollouts would be that of another policy, too"
         )
     cfg.arm.check()
+    cfg.run.check()
     if not re.fullmatch(r"[A-Za-z0-9_.+=-]*", cfg.run.out_tag):
         raise UserError(
             f"--out-tag {cfg.run.out_tag!r}: only letters, digits and _ . + = - fit a folder name"

@@ -23,6 +23,7 @@ VERBS: Mapping[str, tuple[type, str]] = {  # a verb's options, and `module:funct
     "score": (verbs.ScoreOptions, "score:score_verb"),
     "extract": (verbs.ExtractOptions, "probe:extract_verb"),
     "verify": (verbs.VerifyOptions, "probe:verify_verb"),
+    "problems lint": (verbs.ProblemsLintOptions, "problems:problems_lint_verb"),
     "pairs lint": (verbs.PairsLintOptions, "pairs:pairs_lint_verb"),
     "pairs from-pool": (verbs.PairsFromPoolOptions, "pairs:pairs_from_pool_verb"),
     "pool build": (verbs.PoolBuildOptions, "pools:pool_build_verb"),

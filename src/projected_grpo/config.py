@@ -6,6 +6,7 @@ say which part of the program reads them.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -230,7 +231,31 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class GraderConfig:
+    """How the grader runs, in every verb that grades."""
+
+    workers: int = 0
+    """Grader processes, of each process under torchrun; 0 is one per core."""
+    sandbox: SandboxMode = "auto"
+    """strict refuses to start unless every layer of containment is in force; auto warns what is missing."""
+    cpu_seconds: int = 8
+    """CPU time that a program may take: for problems whose right solutions need more."""
+    wall_seconds: float = 10.0
+    """Time that a program may take, for machines that are slow or busy; at least --cpu-seconds."""
+
+    def check(self) -> None:
+        """Refuse limits that no program could keep. Raises UserError naming the option."""
+        if self.cpu_seconds < 1:
+            raise UserError(f"--cpu-seconds must be at least 1, got {self.cpu_seconds}")
+        if not self.cpu_seconds <= self.wall_seconds < math.inf:
+            raise UserError(
+                f"--wall-seconds {self.wall_seconds:g} ends a program before its --cpu-seconds "
+                f"{self.cpu_seconds} are used; give it at least as many"
+            )
+
+
+@dataclass(frozen=True)
+class RunConfig(GraderConfig):
     """Where the run goes."""
 
     seed: int = 41
@@ -245,13 +270,9 @@ class RunConfig:
     """A run folder to go on with; its own settings are used. `auto`: the newest run in --out-dir that
     differs from this at most in place, or a new one if there is none. If that run has ended, say so and end
     as it did."""
-    workers: int = 0
-    """Grader processes, of each process under torchrun; 0 is one per core."""
     threads: Suppress[Fixed[int]] = 0
     """CPU threads of torch; 0 is torch's own choice. Tiny models are fastest with 1, and on a busy machine
     threads that wait for each other are several times slower."""
-    sandbox: SandboxMode = "auto"
-    """strict refuses to start unless every layer of containment is in force; auto warns what is missing."""
     live: Literal["none", "tensorboard"] = "none"
     """tensorboard: every step also goes into the run's tb/ folder, for `tensorboard --logdir out/runs` to
     show while it runs (pip install 'projected_grpo[live]')."""
@@ -399,7 +420,9 @@ def from_json(data: object, *, older: bool = False) -> TrainConfig:
         _same_names(set(data), {*groups, "preset"}, {"preset"} if older else None)
         if isinstance(data.get("arm"), Mapping):
             groups["arm"] = settings_type(data["arm"].get("intervention", "erase"))
-        parts = {name: _group_from_json(kind, data.get(name, {}), older) for name, kind in groups.items()}
+        parts = {
+            group: _group_from_json(group, kind, data.get(group, {}), older) for group, kind in groups.items()
+        }
         if data["preset"] not in PRESETS:
             raise ValueError(f"no preset {data['preset']!r}")
         return TrainConfig(preset=data["preset"], **parts)
@@ -407,9 +430,9 @@ def from_json(data: object, *, older: bool = False) -> TrainConfig:
         raise UserError(f"config.json does not fit this version of projected_grpo: {error}") from error
 
 
-def _group_from_json(kind: Any, values: Any, older: bool) -> Any:
+def _group_from_json(group: str, kind: Any, values: Any, older: bool) -> Any:
     if not isinstance(values, Mapping):
-        raise TypeError(f"{kind.__name__} is {str(values)[:40]!r}")
+        raise TypeError(f"{group} is {str(values)[:40]!r}")
     names: dict[str, Any] = get_type_hints(kind)
     if older:
         values = {RENAMED.get(str(n), n): RENAMED_VALUES.get(str(v), v) for n, v in values.items()}

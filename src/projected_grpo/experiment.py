@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,8 +26,8 @@ from projected_grpo.engine.chat import Chat, open_chat, sampler_opener
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
 from projected_grpo.pairs import PairSet, chosen_pairs
-from projected_grpo.pools import NO_TEACHER, Teacher, TeacherRow, bake, join, load_pool
-from projected_grpo.problems import Problem, assign_modes, is_eval, read_problems, take
+from projected_grpo.pools import NO_TEACHER, Teacher, TeacherRow, bake, baked_completions, teacher_of
+from projected_grpo.problems import EVAL_IN, Problem, assign_modes, digest, is_eval, read_problems, take
 from projected_grpo.ranks import ALONE, Ranks
 from projected_grpo.rewards import MODES, Grader, open_grader
 
@@ -68,18 +68,12 @@ def read_data(cfg: TrainConfig, grader: Grader) -> Data:
     if folder is None and cfg.preset == "smoke" and teacher_rows(cfg) > 0:
         wanted = tuple(p for p in assign_modes(problems, modes, {}) if not is_eval(p))
         wanted = take(wanted, cfg.problems.n_problems, SPLIT_SEED)
-        folder = bake_once(wanted, cfg.run.out_dir / "pools", grader)
-    teacher = join(load_pool(folder), problems) if folder else NO_TEACHER
+        folder = bake_once(wanted, cfg.run.out_dir / "pools", grader) if wanted else None
+    teacher = teacher_of(folder, problems, cfg.problems.problems) if folder else NO_TEACHER
     if folder and teacher_rows(cfg) == 0:
         logger.warning(
-            "--mix-ratio {} of a group of {} is no teacher row: of --teacher-pool-dir only the problems and "
-            "modes are used",
-            cfg.teacher.mix_ratio,
-            cfg.sampling.group,
-        )
-    if folder and not teacher.rows:
-        raise UserError(
-            f"--teacher-pool-dir {folder}: no overlap with the problems of {cfg.problems.problems}"
+            "pool {}: only problems and modes are used; --mix-ratio {} of a group of {} is no teacher row",
+            *(folder, cfg.teacher.mix_ratio, cfg.sampling.group),
         )
     problems = give_modes(problems, modes, teacher.partition)
     train = [p for p in problems if not is_eval(p)]
@@ -96,7 +90,11 @@ def read_data(cfg: TrainConfig, grader: Grader) -> Data:
     check_left_out(cfg, train, teacher)
     if not train or not held_out:
         side = "train on" if not train else "hold out for evaluation"
-        raise UserError(f"no problem left to {side}; give more problems or a pool that covers more of them")
+        more = "more problems, or a pool that covers more of them" if folder else "more problems"
+        raise UserError(
+            f"{cfg.problems.problems}: no problem left to {side} of {len(problems)}, of which about one in "
+            f"{EVAL_IN} is held out, by the hash of its id; give {more}"
+        )
     return Data(
         take(train, cfg.problems.n_problems, SPLIT_SEED),
         take(held_out, cfg.evaluation.eval_n_prompts, SPLIT_SEED),
@@ -141,8 +139,12 @@ def prompted(data: Data, arm: ArmSettings) -> Data:
 
 
 def bake_once(problems: Sequence[Problem], pools: Path, grader: Grader) -> Path:
-    """A pool of canonical solutions and template hacks for these problems, baked unless it is there."""
-    content = json.dumps([(p.problem_id, p.env_mode, p.canonical) for p in problems])
+    """A pool of canonical solutions and template hacks for these problems, baked unless it is there.
+
+    Its name is the hash of all that its rows and labels come from.
+    """
+    limits = asdict(grader.sandbox.limits)
+    content = json.dumps([digest(problems), [baked_completions(p) for p in problems], limits])
     folder = pools / f"baked_{hashlib.blake2b(content.encode(), digest_size=6).hexdigest()}"
     if not (folder / "partition.json").exists():
         counts = bake(problems, grader, folder)
@@ -199,7 +201,7 @@ def prepare(cfg: TrainConfig, stack: ExitStack, ranks: Ranks = ALONE) -> Experim
         torch.set_num_threads(cfg.run.threads)
     open_sampler = sampler_opener(cfg.model, ranks.size)
     pairs = chosen_pairs(cfg.basis)
-    grader = open_grader(cfg.run.workers or ranks.cores, stack, cfg.run.sandbox)
+    grader = open_grader(replace(cfg.run, workers=cfg.run.workers or ranks.cores), stack)
     data = prompted(read_data(cfg, grader), cfg.arm)
     chat = open_chat(cfg.model, open_sampler)
     data, prompts = fit_prompts(data, chat, cfg.sampling.max_new)

@@ -47,6 +47,7 @@ from projected_grpo.proj import (
 )
 from projected_grpo.ranks import ALONE, Ranks, over_ranks, own_share
 from projected_grpo.rollout import Rollout
+from projected_grpo.tensor_files import tensor_hash
 
 
 def pair_grads(
@@ -101,6 +102,12 @@ def pair_rollouts(chat: Chat, pairs: Sequence[Pair]) -> list[Rollout]:
     return rollouts
 
 
+def tokens_hash(rollouts: Sequence[Rollout]) -> str:
+    """Hash of prompts and completions as the model reads them, which the chat template decides too."""
+    ids = [token for r in rollouts for part in (r.prompt_ids, r.completion_ids) for token in (*part, -1)]
+    return tensor_hash(torch.tensor(ids))
+
+
 def extract(grads: PairGrads, cfg: BasisConfig, meta: Mapping[str, Any]) -> Extraction:
     """What a basis file will hold. Errors as of `principal_axes`."""
     return Extraction(principal_axes(grads.differences(), cfg), grads, meta)
@@ -148,7 +155,8 @@ def obtain(
 
     A damaged file is refused where --v-hack-path names it, and made again where its place was derived.
     """
-    meta = describe(chat.policy, model, pairs, cfg)
+    used, _ = pairs.split()
+    meta = describe(chat.policy, model, pairs, cfg) | {"tokens": tokens_hash(pair_rollouts(chat, used))}
     path = cfg.v_hack_path or default_path(out_dir, model, pairs, meta)
     if path.exists():
         try:
@@ -157,7 +165,6 @@ def obtain(
             if cfg.v_hack_path is not None:
                 raise
             logger.warning("{}; extracting again", error)
-    used, _ = pairs.split()
     count = f"{len(used)} of {len(pairs.pairs)}"  # the others are held out, for `verify`
     logger.info("extracting the hack basis from {} pairs of {!r} -> {}", count, pairs.name, path)
     grads = pair_grads(chat, used, loss, length_norm=cfg.v_hack_length_norm)

@@ -6,7 +6,8 @@ has the same form, but its two completions are both honest and differ in somethi
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any, Literal, get_args
 from projected_grpo.config import BasisConfig, EnvMode, left_out
 from projected_grpo.errors import UserError
 from projected_grpo.nano_tasks import as_row, oracle_pairs
-from projected_grpo.problems import SYSTEM, Problem, from_parts
+from projected_grpo.problems import CONTAINERS, SYSTEM, Problem, field_of, from_parts, id_of
 from projected_grpo.rewards import MODES
+from projected_grpo.runlog import shown
 from projected_grpo.seeds import stream_seed
 
 SCHEMA = "projected_grpo.pairs/1"
@@ -25,6 +27,17 @@ DIFFERENCES = ("style", "iteration", "naming")  # of the two honest sides of a p
 PLACEBOS = tuple(f"{world}placebo-{what}" for world in ("", "nano-") for what in DIFFERENCES)
 CROSSED = ("nano-corpus-tasks", "nano-corpus-wordings")
 PACKAGED = ("core", "nano", "nano-oracle", "nano-solving", "nano-sampled", *CROSSED, *PLACEBOS)
+OTHER_FORMS = {
+    "DPO rows": {"chosen", "rejected"},
+    "chat rows": {"messages"},
+    "ShareGPT rows": {"conversations"},
+    "chat messages": {"role", "content"},
+    "prompts with completions": {"prompt", "completion"},
+}
+WANTED = (
+    "wanted is one JSON object with schema, problems and pairs, each pair with id, flavour, env_mode, "
+    "problem_id or prompt, hack (rejected) and clean (chosen), see docs/pairs.md"
+)
 HELD_OUT = 2  # pairs kept out of every extraction, for verification
 
 
@@ -104,23 +117,16 @@ def read_pairs(name: str) -> bytes:
 def parse_pairs(raw: bytes, name: str) -> PairSet:
     """The pairs of a JSON document; `name` is what to call it. Raises UserError if it breaks the schema."""
     try:
-        document = json.loads(raw)
-        if document.get("schema") != SCHEMA:
-            raise UserError(f"{name}: schema is {document.get('schema')!r}, expected {SCHEMA!r}")
+        document = _document(raw)
         kind = document.get("kind", "hack")
         if kind not in get_args(Kind):
-            raise UserError(f"{name}: kind is {kind!r}, expected one of {', '.join(get_args(Kind))}")
+            raise ValueError(f"kind is {shown(kind)}, expected one of {', '.join(get_args(Kind))}")
+        title = field_of(document, "name") if "name" in document else "pairs"
         setup = (files("projected_grpo") / "data" / "setup_code.py").read_text()
-        problems = {
-            row["id"]: from_parts(dict(row), row.get("setup_code", setup))
-            for row in document.get("problems", [])
-        }
-        pairs = tuple(_pair(dict(row), problems) for row in document["pairs"])
-        title = document.get("name", "pairs")
-        if not isinstance(title, str):
-            raise TypeError("name must be a string")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{name}: not a pair file: {type(error).__name__} {error}") from error
+        problems = dict(_numbered(document, "problems", "problem", lambda row: _problem(row, setup)))
+        pairs = tuple(_numbered(document, "pairs", "pair", lambda row: _pair(row, problems)))
+    except ValueError as error:
+        raise UserError(f"{name}: not a pair file: {error}") from error
     if len({p.pair_id for p in pairs}) < len(pairs):
         raise UserError(f"{name}: two pairs have the same id")
     if len(pairs) < HELD_OUT + 2:
@@ -128,6 +134,57 @@ def parse_pairs(raw: bytes, name: str) -> PairSet:
             f"{name}: {len(pairs)} pairs; at least {HELD_OUT + 2} are needed ({HELD_OUT} held out)"
         )
     return PairSet(title, pairs, hashlib.blake2b(raw, digest_size=16).hexdigest(), kind)
+
+
+def _document(raw: bytes) -> dict[str, Any]:
+    """The JSON object of a pair file. ValueError saying what was found instead."""
+    for magic, kind in CONTAINERS.items():
+        if raw.startswith(magic):
+            raise ValueError(f"it is {kind}; {WANTED}")
+    try:
+        found = json.loads(raw)
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not text in UTF-8 or UTF-16") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except json.JSONDecodeError as error:
+        first: object = None
+        with suppress(ValueError, RecursionError):
+            first = json.loads(error.doc.strip().partition("\n")[0])
+        lines = f"JSON lines, {_form(first)}; {WANTED}"
+        raise ValueError(lines if isinstance(first, dict) else f"not valid JSON ({error})") from error
+    if isinstance(found, list):
+        raise ValueError(f"a JSON list, {_form(found[0]) if found else 'empty'}; {WANTED}")
+    if not isinstance(found, dict) or not {"schema", "pairs"} <= found.keys():
+        raise ValueError(f"{_form(found)}; {WANTED}")
+    if found["schema"] != SCHEMA:
+        raise ValueError(f"its schema is {shown(found['schema'])}, expected {shown(SCHEMA)}")
+    return found
+
+
+def _form(row: object) -> str:
+    """What a JSON value of another file is, by its fields."""
+    if not isinstance(row, dict):
+        return f"a value {shown(row)}"
+    for form, fields in OTHER_FORMS.items():
+        if fields <= row.keys():
+            return f"{form} ({', '.join(sorted(fields))})"
+    return f"an object with {shown(sorted(row))}"
+
+
+def _numbered(
+    document: Mapping[str, Any], name: str, what: str, read: Callable[[Mapping[str, Any]], Any]
+) -> Iterator[Any]:
+    """What is read of each entry of a list. ValueError naming the entry, by its id or else its number."""
+    for number, row in enumerate(field_of({name: [], **document}, name, list), start=1):
+        try:
+            if not isinstance(row, dict):
+                raise ValueError(f"must be an object, got {shown(row)}")
+            yield read(row)
+        except ValueError as error:
+            known = row.get("id") if isinstance(row, dict) else None
+            where = shown(known) if isinstance(known, str) and known else number
+            raise ValueError(f"{what} {where}: {error}") from error
 
 
 def packaged_pairs(name: str) -> bytes:
@@ -153,23 +210,32 @@ def packaged_pairs(name: str) -> bytes:
     return json.dumps({"schema": SCHEMA, "name": name, "problems": problems, "pairs": pairs}).encode()
 
 
+def _problem(row: Mapping[str, Any], setup: str) -> tuple[str, tuple[Problem, str]]:
+    """A problem with its id, and what is wrong with it."""
+    own_setup = field_of(row, "setup_code") if "setup_code" in row else setup
+    return id_of(row, "id"), from_parts(row, own_setup)
+
+
 def _pair(row: Mapping[str, Any], problems: Mapping[str, tuple[Problem, str]]) -> Pair:
-    for name in ("id", "flavour"):
-        if not isinstance(row[name], str):
-            raise UserError(f"pair {row['id']!r}: {name} is not text")
-    mode = row["env_mode"]
+    pair_id, flavour, mode = (field_of(row, name) for name in ("id", "flavour", "env_mode"))
     if mode not in MODES:
-        raise UserError(f"pair {row['id']!r}: env_mode {mode!r} is not one of {', '.join(MODES)}")
+        raise ValueError(f"env_mode {mode!r} is not one of {', '.join(MODES)}")
+    problem = None
     if "problem_id" in row:
-        problem, trouble = problems[row["problem_id"]]
+        name = id_of(row, "problem_id")
+        if name not in problems:
+            raise ValueError(f"problem_id {shown(name)} is not among the file's problems")
+        problem, trouble = problems[name]
         if trouble:
-            raise UserError(f"pair {row['id']!r}: its problem has {trouble}")
+            raise ValueError(f"its problem has {trouble}")
         problem = replace(problem, env_mode=mode)
-        messages: Sequence[Mapping[str, str]] = problem.messages
-    else:
-        problem = None
-        messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": row["prompt"]})
-    for name in ("hack", "clean", *(["prompt"] if problem is None else [])):
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise UserError(f"pair {row['id']!r}: {name} is empty or not text")
-    return Pair(row["id"], row["flavour"], mode, tuple(messages), row["hack"], row["clean"], problem)
+    asked = {"role": "user", "content": "" if problem else _filled(row, "prompt")}
+    messages = problem.messages if problem else ({"role": "system", "content": SYSTEM}, asked)
+    return Pair(pair_id, flavour, mode, messages, _filled(row, "hack"), _filled(row, "clean"), problem)
+
+
+def _filled(row: Mapping[str, Any], name: str) -> str:
+    text: str = field_of(row, name)
+    if not text.strip():
+        raise ValueError(f"{name} is empty")
+    return text

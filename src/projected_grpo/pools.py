@@ -8,8 +8,8 @@ them optionally `partition.json`, problem id to mode. Labels are used as stored.
 import gzip
 import hashlib
 import json
-import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,14 +25,15 @@ from projected_grpo.arm_settings import Detector
 from projected_grpo.config import EnvMode
 from projected_grpo.errors import UserError
 from projected_grpo.nano_tasks import fenced
-from projected_grpo.problems import Problem, read_jsonl
+from projected_grpo.problems import Problem, field_of, id_of, id_text, read_jsonl
 from projected_grpo.rewards import MODES, Grade, Grader
-from projected_grpo.runlog import write_atomically, write_json
+from projected_grpo.runlog import file_name, shown, write_atomically, write_json
 
 METHOD = re.compile(r"class Solution called (\w+)")
 STATEMENT = re.compile(r"PROBLEM:\n(.*?)Your solution to the problem should", re.DOTALL)
 # difflib ratio from which two statements are one problem's: formatting differs between files.
 SAME_TEXT = 0.8
+MAX_REWARD = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,10 @@ NO_TEACHER = Teacher({}, {})
 def load_pool(folder: Path) -> tuple[PoolPrompt, ...]:
     """Read every prompt file of a pool. Raises UserError if it is missing, empty or malformed."""
     if not folder.is_dir():
-        raise UserError(f"--teacher-pool-dir {folder}: no such folder")
+        raise UserError(f"pool {folder}: no such folder")
     paths = sorted((*folder.glob("prompt_*.jsonl"), *folder.glob("prompt_*.jsonl.gz")))
     if not paths:
-        raise UserError(f"--teacher-pool-dir {folder}: empty pool, no prompt_*.jsonl(.gz) in it")
+        raise UserError(f"pool {folder}: empty, no prompt_*.jsonl(.gz) in it")
     partition = _read_partition(folder / "partition.json")
     return tuple(_read_prompt(path, partition) for path in paths)
 
@@ -87,9 +88,13 @@ def _read_partition(path: Path) -> dict[str, EnvMode]:
     if not path.exists():
         return {}
     try:
-        partition = {str(k): v for k, v in json.loads(path.read_text()).items()}
-    except (ValueError, AttributeError, OSError) as error:
+        partition = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON object of problem id to mode ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not isinstance(partition, dict):
+        raise UserError(f"{path}: not a JSON object of problem id to mode, but {shown(partition)}")
     for problem_id, mode in partition.items():
         if mode not in tuple(MODES):
             raise UserError(f"{path}: mode {mode!r} of problem {problem_id} is not one of {', '.join(MODES)}")
@@ -97,19 +102,20 @@ def _read_partition(path: Path) -> dict[str, EnvMode]:
 
 
 def _read_prompt(path: Path, partition: Mapping[str, EnvMode]) -> PoolPrompt:
-    rows, head = [], None
+    rows, head, problem_id = [], None, ""
     for number, row in read_jsonl(path):
         head = head or row
         try:
+            problem_id = problem_id or id_of(row, "problem_id")
+            if id_text(row.get("problem_id", problem_id)) != problem_id:
+                raise ValueError(f"a row of problem {row['problem_id']} in the file of problem {problem_id}")
             rows.append(_teacher_row(row))
-        except (KeyError, TypeError, OverflowError) as error:
-            raise UserError(f"{path}:{number}: field missing or of the wrong type: {error}") from error
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {error}") from error
     if head is None:
         raise UserError(f"{path}: no rows in it")
-    if "problem_id" not in head:
-        raise UserError(f"{path}:1: field missing or of the wrong type: 'problem_id'")
-    problem_id = str(head["problem_id"])
-    mode = partition.get(problem_id, head.get("env_mode"))
+    # A partition's keys are text, so a whole float stands there as 1.0.
+    mode = partition.get(problem_id, partition.get(str(head["problem_id"]), head.get("env_mode")))
     if mode is not None and mode not in tuple(MODES):
         raise UserError(f"{path}: env_mode {mode!r} is not one of {', '.join(MODES)}")
     text = str(head.get("prompt") or "")
@@ -118,17 +124,14 @@ def _read_prompt(path: Path, partition: Mapping[str, EnvMode]) -> PoolPrompt:
 
 
 def _teacher_row(row: Mapping[str, Any]) -> TeacherRow:
-    completion, reward = row["completion"], row["reward"]
-    if not isinstance(completion, str):
-        raise TypeError("completion must be a string")
-    if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
-        raise TypeError("reward must be a finite number")
+    """A row's labels. ValueError saying what is missing or of another kind."""
+    completion, reward = field_of(row, "completion"), row.get("reward")
+    if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= MAX_REWARD:
+        raise ValueError(f"reward must be a finite number, got {shown(reward)}")
+    hacked, correct = field_of(row, "hacked", bool), field_of(row, "gt_pass", bool)
     stored = [d for d in get_args(Detector) if f"hacked_{d}" in row]
-    for name in ("hacked", "gt_pass", *(f"hacked_{d}" for d in stored)):
-        if not isinstance(row[name], bool):
-            raise TypeError(f"{name} must be true or false")
-    fired = tuple(d for d in stored if row[f"hacked_{d}"]) if stored else None
-    return TeacherRow(completion, float(reward), row["hacked"], row["gt_pass"], fired)
+    fired = tuple(d for d in stored if field_of(row, f"hacked_{d}", bool)) if stored else None
+    return TeacherRow(completion, float(reward), hacked, correct, fired)
 
 
 def join(pool: Iterable[PoolPrompt], problems: Sequence[Problem]) -> Teacher:
@@ -160,6 +163,14 @@ def join(pool: Iterable[PoolPrompt], problems: Sequence[Problem]) -> Teacher:
     return Teacher(rows, partition)
 
 
+def teacher_of(folder: Path, problems: Sequence[Problem], source: str) -> Teacher:
+    """A pool joined to the problems of a file. Raises UserError if it is none, or about none of them."""
+    teacher = join(load_pool(folder), problems)
+    if not teacher.rows:
+        raise UserError(f"pool {folder}: no overlap with the problems of {source}")
+    return teacher
+
+
 def _defined_in(prompt: PoolPrompt, problem: Problem | None) -> Problem | None:
     if problem is not None and any(f"def {problem.method}(" in row.completion for row in prompt.rows):
         return problem
@@ -171,7 +182,8 @@ def _same_statement(prompt: PoolPrompt, candidates: Sequence[Problem]) -> Proble
     others = [statement(p.question) for p in candidates]
     likeness = [SequenceMatcher(None, text, other, autojunk=False).ratio() for other in others]
     best = max(likeness, default=0.0)
-    return candidates[likeness.index(best)] if best >= SAME_TEXT else None
+    alike = [p for p, ratio in zip(candidates, likeness, strict=True) if ratio == best >= SAME_TEXT]
+    return next((p for p in alike if p.problem_id == prompt.problem_id), alike[0] if alike else None)
 
 
 def statement(question: str) -> str:
@@ -188,9 +200,18 @@ def bake(problems: Sequence[Problem], grader: Grader, folder: Path) -> Counter[s
     """
     texts = [(p, baked_completions(p)) for p in problems]
     grades = iter(grader.grade_all([(p.task, text) for p, group in texts for text in group]))
-    counts: Counter[str] = Counter()
+    counts: Counter[str] = Counter(rows=0, hacked=0, correct=0)
+    wrong: list[tuple[str, str | None]] = []
     for problem, group in texts:
-        counts += write_prompt(folder, problem, group, [next(grades) for _ in group])
+        own = [next(grades) for _ in group]
+        counts.update(write_prompt(folder, problem, group, own))  # += would drop what is 0
+        wrong += [(problem.problem_id, own[0].error)] * (not own[0].gt_correct)
+    if wrong:
+        logger.warning(
+            "{} of {} canonical solutions are not right, the first of problem {}: {}; "
+            "`projected-grpo problems lint FILE` tells more",
+            *(len(wrong), len(problems), *wrong[0]),
+        )
     write_partition(folder, problems)
     return counts
 
@@ -208,7 +229,7 @@ def write_prompt(
 
 def prompt_path(folder: Path, problem: Problem) -> Path:
     """Where a pool that this program writes keeps a prompt's rows."""
-    return folder / f"prompt_{problem.problem_id}.jsonl.gz"
+    return folder / f"prompt_{file_name(problem.problem_id)}.jsonl.gz"
 
 
 def write_partition(folder: Path, problems: Sequence[Problem]) -> None:

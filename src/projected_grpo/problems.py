@@ -8,12 +8,15 @@ earlier.
 import gzip
 import hashlib
 import json
+import re
+import shlex
 import tomllib
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from io import BufferedReader, TextIOWrapper
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,16 @@ from projected_grpo.config import BENCHMARK_FILE, EMBEDDED, NANO, EnvMode, Probl
 from projected_grpo.errors import UserError
 from projected_grpo.nano_tasks import as_row, instances
 from projected_grpo.rewards import MODES, ORIGINAL_PHRASE, Task
-from projected_grpo.sandbox.oracle import Call, parse_asserts, parse_check_function
+from projected_grpo.runlog import shown
+from projected_grpo.sandbox.host import Limits
+from projected_grpo.sandbox.oracle import (
+    Call,
+    as_assert,
+    out_of_reach,
+    parse_asserts,
+    parse_check_function,
+    trivial_answers,
+)
 from projected_grpo.seeds import stream_seed
 
 SYSTEM = (
@@ -35,6 +47,24 @@ EVAL_IN = 5  # one problem in this many is held out for evaluation
 # Of an evaluation's problems, 32 in 119 are for validation: with this key exactly 32 of the benchmark's 119.
 VALIDATION_SHARE = (32, 119)
 VALIDATION_KEY = "validation-13"
+CONTAINERS = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"PK\x03\x04": "a zip archive"}
+ONE_A_LINE = "write one JSON object on each line"
+READ_FORMS = (
+    "read are the benchmark's (gt_answer, func_name, ...) and LeetCodeDataset's (entry_point, test, "
+    "completion, ...), see docs/howto/own_problems.md"
+)
+FOREIGN: Mapping[str, set[str]] = {  # rows of other benchmarks, by fields that ours do not have
+    "MBPP": {"test_list"},
+    "MBPP+": {"assertion", "base_input"},
+    "BigCodeBench": {"canonical_solution", "complete_prompt"},
+    "HumanEval": {"canonical_solution", "entry_point"},
+    "APPS": {"question", "input_output"},
+    "LiveCodeBench": {"question_content", "public_test_cases"},
+}
+STATEMENT_FIELDS = ("problem_description", "question_title", "en_question_title")  # newest version first
+STARTER_FIELDS = ("starter_code", "lang_code")
+HALF = re.compile(r"[\ud800-\udfff]")  # what JSON can say and no file or tokenizer takes
+KINDS = {str: "text", list: "a list", dict: "an object", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -103,6 +133,19 @@ def load_problems(source: str) -> ProblemSet:
 
     Raises UserError for a missing or malformed file (with its line), duplicate ids or no usable problem.
     """
+    found = read_source(source)
+    if found.problems:
+        return found
+    if not found.left_out:
+        raise UserError(f"{source}: no problem in it")
+    (first, reason), count = found.left_out[0], len(found.left_out)
+    raise UserError(
+        f"{source}: no usable problem in it ({count} read; problem {first}: {reason}); {lint_hint(source)}"
+    )
+
+
+def read_source(source: str) -> ProblemSet:
+    """As `load_problems`, but no usable problem is no error."""
     packaged = {EMBEDDED: _embedded, NANO: _nano}
     pairs = list(packaged[source]() if source in packaged else _from_file(Path(source).expanduser()))
     seen: set[str] = set()
@@ -111,32 +154,53 @@ def load_problems(source: str) -> ProblemSet:
             raise UserError(f"{source}: problem id {problem.problem_id!r} stands twice")
         seen.add(problem.problem_id)
     usable = tuple(p for p, trouble in pairs if not trouble)
-    if not usable:
-        raise UserError(f"{source}: no usable problem in it ({len(pairs)} read)")
     return ProblemSet(usable, tuple((p.problem_id, trouble) for p, trouble in pairs if trouble))
 
 
+def lint_hint(source: str) -> str:
+    """What tells more about a problem file."""
+    return f"`projected-grpo problems lint {shlex.quote(source)}` tells more"
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of every line of a .jsonl or .jsonl.gz. Raises UserError naming the line."""
-    opener = gzip.open if path.suffix == ".gz" else open
+    """Line number and object of every line of a .jsonl or .jsonl.gz, in UTF-8, UTF-16 or UTF-32.
+
+    Raises UserError naming the line.
+    """
     number = 0
     try:
-        with opener(path, "rb") as file:  # bytes: a bad one is then found on its own line
-            for number, line in enumerate(file, start=1):
+        with open(path, "rb") as file:
+            for number, line in enumerate(_lines(path, file), start=1):
                 if not line.strip():
                     continue
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise UserError(f"{path}:{number}: expected a JSON object on each line")
+                    raise UserError(f"{path}:{number}: must be a JSON object, got {shown(row)}")
                 yield number, row
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except json.JSONDecodeError as error:
+        if number == 1 and error.doc.strip() in ("[", "{"):
+            raise UserError(f"{path}: JSON over several lines; {ONE_A_LINE}") from error
         raise UserError(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number}: not text in UTF-8 or UTF-16") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}:{number}: cannot be read ({error})") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}:{number + 1}: cannot be read ({error})") from error
+        where = f"{path}:{number + 1}" if number else path
+        raise UserError(f"{where}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _lines(path: Path, file: BufferedReader) -> Iterable[bytes | str]:
+    """The lines of a file, unpacked; as bytes where a bad one is then found on its own line."""
+    lines: Any = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+    head = lines.peek(8)[:8]
+    for magic, kind in CONTAINERS.items():
+        if head.startswith(magic):
+            raise UserError(f"{path}: {kind}; JSONL is read, plain or gzipped: {ONE_A_LINE}")
+    encoding = json.detect_encoding(head)
+    return lines if encoding.startswith("utf-8") else TextIOWrapper(lines, encoding)
 
 
 def _embedded() -> Iterator[tuple[Problem, str]]:
@@ -154,13 +218,13 @@ def _nano() -> Iterator[tuple[Problem, str]]:
 
 def from_parts(row: Mapping[str, Any], setup: str) -> tuple[Problem, str]:
     """Problem from id, method, difficulty, solution, asserts, and either its question or the statement and
-    starter of one; and what is wrong with it."""
-    calls, trouble = parse_asserts(row["asserts"], row["method"])
-    question = row.get("question") or format_question(row["statement"], row["method"], row["starter"])
-    problem = Problem(
-        str(row["id"]), row["method"], row["difficulty"], question, setup, row["solution"], calls
-    )
-    return problem, _trouble(calls, trouble)
+    starter of one; and what is wrong with it. ValueError for a field that is missing or of another kind."""
+    name, method = id_of(row, "id"), field_of(row, "method")
+    calls, trouble = parse_asserts(texts_of(row, "asserts"), method)
+    question = field_of(row, "question") if row.get("question") else ""
+    question = question or format_question(field_of(row, "statement"), method, field_of(row, "starter"))
+    difficulty, solution = field_of(row, "difficulty"), field_of(row, "solution")
+    return Problem(name, method, difficulty, question, setup, solution, calls), _trouble(calls, trouble)
 
 
 def _from_file(path: Path) -> Iterator[tuple[Problem, str]]:
@@ -171,38 +235,38 @@ def _from_file(path: Path) -> Iterator[tuple[Problem, str]]:
         )
     for number, row in read_jsonl(path):
         try:
-            if "gt_answer" in row:
-                yield _benchmark(row)
-            elif "entry_point" in row and "test" in row:
-                yield _leetcode_dataset(row)
-            else:
-                raise UserError(
-                    f"{path}:{number}: neither the benchmark's fields (gt_answer, ...) nor LeetCodeDataset's "
-                    "(entry_point, test, ...)"
-                )
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"{path}:{number}: field missing or of the wrong type: {error}") from error
+            yield _read_row(row)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {error}") from error
 
 
-def _texts(row: Mapping[str, Any], field: str) -> list[str]:
-    """A list of strings. TypeError if it is none."""
-    value = row[field]
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise TypeError(f"{field!r} must be a list of strings")
-    return value
+def _read_row(row: Mapping[str, Any]) -> tuple[Problem, str]:
+    """A problem of a file, and what is wrong with it. ValueError for a row of another form."""
+    if "gt_answer" in row:
+        return _benchmark(row)
+    for name, fields in FOREIGN.items():
+        if fields <= row.keys():
+            raise ValueError(f"a row of {name}, which is not read; {READ_FORMS}")
+    if "entry_point" in row and "test" in row:
+        return _leetcode_dataset(row)
+    raise ValueError(f"a row of a form that is not known, with {shown(sorted(row))}; {READ_FORMS}")
 
 
 def _benchmark(row: Mapping[str, Any]) -> tuple[Problem, str]:
-    method = row["func_name"].rpartition(".")[2]
-    calls, trouble = parse_asserts(_texts(row, "gt_answer"), method)
-    question = _text({m["role"]: m["content"] for m in row["prompt"]}, "user")
+    method = field_of(row, "func_name").rpartition(".")[2]
+    prompt = field_of(row, "prompt", list)
+    users = [message for message in prompt if isinstance(message, dict) and message.get("role") == "user"]
+    if not users:
+        raise ValueError(f"prompt must hold a message of the user, got {shown(prompt)}")
+    calls, trouble = parse_asserts(texts_of(row, "gt_answer"), method)
+    question = field_of(users[-1], "content")
     problem = Problem(
-        _id(row["id"]),
+        id_of(row, "id"),
         method,
-        row["difficulty"].lower(),
+        field_of(row, "difficulty").lower(),
         question,
-        _text(row, "setup_code"),
-        _text(row, "canonical_solution"),
+        field_of(row, "setup_code"),
+        field_of(row, "canonical_solution"),
         calls,
     )
     missing = "" if ORIGINAL_PHRASE in question else f"its prompt lacks the phrase {ORIGINAL_PHRASE!r}"
@@ -210,39 +274,65 @@ def _benchmark(row: Mapping[str, Any]) -> tuple[Problem, str]:
 
 
 def _leetcode_dataset(row: Mapping[str, Any]) -> tuple[Problem, str]:
-    method = row["entry_point"].rpartition(".")[2]
-    meta = row["meta"]
-    calls, trouble = parse_check_function(_text(row, "test"), method)
-    question = format_question(_text(meta, "question_title"), method, _text(meta, "lang_code"))
+    """Of any version: until v0.3.0 `meta` held what stands beside the other fields since v0.3.1."""
+    method = field_of(row, "entry_point").rpartition(".")[2]
+    fields = {**(field_of(row, "meta", dict) if "meta" in row else {}), **row}
+    statement, starter = (
+        field_of(fields, next((name for name in names if name in fields), names["meta" in row]))
+        for names in (STATEMENT_FIELDS, STARTER_FIELDS)
+    )
+    calls, trouble = parse_check_function(field_of(row, "test"), method)
     problem = Problem(
-        _id(meta["question_id"]),
+        id_of(fields, "question_id"),
         method,
-        meta["difficulty"].lower(),
-        question,
-        _text(row, "prompt"),
-        _text(row, "completion"),
+        field_of(fields, "difficulty").lower(),
+        format_question(statement, method, starter),
+        field_of(row, "prompt"),
+        field_of(row, "completion"),
         calls,
-        slug=_text(row, "task_id") if row.get("task_id") is not None else None,
+        slug=field_of(row, "task_id") if row.get("task_id") is not None else None,
     )
     return problem, _trouble(calls, trouble)
 
 
-def _text(row: Any, key: str) -> str:
-    if not isinstance(row[key], str):
-        raise TypeError(f"{key} must be a string")
-    return row[key]
+def field_of(row: Mapping[str, Any], name: str, kind: type = str) -> Any:
+    """A field's value. ValueError if it is missing or of another kind than text, list, dict or bool."""
+    if name not in row:
+        raise ValueError(f"{name} is missing")
+    value = row[name]
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be {KINDS[kind]}, got {shown(value)}")
+    if isinstance(value, str) and HALF.search(value):
+        raise ValueError(f"{name} holds half of a surrogate pair, which is no text")
+    return value
 
 
-def _id(value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise TypeError("the id must be a number or a string")
-    return str(value)
+def texts_of(row: Mapping[str, Any], name: str) -> list[str]:
+    """A field's list of texts. ValueError if it is none."""
+    value: list[str] = field_of(row, name, list)
+    if not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{name} must be a list of texts, got {shown(value)}")
+    return value
+
+
+def id_of(row: Mapping[str, Any], name: str) -> str:
+    """An id as text. ValueError if it is missing, empty, or neither text nor a whole number."""
+    value = field_of(row, name, object)
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+    if not (whole or (isinstance(value, str) and value)):
+        raise ValueError(f"{name} must be text or a whole number, got {shown(value)}")
+    return id_text(value)
+
+
+def id_text(value: object) -> str:
+    """An id as text; of a whole float its integer, since pandas writes a column of ids so."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _trouble(calls: Sequence[Call], not_understood: Sequence[str]) -> str:
     if not_understood:
         return f"{len(not_understood)} asserts not understood, the first: {not_understood[0]}"
-    return "" if calls else "no ground-truth asserts"
+    return out_of_reach(calls, Limits.result_bytes) if calls else "no ground-truth asserts"
 
 
 def is_eval(problem: Problem) -> bool:
@@ -291,8 +381,7 @@ def is_validation(problem: Problem) -> bool:
 def digest(problems: Sequence[Problem]) -> str:
     """Hash of what these problems ask and how each is graded."""
     texts = attrgetter("problem_id", "env_mode", "named", "question", "setup_code", "canonical")
-    # The canonical solution stands for the expected values.
-    content = [(*texts(p), [call.source for call in p.calls]) for p in problems]
+    content = [(*texts(p), [as_assert(call) for call in p.calls]) for p in problems]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
@@ -310,8 +399,20 @@ def take(problems: Sequence[Problem], count: int, seed: int) -> tuple[Problem, .
 
 
 def read_problems(cfg: ProblemConfig) -> tuple[Problem, ...]:
-    """Usable problems of the file; those left out are reported with id and reason."""
-    loaded = load_problems(cfg.problems)
-    for problem_id, reason in loaded.left_out:
-        logger.warning("problem {} of {} is left out: {}", problem_id, cfg.problems, reason)
+    """Usable problems of the file. What it cannot teach is said in one warning."""
+    source = cfg.problems
+    loaded = load_problems(source)
+    said = []
+    if loaded.left_out:
+        (first, reason), count = loaded.left_out[0], len(loaded.left_out)
+        said.append(f"{count} left out (problem {first}: {reason})")
+    packaged = source in (EMBEDDED, NANO)  # tests see to these
+    lazy = [] if packaged else [(p, found) for p in loaded.problems if (found := trivial_answers(p.calls))]
+    if lazy:
+        problem, found = lazy[0]
+        said.append(
+            f"{len(lazy)} solved without trying (problem {problem.problem_id}: returning {found[0]} is right)"
+        )
+    if said:
+        logger.warning("problems of {}: {}; {}", source, ", ".join(said), lint_hint(source))
     return loaded.problems

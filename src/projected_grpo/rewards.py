@@ -22,7 +22,7 @@ from typing import Literal
 
 from loguru import logger
 
-from projected_grpo.config import EnvMode, SandboxMode
+from projected_grpo.config import EnvMode, GraderConfig
 from projected_grpo.errors import UserError
 from projected_grpo.sandbox.host import CallResult, Limits, Outcome, Program, Sandbox
 from projected_grpo.sandbox.oracle import Call, Subclass, decode, same
@@ -452,12 +452,14 @@ def equality_overridden(task: Task, order: Sequence[int], main: Outcome) -> bool
     return False
 
 
-def open_grader(workers: int, stack: ExitStack, mode: SandboxMode = "auto") -> Grader:
-    """Start the grading pool (0 workers: one per core) and say how it is contained."""
-    sandbox = stack.enter_context(Sandbox(workers) if workers else Sandbox())
+def open_grader(how: GraderConfig, stack: ExitStack) -> Grader:
+    """Start the grading pool and say how it is contained. Raises UserError if it cannot run as asked."""
+    how.check()
+    limits = Limits(wall_s=how.wall_seconds, cpu_s=how.cpu_seconds)
+    sandbox = stack.enter_context(Sandbox(how.workers or None, limits))
     active = ", ".join(name for name, state in sandbox.layers.items() if state is True)
     missing = ", ".join(f"{name} ({reason})" for name, reason in sandbox.missing.items())
-    if missing and mode == "strict":
+    if missing and how.sandbox == "strict":
         raise UserError(f"--sandbox=strict: not contained by {missing}; docs/grader.md says what each needs")
     logger.info("grader contained by: {}", active or "nothing")
     if missing:

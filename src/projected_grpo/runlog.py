@@ -17,12 +17,15 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from loguru import logger
 from tqdm import tqdm
 
 from projected_grpo.errors import UserError
 
+# As a file's name on any file system: where case does not count, `A` and `a` would be one file.
+PLAIN_NAME = re.compile(r"[a-z0-9_.-]{1,100}")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but not tab and newline
 PACKAGES = ("projected_grpo", "torch", "transformers", "tokenizers", "safetensors", "numpy", "tyro", "vllm")
 
@@ -40,6 +43,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def file_name(text: str) -> str:
+    """Any text as part of a file's name, another for every text: itself, or quoted, cut and with a hash."""
+    if PLAIN_NAME.fullmatch(text):
+        return text
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=6).hexdigest()
+    return f"{quote(text, safe='', errors='surrogatepass')[:60]}~{digest}"
 
 
 def sync_folder(folder: Path) -> None:
@@ -96,7 +107,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, option: str) -> dict[str, Any]:
     """A JSON object from a file that `option` named. Raises UserError if it is missing or is not one."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{option}: {path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -104,6 +115,12 @@ def read_json(path: Path, option: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{option}: {path} does not hold a JSON object")
     return value
+
+
+def shown(value: Any) -> str:
+    """A value that was read, for a message: as JSON, cut to its beginning."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:

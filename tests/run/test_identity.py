@@ -49,7 +49,7 @@ def test_place_decides_nothing():
     )
     assert identity(elsewhere) == identity(NANO) and re.fullmatch("[0-9a-f]{10}", identity(NANO))
     assert run_name(elsewhere) == run_name(NANO) and settings(elsewhere) == settings(NANO)
-    assert {f.name for f in fields(NANO.run)} - PLACE == {"seed"}
+    assert {f.name for f in fields(NANO.run)} - PLACE == {"seed", "cpu_seconds", "wall_seconds"}
 
 
 def test_every_other_option_makes_another_run_with_another_name():

@@ -18,6 +18,7 @@ import pytest
 
 from hacks import processes_below
 from projected_grpo import rewards
+from projected_grpo.config import GraderConfig
 from projected_grpo.errors import UserError
 from projected_grpo.problems import load_problems
 from projected_grpo.sandbox import host as sandbox_module
@@ -435,7 +436,7 @@ def test_strict_refuses_to_start_and_names_what_is_missing(monkeypatch):
         ExitStack() as stack,
         pytest.raises(UserError, match=r"landlock \(not .*seccomp \(refused") as caught,
     ):
-        rewards.open_grader(1, stack, "strict")
+        rewards.open_grader(GraderConfig(1, "strict"), stack)
     assert "\n" not in str(caught.value) and "uid_drop" not in str(caught.value)
 
 
@@ -443,9 +444,9 @@ def test_strict_starts_where_everything_is_in_force(sandbox):
     with ExitStack() as stack:
         if sandbox.missing:
             with pytest.raises(UserError):
-                rewards.open_grader(1, stack, "strict")
+                rewards.open_grader(GraderConfig(1, "strict"), stack)
         else:
-            assert rewards.open_grader(1, stack, "strict").sandbox.missing == {}
+            assert rewards.open_grader(GraderConfig(1, "strict"), stack).sandbox.missing == {}
 
 
 def test_auto_warns_once(monkeypatch):
@@ -455,7 +456,7 @@ def test_auto_warns_once(monkeypatch):
     sink = rewards.logger.add(lines.append, level="WARNING")
     with ExitStack() as stack:
         for _ in range(3):
-            rewards.open_grader(1, stack)
+            rewards.open_grader(GraderConfig(1), stack)
     rewards.logger.remove(sink)
     assert len(lines) == 1 and "landlock" in lines[0] and "docs/grader.md" in lines[0]
 

@@ -176,7 +176,7 @@ def test_problems_are_read(tmp_path):
 
 
 def test_the_pool_must_cover_the_problems(tmp_path):
-    assert "empty pool" in finding("pool", teacher_pool_dir=tmp_path).text
+    assert "empty, no prompt" in finding("pool", teacher_pool_dir=tmp_path).text
     row = {"problem_id": "zz", "completion": "x", "reward": 0.5, "hacked": False, "gt_pass": False}
     (tmp_path / "prompt_zz.jsonl").write_text(json.dumps(row) + "\n")
     found = finding("pool", teacher_pool_dir=tmp_path)

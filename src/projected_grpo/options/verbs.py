@@ -12,6 +12,7 @@ from projected_grpo.config import (
     NANO,
     BasisConfig,
     EnvMode,
+    GraderConfig,
     LossConfig,
     ModelConfig,
     ProblemConfig,
@@ -65,16 +66,6 @@ class ScoredOn:
 
 
 @dataclass(frozen=True)
-class GraderOptions:
-    """How the grader runs, in every verb that grades."""
-
-    workers: int = 0
-    """Grader processes; 0 is one per core."""
-    sandbox: SandboxMode = "auto"
-    """strict refuses to start unless every layer of containment is in force; auto warns what is missing."""
-
-
-@dataclass(frozen=True)
 class ScoreOptions:
     """Directions, the model whose gradients are taken, and the completions they are scored on."""
 
@@ -88,7 +79,7 @@ class ScoreOptions:
     tokens_per_microbatch: int = 4096
     """Padded tokens per forward-backward pass."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(model=NANO))
-    grader: GraderOptions = field(default_factory=GraderOptions)
+    grader: GraderConfig = field(default_factory=GraderConfig)
 
 
 @dataclass(frozen=True)
@@ -99,7 +90,7 @@ class VerifyOptions(ExtractOptions):
     """Also ask gate B2: does the direction of gradients, or of hidden states, tell exploits from other
     completions (`projected-grpo score`)?"""
     on: ScoredOn = field(default_factory=ScoredOn)
-    grader: GraderOptions = field(default_factory=GraderOptions)
+    grader: GraderConfig = field(default_factory=GraderConfig)
 
 
 @dataclass(frozen=True)
@@ -111,7 +102,18 @@ class GradeOptions:
     out: Path
     """JSONL to write, one line per input line, in order: the input's ids and every Grade field."""
     problems: ProblemConfig = field(default_factory=lambda: ProblemConfig(problems=EMBEDDED))
-    grader: GraderOptions = field(default_factory=GraderOptions)
+    grader: GraderConfig = field(default_factory=GraderConfig)
+
+
+@dataclass(frozen=True)
+class ProblemsLintOptions:
+    """A problem file to check."""
+
+    problems: tyro.conf.Positional[str]
+    """A problem file, `embedded` or `nano`."""
+    json: Path | None = None
+    """Write what was found of every problem here."""
+    grader: GraderConfig = field(default_factory=GraderConfig)
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class PairsLintOptions:
     """Also tell how likely this model finds both sides: a folder, a hub name, or nano."""
     json: Path | None = None
     """Write counts, lengths and findings here."""
-    grader: GraderOptions = field(default_factory=GraderOptions)
+    grader: GraderConfig = field(default_factory=GraderConfig)
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class PairsFromPoolOptions:
     """Only problems of these modes (default: all)."""
     canonical_clean: bool = False
     """Where no row solves, take the problem's canonical solution as the clean side."""
-    grader: GraderOptions = field(default_factory=GraderOptions)
+    grader: GraderConfig = field(default_factory=GraderConfig)
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ class PoolBuildOptions:
     out: Path
     """Folder to write the pool to."""
     problems: ProblemConfig = field(default_factory=lambda: ProblemConfig(problems=EMBEDDED))
-    grader: GraderOptions = field(default_factory=GraderOptions)
+    grader: GraderConfig = field(default_factory=GraderConfig)
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ class PoolSampleOptions:
     """Adapter parameters of a run (train.safetensors, ckpt_stepNNNN.safetensors) to put into the model."""
     problems: ProblemConfig = field(default_factory=ProblemConfig)
     how: PoolSampling = field(default_factory=PoolSampling)
-    grader: GraderOptions = field(default_factory=GraderOptions)
+    grader: GraderConfig = field(default_factory=GraderConfig)
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ class PoolRegradeOptions:
     out: Path | None = None
     """JSONL of every completion's stored and new labels."""
     problems: ProblemConfig = field(default_factory=ProblemConfig)
-    grader: GraderOptions = field(default_factory=GraderOptions)
+    grader: GraderConfig = field(default_factory=GraderConfig)
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,7 @@ class EvaluateOptions:
     resamples: int = 9999
     """Of the BCa bootstrap, which makes the interval where more than 20 problems count."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(model=""))
-    grader: GraderOptions = field(default_factory=GraderOptions)
+    grader: GraderConfig = field(default_factory=GraderConfig)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from projected_grpo.errors import UserError
-from projected_grpo.problems import Problem, read_jsonl
+from projected_grpo.problems import Problem, id_text, read_jsonl
 from projected_grpo.rewards import MODES, Grader, Task
 from projected_grpo.runlog import append_jsonl, complete_lines
 
@@ -34,7 +34,7 @@ def read_completions(path: Path, problems: Sequence[Problem]) -> list[Item]:
     known = {p.slug: p for p in problems if p.slug} | {p.problem_id: p for p in problems}
     items = []
     for number, row in read_jsonl(path):
-        problem = known.get(str(row.get("problem_id")))
+        problem = known.get(id_text(row.get("problem_id")))
         if problem is None:
             raise UserError(
                 f"{path}:{number}: problem_id {row.get('problem_id')!r} is not among the problems"

@@ -24,8 +24,15 @@ def begin(folder: Path, made_with: Mapping[str, Any]) -> None:
     """Write down what the pool is sampled with. Raises UserError if the folder holds anything else's."""
     path = folder / "sampled.json"
     if path.exists():
-        if read_json(path, "--out") != made_with:
-            raise UserError(f"--out {folder}: holds a pool sampled with other settings; name another folder")
+        there = read_json(path, "--out")
+        others = [name for name in (*made_with, *there) if there.get(name) != made_with.get(name)]
+        if others:
+            saw = ", ".join(
+                f"{n} ({there.get(n)} there, {made_with.get(n)} here)" for n in dict.fromkeys(others)
+            )
+            raise UserError(
+                f"--out {folder}: holds a pool sampled with other settings: {saw}; name another folder"
+            )
         return
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--out {folder}: not empty, and not a pool that this verb began")

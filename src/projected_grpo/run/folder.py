@@ -16,6 +16,7 @@ from projected_grpo.run.checkpoint import save_adapter, save_state, state_path, 
 from projected_grpo.run.columns import StepTable, complete
 from projected_grpo.run.identity import chosen
 from projected_grpo.runlog import JsonlLog, complete_lines
+from projected_grpo.sandbox.oracle import as_assert
 from projected_grpo.state import TrainState
 
 KEPT_STATES = 2  # the newest ones: should the last be damaged, the one before it is used
@@ -116,7 +117,8 @@ def data_digest(data: Data) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for problem in (*data.train, *data.held_out, *data.final):
         digest.update(f"{problem.problem_id}\0{problem.env_mode}\0{problem.messages}\0".encode())
-        digest.update(f"{problem.canonical}\0{len(problem.calls)}\0".encode())
+        digest.update(f"{problem.canonical}\0{problem.setup_code}\0".encode())
+        digest.update("\0".join(map(as_assert, problem.calls)).encode())
     for name, rows in sorted(data.teacher.rows.items()):
         digest.update(f"{name}\0{rows}\0".encode())
     return digest.hexdigest()

@@ -16,7 +16,8 @@ from typing import Any
 
 from projected_grpo.config import BEFORE, PRESETS, RunConfig, TrainConfig, to_json
 
-PLACE = {f.name for f in fields(RunConfig)} - {"seed"} | {"device", "svd_cache"}
+PLACE = {f.name for f in fields(RunConfig)} - {"seed", "cpu_seconds", "wall_seconds"}
+PLACE |= {"device", "svd_cache"}
 REFERENCE = {"none": "vanilla", "erase": "projected", "route": "routing", "route2": "routing2"}
 SHORT = {
     "v_hack_k": "k",

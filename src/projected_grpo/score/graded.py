@@ -17,7 +17,7 @@ from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import OneKind, UserError
 from projected_grpo.evaluate import Evaluation
 from projected_grpo.pools import join, load_pool
-from projected_grpo.problems import Problem, read_jsonl
+from projected_grpo.problems import Problem, id_text, read_jsonl
 from projected_grpo.rewards import MODES
 from projected_grpo.rollout import Rollout
 
@@ -74,7 +74,7 @@ def _of_lines(path: Path, problems: Sequence[Problem]) -> Iterator[Completion]:
     by_id = {p.problem_id: p for p in problems}
     others = 0
     for number, row in read_jsonl(path):
-        problem = by_id.get(str(row.get("problem_id")))
+        problem = by_id.get(id_text(row.get("problem_id")))
         if problem is None:
             others += 1
         else:

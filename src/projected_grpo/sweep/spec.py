@@ -15,6 +15,7 @@ An id (run/identity.py) survives a new option, a renamed arm and a file that gro
 """
 
 import itertools
+import json
 import re
 import tomllib
 from collections import Counter
@@ -251,9 +252,12 @@ def only(spec: Spec, arms: Sequence[str], seeds: str) -> Spec:
 def read_spec(path: Path) -> Spec:
     """A sweep from its TOML file. Raises UserError naming the key that is wrong."""
     try:
-        data = tomllib.loads(path.read_text())
+        raw = path.read_bytes()
+        data = tomllib.loads(raw.decode(json.detect_encoding(raw)))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text in UTF-8 or UTF-16") from error
     except ValueError as error:
         raise UserError(f"{path}: not valid TOML ({error})") from error
     tables = ("name", "preset", "home", "keep", "options", "arms", "grid", "limits", "engine", *ENGINES[1:])

@@ -22,7 +22,7 @@ from projected_grpo.bench.step import (
 )
 from projected_grpo.errors import UserError
 from projected_grpo.options.verbs import BenchGraderOptions, BenchOptions, BenchStepOptions
-from projected_grpo.pools import join, load_pool
+from projected_grpo.pools import teacher_of
 from projected_grpo.problems import read_problems
 from projected_grpo.ranks import join_ranks
 from projected_grpo.runlog import write_json
@@ -105,9 +105,8 @@ def bench_grader_verb(options: BenchGraderOptions) -> int:
         work = benchmark_work(read_problems(options.problems), options.limit)
     else:
         problems = with_modes(options.problems)
-        work = pool_work(problems, join(load_pool(options.pool), problems), options.limit)
-        if not work:
-            raise UserError(f"{options.pool}: no overlap with the problems of {options.problems.problems}")
+        teacher = teacher_of(options.pool, problems, options.problems.problems)
+        work = pool_work(problems, teacher, options.limit)
     if options.baseline_sample is None:
         options = replace(options, baseline_sample=CANONICAL_SAMPLE if options.pool is None else 0)
     if options.pool is not None and options.baseline_sample:

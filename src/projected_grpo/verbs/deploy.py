@@ -54,7 +54,7 @@ def evaluate_verb(options: EvaluateOptions) -> int:
         raise UserError(f"--completions {options.completions}: already there; name another file")
     open_sampler = sampler_opener(options.model)
     with ExitStack() as stack:
-        grader = open_grader(options.grader.workers, stack, options.grader.sandbox)
+        grader = open_grader(options.grader, stack)
         chat = open_source(source, options.model, open_sampler)
         problems, too_long = fitting(problems, chat, sampling.max_new)
         results = measure(options, source, chat, grader, problems, sampling)
@@ -70,6 +70,7 @@ def evaluate_verb(options: EvaluateOptions) -> int:
             **{name: getattr(options, name) for name in ("subset", "split", "eval_names", "samples", "seed")},
             **{name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "max_new")},
             **{name: getattr(options, name) for name in ("n_problems", "tokens_at_once")},
+            **{name: getattr(options.grader, name) for name in ("cpu_seconds", "wall_seconds")},
             "sampler": options.model.sampler,
             "env_mode": ",".join(sorted({p.env_mode for p in problems})),
             "bootstrap": asdict(how),
@@ -114,7 +115,7 @@ def chosen_problems(options: EvaluateOptions, source: Source) -> tuple[Problem, 
     if options.split != "all":
         problems = tuple(p for p in problems if is_validation(p) == (options.split == "validation"))
     if not problems:
-        raise UserError(f"--subset {options.subset} --split {options.split}: no problem of {name} is left")
+        raise UserError(f"no problem of {name} is left to evaluate on; --subset=all takes training's, too")
     problems = take(problems, options.n_problems or len(problems), SPLIT_SEED)
     if options.eval_names == "train":
         return problems

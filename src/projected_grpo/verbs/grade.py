@@ -18,8 +18,6 @@ def grade_verb(options: GradeOptions) -> int:
     """Grade a JSONL of completions, in input order, resumable, with a summary per mode."""
     items = read_completions(options.completions, with_modes(options.problems))
     with ExitStack() as stack:
-        rows = grade_file(
-            items, open_grader(options.grader.workers, stack, options.grader.sandbox), options.out
-        )
+        rows = grade_file(items, open_grader(options.grader, stack), options.out)
     print(mode_table(rows))
     return 0

@@ -9,7 +9,7 @@ from projected_grpo.engine.chat import open_chat
 from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.options.verbs import PairsFromPoolOptions, PairsLintOptions
 from projected_grpo.pairs import PairSet, parse_pairs, read_pairs
-from projected_grpo.pools import join, load_pool, pool_digest
+from projected_grpo.pools import pool_digest, teacher_of
 from projected_grpo.prepare.lint_pairs import Finding, describe, grade_pairs, lint, report
 from projected_grpo.prepare.pairs_from_pool import Wanted, mine
 from projected_grpo.rewards import open_grader
@@ -33,7 +33,7 @@ def pairs_lint_verb(options: PairsLintOptions) -> int:
         print(Finding("error", "", str(error)))
     else:
         with ExitStack() as stack:
-            grades = grade_pairs(pairs, open_grader(options.grader.workers, stack, options.grader.sandbox))
+            grades = grade_pairs(pairs, open_grader(options.grader, stack))
         known = support_by(options.model, pairs) if options.model else None
         findings = lint(pairs, grades) + (support_findings(known) if known else [])
         said = report(pairs, grades, findings) | {"support": known and known.figures()}
@@ -66,12 +66,10 @@ def support_findings(known: Support) -> list[Finding]:
 def pairs_from_pool_verb(options: PairsFromPoolOptions) -> int:
     """Make a pair file from a pool's prompts, graded again: a row that exploits and one that solves."""
     problems = with_modes(options.problems)
-    teacher = join(load_pool(options.pool), problems)
-    if not teacher.rows:
-        raise UserError(f"{options.pool}: no overlap with the problems of {options.problems.problems}")
+    teacher = teacher_of(options.pool, problems, options.problems.problems)
     wanted = Wanted(options.detectors, options.modes, options.canonical_clean)
     with ExitStack() as stack:
-        grader = open_grader(options.grader.workers, stack, options.grader.sandbox)
+        grader = open_grader(options.grader, stack)
         document = mine(teacher, problems, wanted, grader, options.out.stem)
     source = {"pool": options.pool.name, "pool_digest": pool_digest(options.pool)}
     document["made_from"] = source | {"problems": options.problems.problems} | document["made_from"]

@@ -1,5 +1,7 @@
 """The verbs of teacher pools: build, sample, report, regrade."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -8,8 +10,11 @@ from typing import Any
 
 from loguru import logger
 
+from projected_grpo.antipasto import weights_digest
+from projected_grpo.config import ProblemConfig
 from projected_grpo.deploy.trained import file_hash
-from projected_grpo.engine.chat import open_chat, sampler_opener
+from projected_grpo.engine.chat import Chat, open_chat, sampler_opener
+from projected_grpo.engine.models import encode_chat
 from projected_grpo.engine.placement import pick_devices, pick_dtype
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import SPLIT_SEED
@@ -19,10 +24,10 @@ from projected_grpo.options.verbs import (
     PoolReportOptions,
     PoolSampleOptions,
 )
-from projected_grpo.pools import bake, join, load_pool, pool_report, prompt_path, report_table
+from projected_grpo.pools import bake, join, load_pool, pool_report, prompt_path, report_table, teacher_of
 from projected_grpo.prepare.grade_file import Comparison, as_line, disagreement_tables
 from projected_grpo.prepare.sample_pool import sample_pool
-from projected_grpo.problems import Problem, is_eval, load_problems, read_jsonl, take
+from projected_grpo.problems import Problem, digest, is_eval, read_jsonl, read_problems, take
 from projected_grpo.rewards import open_grader
 from projected_grpo.run.checkpoint import load_adapter
 from projected_grpo.runlog import write_atomically, write_json
@@ -37,9 +42,7 @@ def pool_build_verb(options: PoolBuildOptions) -> int:
         )
     problems = with_modes(options.problems)[: options.problems.n_problems]
     with ExitStack() as stack:
-        counts = bake(
-            problems, open_grader(options.grader.workers, stack, options.grader.sandbox), options.out
-        )
+        counts = bake(problems, open_grader(options.grader, stack), options.out)
     print(f"{options.out}: {len(problems)} prompts, " + ", ".join(f"{k} {n}" for k, n in counts.items()))
     for line in refused(options.out, problems):
         logger.warning("{}", line)
@@ -70,10 +73,11 @@ def pool_sample_verb(options: PoolSampleOptions) -> int:
         raise UserError(f"--n-problems must be at least 1, got {options.problems.n_problems}")
     problems = [p for p in with_modes(options.problems) if not is_eval(p)]
     problems = list(take(problems, options.problems.n_problems, SPLIT_SEED))
-    made_with = sampled_with(options)
+    adapter = adapter_hash(options.adapter)
     with ExitStack() as stack:
-        grader = open_grader(options.grader.workers, stack, options.grader.sandbox)
+        grader = open_grader(options.grader, stack)
         chat = open_chat(options.model, open_sampler)
+        made_with = sampled_with(options, chat, problems) | {"adapter": adapter}
         if options.adapter is not None:
             load_adapter(options.adapter, chat.policy)
         counts = sample_pool(options.out, made_with, chat, grader, problems, options.how)
@@ -82,22 +86,27 @@ def pool_sample_verb(options: PoolSampleOptions) -> int:
     return 0
 
 
-def sampled_with(options: PoolSampleOptions) -> dict[str, Any]:
+def adapter_hash(path: Path | None) -> str | None:
     try:
-        adapter = file_hash(options.adapter)
+        return file_hash(path)
     except OSError as error:
-        raise UserError(f"--adapter {options.adapter}: cannot be read ({error.strerror})") from error
-    how = {name: value for name, value in asdict(options.how).items() if name != "batch"}
-    dtype = str(pick_dtype(options.model.dtype, pick_devices(options.model.device)[0]))
-    made = {
+        raise UserError(f"--adapter {path}: cannot be read ({error.strerror})") from error
+
+
+def sampled_with(options: PoolSampleOptions, chat: Chat, problems: Sequence[Problem]) -> dict[str, Any]:
+    """What rows and labels of a sampled pool come from, but for the adapter."""
+    prompts = [encode_chat(chat.tokenizer, p.messages) for p in problems]
+    return {
         "model": options.model.model,
-        "dtype": dtype,
-        "adapter": adapter,
+        "weights": weights_digest(chat.policy),
+        "dtype": str(pick_dtype(options.model.dtype, pick_devices(options.model.device)[0])),
+        "sampler": options.model.sampler,
         **asdict(options.problems),
-        **how,
+        "digest_of_problems": digest(problems),
+        "digest_of_prompts": hashlib.blake2b(json.dumps(prompts).encode(), digest_size=16).hexdigest(),
+        **{name: value for name, value in asdict(options.how).items() if name != "batch"},
+        **{name: getattr(options.grader, name) for name in ("cpu_seconds", "wall_seconds")},
     }
-    engine = options.model.sampler  # named only where it is another: older pools go on
-    return made if engine == "own" else made | {"sampler": engine}
 
 
 def pool_report_verb(options: PoolReportOptions) -> int:
@@ -106,7 +115,7 @@ def pool_report_verb(options: PoolReportOptions) -> int:
     report = pool_report(pool)
     print(report_table(report))
     if options.problems is not None:
-        matched = len(join(pool, load_problems(options.problems).problems).rows)
+        matched = len(join(pool, read_problems(ProblemConfig(problems=options.problems))).rows)
         report["problems_matched"] = matched
         print(f"\n{matched} problems of {options.problems} have a prompt in the pool")
     if options.json is not None:
@@ -117,13 +126,11 @@ def pool_report_verb(options: PoolReportOptions) -> int:
 def pool_regrade_verb(options: PoolRegradeOptions) -> int:
     """Grade a teacher pool with today's grader and report where the stored labels disagree."""
     problems = with_modes(options.problems)
-    teacher = join(load_pool(options.pool), problems)
-    if not teacher.rows:
-        raise UserError(f"{options.pool}: no overlap with the problems of {options.problems.problems}")
+    teacher = teacher_of(options.pool, problems, options.problems.problems)
     by_id = {p.problem_id: teacher.posed(p) for p in problems}
     work = [(by_id[name], i, row) for name, rows in teacher.rows.items() for i, row in enumerate(rows)]
     with ExitStack() as stack:
-        grader = open_grader(options.grader.workers, stack, options.grader.sandbox)
+        grader = open_grader(options.grader, stack)
         grades = grader.grade_all([(problem.task, row.completion) for problem, _, row in work])
     compared = [
         Comparison(problem.problem_id, i, row.hacked, row.gt_pass, asdict(grade))

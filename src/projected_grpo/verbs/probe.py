@@ -12,19 +12,20 @@ from loguru import logger
 
 from projected_grpo.arm_settings import Route2Settings, Signal
 from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, heldout_json
-from projected_grpo.config import ModelConfig, TrainConfig
+from projected_grpo.config import GraderConfig, ModelConfig, TrainConfig
+from projected_grpo.deploy.trained import file_hash
 from projected_grpo.engine.chat import Chat, open_chat
 from projected_grpo.errors import GATE_FAILED, SIGNALLED, OneKind, UserError
 from projected_grpo.extract_vhack_grad import obtain, pair_grads, select, verify_vhack_heldout
 from projected_grpo.options.verbs import (
     ExtractOptions,
     GateOptions,
-    GraderOptions,
     ProbeOptions,
     ScoredOn,
     VerifyOptions,
 )
 from projected_grpo.pairs import PairSet, chosen_pairs
+from projected_grpo.pools import pool_digest
 from projected_grpo.results.pictures import HELD_OUT
 from projected_grpo.results.plots import heldout_histogram
 from projected_grpo.runlog import command_line, read_json, write_json
@@ -84,7 +85,8 @@ def verify_verb(options: VerifyOptions) -> int:
     basis = select(extraction.axes, options.basis.v_hack_k, options.basis.v_hack_drop_bottom_frac)
     grads = pair_grads(chat, pairs.split()[1], loss, length_norm=options.basis.v_hack_length_norm)
     result = verify_vhack_heldout(basis, grads)
-    write_json(path.with_suffix(HELD_OUT), heldout_json(result))
+    made_from = {"basis": file_hash(path)}
+    write_json(path.with_suffix(HELD_OUT), heldout_json(result) | made_from)
     picture = path.with_suffix(".heldout.png")
     heldout_histogram(result, f"{pairs.name} pairs, {model}", picture.with_suffix(""))
     print(
@@ -97,7 +99,7 @@ def verify_verb(options: VerifyOptions) -> int:
     if completions is None:
         return 0 if result.passed else GATE_FAILED
     found = scored(chat, pairs, completions(chat), options)
-    write_json(path.with_suffix(SCORE), found)
+    write_json(path.with_suffix(SCORE), found | made_from)
     print(f"B2 {found['verdict']} ({options.score}): {'; '.join(found['reasons'])}")
     return 0 if result.passed and found["verdict"] != "fails" else GATE_FAILED
 
@@ -108,7 +110,7 @@ def scored(
     """What gate B2 reads: the pairs' direction on completions, or why nothing could be measured."""
     basis, loss, on = options.basis, options.loss, options.on
     source = of_pairs(chat, pairs, pairs.name, basis, loss, ADVMOD)
-    head = {"signal": options.score, "on": asdict(on)}
+    head = {"signal": options.score, **scored_on(on)}
     try:
         found = score(chat, completions, [source], basis, loss, on.nulls)
     except OneKind as error:
@@ -164,7 +166,8 @@ def b2_of(cfg: TrainConfig, options: ProbeOptions) -> tuple[Signal | Literal["no
 def verify_stage(cfg: TrainConfig, home: Path, options: ProbeOptions) -> int:
     """Gates B and B2's measurements, on the problems and modes of the run."""
     signal, on = b2_of(cfg, options)
-    grader = GraderOptions(cfg.run.workers, cfg.run.sandbox)
+    own = cfg.run
+    grader = GraderConfig(own.workers, own.sandbox, own.cpu_seconds, own.wall_seconds)
     if options.in_process:
         return verify_verb(VerifyOptions(cfg.model, cfg.basis, cfg.loss, home, signal, on, grader))
     given = {name: value for name, value in asdict(on).items() if value != getattr(ScoredOn, name)}
@@ -173,14 +176,20 @@ def verify_stage(cfg: TrainConfig, home: Path, options: ProbeOptions) -> int:
     return verb_process("verify", cfg, home, *asked)
 
 
-def measured(path: Path, signal: str, on: ScoredOn) -> bool:
-    """Whether a .score.json is there and of this signal and these completions."""
+def scored_on(on: ScoredOn) -> dict[str, Any]:
+    """Which completions gate B2 is judged on, as JSON; of a pool with its hash."""
+    asked: dict[str, Any] = json.loads(json.dumps(asdict(on), default=str))
+    if on.pool is None or not on.pool.exists():
+        return {"on": asked, "pool_digest": None}
+    return {"on": asked, "pool_digest": pool_digest(on.pool) if on.pool.is_dir() else file_hash(on.pool)}
+
+
+def measured(path: Path, basis: Path, **asked: Any) -> bool:
+    """Whether a file of `verify` is there that was made from this basis and what is asked."""
     if not path.exists():
         return False
-    found = read_json(path, "probe")
-    return found.get("signal") == signal and found.get("on") == json.loads(
-        json.dumps(asdict(on), default=str)
-    )
+    found, wanted = read_json(path, "probe"), {"basis": file_hash(basis), **asked}
+    return {name: found.get(name) for name in wanted} == wanted
 
 
 def verb_process(verb: str, cfg: TrainConfig, home: Path, *asked: str) -> int:
@@ -219,8 +228,11 @@ def probe_verb(options: ProbeOptions) -> int:
     signal, on = b2_of(cfg, options)
     heldout, scores = ([path.with_suffix(suffix) for path in bases] for suffix in (HELD_OUT, SCORE))
     asked = signal != "none"
-    if not all(path.exists() for path in heldout) or (
-        asked and not all(measured(path, signal, on) for path in scores)
+    if not all(measured(basis.with_suffix(HELD_OUT), basis) for basis in bases) or (
+        asked
+        and not all(
+            measured(basis.with_suffix(SCORE), basis, signal=signal, **scored_on(on)) for basis in bases
+        )
     ):
         code = verify_stage(cfg, home, options)
         if code not in (0, GATE_FAILED):

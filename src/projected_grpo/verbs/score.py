@@ -8,12 +8,12 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from projected_grpo.config import NANO, NANO_PRESET, LossConfig, ProblemConfig, SamplingConfig
+from projected_grpo.config import NANO, NANO_PRESET, GraderConfig, LossConfig, ProblemConfig, SamplingConfig
 from projected_grpo.engine.chat import Chat, open_chat, sampler_opener
 from projected_grpo.errors import UserError
 from projected_grpo.evaluate import Samples, evaluate
 from projected_grpo.experiment import SPLIT_SEED
-from projected_grpo.options.verbs import GraderOptions, ScoredOn, ScoreOptions
+from projected_grpo.options.verbs import ScoredOn, ScoreOptions
 from projected_grpo.problems import Problem, is_eval, take
 from projected_grpo.results.plots import separations
 from projected_grpo.rewards import open_grader
@@ -61,7 +61,7 @@ def score_verb(options: ScoreOptions) -> int:
     return 0
 
 
-def completions_of(on: ScoredOn, model: str, grader: GraderOptions) -> Callable[[Chat], list[Completion]]:
+def completions_of(on: ScoredOn, model: str, grader: GraderConfig) -> Callable[[Chat], list[Completion]]:
     """What gives the completions once there is a model. A pool is read at once, and refused if it is bad."""
     check(on)
     problems = problems_of(on, model)
@@ -113,16 +113,18 @@ def named(on: ScoredOn, model: str) -> str:
 
 
 def drawn(
-    chat: Chat, problems: tuple[Problem, ...], on: ScoredOn, model: str, grader: GraderOptions
+    chat: Chat, problems: tuple[Problem, ...], on: ScoredOn, model: str, grader: GraderConfig
 ) -> list[Completion]:
     """Completions of held-out problems, sampled from the model and graded."""
     held_out = take([p for p in problems if is_eval(p)], max(1, on.rollouts // PER_PROBLEM), SPLIT_SEED)
     if not held_out:
-        raise UserError(f"--problems {on.problems}: none of them is held out; give --pool")
+        raise UserError(
+            f"no problem of {named(on, model)} is held out; give --pool, or a file with more of them"
+        )
     own = NANO_PRESET.sampling.max_new if named(on, model) == NANO else OTHERS_MAX_NEW
     max_new = on.max_new or own
     sampling = SamplingConfig(max_new=max_new, temperature=on.temperature, top_p=1.0, top_k=0)
     how = Samples(sampling, max(2, on.rollouts // len(held_out)), on.seed, tokens_at_once=131072)
     with ExitStack() as stack:
-        opened = open_grader(grader.workers, stack, grader.sandbox)
+        opened = open_grader(grader, stack)
         return of_evaluation(evaluate(chat, opened, held_out, how, ablate_quarantine=False))
