@@ -1,5 +1,6 @@
 """The hack basis: what the pair gradients are, which axes stay, refused files, the held-out check."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -16,7 +17,14 @@ from projected_grpo import extract_vhack_grad
 from projected_grpo.arm_settings import arm_settings
 from projected_grpo.arms.controls import with_random_v
 from projected_grpo.arms.gate import initial_gate
-from projected_grpo.basis_file import Extraction, describe, heldout_json, load_extraction, save_extraction
+from projected_grpo.basis_file import (
+    Extraction,
+    default_path,
+    describe,
+    heldout_json,
+    load_extraction,
+    save_extraction,
+)
 from projected_grpo.config import BasisConfig, LossConfig, TrainConfig
 from projected_grpo.engine.chat import Chat
 from projected_grpo.engine.models import encode_chat
@@ -345,6 +353,16 @@ def test_obtain_takes_an_explicit_path_and_refuses_another_runs_file(tiny_policy
     assert path == explicit.v_hack_path and path.exists()
     with pytest.raises(UserError, match="top_k"):
         obtain(chat, PAIRS, replace(explicit, v_hack_extract_top_k=2), *rest)
+    tokenizer = copy.deepcopy(tiny[1])
+    tokenizer.chat_template += "!"  # the same weights read other prompts
+    with pytest.raises(UserError, match="another run: tokens is"):
+        obtain(chat_of(tiny_policy, tokenizer), PAIRS, explicit, *rest)
+
+
+def test_a_sets_name_leads_no_basis_out_of_its_folder(tmp_path):
+    for name in ("../../up", "a/b", "nul\0", "x" * 300):
+        path = default_path(tmp_path, "m" * 300, replace(PAIRS, name=name), {})
+        assert path.parent == tmp_path / "vhack" and len(path.name) < 240 and "\0" not in path.name
 
 
 # In use

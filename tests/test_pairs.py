@@ -26,6 +26,7 @@ from projected_grpo.pairs import (
     chosen_pairs,
     load_pairs,
     packaged_pairs,
+    parse_pairs,
 )
 from projected_grpo.prepare.lint_pairs import grade_pairs, lint, measure
 from projected_grpo.problems import SYSTEM, load_problems
@@ -454,6 +455,55 @@ def test_bad_pair_files_are_refused(tmp_path, what):
         load_pairs(path)
     assert "\n" not in str(caught.value)
     assert re.search(r"bad\.json|pair ", str(caught.value))
+
+
+DPO = {"prompt": "Add.", "chosen": "a", "rejected": "b"}
+SHAPES = {
+    "DPO lines": (f"{json.dumps(DPO)}\n{json.dumps(DPO)}\n", "JSON lines, DPO rows (chosen, rejected)"),
+    "DPO list": (json.dumps([DPO]), "a JSON list, DPO rows (chosen, rejected)"),
+    "one DPO row": (json.dumps(DPO), "DPO rows (chosen, rejected)"),
+    "chat lines": (
+        json.dumps({"messages": []}) + "\n" + json.dumps({"messages": []}),
+        "chat rows (messages)",
+    ),
+    "messages": (json.dumps([{"role": "user", "content": "x"}]), "a JSON list, chat messages"),
+    "ShareGPT": (json.dumps({"conversations": []}), "ShareGPT rows"),
+    "empty list": ("[]", "a JSON list, empty"),
+    "a number": ("5", "a value 5"),
+    "other object": (json.dumps({"data": 1}), 'an object with ["data"]'),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pairs_in_another_shape_are_told_what_was_found_and_what_is_wanted(shape):
+    raw, found = SHAPES[shape]
+    with pytest.raises(UserError) as caught:
+        parse_pairs(raw.encode(), "mine.json")
+    said = str(caught.value)
+    assert said.startswith("mine.json: not a pair file: ") and found in said and "\n" not in said
+    assert "hack (rejected) and clean (chosen)" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hack": [{"role": "assistant", "content": "x"}]}, 'pair "p1": hack must be text, got [{"role"'),
+        ({"id": 7}, "pair 2: id must be text, got 7"),
+        ({"clean": None}, 'pair "p1": clean must be text, got null'),
+        ({"problem_id": "gone"}, "is not among the file's problems"),
+    ],
+    ids=str,
+)
+def test_an_odd_field_of_a_pair_is_named_with_its_id_or_number(change, words):
+    with pytest.raises(UserError) as caught:
+        parse_pairs(json.dumps(edited(1, **change)).encode(), "mine.json")
+    assert words in str(caught.value) and "mine.json: " in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_pairs_in_other_encodings_read_the_same(encoding):
+    pairs = parse_pairs(json.dumps(document()).encode(encoding), "mine.json")
+    assert pairs.pairs == parse_pairs(json.dumps(document()).encode(), "mine.json").pairs
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):

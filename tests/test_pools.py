@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loguru import logger
 
 from projected_grpo.cli import main
 from projected_grpo.collect import assemble, pick_teacher
@@ -15,7 +16,7 @@ from projected_grpo.config import PRESETS
 from projected_grpo.engine.chat import Chat
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.errors import UserError
-from projected_grpo.experiment import Data, Experiment
+from projected_grpo.experiment import Data, Experiment, baked_name, read_data
 from projected_grpo.pairs import load_pairs
 from projected_grpo.pools import (
     NO_TEACHER,
@@ -28,13 +29,14 @@ from projected_grpo.pools import (
     load_pool,
     pool_digest,
     pool_report,
+    write_prompt,
 )
 from projected_grpo.prepare.lint_pairs import grade_pairs, lint
 from projected_grpo.prepare.pairs_from_pool import Wanted, mine
-from projected_grpo.problems import Problem, format_question, load_problems
-from projected_grpo.rewards import MODES, Grader
+from projected_grpo.problems import Problem, format_question, is_eval, load_problems
+from projected_grpo.rewards import MODES, Grade, Grader
 from projected_grpo.run.checkpoint import save_adapter
-from projected_grpo.sandbox.host import Sandbox
+from projected_grpo.sandbox.host import Limits, Sandbox
 
 LOOPHOLES = [m for m in MODES if m != "gt_only"]
 ROW = {
@@ -145,6 +147,79 @@ def test_a_templates_mode_is_needed_for_it_to_pay(problems, grader):
     assert not any(g.passed for g in grader.grade_all([(honest, text) for text in hacks]))
 
 
+IDS = (
+    "HumanEval/0",
+    "humaneval/0",
+    "../../up",
+    "..",
+    "/etc/x",
+    "nul\0",
+    "a" * 300,
+    "A",
+    "a",
+    "é\n",
+    "a~b",
+    "x.y-1",
+)
+GRADE = Grade(3.5, True, True, False, None, True, False, False, False, None)
+
+
+def test_any_id_is_a_file_of_the_pool_and_reads_back(tmp_path):
+    folder = tmp_path / "out" / "pool"
+    made = [toy(name, f"f{i}") for i, name in enumerate(IDS)]
+    for problem in made:
+        write_prompt(folder, problem, ["x"], [GRADE])
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.parent != folder] == []
+    names = {path.name.lower() for path in folder.iterdir()}  # as where case does not count
+    assert len(names) == len(IDS) and max(map(len, names)) < 200
+    assert {p.problem_id for p in load_pool(folder)} == set(IDS)
+    assert set(join(load_pool(folder), made).rows) == set(IDS)
+    assert (folder / "prompt_x.y-1.jsonl.gz").exists()  # a plain id is its own name, as it always was
+
+
+def test_baking_counts_and_warns_where_no_solution_is_right(problems, grader, tmp_path):
+    wrong = [replace(p, env_mode="gt_only", canonical="class Solution:\n    pass") for p in problems[:2]]
+    lines: list[str] = []
+    sink = logger.add(lines.append, level="WARNING", format="{message}")
+    counts = bake(wrong, grader, tmp_path)
+    logger.remove(sink)
+    assert counts == {"rows": 8, "hacked": 0, "correct": 0}
+    assert list(counts) == ["rows", "hacked", "correct"]  # == does not ask for what is 0
+    assert len(lines) == 1 and "2 of 2 canonical solutions are not right, the first of problem" in lines[0]
+
+
+def test_a_runs_own_pool_has_another_name_for_whatever_made_it(problems):
+    """Old labels must not come back when a problem, its mode or a limit of time has changed."""
+    one, limits = problems[0], Limits()
+    call = one.calls[0]
+    changed = [
+        one,
+        replace(one, question=one.question + "?"),
+        replace(one, calls=(replace(call, expected="other"), *one.calls[1:])),
+        replace(one, setup_code="import re"),
+        replace(one, env_mode="exit_code"),
+        replace(one, method="other"),
+    ]
+    names = {baked_name([p], limits) for p in changed} | {baked_name([one], Limits(cpu_s=9))}
+    assert len(names) == len(changed) + 1 and baked_name([one], Limits()) in names
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_too_few_problems_are_one_line_that_names_no_option(tmp_path, grader, held_out):
+    names = [name for name in map(str, range(50)) if is_eval(toy(name)) == held_out]
+    row = {"entry_point": "Solution().f", "prompt": "", "completion": "", "test": "def check(candidate):\n"}
+    row |= {"question_id": names[0], "difficulty": "easy", "problem_description": "x", "starter_code": "x"}
+    row["test"] += "    assert candidate(1) == 2\n"
+    (tmp_path / "one.jsonl").write_text(json.dumps(row))
+    smoke = PRESETS["smoke"][1]
+    cfg = replace(smoke, problems=replace(smoke.problems, problems=str(tmp_path / "one.jsonl")))
+    cfg = replace(cfg, teacher=replace(cfg.teacher, mix_ratio=0.5 if held_out else 0.0))
+    with pytest.raises(UserError) as caught:
+        read_data(cfg, grader)
+    side = "train on" if held_out else "hold out"
+    assert f"one.jsonl: no problem left to {side}" in str(caught.value) and "--" not in str(caught.value)
+
+
 # Joining
 
 
@@ -161,6 +236,11 @@ def test_a_method_name_alone_proves_nothing():
     problems = [toy("1"), toy("2", statement=other), toy("3", "g", other)]
     assert set(join([prompt("7", statement=other)], problems).rows) == {"2"}
     assert set(join([prompt("7")], problems).rows) == {"1"}
+
+
+def test_of_problems_that_read_alike_each_has_its_own_prompt():
+    problems = [toy("1"), toy("2")]
+    assert set(join([prompt("1"), prompt("2")], problems).rows) == {"1", "2"}
 
 
 def test_white_space_of_a_statement_does_not_matter():
@@ -420,7 +500,12 @@ def test_sampling_goes_on_where_it_was_and_leaves_labels_alone(sampled, tmp_path
     assert json.loads(gzip.decompress((again / kept).read_bytes())) == row
     assert {name: (again / name).read_bytes() for name in others} == {name: before[name] for name in others}
     assert sample(again, "--seed=7") == 2
-    assert "other settings" in capsys.readouterr().err
+    assert "other settings: seed (41 there, 7 here)" in capsys.readouterr().err
+    told = json.loads((again / "sampled.json").read_text())
+    for field in ("weights", "digest_of_problems", "digest_of_prompts", "cpu_seconds"):
+        (again / "sampled.json").write_text(json.dumps(told | {field: "others"}))
+        assert sample(again) == 2
+        assert f"other settings: {field} (others there, " in capsys.readouterr().err
 
 
 def test_the_adapter_of_a_run_changes_what_is_sampled(sampled, tmp_path, tiny_policy):
@@ -500,6 +585,19 @@ def test_a_label_of_the_wrong_type_is_named_with_its_line(tmp_path, field, value
 
 def test_a_row_without_problem_id_is_refused(tmp_path):
     assert "problem_id" in refusal(pool_file(tmp_path, {k: v for k, v in ROW.items() if k != "problem_id"}))
+
+
+def test_rows_of_two_problems_in_one_file_are_refused(tmp_path):
+    assert "a.jsonl:2: a row of problem b in the file of problem a" in refusal(
+        pool_file(tmp_path, ROW, ROW | {"problem_id": "b"})
+    )
+
+
+def test_a_whole_float_is_an_id_of_rows_and_partition(tmp_path):
+    pool_file(tmp_path, ROW | {"problem_id": 1.0}, ROW | {"problem_id": 1})
+    (tmp_path / "partition.json").write_text('{"1.0": "exit_code"}', encoding="utf-8-sig")
+    (found,) = load_pool(tmp_path)
+    assert (found.problem_id, found.env_mode) == ("1", "exit_code")
 
 
 def test_a_malformed_line_is_named(tmp_path):

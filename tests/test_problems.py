@@ -11,8 +11,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from loguru import logger
 
-from projected_grpo.config import BENCHMARK_FILE, EnvMode
+from projected_grpo.config import BENCHMARK_FILE, EnvMode, ProblemConfig
 from projected_grpo.errors import UserError
 from projected_grpo.problems import (
     SYSTEM,
@@ -23,6 +24,7 @@ from projected_grpo.problems import (
     is_validation,
     load_problems,
     read_jsonl,
+    read_problems,
     take,
     unhinted,
     with_eval_names,
@@ -34,6 +36,15 @@ from projected_grpo.rewards import (
     SENTINELS,
     file_reports_pass,
     stdout_reports_pass,
+)
+from projected_grpo.sandbox import encode, oracle
+from projected_grpo.sandbox.oracle import (
+    Call,
+    LinkedList,
+    Tree,
+    out_of_reach,
+    parse_asserts,
+    trivial_answers,
 )
 
 BENCHMARK = {
@@ -165,6 +176,108 @@ def test_the_leetcode_dataset(shared_data):
         assert problem.canonical == row["completion"]
 
 
+LATEST = {k: v for k, v in DATASET.items() if k != "meta"} | {  # v0.3.1
+    **{"question_id": 77, "difficulty": "Hard", "problem_description": "Multiply."},
+    **{"starter_code": DATASET["meta"]["lang_code"], "tags": [], "input_output": []},
+}
+FIRST = DATASET | {
+    "meta": {("en_" if k == "question_title" else "") + k: v for k, v in DATASET["meta"].items()}
+}
+
+
+@pytest.mark.parametrize("row", [LATEST, FIRST], ids=["v0.3.1", "first"])
+def test_every_version_of_the_leetcode_dataset_reads_the_same(tmp_path, row):
+    assert load_problems(write(tmp_path / "a.jsonl", row)) == load_problems(
+        write(tmp_path / "b.jsonl", DATASET)
+    )
+
+
+def test_a_whole_float_is_an_id(tmp_path):
+    """pandas writes a column of ids with a gap as 1.0."""
+    rows = [BENCHMARK | {"id": 3243.0}, DATASET | {"meta": DATASET["meta"] | {"question_id": 77.0}}]
+    found = load_problems(write(tmp_path / "a.jsonl", *rows))
+    assert [p.problem_id for p in found.problems] == ["3243", "77"]
+    assert "stands twice" in refusal(tmp_path / "a.jsonl", BENCHMARK, BENCHMARK | {"id": 3243.0})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_other_encodings_read_the_same(tmp_path, encoding):
+    plain = write(tmp_path / "a.jsonl", BENCHMARK, "", DATASET)
+    (tmp_path / "b.jsonl").write_bytes((tmp_path / "a.jsonl").read_text().encode(encoding))
+    (tmp_path / "c.jsonl").write_bytes(gzip.compress((tmp_path / "b.jsonl").read_bytes()))  # no .gz
+    for name in "bc":
+        assert load_problems(str(tmp_path / f"{name}.jsonl")) == load_problems(plain)
+
+
+# What no one can solve, what anyone can
+
+
+@pytest.mark.parametrize(
+    ("expected", "reason"),
+    [
+        ([[0] * 40], ""),
+        ([0] * 60, "call 1 expects a value that is too large or too deep"),
+        (LinkedList((0,) * 60), "call 1 expects a value that is too large or too deep"),
+        (Tree(((0,),) * 60), "call 1 expects a value that is too large or too deep"),
+        ({n: n for n in range(9)}, "call 1 expects a value that is too large or too deep"),
+        ("x" * 350, "too large to give back, 353 of 300 bytes"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_value_that_no_program_can_give_back_is_told(monkeypatch, expected, reason):
+    monkeypatch.setattr(encode, "MAX_NODES", 50)
+    monkeypatch.setattr(oracle, "MAX_HASHED", 8)
+    said = out_of_reach((Call("Solution().f(1)", 0), Call("Solution().f(2)", expected)), 300)
+    assert reason in said and bool(reason) == bool(said)
+
+
+def test_a_problem_whose_answer_cannot_be_given_back_is_left_out(tmp_path):
+    deep = f"assert Solution().add(a = 1) == {'[' * 120 + ']' * 120}"
+    ((name, reason),) = load_problems(
+        write(tmp_path / "a.jsonl", BENCHMARK | {"gt_answer": [deep]}, DATASET)
+    ).left_out
+    assert (name, reason) == ("3243", "call 0 expects a value that is too large or too deep to give back")
+
+
+@pytest.mark.parametrize(
+    ("asserts", "found"),
+    [
+        (["f(n = 1) == 0", "f(n = 2) == 0"], ["0"]),
+        (["f(n = 1) == None"], ["None"]),
+        (["f(n = []) == []"], ["[]", "argument n"]),
+        (["f(n = 'a') == ''"], ['""']),
+        (["f(n = 1) == True", "f(n = 2) == False"], []),
+        (["f(n = 1) == True"], ["True"]),
+        (["f(n = 1, m = 4) == 4", "f(m = 5, n = 1) == 5"], ["argument m"]),
+        (["f(7) == 7"], ["argument 1"]),
+        (["f(n = list_node([1])) == list_node([1])"], ["argument n"]),
+        (["f(n = 1.0) == 1"], []),  # types are exact
+        (["f(n = 1) == 0", "f(n = 2) == 1"], []),
+    ],
+    ids=str,
+)
+def test_answers_that_try_nothing(asserts, found):
+    calls, trouble = parse_asserts([f"assert Solution().{text}" for text in asserts], "f")
+    assert (trivial_answers(calls), trouble) == (found, ())
+
+
+def test_reading_warns_once_with_counts_and_the_verb(tmp_path):
+    lazy = [BENCHMARK | {"id": i, "gt_answer": ["assert Solution().add(a = 1) == None"]} for i in range(3)]
+    path = write(tmp_path / "a.jsonl", *lazy, DATASET, BENCHMARK | {"gt_answer": ["print(5)"]})
+    lines: list[str] = []
+    sink = logger.add(lines.append, level="WARNING", format="{message}")
+    read_problems(ProblemConfig(problems=path))
+    logger.remove(sink)
+    (said,) = lines
+    assert "1 left out (problem 3243: " in said and "3 solved without trying (problem 0: " in said
+    assert f"`projected-grpo problems lint {path}`" in said
+
+
+def test_a_digest_tells_problems_by_what_they_expect():
+    calls = [parse_asserts([f"assert Solution().f() == {n}"], "f")[0] for n in (1, 2)]
+    assert len({digest([replace(toy("1"), calls=c)]) for c in calls}) == 2
+
+
 # Hints
 
 
@@ -286,6 +399,49 @@ def test_a_missing_or_odd_field_of_the_datasets_meta_is_named(tmp_path, field, v
     meta = {k: v for k, v in DATASET["meta"].items() if k != field}
     row = DATASET | {"meta": meta if value == "gone" else meta | {field: value}}
     assert_names(field, refusal(tmp_path / "bad.jsonl", BENCHMARK, row))
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        (
+            "HumanEval",
+            {"prompt": "def f():", "entry_point": "f", "canonical_solution": "x", "test": "def check"},
+        ),
+        ("MBPP", {"text": "Add.", "code": "def f()", "test_list": ["assert f() == 1"]}),
+        ("MBPP", {"prompt": "Add.", "code": "def f()", "test_imports": [], "test_list": [], "test": "x"}),
+        ("MBPP+", {"entry_point": "f", "canonical_solution": "x", "base_input": [], "assertion": ""}),
+        ("APPS", {"question": "Add.", "solutions": "[]", "input_output": "{}", "difficulty": "interview"}),
+        ("a form that is not known", {"instruction": "Add.", "output": "x"}),
+    ],
+    ids=str,
+)
+def test_rows_of_other_benchmarks_are_refused_by_name(tmp_path, name, row):
+    message = refusal(tmp_path / "a.jsonl", DATASET, {"task_id": "x/0"} | row)
+    assert f"a.jsonl:2: a row of {name}" in message
+    assert "gt_answer" in message and "LeetCodeDataset" in message
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"PAR1\x15\x04\x15", "a Parquet file; JSONL is read"),
+        (b"ARROW1\0\0", "an Arrow file"),
+        (b"PK\x03\x04\x14", "a zip archive"),
+        (b'[{"id": 1}]\n', "a.jsonl:1: must be a JSON object, got [{"),
+        (b'[\n {"id": 1}\n]\n', "JSON over several lines; write one JSON object on each line"),
+        (b'{\n "id": 1\n}\n', "JSON over several lines"),
+        (b"id,question\n", "a.jsonl:1: not valid JSON"),
+        (b'{"id": "\xff"}', "a.jsonl:1: not text in UTF-8 or UTF-16"),
+        (json.dumps(BENCHMARK | {"id": "\ud800"}).encode(), "a.jsonl:1: id holds half of a surrogate pair"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_files_of_another_kind_are_refused_by_it(tmp_path, data, words):
+    (tmp_path / "a.jsonl").write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        load_problems(str(tmp_path / "a.jsonl"))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_prompt_without_a_user_message_is_refused(tmp_path):

@@ -30,6 +30,7 @@ from projected_grpo.pools import NO_TEACHER, Teacher, TeacherRow, bake, baked_co
 from projected_grpo.problems import EVAL_IN, Problem, assign_modes, digest, is_eval, read_problems, take
 from projected_grpo.ranks import ALONE, Ranks
 from projected_grpo.rewards import MODES, Grader, open_grader
+from projected_grpo.sandbox.host import Limits
 
 SPLIT_SEED = 0  # problems taken and held out are the same in all seeds of a comparison
 
@@ -139,13 +140,8 @@ def prompted(data: Data, arm: ArmSettings) -> Data:
 
 
 def bake_once(problems: Sequence[Problem], pools: Path, grader: Grader) -> Path:
-    """A pool of canonical solutions and template hacks for these problems, baked unless it is there.
-
-    Its name is the hash of all that its rows and labels come from.
-    """
-    limits = asdict(grader.sandbox.limits)
-    content = json.dumps([digest(problems), [baked_completions(p) for p in problems], limits])
-    folder = pools / f"baked_{hashlib.blake2b(content.encode(), digest_size=6).hexdigest()}"
+    """A pool of canonical solutions and template hacks for these problems, baked unless it is there."""
+    folder = pools / baked_name(problems, grader.sandbox.limits)
     if not (folder / "partition.json").exists():
         counts = bake(problems, grader, folder)
         logger.info(
@@ -154,6 +150,12 @@ def bake_once(problems: Sequence[Problem], pools: Path, grader: Grader) -> Path:
             folder=folder,
         )
     return folder
+
+
+def baked_name(problems: Sequence[Problem], limits: Limits) -> str:
+    """A baked pool's name: the hash of all that its rows and labels come from."""
+    content = json.dumps([digest(problems), [baked_completions(p) for p in problems], asdict(limits)])
+    return f"baked_{hashlib.blake2b(content.encode(), digest_size=6).hexdigest()}"
 
 
 def fit_prompts(data: Data, chat: Chat, max_new: int) -> tuple[Data, dict[str, tuple[int, ...]]]:

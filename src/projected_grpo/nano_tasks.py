@@ -166,7 +166,7 @@ def as_row(instance: Instance) -> dict[str, Any]:
         "difficulty": instance.template.level,
         "question": instance.question,
         "solution": instance.solution([f"return {instance.right}"]),
-        "asserts": hidden_tests(instance),
+        "asserts": list(hidden_tests(instance)),
     }
 
 

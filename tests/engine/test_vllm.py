@@ -20,7 +20,7 @@ from projected_grpo.block import random_start
 from projected_grpo.checks import validate
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, ModelConfig, SamplingConfig
-from projected_grpo.engine.chat import own_sampler, sampler_opener
+from projected_grpo.engine.chat import Chat, own_sampler, sampler_opener
 from projected_grpo.engine.generate import sample
 from projected_grpo.errors import UserError
 from projected_grpo.verbs.pools import PoolSampleOptions, sampled_with
@@ -294,11 +294,13 @@ def test_a_missing_extra_is_named_before_anything_is_made(tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_pool_of_another_sampler_is_another_pool(tmp_path):
-    own = PoolSampleOptions(tmp_path, model=ModelConfig(device="cpu"))
-    told = sampled_with(own)
-    assert "sampler" not in told, "pools sampled before there was the option go on"
-    assert sampled_with(replace(own, model=VLLM)) == told | {"sampler": "vllm"}
+def test_a_pool_of_another_sampler_is_another_pool(tmp_path, tiny_policy, tiny):
+    own, chat = (
+        PoolSampleOptions(tmp_path, model=ModelConfig(device="cpu")),
+        Chat(tiny_policy, tiny[1], frozenset()),
+    )
+    told = sampled_with(own, chat, ())
+    assert sampled_with(replace(own, model=VLLM), chat, ()) == told | {"sampler": "vllm"}
 
 
 # Whole runs

@@ -12,8 +12,11 @@ from projected_grpo.basis_file import Axes, Extraction, save_extraction
 from projected_grpo.cli import main
 from projected_grpo.config import PRESETS, to_json
 from projected_grpo.errors import GATE_FAILED
+from projected_grpo.options.verbs import ScoredOn
 from projected_grpo.proj import PairGrads
+from projected_grpo.runlog import write_json
 from projected_grpo.sweep.gates import RunFiles, gate_a, gate_b, gate_c, gate_d
+from projected_grpo.verbs.probe import file_hash, measured, scored_on
 
 PRESET = PRESETS["nano"][1]
 STEPS, GROUPS = 12, 8
@@ -247,3 +250,18 @@ def test_a_bad_option_of_the_probe_is_told_before_anything_runs(tmp_path, monkey
     assert "--steps" in capsys.readouterr().err
     assert main(["probe", "--preset=smoke", "--set", "steps"]) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_what_verify_measured_is_taken_for_the_same_basis_and_completions_alone(tmp_path):
+    basis, pool, file = tmp_path / "b.safetensors", tmp_path / "pool.jsonl", tmp_path / "b.score.json"
+    basis.write_text("one")
+    pool.write_text("graded")
+    on = ScoredOn(pool)
+    assert not measured(file, basis)
+    write_json(file, {"basis": file_hash(basis), "signal": "gradient", **scored_on(on)})
+    assert measured(file, basis) and measured(file, basis, signal="gradient", **scored_on(on))
+    assert not measured(file, basis, signal="activation")
+    pool.write_text("graded again")
+    assert not measured(file, basis, signal="gradient", **scored_on(on))
+    basis.write_text("another")
+    assert not measured(file, basis)

@@ -59,6 +59,15 @@ def here(tmp_path, monkeypatch, unchecked_children):
 # What a sweep is
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_sweep_file_may_begin_with_a_byte_order_mark(here, encoding):
+    (here / "s.toml").write_bytes('preset = "nano"\nname = "mine"\n'.encode(encoding))
+    assert read_spec(here / "s.toml").name == "mine"
+    (here / "s.toml").write_bytes(b'preset = "n\xff"\n')
+    with pytest.raises(UserError, match="s.toml: not text in UTF-8 or UTF-16"):
+        read_spec(here / "s.toml")
+
+
 def test_a_sweep_is_arms_times_axes(here):
     (here / "s.toml").write_text(
         'preset = "nano"\n[options]\nlr = 0.01\n[[arms]]\nname = "none"\noptions = {intervention = "none"}\n'
