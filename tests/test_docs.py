@@ -59,7 +59,7 @@ SMALL: Mapping[str, Sequence[str]] = {
     "train nano": (*TINY_RUN, "--prompts-per-step=2", "--group=4", "--final-n-prompts=1", "--max-new=24"),
     "train smoke": (*TINY_RUN, "--n-problems=4", "--max-new=8"),
     "evaluate": ("--n-problems=1", "--samples=1", "--max-new=8", "--resamples=99", "--workers=1"),
-    **dict.fromkeys(("grade", "pairs lint", "pool build"), ("--workers=1",)),
+    **dict.fromkeys(("grade", "pairs lint", "pool build", "problems lint"), ("--workers=1",)),
     **dict.fromkeys(("export", "plot", "pool report", "report", "results", "verify"), ()),
 }
 # Of those pages, what is parsed like the commands of all others, but not run.
