@@ -473,7 +473,7 @@ def _revive(annotation: Any, value: Any) -> Any:
     if value is None:
         return None
     if "Path" in str(annotation):
-        return Path(value)
+        return Path(value) if isinstance(value, str) else value
     if annotation is float and type(value) is int:
         return float(value)
     return tuple(value) if isinstance(value, list) else value

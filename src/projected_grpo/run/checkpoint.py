@@ -158,7 +158,7 @@ def read_state(path: Path) -> SavedState:
         gates = facts.pop("gate")
         gate = None if gates is None else GateState(gates["hack"], gates["clean"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: written by another version ({error!r})") from error
+        raise UserError(f"{path}: written by another version, its gate cannot be read") from error
     return SavedState(path, tensors, gate, facts)
 
 

@@ -197,7 +197,8 @@ def newest_state(run: Run) -> SavedState:
                 log.read(saved.facts["logs"][name])
             return saved
         except (UserError, KeyError, TypeError, AttributeError) as error:
-            refused.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+            why = str(error) if isinstance(error, UserError) else "written by another version"
+            refused.append(why if str(path) in why else f"{path}: {why}")
             logger.warning("state refused: {}", refused[-1])
     if not refused:
         raise UserError(
@@ -220,4 +221,4 @@ def restore(exp: Experiment, state: TrainState, saved: SavedState) -> None:
         state.mechanisms_seen = set(facts["mechanisms_seen"])
         state.concept = concept_from_json(facts["concept"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{saved.path}: written by another version ({error!r})") from error
+        raise UserError(f"{saved.path}: written by another version, its counters cannot be read") from error
