@@ -1,4 +1,4 @@
-"""The preregistered rules of docs/spec.md (A1, A2, A4, A6, A9) on the records of a study: a verdict is a line."""
+"""The preregistered rules of docs/spec.md (A1, A2, A4, A6, A9) on a study's records: a verdict is a line."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
