@@ -481,7 +481,7 @@ def test_a_file_that_is_none_is_refused(tmp_path, what):
 
 def test_the_missing_benchmark_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="clone ariahw/rl-rewardhacking") as caught:
+    with pytest.raises(UserError, match="git clone https://github.com/ariahw/rl-rewardhacking") as caught:
         load_problems(BENCHMARK_FILE)
     assert "--problems" in str(caught.value)
 

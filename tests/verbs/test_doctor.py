@@ -170,7 +170,7 @@ def test_missing_containment_warns_and_fails_where_it_is_asked_for(monkeypatch):
 def test_problems_are_read(tmp_path):
     assert finding("problems").status == "OK"
     path = tmp_path / "p.jsonl"
-    path.write_text("{")
+    path.write_text("{]")
     found = finding("problems", problems=str(path))
     assert found.status == "FAIL" and f"{path}:1" in found.text and "\n" not in found.line()
 
