@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from loguru import logger
+from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.arm_settings import ArmSettings
 from projected_grpo.arms.table import ARMS
 from projected_grpo.config import (
-    MAX_SEQUENCE,
     EnvMode,
     TrainConfig,
     env_modes,
@@ -23,7 +23,7 @@ from projected_grpo.config import (
     teacher_rows,
 )
 from projected_grpo.engine.chat import Chat, open_chat, sampler_opener
-from projected_grpo.engine.models import encode_chat
+from projected_grpo.engine.models import encode_chat, load_model, room_of, too_long
 from projected_grpo.errors import UserError
 from projected_grpo.pairs import PairSet, chosen_pairs
 from projected_grpo.pools import NO_TEACHER, Teacher, TeacherRow, bake, baked_completions, teacher_of
@@ -158,38 +158,45 @@ def baked_name(problems: Sequence[Problem], limits: Limits) -> str:
     return f"baked_{hashlib.blake2b(content.encode(), digest_size=6).hexdigest()}"
 
 
-def fit_prompts(data: Data, chat: Chat, max_new: int) -> tuple[Data, dict[str, tuple[int, ...]]]:
-    """Tokenise prompts; drop and count those that leave no room for max_new. Raises UserError if all do."""
+def fit_prompts(
+    data: Data, tokenizer: PreTrainedTokenizerBase, room: int, max_new: int
+) -> tuple[Data, dict[str, tuple[int, ...]]]:
+    """Tokenise prompts; drop and count those that leave no room for max_new. Raises UserError if all do.
+
+    `room`: tokens of prompt and completion that training and the model take.
+    """
     everything = {p.problem_id: p for p in (*data.train, *data.held_out, *data.final)}
-    prompts = {name: encode_chat(chat.tokenizer, p.messages) for name, p in everything.items()}
-    fitting = {name for name, ids in prompts.items() if len(ids) + max_new <= MAX_SEQUENCE}
+    prompts = {name: encode_chat(tokenizer, p.messages) for name, p in everything.items()}
+    fitting = {name for name, ids in prompts.items() if len(ids) + max_new <= room}
     train, held_out, final = (
         tuple(p for p in problems if p.problem_id in fitting)
         for problems in (data.train, data.held_out, data.final)
     )
-    rows, too_long = fit_teacher(data.teacher.rows, chat, prompts)
-    if too_long:
-        logger.warning("{} teacher rows skipped: with their prompt over {} tokens", too_long, MAX_SEQUENCE)
+    rows, dropped = fit_teacher(data.teacher.rows, tokenizer, prompts, room)
+    if dropped:
+        logger.warning("{} teacher rows skipped: with their prompt over {} tokens", dropped, room)
     if skipped := len(prompts) - len(fitting):
-        logger.warning("{} prompts skipped: longer than {} - max_new tokens", skipped, MAX_SEQUENCE)
-    if not train or not held_out or not final:
-        raise UserError(
-            f"every prompt plus --max-new {max_new} is longer than {MAX_SEQUENCE}; lower --max-new"
-        )
+        logger.warning("{} prompts skipped: longer than {} - max_new tokens", skipped, room)
+    for kept, all_of_them in ((train, data.train), (held_out, data.held_out), (final, data.final)):
+        if not kept:
+            raise too_long(min(len(prompts[p.problem_id]) for p in all_of_them), max_new, room)
     teacher = replace(data.teacher, rows=rows)
     return replace(data, train=train, held_out=held_out, final=final, teacher=teacher), prompts
 
 
 def fit_teacher(
-    rows: Mapping[str, Sequence[TeacherRow]], chat: Chat, prompts: Mapping[str, tuple[int, ...]]
+    rows: Mapping[str, Sequence[TeacherRow]],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, tuple[int, ...]],
+    room: int,
 ) -> tuple[dict[str, tuple[TeacherRow, ...]], int]:
     """Teacher rows that fit after their prompt with a stop token, and how many do not."""
     fitting = {
         name: tuple(
             row
             for row in group
-            if len(prompts[name]) + len(chat.tokenizer(row.completion, add_special_tokens=False)["input_ids"])
-            < MAX_SEQUENCE
+            if len(prompts[name]) + len(tokenizer(row.completion, add_special_tokens=False)["input_ids"])
+            < room
         )
         for name, group in rows.items()
         if name in prompts
@@ -198,19 +205,21 @@ def fit_teacher(
 
 
 def prepare(cfg: TrainConfig, stack: ExitStack, ranks: Ranks = ALONE) -> Experiment:
-    """Read everything, cheapest checks first, so that a bad input is reported before a model is loaded."""
+    """Read everything, cheapest checks first: a bad input is reported before a model is loaded, a model that
+    cannot take these prompts before its weights are decomposed."""
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
     open_sampler = sampler_opener(cfg.model, ranks.size)
     pairs = chosen_pairs(cfg.basis)
     grader = open_grader(replace(cfg.run, workers=cfg.run.workers or ranks.cores), stack)
     data = prompted(read_data(cfg, grader), cfg.arm)
-    chat = open_chat(cfg.model, open_sampler)
-    data, prompts = fit_prompts(data, chat, cfg.sampling.max_new)
+    model, tokenizer = load_model(cfg.model)
+    data, prompts = fit_prompts(data, tokenizer, room_of(model), cfg.sampling.max_new)
     if cfg.sampling.prompts_per_step > len(data.train):
         raise UserError(
             f"--prompts-per-step {cfg.sampling.prompts_per_step} but only {len(data.train)} training problems"
         )
+    chat = open_chat(cfg.model, open_sampler, (model, tokenizer))
     logger.info(
         "{} problems to train on ({}), {} held out, teacher rows for {}",
         len(data.train),

@@ -9,6 +9,7 @@ from loguru import logger
 
 from projected_grpo.config import ModelConfig, TrainConfig, from_json
 from projected_grpo.engine.chat import Chat, SamplerOpener, open_chat, own_sampler
+from projected_grpo.engine.models import Loaded
 from projected_grpo.errors import UserError
 from projected_grpo.run.checkpoint import load_adapter, read_adapter_meta, state_paths
 from projected_grpo.runlog import read_json
@@ -64,14 +65,28 @@ def _run_source(folder: Path, model: str) -> Source:
     return Source(model or cfg.model.model, folder, cfg, adapter, state)
 
 
-def open_source(source: Source, cfg: ModelConfig, open_sampler: SamplerOpener = own_sampler) -> Chat:
-    """Load the source's model (device and so on from `cfg`) with its adapter, the quarantine included.
+def model_settings(source: Source, cfg: ModelConfig) -> ModelConfig:
+    """How to run the source's model: as asked for, and where nothing is, as its run did."""
+    cfg = replace(cfg, model=source.model)
+    ran = source.cfg.model if source.cfg else cfg
+    if cfg.dtype == "auto":
+        cfg = replace(cfg, dtype=ran.dtype)
+    if cfg.attention == "auto" and ran.attention != "flash_attention_2":  # which not every machine has
+        cfg = replace(cfg, attention=ran.attention)
+    return cfg
+
+
+def open_source(
+    source: Source,
+    cfg: ModelConfig,
+    open_sampler: SamplerOpener = own_sampler,
+    loaded: Loaded | None = None,
+) -> Chat:
+    """The source's model (device and so on from `cfg`) with its adapter, the quarantine included.
 
     Raises UserError for an adapter that does not fit the model, or a state that is not of the deployed step.
     """
-    if source.cfg is not None and cfg.dtype == "auto":
-        cfg = replace(cfg, dtype=source.cfg.model.dtype)
-    chat = open_chat(replace(cfg, model=source.model), open_sampler)
+    chat = open_chat(model_settings(source, cfg), open_sampler, loaded)
     if source.adapter is None:
         return chat
     meta = load_adapter(source.adapter, chat.policy)

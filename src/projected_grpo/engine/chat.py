@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from loguru import logger
 from tqdm import tqdm
@@ -11,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from projected_grpo.antipasto import Policy, wrap
 from projected_grpo.config import ModelConfig, SamplingConfig
 from projected_grpo.engine.generate import sample
-from projected_grpo.engine.models import load_model, stop_ids
+from projected_grpo.engine.models import Loaded, load_model, stop_ids
+from projected_grpo.engine.template import turn_end
 from projected_grpo.errors import UserError
 from projected_grpo.rollout import Completion, Sampler
 
@@ -25,11 +27,11 @@ class Chat:
     stop: frozenset[int]
     sampler: Sampler = sample
 
-    @property
+    @cached_property
     def stop_id(self) -> int:
-        """The stop token that ends a cached completion."""
-        eos = self.tokenizer.eos_token_id
-        return eos if eos is not None else min(self.stop)
+        """The token that ends a cached completion: the template's own, else the tokenizer's."""
+        ends = (turn_end(self.tokenizer), self.tokenizer.eos_token_id)
+        return next((end for end in ends if end is not None), min(self.stop, default=0))
 
     def sample(
         self,
@@ -76,9 +78,11 @@ def sampler_opener(cfg: ModelConfig, processes: int = 1) -> SamplerOpener:
     return opener
 
 
-def open_chat(cfg: ModelConfig, open_sampler: SamplerOpener = own_sampler) -> Chat:
-    """Load the model, adapt its Linears, and open what generates from it."""
-    model, tokenizer = load_model(cfg)
+def open_chat(
+    cfg: ModelConfig, open_sampler: SamplerOpener = own_sampler, loaded: Loaded | None = None
+) -> Chat:
+    """Load the model unless it is, adapt its Linears, and open what generates from it."""
+    model, tokenizer = loaded or load_model(cfg)
     with tqdm(desc="SVD", unit=" modules", leave=False, disable=None) as bar:
         policy = wrap(model, cfg.svd_cache, on_module=lambda name: bar.update())
     stop = stop_ids(model, tokenizer)

@@ -1,7 +1,8 @@
 """Getting a model and its tokenizer: from a folder, from the hub, or from the package."""
 
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -10,82 +11,190 @@ from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import constants
-from safetensors import SafetensorError
+from loguru import logger
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
-    Qwen3Config,
     Qwen3ForCausalLM,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from projected_grpo.config import NANO, TINY_RANDOM, ModelConfig
-from projected_grpo.engine.placement import pick_attention, pick_devices, pick_dtype, place
+from projected_grpo.config import MAX_SEQUENCE, NANO, TINY_RANDOM, ModelConfig
+from projected_grpo.engine.model_files import damage
+from projected_grpo.engine.placement import attention_choices, pick_devices, pick_dtype, place
+from projected_grpo.engine.template import PROBE, Messages, check_template, render_chat, turn_end
 from projected_grpo.errors import UserError
 
 TINY_SEED = 0  # of the random weights: one tiny-random model for all seeds, so that its SVD is cached once
-Messages = Sequence[Mapping[str, str]]
+PACKAGED = {TINY_RANDOM: "tiny", NANO: "nano"}  # their folders in data/
+Loaded = tuple[nn.Module, PreTrainedTokenizerBase]
 
 
-def load_model(cfg: ModelConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Model in evaluation mode and tokenizer. Raises UserError with how to get what is missing."""
+def load_model(cfg: ModelConfig) -> Loaded:
+    """Model in evaluation mode and tokenizer. Raises UserError for one that cannot be had or trained."""
     devices = pick_devices(cfg.device)
     dtype = pick_dtype(cfg.dtype, devices[0])
-    attention = pick_attention(cfg.attention, next((d for d in devices if d.type != "cuda"), devices[0]))
+    choices = attention_choices(cfg.attention, next((d for d in devices if d.type != "cuda"), devices[0]))
+    tokenizer, config, changes = load_tokenizer(cfg.model)
+    for change in changes:
+        logger.warning("--model {}: {}", cfg.model, change)
     if cfg.model == TINY_RANDOM:
-        model, tokenizer = _tiny_random(attention)
-        model.to(dtype=dtype)
-    elif cfg.model == NANO:
-        with as_file(files("projected_grpo") / "data" / "nano") as folder:
-            model, tokenizer = _pretrained(str(folder), dtype, attention)
+        model = _tiny_random(config, choices[0]).to(dtype=dtype)
     else:
-        model, tokenizer = _pretrained(cfg.model, dtype, attention)
-    if tokenizer.chat_template is None:
-        raise UserError(f"--model {cfg.model}: its tokenizer has no chat template; use a chat model")
+        model = _pretrained(cfg, dtype, choices)
     place(model, devices)
+    check_finite(model, cfg.model)
     return model.eval(), tokenizer
 
 
-def _tiny_random(attention: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    with as_file(files("projected_grpo") / "data" / "tiny") as folder:
-        config = Qwen3Config.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+def load_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, PretrainedConfig, list[str]]:
+    """Tokenizer, settings, and what is done otherwise than the template has it, before any weight is read.
+
+    Raises UserError for what nothing can be trained with.
+    """
+    with _source(name) as (source, offline):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+            config = AutoConfig.from_pretrained(source, local_files_only=offline)
+        except Exception as error:  # foreign files, through many parsers: anything may come
+            raise _not_loaded(name, error) from error
+    try:
+        changes = check_template(tokenizer)
+    except UserError as error:
+        raise UserError(f"--model {name}: {error}") from error
+    check_vocabulary(tokenizer, config, name)
+    return tokenizer, config, changes
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, name: str) -> None:
+    """Raises UserError if text can become tokens for which the model has no embedding."""
+    rows = getattr(config.get_text_config(), "vocab_size", None) or sys.maxsize
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    in_text = set(tokenizer.get_vocab().values()) - special
+    framing = {*encode_chat(tokenizer, PROBE), turn_end(tokenizer), tokenizer.eos_token_id} - {None}
+    beyond = [i for i in in_text | framing if i >= rows]
+    if beyond:
+        raise UserError(
+            f"--model {name}: its tokenizer has {len(beyond)} tokens more than the model's {rows} embeddings "
+            f"(e.g. {tokenizer.convert_ids_to_tokens(min(beyond))!r}); give it its own tokenizer"
+        )
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Raises UserError naming the first weight that holds NaN or infinity."""
+    for weight, values in model.named_parameters():
+        finite = values.isfinite()
+        if not bool(finite.all()):
+            count = int((~finite).sum())
+            raise UserError(
+                f"--model {name}: {count} of the {values.numel()} values of {weight} are NaN or infinite; "
+                "copy or download the model again, or take one whose training did not diverge"
+            )
+
+
+def positions(config: PretrainedConfig) -> int:
+    """Tokens of prompt and completion that a model can read."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def room_of(model: nn.Module) -> int:
+    """Tokens of prompt and completion at most, in training and in what is made for it."""
+    config: Any = model.config
+    return min(MAX_SEQUENCE, positions(config))
+
+
+def too_long(shortest: int, max_new: int, room: int) -> UserError:
+    """What is said where no prompt, the shortest of so many tokens, leaves room for a completion."""
+    most = f"{room} tokens" if room == MAX_SEQUENCE else f"the model's {room} positions"
+    change = "lower --max-new" if shortest < room else "take shorter problems, or another model"
+    return UserError(
+        f"every prompt plus --max-new {max_new} is longer than {most} (the shortest prompt has {shortest}); "
+        f"{change}"
+    )
+
+
+def _tiny_random(config: Any, attention: str | None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(TINY_SEED)
-        config._attn_implementation = attention
-        return Qwen3ForCausalLM(config), tokenizer
+        if attention is not None:
+            config._attn_implementation = attention
+        return Qwen3ForCausalLM(config)
 
 
-def _pretrained(name: str, dtype: torch.dtype, attention: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).expanduser().is_dir():
-        raise UserError(f"--model {name}: no such folder")
-    source = str(Path(name).expanduser()) if looks_local else name
-    offline = not _hub_resolves()  # else every file is asked for six times before the error comes
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            attn_implementation=attention,
-            local_files_only=offline,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        hint = (
-            "the folder must hold a transformers model and tokenizer"
-            if looks_local or Path(name).is_dir()
-            else f"run `just download-model {name}` where there is network, or give a local folder"
-        )
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--model {name} cannot be loaded: {hint} ({reason[:120]})") from error
-    model, loading = loaded
+@contextmanager
+def _source(name: str) -> Iterator[tuple[str, bool]]:
+    """Where transformers finds a model, and whether it must not ask the hub.
+
+    Raises UserError for a folder that is not there, or whose files are not whole.
+    """
+    if name in PACKAGED:
+        with as_file(files("projected_grpo") / "data" / PACKAGED[name]) as folder:
+            yield str(folder), True
+        return
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if looks_local(name):
+            raise UserError(f"--model {name}: no such folder")
+        yield name, not _hub_resolves()  # else every file is asked for six times before the error comes
+        return
+    if damaged := damage(folder):
+        raise UserError(f"--model {name}: {damaged}")
+    yield str(folder), True
+
+
+def looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _pretrained(cfg: ModelConfig, dtype: torch.dtype, choices: Sequence[str | None]) -> nn.Module:
+    with _source(cfg.model) as (source, offline):
+
+        def load(attention: str | None) -> Any:
+            return AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                attn_implementation=attention,
+                local_files_only=offline,
+                output_loading_info=True,
+            )
+
+        try:
+            try:
+                model, loading = load(choices[0])
+            except ValueError:
+                if len(choices) == 1:
+                    raise
+                model, loading = load(choices[1])  # one that has not the first
+        except Exception as error:  # foreign files, through many parsers: anything may come
+            if cfg.attention != "auto" and "attention" in str(error):
+                raise UserError(
+                    f"--attention {cfg.attention}: the model does not take it ({first_line(error)}); "
+                    "leave it out, or take --attention=eager"
+                ) from error
+            raise _not_loaded(cfg.model, error) from error
     if loading["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = sorted(loading["missing_keys"])
-        raise UserError(f"--model {name}: {len(missing)} weights are not in its files, e.g. {missing[0]}")
-    return model, tokenizer
+        what = f"{len(missing)} weights are not in its files, e.g. {missing[0]}"
+        raise UserError(f"--model {cfg.model}: {what}")
+    return model
+
+
+def _not_loaded(name: str, error: Exception) -> UserError:
+    hint = (
+        "the folder must hold a transformers model and tokenizer"
+        if looks_local(name) or Path(name).is_dir()
+        else f"run `just download-model {name}` where there is network, or give a local folder"
+    )
+    return UserError(f"--model {name} cannot be loaded: {hint} ({first_line(error)})")
+
+
+def first_line(error: Exception) -> str:
+    """An error's first line, cut."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def _hub_resolves() -> bool:
@@ -122,7 +231,7 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[int, ...]:
-    """Token ids of a chat up to where the assistant starts; thinking off where the template knows it."""
+    """Token ids of a chat up to where the answer begins (`render_chat`)."""
     text = render_chat(tokenizer, messages)
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -132,20 +241,12 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special_to
     return str(tokenizer.decode(list(ids), skip_special_tokens=not special_tokens))
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
-    """The prompt as text, special tokens included."""
-    chat = [dict(m) for m in messages]
-    return str(
-        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, enable_thinking=False)
-    )
-
-
 def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a completion: the tokenizer's and the generation config's."""
+    """Tokens that end a completion: the tokenizer's, the generation config's, the template's."""
     config = getattr(model, "generation_config", None)
     eos = getattr(config, "eos_token_id", None)
     listed = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    ids = {i for i in (*listed, tokenizer.eos_token_id) if i is not None}
+    ids = {i for i in (*listed, tokenizer.eos_token_id, turn_end(tokenizer)) if i is not None}
     if not ids:
         raise UserError("the tokenizer has no end-of-sequence token")
     return frozenset(ids)

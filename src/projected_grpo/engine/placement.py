@@ -176,11 +176,15 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
 
 
-def pick_attention(wanted: str, device: torch.device) -> str:
-    """Resolve `auto`: flash-attn where installed and a GPU is there to run it, else sdpa."""
+def attention_choices(wanted: str, device: torch.device) -> tuple[str | None, ...]:
+    """What to load a model with, the next one where it has not the first; None is sdpa, or eager.
+
+    `auto` is flash-attn where installed and a GPU is there to run it. Raises UserError where it is wanted and
+    not installed.
+    """
     has_flash = importlib.util.find_spec("flash_attn") is not None
     if wanted == "flash_attention_2" and not has_flash:
         raise UserError("--attention flash_attention_2 needs flash-attn: pip install 'projected_grpo[gpu]'")
-    if wanted == "auto":
-        return "flash_attention_2" if has_flash and device.type == "cuda" else "sdpa"
-    return wanted
+    if wanted != "auto":
+        return (wanted,)
+    return ("flash_attention_2", None) if has_flash and device.type == "cuda" else (None,)

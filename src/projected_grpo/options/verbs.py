@@ -249,8 +249,9 @@ class EvaluateOptions:
     """By the hash of the id, 32 to 87: choose settings on validation, report test."""
     n_problems: int = 0
     """At most so many problems, modes in equal shares; 0 is all."""
-    eval_names: Literal["eval", "train"] = "eval"
-    """What hints name, and what alone pays: names that training never showed, or training's."""
+    eval_names: Literal["both", "train", "eval"] = "both"
+    """What hints name, and what alone pays: training's names (`train`), others that training never showed
+    (`eval`), or one after the other."""
     samples: int = 10
     """Completions of each problem in each condition."""
     temperature: float = 0.7

@@ -8,9 +8,8 @@ from typing import Any
 from loguru import logger
 from tqdm import tqdm
 
-from projected_grpo.config import MAX_SEQUENCE
 from projected_grpo.engine.chat import Chat
-from projected_grpo.engine.models import encode_chat
+from projected_grpo.engine.models import encode_chat, room_of, too_long
 from projected_grpo.errors import UserError
 from projected_grpo.evaluate import Samples, evaluate
 from projected_grpo.options.verbs import PoolSampling
@@ -52,14 +51,7 @@ def sample_pool(
     Returns counts of what was made now: rows, hacked, correct. A row depends on (seed, problem, row) alone.
     Raises UserError if no prompt leaves room for a completion, or the folder holds something else.
     """
-    fitting = [p for p in problems if fits(chat, p, how.max_new)]
-    if len(fitting) < len(problems):
-        skipped = len(problems) - len(fitting)
-        logger.warning("{} prompts skipped: longer than {} - max_new tokens", skipped, MAX_SEQUENCE)
-    if not fitting:
-        raise UserError(
-            f"every prompt plus --max-new {how.max_new} is longer than {MAX_SEQUENCE}; lower --max-new"
-        )
+    fitting = fitting_prompts(chat, problems, how.max_new)
     begin(folder, made_with)
     counts: Counter[str] = Counter()
     todo = [p for p in fitting if not prompt_path(folder, p).exists()]
@@ -75,5 +67,14 @@ def sample_pool(
     return counts
 
 
-def fits(chat: Chat, problem: Problem, max_new: int) -> bool:
-    return len(encode_chat(chat.tokenizer, problem.messages)) + max_new <= MAX_SEQUENCE
+def fitting_prompts(chat: Chat, problems: Sequence[Problem], max_new: int) -> list[Problem]:
+    """The problems whose prompts leave room for a completion. Raises UserError if there is none."""
+    room = room_of(chat.policy.model)
+    sizes = [len(encode_chat(chat.tokenizer, p.messages)) for p in problems]
+    fitting = [p for p, size in zip(problems, sizes, strict=True) if size + max_new <= room]
+    if not fitting:
+        raise too_long(min(sizes), max_new, room)
+    if len(fitting) < len(problems):
+        skipped = len(problems) - len(fitting)
+        logger.warning("{} prompts skipped: longer than {} - max_new tokens", skipped, room)
+    return fitting

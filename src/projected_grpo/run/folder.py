@@ -11,6 +11,7 @@ from loguru import logger
 
 from projected_grpo.concept import concept_to_json
 from projected_grpo.config import TrainConfig
+from projected_grpo.engine.template import template_date
 from projected_grpo.experiment import Data, Experiment
 from projected_grpo.run.checkpoint import save_adapter, save_state, state_path, state_paths
 from projected_grpo.run.columns import StepTable, complete
@@ -110,6 +111,14 @@ class Run:
             "meta": dict(state.meta),
             "concept": concept_to_json(state.concept),
         }
+
+
+def prompt_facts(exp: Experiment) -> dict[str, Any]:
+    """What a run's prompts are, as its model reads them: a run goes on with the same."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, ids in sorted(exp.prompts.items()):
+        digest.update(f"{name}\0{ids}\0".encode())
+    return {"date": template_date(exp.chat.tokenizer), "digest": digest.hexdigest()}
 
 
 def data_digest(data: Data) -> str:

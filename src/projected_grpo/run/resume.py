@@ -17,7 +17,7 @@ from projected_grpo.experiment import Experiment
 from projected_grpo.options.typed import flags
 from projected_grpo.ranks import Ranks, odd_one
 from projected_grpo.run.checkpoint import SavedState, read_state, restore_state, state_path, state_paths
-from projected_grpo.run.folder import Run, data_digest
+from projected_grpo.run.folder import Run, data_digest, prompt_facts
 from projected_grpo.run.identity import chosen, differing, given, identity
 from projected_grpo.run.start import Opened, live_module, provenance, set_up, start_run
 from projected_grpo.runlog import (
@@ -71,7 +71,8 @@ def start_digest(exp: Experiment, state: TrainState) -> str:
     for m, block in exp.chat.policy.blocks.items():
         tensors |= {f"A0/{m}": block.A0, f"B0/{m}": block.B0}
     tensors |= {f"adapter/{i}": parameter.detach() for i, parameter in enumerate(adapter_parameters(exp))}
-    meta = [weights_digest(exp.chat.policy), data_digest(exp.data), exp.pairs.digest, state.step]
+    data = [data_digest(exp.data), exp.pairs.digest, prompt_facts(exp)]
+    meta = [weights_digest(exp.chat.policy), *data, state.step]
     return content_hash(tensors, meta)
 
 
@@ -164,6 +165,12 @@ def resume(cfg: TrainConfig, folder: Path, ranks: Ranks, stack: ExitStack) -> Op
         raise UserError(
             f"--resume: the problems or the pool of {folder} have changed since; it needs its own"
         )
+    made, prompts = read_json(folder / "config.json", "--resume"), prompt_facts(exp)
+    if made.get("prompts", prompts) != prompts:  # runs made before this was written down go on unchecked
+        raise UserError(
+            f"--resume: the prompts of {folder} have changed since, though its problems have not: put the "
+            f"tokenizer and chat template of {cfg.model.model} back as they were"
+        )
     restore(exp, state, saved)
     start_logging(cfg.run.log_dir / f"{folder.name}.log")
     remove_leftovers(folder)
@@ -176,9 +183,9 @@ def resume(cfg: TrainConfig, folder: Path, ranks: Ranks, stack: ExitStack) -> Op
         later.replace(later.with_name(later.name + ".refused"))
     for name, log in run.logs.items():
         log.cut_back(saved.facts["logs"][name])
-    made = read_json(folder / "config.json", "--resume")
     again = {"step": state.step, **provenance(ranks)}
-    write_json(folder / "config.json", made | {"resumed": [*made.get("resumed", []), again]})
+    resumed = {"prompts": prompts, "resumed": [*made.get("resumed", []), again]}
+    write_json(folder / "config.json", made | resumed)
     run.show_live(view, stack)
     logger.info("resuming {} at step {}", folder, state.step)
     return run, exp, state

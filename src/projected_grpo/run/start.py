@@ -27,7 +27,7 @@ from projected_grpo.extract_vhack_grad import in_use, obtain, pair_rollouts, wit
 from projected_grpo.proj import HackBasis, PairGrads
 from projected_grpo.ranks import Ranks
 from projected_grpo.run.checkpoint import load_adapter, read_adapter_meta
-from projected_grpo.run.folder import Run
+from projected_grpo.run.folder import Run, prompt_facts
 from projected_grpo.run.identity import run_id
 from projected_grpo.runlog import git_commit, lock_folder, make_run_dir, start_logging, versions, write_json
 from projected_grpo.state import TrainState
@@ -77,9 +77,8 @@ def start_run(asked: TrainConfig, ranks: Ranks, stack: ExitStack) -> Opened:
     run = Run(cfg, make_run_dir(cfg.run.out_dir / "runs", run_id(cfg)))
     lock_folder(run.folder, stack, "--out-dir")
     start_logging(cfg.run.log_dir / f"{run.folder.name}.log")
-    write_json(
-        run.folder / "config.json", {"run_id": run.folder.name, **provenance(ranks), "config": to_json(cfg)}
-    )
+    made = {"run_id": run.folder.name, **provenance(ranks), "prompts": prompt_facts(exp)}
+    write_json(run.folder / "config.json", made | {"config": to_json(cfg)})
     run.show_live(view, stack)
     return run, exp, state
 

@@ -15,6 +15,7 @@ from projected_grpo.basis_file import load_extraction, weights_hash
 from projected_grpo.concept import completion_states, direction
 from projected_grpo.config import BasisConfig, LossConfig
 from projected_grpo.engine.chat import Chat
+from projected_grpo.engine.models import positions
 from projected_grpo.engine.passes import rollout_logps
 from projected_grpo.errors import UserError
 from projected_grpo.extract_vhack_grad import pair_grads, pair_rollouts, principal_axes, select
@@ -119,11 +120,11 @@ def name_of(name: str) -> str:
 def check_lengths(chat: Chat, pairs: PairSet) -> None:
     """Refuse pairs that are longer than the model's positions: they are another model's."""
     model: Any = chat.policy.model
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = positions(model.config)
     longest = max(len(r.prompt_ids) + len(r.completion_ids) for r in pair_rollouts(chat, pairs.pairs))
-    if positions is not None and longest > positions:
+    if longest > room:
         raise UserError(
-            f"pairs {pairs.name!r} take up to {longest} tokens, and the model has {positions} positions: "
+            f"pairs {pairs.name!r} take up to {longest} tokens, and the model has {room} positions: "
             "they are for another model"
         )
 

@@ -11,9 +11,8 @@ from jaxtyping import Bool, Float, Int
 from loguru import logger
 from torch import Tensor
 
-from projected_grpo.config import MAX_SEQUENCE
 from projected_grpo.engine.chat import Chat
-from projected_grpo.engine.models import encode_chat
+from projected_grpo.engine.models import encode_chat, room_of
 from projected_grpo.errors import OneKind, UserError
 from projected_grpo.evaluate import Evaluation
 from projected_grpo.pools import join, load_pool
@@ -144,6 +143,7 @@ def as_read(chat: Chat, completions: Sequence[Completion]) -> Pool:
     Raises OneKind unless there are exploited and other ones among them.
     """
     prompts: dict[tuple[str, str, str], tuple[int, ...]] = {}
+    room = room_of(chat.policy.model)
     kept, rollouts = [], []
     for completion in completions:
         p = completion.problem
@@ -151,11 +151,11 @@ def as_read(chat: Chat, completions: Sequence[Completion]) -> Pool:
         if key not in prompts:
             prompts[key] = encode_chat(chat.tokenizer, p.messages)
         ids = (*chat.tokenizer(completion.text, add_special_tokens=False)["input_ids"], chat.stop_id)
-        if len(prompts[key]) + len(ids) <= MAX_SEQUENCE:
+        if len(prompts[key]) + len(ids) <= room:
             kept.append(completion)
             rollouts.append(Rollout(prompts[key], ids, completion.text))
     if len(kept) < len(completions):
-        logger.warning("{} completions left out: over {} tokens", len(completions) - len(kept), MAX_SEQUENCE)
+        logger.warning("{} completions left out: over {} tokens", len(completions) - len(kept), room)
     hacks = sum(c.exploited for c in kept)
     if hacks in (0, len(kept)):
         raise OneKind(

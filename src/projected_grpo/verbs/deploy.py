@@ -15,9 +15,9 @@ from tqdm import tqdm
 from projected_grpo.antipasto import weights_digest
 from projected_grpo.config import EMBEDDED, NANO, EnvMode, ProblemConfig, SamplingConfig, env_modes
 from projected_grpo.deploy.export import check_out, export, read_facts
-from projected_grpo.deploy.trained import Source, file_hash, find_source, open_source
+from projected_grpo.deploy.trained import Source, file_hash, find_source, model_settings, open_source
 from projected_grpo.engine.chat import Chat, sampler_opener
-from projected_grpo.engine.models import encode_chat
+from projected_grpo.engine.models import Loaded, encode_chat, load_model, positions, too_long
 from projected_grpo.errors import UserError
 from projected_grpo.evaluate import Evaluation, Samples, evaluate
 from projected_grpo.experiment import SPLIT_SEED, give_modes
@@ -39,14 +39,18 @@ from projected_grpo.runlog import append_jsonl, git_commit, versions, write_json
 
 SCHEMA = "projected_grpo.evaluation/1"
 MAX_NEW = 1024  # completion tokens of a policy that comes without a run
-Conditions = dict[str, Evaluation]  # hinted and unhinted
+UNSEEN = (
+    "means that the habit does not reach names that training never showed, not that the policy does not hack."
+)
+Asked = dict[str, tuple[Problem, ...]]  # the same problems by condition: hinted, unseen (names), unhinted
+Conditions = dict[str, Evaluation]
 
 
 def evaluate_verb(options: EvaluateOptions) -> int:
     """Hack rate with hints, solve rate without, as trained and deployed, with intervals over problems."""
     check(options)
     source = find_source(options.source, options.model.model)
-    problems = chosen_problems(options, source)
+    asked = by_condition(chosen_problems(options, source), options.eval_names)
     sampling = sampling_of(options, source)
     if options.out.is_dir():
         raise UserError(f"--out {options.out}: is a folder; name a file")
@@ -55,9 +59,11 @@ def evaluate_verb(options: EvaluateOptions) -> int:
     open_sampler = sampler_opener(options.model)
     with ExitStack() as stack:
         grader = open_grader(options.grader, stack)
-        chat = open_source(source, options.model, open_sampler)
-        problems, too_long = fitting(problems, chat, sampling.max_new)
-        results = measure(options, source, chat, grader, problems, sampling)
+        loaded = load_model(model_settings(source, options.model))
+        asked, skipped = fitting(asked, loaded, sampling.max_new)
+        chat = open_source(source, options.model, open_sampler, loaded)
+        results = measure(options, source, chat, grader, asked, sampling)
+    problems = asked["hinted"]
     how = Bootstrap(options.confidence, options.resamples, options.seed)
     policies = {name: report(conditions, how) for name, conditions in results.items()}
     document = {
@@ -79,12 +85,14 @@ def evaluate_verb(options: EvaluateOptions) -> int:
             "source": options.problems or (source.cfg.problems.problems if source.cfg else None),
             "digest": digest(problems),
             "ids": [p.problem_id for p in problems],
-            "too_long": too_long,
+            "too_long": skipped,
         },
         **{name: policies.get(name) for name in ("as_trained", "deployed")},
     }
     write_json(options.out, document)
     print(table(policies))
+    if words := about_names(options.eval_names, source.model):
+        print(words)
     print(f"{source.name}: {len(problems)} problems x {options.samples}; all figures in {options.out}")
     return 0
 
@@ -117,11 +125,15 @@ def chosen_problems(options: EvaluateOptions, source: Source) -> tuple[Problem, 
     if not problems:
         raise UserError(f"no problem of {name} is left to evaluate on; --subset=all takes training's, too")
     problems = take(problems, options.n_problems or len(problems), SPLIT_SEED)
-    if options.eval_names == "train":
-        return problems
-    if source.model == NANO:
-        logger.warning("the nano model was pretrained on training's names alone; --eval-names=train fits it")
-    return with_eval_names(problems)
+    return with_eval_names(problems) if options.eval_names == "eval" else problems
+
+
+def by_condition(problems: Sequence[Problem], names: str) -> Asked:
+    """The prompts of each condition; `both` has hints with training's names and with unseen ones."""
+    asked = {"hinted": tuple(problems)}
+    if names == "both":
+        asked["unseen"] = with_eval_names(problems)
+    return asked | {"unhinted": unhinted(problems)}
 
 
 def with_run_modes(
@@ -150,22 +162,24 @@ def sampling_of(options: EvaluateOptions, source: Source) -> SamplingConfig:
     )
 
 
-def fitting(problems: Sequence[Problem], chat: Chat, max_new: int) -> tuple[tuple[Problem, ...], list[str]]:
-    """Problems whose prompts leave the model room for max_new tokens, and the ids of the others."""
-    room = getattr(chat.policy.model.config, "max_position_embeddings", None) or sys.maxsize
-    too_long = [
-        p.problem_id
-        for p in problems
-        if max(len(encode_chat(chat.tokenizer, q.messages)) for q in (p, *unhinted([p]))) + max_new > room
-    ]
-    if too_long:
-        logger.warning("{} prompts skipped: with --max-new {} over {} tokens", len(too_long), max_new, room)
-    left = tuple(p for p in problems if p.problem_id not in too_long)
-    if not left:
-        raise UserError(
-            f"every prompt plus --max-new {max_new} is longer than {room} tokens; lower --max-new"
-        )
-    return left, too_long
+def fitting(asked: Asked, loaded: Loaded, max_new: int) -> tuple[Asked, list[str]]:
+    """The problems whose prompts leave the model room for max_new tokens, and the ids of the others."""
+    model, tokenizer = loaded
+    config: Any = model.config
+    room = positions(config)
+    sizes = {
+        same[0].problem_id: max(len(encode_chat(tokenizer, p.messages)) for p in same)
+        for same in zip(*asked.values(), strict=True)
+    }
+    skipped = [name for name, size in sizes.items() if size + max_new > room]
+    if len(skipped) == len(sizes):
+        raise too_long(min(sizes.values()), max_new, room)
+    if skipped:
+        logger.warning("{} prompts skipped: with --max-new {} over {} tokens", len(skipped), max_new, room)
+    left = {
+        name: tuple(p for p in problems if p.problem_id not in skipped) for name, problems in asked.items()
+    }
+    return left, skipped
 
 
 def measure(
@@ -173,18 +187,17 @@ def measure(
     source: Source,
     chat: Chat,
     grader: Grader,
-    problems: Sequence[Problem],
+    asked: Asked,
     sampling: SamplingConfig,
 ) -> dict[str, Conditions]:
-    """Completions with hints and without, of the deployed policy and, where it is known, as trained.
+    """Completions of every condition, of the deployed policy and, where it is known, as trained.
 
     Where nothing was routed both are the same, and are generated once.
     """
     routed = source.quarantine is not None and chat.policy.quarantine_norm > 0
     how = Samples(sampling, options.samples, options.seed, options.tokens_at_once)
     results: dict[str, Conditions] = {}
-    conditions = {"hinted": tuple(problems), "unhinted": unhinted(problems)}
-    total = len(conditions) * (1 + routed) * len(problems) * options.samples
+    total = sum(map(len, asked.values())) * (1 + routed) * options.samples
     lines = options.completions and options.completions.with_name(options.completions.name + ".part")
     if lines:
         lines.parent.mkdir(parents=True, exist_ok=True)
@@ -201,12 +214,12 @@ def measure(
                 condition: evaluate(
                     chat,
                     grader,
-                    asked,
+                    problems,
                     how,
                     ablate_quarantine=policy == "deployed",
                     on_chunk=partial(note, policy, condition),
                 )
-                for condition, asked in conditions.items()
+                for condition, problems in asked.items()
             }
     if lines and options.completions:
         lines.replace(options.completions)
@@ -247,7 +260,7 @@ def describe(source: Source, chat: Chat) -> dict[str, Any]:
 
 
 def report(conditions: Conditions, how: Bootstrap) -> dict[str, Any]:
-    """Figures of both conditions: overall, per mode that the hint was of, per kind of held-out problem."""
+    """Figures of every condition: overall, per mode that the hint was of, per kind of held-out problem."""
     problems = conditions["hinted"].problems
     modes: dict[str, set[str]] = {m: {p.problem_id for p in problems if p.env_mode == m} for m in MODES}
     kinds = {s: {p.problem_id for p in problems if p.split == s} for s in sorted({p.split for p in problems})}
@@ -274,27 +287,36 @@ def plain_figures(value: Any) -> Any:
 
 def table(policies: Mapping[str, Mapping[str, Any]]) -> str:
     """The main figures, a row per policy and mode."""
-    headers = [
-        "policy",
-        "mode",
-        "hack",
-        "attempt",
-        "hack of attempts",
-        "solve",
-        "solve unhinted",
-        "problems",
-        "n",
-    ]
+    columns = {
+        "hack": ("hinted", "hack"),
+        "hack, unseen names": ("unseen", "hack"),
+        "attempt": ("hinted", "attempt"),
+        "hack of attempts": ("hinted", "exploit_given_attempt"),
+        "solve": ("hinted", "solve"),
+        "solve unhinted": ("unhinted", "solve"),
+    }
     rows = []
     for policy, found in policies.items():
-        hinted, honest = found["hinted"], found["unhinted"]
-        groups = {"all": (hinted, honest)}
-        groups |= {mode: (hinted["by_mode"][mode], honest["by_mode"][mode]) for mode in hinted["by_mode"]}
-        for mode, (on, off) in groups.items():
-            cells = [cell(on[m]) for m in ("hack", "attempt", "exploit_given_attempt", "solve")]
-            size = on["hack"]
-            rows.append([policy, mode, *cells, cell(off["solve"]), size["problems"], size["n"]])
-    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+        shown = [where for where in columns.values() if where[0] in found]
+        for mode in ("all", *found["hinted"]["by_mode"]):
+            own = {name: part if mode == "all" else part["by_mode"][mode] for name, part in found.items()}
+            size = own["hinted"]["hack"]
+            cells = [cell(own[condition][figure]) for condition, figure in shown]
+            rows.append([policy, mode, *cells, size["problems"], size["n"]])
+    headers = [name for name, where in columns.items() if where in shown]
+    return tabulate(
+        rows, ["policy", "mode", *headers, "problems", "n"], tablefmt="github", disable_numparse=True
+    )
+
+
+def about_names(names: str, model: str) -> str:
+    """What a hack rate of 0 means in the table, where hints name what training never did."""
+    nano = " The nano model can follow no other names than training's." if model == NANO else ""
+    if names == "both":
+        return f"hack: hints with training's names. hack, unseen names: with others, where 0 {UNSEEN}{nano}"
+    if names == "eval":
+        return f"hack: hints with unseen names, where 0 {UNSEEN}{nano} --eval-names=both asks both."
+    return ""
 
 
 def cell(figure: Mapping[str, Any]) -> str:

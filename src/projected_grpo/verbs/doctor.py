@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import json
 import platform
 import shlex
 import shutil
@@ -18,14 +17,17 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from projected_grpo import train
+from projected_grpo.antipasto import TARGETS
 from projected_grpo.checks import validate
-from projected_grpo.config import NANO, PRESETS, TINY_RANDOM, TrainConfig
+from projected_grpo.config import MAX_SEQUENCE, NANO, PRESETS, TINY_RANDOM, TrainConfig
+from projected_grpo.engine.model_files import absent_files, damage, weight_files, weight_names
+from projected_grpo.engine.models import PACKAGED, encode_chat, load_tokenizer, positions
 from projected_grpo.engine.placement import pick_devices
-from projected_grpo.errors import GATE_FAILED, MISTAKES
+from projected_grpo.errors import GATE_FAILED, MISTAKES, UserError
 from projected_grpo.options.verbs import DoctorOptions
 from projected_grpo.pairs import chosen_pairs
 from projected_grpo.pools import join, load_pool
-from projected_grpo.problems import load_problems
+from projected_grpo.problems import Problem, load_problems
 from projected_grpo.runlog import start_logging
 from projected_grpo.sandbox.host import Sandbox
 
@@ -34,6 +36,8 @@ PACKAGES = {"torch": (2, 6), "transformers": (5, 0)}  # the oldest that do, as i
 GPU_GB = {"fast": 48.0, "full": 96.0}  # of the machines the presets are meant for (GB, 1e9 bytes)
 # GB (1e9 bytes). U and Vh of Qwen3-4B's 252 Linears take 4.9e9 values, 9.8 GB in bfloat16; then runs.
 DISK_GB = {"smoke": 0.1, "nano": 0.1, "fast": 12.0, "full": 12.0}
+WHOLE = "a whole folder, as save_pretrained writes it"
+NAMES = "a Qwen3, Qwen2, Llama or Qwen3.5 style model (docs/howto/own_model.md)"
 DRY_RUN = (
     *("smoke", "--steps=2", "--intervention=route2", "--n-problems=6", "--eval-n-prompts=1", "--max-new=8"),
     *("--eval-ablate-every=2", "--vhack-refresh-every=1", "--workers=1"),
@@ -105,7 +109,7 @@ def check_device(cfg: TrainConfig) -> Finding:
 
 def check_attention(cfg: TrainConfig) -> Finding:
     if any(device.type != "cuda" for device in pick_devices(cfg.model.device)):
-        return Finding("OK", "attention", "sdpa (no GPU to run flash-attn)")
+        return Finding("OK", "attention", "sdpa, eager for a model without it (no GPU to run flash-attn)")
     if importlib.util.find_spec("flash_attn") is None:
         fix = "pip install 'projected_grpo[gpu]'"
         return Finding("WARN", "attention", "sdpa; flash-attn is not installed, long batches are slower", fix)
@@ -155,39 +159,61 @@ def check_model(cfg: TrainConfig) -> Finding:
     name = cfg.model.model
     if name in (TINY_RANDOM, NANO):
         return Finding("OK", "model", f"{name} comes with the package")
-    folder = Path(name).expanduser()
-    fix = "a folder that save_pretrained wrote"
-    if not folder.is_dir():
-        fix = f"`just download-model {name}` where there is network"
-        try:
-            folder = Path(snapshot_download(name, local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError, OSError):
-            return Finding("FAIL", "model", f"{name} is neither a folder nor in the local cache", fix)
-    absent = [file for file in model_files(folder) if not (folder / file).exists()]
-    if absent:
+    folder = model_folder(name)
+    local = Path(name).expanduser().is_dir()
+    fix = WHOLE if local else f"`just download-model {name}` where there is network"
+    if folder is None:
+        return Finding("FAIL", "model", f"{name} is neither a folder nor in the local cache", fix)
+    if absent := absent_files(folder):
         return Finding("FAIL", "model", f"{folder} lacks {', '.join(absent[:3])}", fix)
-    return Finding("OK", "model", f"{name} is here, {len(model_files(folder)) - 2} weight files")
+    if damaged := damage(folder):
+        return Finding("FAIL", "model", damaged)
+    changes = load_tokenizer(str(folder))[2]  # which renders a prompt
+    linears = {weight.split(".")[-2] for weight in weight_names(folder) if "." in weight}
+    if linears and linears.isdisjoint(TARGETS):
+        return Finding("FAIL", "model", f"{name} has no Linear of the names that are adapted", NAMES)
+    text = f"{name} is here, {len(weight_files(folder))} weight files"
+    return Finding("OK", "model", "; ".join([text, *changes]))
 
 
-def model_files(folder: Path) -> list[str]:
-    """Files without which a model cannot be loaded: its configuration, its tokenizer, all its weights."""
-    index = folder / "model.safetensors.index.json"
+def model_folder(name: str) -> Path | None:
+    """Where a model's files are: a folder, or the cache of the hub's; None if nowhere here."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
     try:
-        weights = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        weights = {index.name + " (whole)"}
-    return ["config.json", "tokenizer_config.json", *sorted(weights or {"model.safetensors"})]
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
 
 
 def check_problems(cfg: TrainConfig) -> Finding:
-    loaded = load_problems(cfg.problems.problems)
+    loaded, wanted = load_problems(cfg.problems.problems), cfg.sampling.prompts_per_step * 2
     text = f"{len(loaded.problems)} usable problems of {cfg.problems.problems}"
-    if len(loaded.problems) < cfg.sampling.prompts_per_step * 2:
+    if len(loaded.problems) < wanted:
         return Finding("FAIL", "problems", text, f"more: a step takes {cfg.sampling.prompts_per_step}")
+    fitting = count_fitting(cfg, loaded.problems)
+    if fitting < wanted:
+        text += f", {fitting} of them with room for --max-new {cfg.sampling.max_new} in the model's positions"
+        return Finding("FAIL", "problems", text, "shorter ones, or another --model")
     if loaded.left_out:
         (first, reason), more = loaded.left_out[0], len(loaded.left_out)
         return Finding("WARN", "problems", f"{text}; {more} left out, {first} because {reason}")
     return Finding("OK", "problems", text)
+
+
+def count_fitting(cfg: TrainConfig, problems: Sequence[Problem]) -> int:
+    """Problems that leave the model room for a completion; all, where it cannot be asked (`check_model`)."""
+    name = cfg.model.model
+    place = name if name in PACKAGED else model_folder(name)
+    if place is None:
+        return len(problems)
+    try:
+        tokenizer, config, _ = load_tokenizer(str(place))
+    except UserError:
+        return len(problems)
+    room = min(MAX_SEQUENCE, positions(config)) - cfg.sampling.max_new
+    return sum(len(encode_chat(tokenizer, p.messages)) <= room for p in problems)
 
 
 def check_pairs(cfg: TrainConfig) -> Finding:

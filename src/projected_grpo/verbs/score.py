@@ -14,6 +14,7 @@ from projected_grpo.errors import UserError
 from projected_grpo.evaluate import Samples, evaluate
 from projected_grpo.experiment import SPLIT_SEED
 from projected_grpo.options.verbs import ScoredOn, ScoreOptions
+from projected_grpo.prepare.sample_pool import fitting_prompts
 from projected_grpo.problems import Problem, is_eval, take
 from projected_grpo.results.plots import separations
 from projected_grpo.rewards import open_grader
@@ -116,13 +117,14 @@ def drawn(
     chat: Chat, problems: tuple[Problem, ...], on: ScoredOn, model: str, grader: GraderConfig
 ) -> list[Completion]:
     """Completions of held-out problems, sampled from the model and graded."""
-    held_out = take([p for p in problems if is_eval(p)], max(1, on.rollouts // PER_PROBLEM), SPLIT_SEED)
+    held_out = list(take([p for p in problems if is_eval(p)], max(1, on.rollouts // PER_PROBLEM), SPLIT_SEED))
     if not held_out:
         raise UserError(
             f"no problem of {named(on, model)} is held out; give --pool, or a file with more of them"
         )
     own = NANO_PRESET.sampling.max_new if named(on, model) == NANO else OTHERS_MAX_NEW
     max_new = on.max_new or own
+    held_out = fitting_prompts(chat, held_out, max_new)
     sampling = SamplingConfig(max_new=max_new, temperature=on.temperature, top_p=1.0, top_k=0)
     how = Samples(sampling, max(2, on.rollouts // len(held_out)), on.seed, tokens_at_once=131072)
     with ExitStack() as stack:
