@@ -304,10 +304,10 @@ def test_the_final_evaluation_has_its_own_number_of_held_out_problems(settings, 
 
 def test_every_final_problem_has_its_prompt(settings, experiment):
     data = read_data(changed(settings, final_n_prompts=5), experiment.grader)
-    fitted, prompts = fit_prompts(data, experiment.chat, 8)
+    fitted, prompts = fit_prompts(data, experiment.chat.tokenizer, MAX_SEQUENCE, 8)
     assert fitted.final == data.final and {p.problem_id for p in data.final} <= set(prompts)
     longest = max(len(prompts[p.problem_id]) for p in data.final)
-    cut, _ = fit_prompts(data, experiment.chat, MAX_SEQUENCE - longest + 1)
+    cut, _ = fit_prompts(data, experiment.chat.tokenizer, longest + 7, 8)
     kept = [p for p in data.final if len(prompts[p.problem_id]) < longest]
     assert list(cut.final) == kept and len(kept) < 5
 

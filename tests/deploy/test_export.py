@@ -12,7 +12,8 @@ from projected_grpo.antipasto import unwrap, wrap
 from projected_grpo.config import NANO, TINY_RANDOM, ModelConfig
 from projected_grpo.deploy.export import ADAPTER_FILE, export, read_facts
 from projected_grpo.deploy.trained import find_source, open_source
-from projected_grpo.engine.models import load_model, render_chat, stop_ids
+from projected_grpo.engine.models import load_model, stop_ids
+from projected_grpo.engine.template import render_chat
 from projected_grpo.errors import UserError
 from projected_grpo.run.checkpoint import load_adapter, read_adapter_meta, save_adapter
 

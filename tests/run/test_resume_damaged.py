@@ -109,6 +109,29 @@ def test_a_run_whose_problems_changed_is_refused(whole, cut, monkeypatch, capsys
     assert "the problems" in capsys.readouterr().err
 
 
+def test_a_run_whose_chat_template_changed_is_refused(whole, cut, monkeypatch, capsys):
+    real = experiment.load_model
+
+    def edited(cfg):
+        model, tokenizer = real(cfg)
+        tokenizer.chat_template = "Be brief.\n" + tokenizer.chat_template
+        return model, tokenizer
+
+    folder = cut("template", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "load_model", edited)
+        assert go_on(folder) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: --resume") and "prompts" in told and "chat template" in told
+    made = json.loads((folder / "config.json").read_text())
+    assert made["prompts"]["date"] is None  # none was asked for
+    del made["prompts"]  # as of a run from before
+    (folder / "config.json").write_text(json.dumps(made))
+    assert go_on(folder) == 0
+    assert json.loads((folder / "config.json").read_text())["prompts"]
+    same_bytes(whole, folder)
+
+
 def test_results_of_an_early_end_do_not_outlive_the_run_that_goes_on(whole, cut, monkeypatch):
     folder = cut("outlived", 5)
     shutil.copy(whole / "summary.json", folder)  # as a divergence leaves it

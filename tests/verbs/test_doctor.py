@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from projected_grpo.cli import main
+from projected_grpo.engine.model_files import POINTER
 from projected_grpo.errors import UserError
 from projected_grpo.verbs import doctor
 from projected_grpo.verbs.doctor import CHECKS, DISK_GB, DoctorOptions, examine, release, settings_of
 
+DROPS_SYSTEM = (
+    "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
 OPTIONS = DoctorOptions(preset="smoke", device="cpu")
 
 
@@ -81,27 +87,72 @@ def test_earlier_runs_are_counted(tmp_path):
     assert found.status == "WARN" and found.text.startswith("2 earlier runs") and "1 of them" in found.text
 
 
-def weights(folder, *shards):
-    index = {"weight_map": {f"w{i}": shard for i, shard in enumerate(shards)}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+def shard(folder):
+    """The weights in two files with an index."""
+    weights = load_file(folder / "model.safetensors")
+    names = {name: f"{'ab'[i % 2]}.safetensors" for i, name in enumerate(weights)}
+    for file in ("a.safetensors", "b.safetensors"):
+        save_file({n: weights[n] for n, f in names.items() if f == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
 
-def test_a_model_folder_must_be_whole(tmp_path):
-    def status():
-        return finding("model", model=str(tmp_path)).status
+def only(name):
+    def put(folder):
+        save_file({name: torch.zeros(1)}, folder / "model.safetensors")
 
-    assert status() == "FAIL"
-    for name in ("config.json", "tokenizer_config.json", "model.safetensors"):
-        assert status() == "FAIL"
-        (tmp_path / name).touch()
-    assert status() == "OK"
-    weights(tmp_path, "a.safetensors", "b.safetensors", "a.safetensors")
-    (tmp_path / "a.safetensors").touch()
-    assert status() == "FAIL"
-    (tmp_path / "b.safetensors").touch()
-    assert status() == "OK"
-    (tmp_path / "model.safetensors.index.json").write_text("[]")
-    assert status() == "FAIL"
+    return put
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda folder: None, ""),
+        (shard, ""),
+        (lambda folder: (folder / "chat_template.jinja").write_text(DROPS_SYSTEM), ""),
+        (lambda folder: (folder / "config.json").unlink(), "lacks config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "lacks model.safetensors"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "cannot be loaded"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "cut off or damaged"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(POINTER + b"v1"), "git lfs pull"),
+        (lambda folder: (shard(folder), (folder / "b.safetensors").unlink()), "lacks b.safetensors"),
+        (
+            lambda folder: (shard(folder), (folder / "a.safetensors").write_bytes(b"x")),
+            "a.safetensors is cut",
+        ),
+        (lambda folder: (shard(folder), only_brackets(folder)), "lacks model.safetensors.index.json"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("{% for"), "chat template fails"),
+        (only("transformer.h.0.attn.c_attn.weight"), "no Linear of the names"),
+        (lambda folder: edit_config(folder, vocab_size=512), "the model's 512 embeddings"),
+    ],
+)
+def test_a_model_is_ready_if_its_files_are_whole_and_write_a_prompt(tiny, tmp_path, change, says):
+    tiny[0].save_pretrained(tmp_path)
+    tiny[1].save_pretrained(tmp_path)
+    change(tmp_path)
+    found = finding("model", model=str(tmp_path))
+    assert found.status == ("FAIL" if says else "OK") and says in found.text and "\n" not in found.line()
+
+
+def only_brackets(folder):
+    (folder / "model.safetensors.index.json").write_text("[]")
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_problems_that_are_too_long_for_the_model_are_none(tiny, tmp_path):
+    tiny[0].save_pretrained(tmp_path)
+    tiny[1].save_pretrained(tmp_path)
+    assert finding("problems", model=str(tmp_path)).status == "OK"
+    edit_config(tmp_path, max_position_embeddings=100)
+    found = finding("problems", model=str(tmp_path))
+    assert found.status == "FAIL" and "0 of them with room for --max-new 32" in found.text
+    (tmp_path / "tokenizer.json").unlink()
+    assert finding("problems", model=str(tmp_path)).status == "OK"  # the model's own line says so
 
 
 def test_a_model_that_is_not_cached():
