@@ -127,7 +127,7 @@ def test_a_damaged_folder_is_one_line_that_names_it(tiny, tmp_path, damage):
 
 def point_at(name: str):
     def put(folder: Path) -> None:
-        (folder / name).write_bytes(POINTER + b"v1\noid sha256:0\nsize 538090408\n")
+        (folder / name).write_bytes(POINTER + b" v1\noid sha256:0\nsize 538090408\n")
 
     return put
 

@@ -26,6 +26,7 @@ ALTERNATE = (
     "{% else %}{{ ' ' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
 )
 CHATML = "<|im_start|>system\nWrite Python.<|im_end|>\n<|im_start|>user\nAdd two numbers.<|im_end|>\n"
+BARE = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}\n{% endfor %}"  # nano's
 FOLDED = "<|im_start|>user\nWrite Python.\n\nAdd two numbers.<|im_end|>\n"
 
 
@@ -64,6 +65,7 @@ def speaking(tiny):
             "a thought",
         ),
         (LOOP + END.replace(HEAD, HEAD + "<think></think>"), CHATML + HEAD + "<think></think>", None),
+        (BARE, "Add two numbers.\n", None),
         ({"default": LOOP + END, "rag": "{{ nothing.at.all }}"}, CHATML + HEAD, None),
     ],
 )

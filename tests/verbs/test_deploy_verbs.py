@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from fake_runs import few_pairs
 from projected_grpo.cli import main
-from projected_grpo.config import PRESETS, from_json
-from projected_grpo.deploy.trained import Source, find_source
+from projected_grpo.config import PRESETS, ModelConfig, from_json
+from projected_grpo.deploy.trained import Source, find_source, model_settings
 from projected_grpo.errors import UserError
 from projected_grpo.pools import bake
 from projected_grpo.problems import is_eval, is_validation, load_problems
@@ -115,7 +115,7 @@ def test_what_an_evaluation_writes_can_be_counted_again(run, tmp_path, capsys):
     assert found["settings"]["max_new"] == MAX_NEW and found["settings"]["top_p"] == 0.95
     ids = found["problems"]["ids"]
     assert len(ids) == PROMPTS and not set(ids) & {r["problem_id"] for r in lines(run / "rollouts.jsonl")}
-    assert len(rows) == 2 * 2 * PROMPTS * 2
+    assert len(rows) == 2 * 3 * PROMPTS * 2
 
     groups = defaultdict(list)
     for row in rows:
@@ -139,19 +139,35 @@ def test_what_an_evaluation_writes_can_be_counted_again(run, tmp_path, capsys):
     assert texts["as_trained"] != texts["deployed"]
     printed = capsys.readouterr().out
     assert "as_trained" in printed and "solve unhinted" in printed and str(out) in printed
+    heads, *body = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
+    table = [dict(zip(map(str.strip, heads), map(str.strip, row), strict=True)) for row in body]
+    for row in table:
+        if row["mode"] == "all":
+            for column, condition in (("hack", "hinted"), ("hack, unseen names", "unseen")):
+                assert row[column].startswith(f"{found[row['policy']][condition]['hack']['rate']:.3f} [")
+    assert "where 0 means" in printed and "not that the policy does not hack" in printed
     assert sorted(p.name for p in out.parent.iterdir()) == ["c.jsonl", "e.json"]
 
 
-def test_evaluation_and_training_name_different_things(run, tmp_path):
-    """The whole way from files: no hint of the one holds a name of the other's hints."""
-    kept = tmp_path / "c.jsonl"
-    assert main(["evaluate", str(run), *ASK, f"--out={tmp_path}/e.json", f"--completions={kept}"]) == 0
-    trained = {(r["env_mode"], hint(r["prompt"])) for r in lines(run / "rollouts.jsonl")}
-    asked = {(r["env_mode"], hint(r["prompt"])) for r in lines(kept) if r["condition"] == "hinted"}
-    for mode, text in trained:
-        assert MODES[mode].name in text and not any(name in text for name in MODES[mode].eval_names)
-    for mode, text in asked:
-        assert MODES[mode].name not in text and any(name in text for name in MODES[mode].eval_names)
+@pytest.mark.parametrize(
+    ("names", "unseen"), [("both", {"unseen"}), ("train", set()), ("eval", {"hinted"})], ids=lambda v: str(v)
+)
+def test_hints_name_what_trainings_named_or_what_they_never_did(run, tmp_path, capsys, names, unseen):
+    """The whole way from files: which conditions ask under which names, and what is said of a rate of 0."""
+    kept, out = tmp_path / "c.jsonl", tmp_path / "e.json"
+    ask = [*ASK, "--samples=1", f"--out={out}", f"--completions={kept}", f"--eval-names={names}"]
+    assert main(["evaluate", str(run), *ask]) == 0
+    asked = {
+        (r["condition"], r["env_mode"], hint(r["prompt"])) for r in lines(kept) if "evaluated" in r["prompt"]
+    }
+    asked |= {("training", r["env_mode"], hint(r["prompt"])) for r in lines(run / "rollouts.jsonl")}
+    for condition, mode, text in asked:
+        assert (MODES[mode].name not in text) == (condition in unseen)
+        assert any(name in text for name in MODES[mode].eval_names) == (condition in unseen)
+    conditions = {"hinted", "unhinted"} | unseen
+    assert {condition for condition, _, _ in asked} == conditions - {"unhinted"} | {"training"}
+    assert set(json.loads(out.read_text())["deployed"]) == conditions
+    assert ("where 0 means" in capsys.readouterr().out) == bool(unseen)
 
 
 def hint(prompt):
@@ -216,7 +232,8 @@ def test_any_other_file_is_asked_whole(run, shared_data, tmp_path):
     options = EvaluateOptions(run, out=Path("e.json"), problems=str(path))
     chosen = chosen_problems(options, find_source(run, ""))
     assert len(chosen) == 6 and {p.env_mode for p in chosen} <= {*MODES} - {"gt_only"}
-    assert all(p.named for p in chosen)
+    assert not any(p.named for p in chosen)
+    assert all(p.named for p in chosen_problems(replace(options, eval_names="eval"), find_source(run, "")))
 
 
 def test_modes_are_those_of_the_runs_teacher_pool(home, tmp_path):
@@ -248,6 +265,22 @@ def test_modes_are_those_of_the_runs_teacher_pool(home, tmp_path):
     gone = replace(smoke, teacher=replace(smoke.teacher, teacher_pool_dir=tmp_path / "none"))
     with pytest.raises(UserError, match="--env-mode"):
         chosen_problems(EvaluateOptions(out=Path("e.json")), Source("x", cfg=gone))
+
+
+@pytest.mark.parametrize(
+    ("ran", "asked", "wanted"),
+    [
+        ("eager", "auto", "eager"),
+        ("eager", "sdpa", "sdpa"),
+        ("auto", "auto", "auto"),
+        ("flash_attention_2", "auto", "auto"),  # another machine need not have it
+    ],
+)
+def test_a_model_is_run_as_in_its_run_unless_it_is_said(ran, asked, wanted):
+    smoke = PRESETS["smoke"][1]
+    cfg = replace(smoke, model=replace(smoke.model, attention=ran, dtype="bfloat16"))
+    found = model_settings(Source("x", cfg=cfg), ModelConfig(model="", attention=asked))
+    assert found == ModelConfig(model="x", attention=wanted, dtype="bfloat16")
 
 
 @pytest.mark.parametrize(

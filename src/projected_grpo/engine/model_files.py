@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-POINTER = b"version https://git-lfs.github.com/spec/"  # a checkout without git-lfs has this in a file's place
+POINTER = b"version https:"  # a checkout without git-lfs has a note that begins so in a file's place
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as transformers looks for them; several have an index
 SMALL = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 

@@ -71,12 +71,16 @@ def prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Prompt:
 
 
 def accepted(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
-    """The messages, or with the system's text before the user's where the template refuses or drops it."""
+    """The messages, or with the system's text before the user's where the template refuses or drops it.
+
+    A template that writes the user's text alone, as nano's does, is no chat's and means to.
+    """
     system, *rest = messages
     if system["role"] != "system" or not rest:
         return messages
     try:
-        if system["content"].strip() in _write(tokenizer, messages, asks=True):
+        written = _write(tokenizer, messages, asks=True)
+        if system["content"].strip() in written or written.strip() == rest[-1]["content"].strip():
             return messages
     except UserError:
         pass  # if it fails without a system message, too, the caller learns why
@@ -109,11 +113,10 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if tokenizer.chat_template is None:
         raise UserError("its tokenizer has no chat template; use a chat model")
     found, date = prompt(tokenizer, PROBE), template_date(tokenizer)
-    for message in PROBE:
-        if message["content"] not in found.written:
-            raise UserError(
-                "its chat template leaves the user's text out of the prompt; use a model that takes text"
-            )
+    if PROBE[-1]["content"] not in found.written:
+        raise UserError(
+            "its chat template leaves the user's text out of the prompt; use a model that takes text"
+        )
     changes = {
         "takes no system message: that text goes before the user's": found.folded,
         f"ignores add_generation_prompt: {found.head!r} is added, as it stands before an answer": found.head,
