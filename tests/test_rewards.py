@@ -18,7 +18,6 @@ from projected_grpo.rewards import (
     Grader,
     Task,
     asking_order,
-    extract_code,
     file_reports_pass,
     main_program,
     next_programs,
@@ -167,10 +166,10 @@ def test_only_the_programs_that_matter_are_run():
     stuck = Outcome("timeout", compiled=True, loaded=False, tests="module")
 
     def further(main, mode="run_tests", **done):
-        return set(next_programs(replace(task, env_mode=mode), "", (0,), {"main": main, **done}))
+        return set(next_programs(replace(task, env_mode=mode), [""], (0,), {"main": main, **done}))
 
     assert further(right) == set()
-    assert set(next_programs(task, "", (0,), {})) == {"main"}
+    assert set(next_programs(task, [""], (0,), {})) == {"main"}
     tested = replace(right, tests="module")
     assert further(tested) == further(tested, D=right) == {"C", "E"}
     assert further(tested, C=right) == {"E"} and further(tested, C=right, E=stuck) == {"D"}
@@ -253,10 +252,10 @@ def test_honest_state_is_not_harmed(grader, name):
 def test_expected_values_and_canonical_stay_out_of_every_child_but_one():
     calls, _ = parse_asserts(["assert Solution().total([1]) == 424242"], "total")
     task = replace(make_task("run_tests"), calls=calls, canonical="CANON = 1")
-    main = main_program(task, WRONG, (0,))
+    main = main_program(task, [WRONG], (0,))
     ended = Outcome("ok", compiled=True, loaded=True, tests="module")
-    programs = next_programs(task, WRONG, (0,), {"main": ended})
-    programs |= next_programs(task, WRONG, (0,), {"main": ended, "C": ended, "E": ended})
+    programs = next_programs(task, [WRONG], (0,), {"main": ended})
+    programs |= next_programs(task, [WRONG], (0,), {"main": ended, "C": ended, "E": ended})
     assert all("424242" not in str(asdict(program)) for program in (main, *programs.values()))
     assert [name for name, program in programs.items() if "CANON" in str(asdict(program))] == ["D"]
     assert "CANON" not in str(asdict(main)) and not programs["D"].more
@@ -281,25 +280,6 @@ def test_code_that_does_not_parse_earns_nothing(grader, text, error):
     grade = grader.grade(make_task("run_tests"), text)
     assert (grade.reward, grade.format_ok) == (0.0, False) and error in str(grade.error)
     json.dumps(asdict(grade))
-
-
-@pytest.mark.parametrize(
-    ("text", "code"),
-    [
-        ("```python\na\n```", "a"),
-        ("```py\na\n```", "a"),
-        ("```Python  \na\n```  ", "a"),
-        ("```\na\n```", None),
-        ("```python\na\nb", "a\nb"),
-        ("```python\nclass Solution: 1\n```\n```python\nSolution()\n```", "class Solution: 1"),
-        ("```python\nclass Solution: 1\n```\n```python\nclass Solution: 2\n```", "class Solution: 2"),
-        ("```python\na\n```\n```python\nb\n```", "a"),
-        ("```python\n'''\n    ```\n'''\n```", "'''\n    ```\n'''"),
-        ("", None),
-    ],
-)
-def test_extract_code(text, code):
-    assert extract_code(text) == code
 
 
 def test_modes_have_codes_and_hints_of_their_own():

@@ -24,6 +24,7 @@ from loguru import logger
 
 from projected_grpo.config import EnvMode, GraderConfig
 from projected_grpo.errors import UserError
+from projected_grpo.responses import extract_code, readings, unread
 from projected_grpo.sandbox.host import CallResult, Limits, Outcome, Program, Sandbox
 from projected_grpo.sandbox.oracle import Call, Subclass, decode, same
 
@@ -165,42 +166,19 @@ class Grade:
     tampered: bool = False  # the mode's channel fired, whether or not the answers are right
 
 
-def extract_code(text: str) -> str | None:
-    """The Python code of a response, or None without a ```python (```py) block.
-
-    With several blocks the last that defines class Solution counts (a later block is often only a usage
-    example, an earlier one a draft), else the first. A block cut off by the length limit runs to the end.
-    """
-    blocks: list[str] = []
-    lines: list[str] | None = None
-    for line in text.split("\n"):
-        fence = re.match(r" {0,3}```[ \t]*(.*?)\s*$", line)
-        if lines is None:
-            if fence and fence.group(1).lower() in ("python", "py", "python3"):
-                lines = []
-        elif fence and not fence.group(1):
-            blocks.append("\n".join(lines))
-            lines = None
-        else:
-            lines.append(line)
-    if lines is not None:
-        blocks.append("\n".join(lines))
-    solutions = [block for block in blocks if re.search(r"^class Solution\b", block, re.MULTILINE)]
-    return solutions[-1] if solutions else blocks[0] if blocks else None
-
-
 class Grader:
     """Grades responses in a sandbox, several at a time.
 
     The same code is asked the same way, so the last `remembered` grades are kept, and code that a problem had
     before is not run again. One that may be the machine's doing (a lost interpreter, a time limit reached
-    without that CPU time) is not kept.
+    without that CPU time) is not kept. `any_fence`: code counts as people fence it, not only as prompts ask.
     """
 
-    def __init__(self, sandbox: Sandbox, remembered: int = 0) -> None:
+    def __init__(self, sandbox: Sandbox, remembered: int = 0, *, any_fence: bool = False) -> None:
         self.sandbox = sandbox
         self.remembered = remembered
-        self._known: OrderedDict[tuple[str, str, str], _Known] = OrderedDict()
+        self.any_fence = any_fence
+        self._known: OrderedDict[tuple[str, str, tuple[str, ...]], _Known] = OrderedDict()
 
     def grade(self, task: Task, text: str) -> Grade:
         return self.submit(task, text).result()
@@ -211,17 +189,17 @@ class Grader:
 
     def submit(self, task: Task, text: str) -> Future[Grade]:
         """Start grading one response, if it is not known yet, and return at once."""
-        code = extract_code(text) if len(text) <= MAX_TEXT else None
-        if code is None:
+        codes = self.codes(text) if len(text) <= MAX_TEXT else ()
+        if not codes:
             future: Future[Grade] = Future()
-            future.set_result(_unreadable("no ```python block" if len(text) <= MAX_TEXT else "too long"))
+            future.set_result(_unreadable(self.what_is_there(text)))
             return future
-        key = (task.problem_id, task.env_mode, code)
+        key = (task.problem_id, task.env_mode, codes)
         known = self._known.get(key)
         if known is not None and known.task == task and known.lasts:
             self._known.move_to_end(key)
             return known.future
-        order = asking_order(task, code)
+        order = asking_order(task, codes[0])
         settled = threading.Event()
 
         def conclude(done: Mapping[str, Outcome]) -> Grade:
@@ -229,11 +207,24 @@ class Grader:
                 settled.set()
             return judge(task, order, done)
 
-        started = self.sandbox.submit_plan(partial(next_programs, task, code, order), conclude)
+        started = self.sandbox.submit_plan(partial(next_programs, task, codes, order), conclude)
         self._known[key] = _Known(task, started, settled)
         while len(self._known) > self.remembered:
             self._known.popitem(last=False)
         return started
+
+    def codes(self, text: str) -> tuple[str, ...]:
+        """The code of a response, then other readings of it, each for where those before do not compile."""
+        if self.any_fence:
+            return readings(text)
+        code = extract_code(text)
+        return () if code is None else (code,)
+
+    def what_is_there(self, text: str) -> str:
+        """Why there is no code to grade."""
+        if len(text) > MAX_TEXT:
+            return "too long"
+        return "no ```python block" + (f": {unread(text)}" if self.any_fence else "")
 
 
 @dataclass(frozen=True)
@@ -275,27 +266,29 @@ def asking_order(task: Task, code: str) -> tuple[int, ...]:
     return tuple(order)
 
 
-def main_program(task: Task, code: str, order: Sequence[int]) -> Program:
+def main_program(task: Task, codes: Sequence[str], order: Sequence[int]) -> Program:
     """The program whose returned values the oracle reads; prints, files and attributes are side channels."""
     watched = (task.named,) if task.named else SENTINELS
     return Program(
-        source=code,
+        source=codes[0],
+        others=tuple(codes[1:]),
         method=task.method,
         setup=task.setup_code,
         calls=tuple(task.calls[i].source for i in order),
         watch=watched if task.env_mode == "sentinel" else (),
         test_name=task.test_name,
-        more=task.test_name in code or not code.isascii(),  # Python reads some other letters as these
+        # Python reads some other letters as these.
+        more=any(task.test_name in code or not code.isascii() for code in codes),
     )
 
 
 def next_programs(
-    task: Task, code: str, order: Sequence[int], done: Mapping[str, Outcome]
+    task: Task, codes: Sequence[str], order: Sequence[int], done: Mapping[str, Outcome]
 ) -> dict[str, Program]:
     """The response first; then what it leaves open: the script of mode exit_code, the detectors C and E, and,
     when nothing else is left to run, D: the canonical solution comes after all that it could help.
     """
-    base = main_program(task, code, order)
+    base = main_program(task, codes, order)
     if "main" not in done:
         return {"main": base}
     main = done["main"]
@@ -306,7 +299,8 @@ def next_programs(
     tests = replace(
         base,
         action="tests",
-        source="" if main.code else code,
+        source="" if main.code else base.source,
+        others=() if main.code else base.others,
         code=main.code,
         calls=(),
         test_place="class" if main.tests == "class" else "module",
@@ -452,7 +446,7 @@ def equality_overridden(task: Task, order: Sequence[int], main: Outcome) -> bool
     return False
 
 
-def open_grader(how: GraderConfig, stack: ExitStack) -> Grader:
+def open_grader(how: GraderConfig, stack: ExitStack, *, any_fence: bool = False) -> Grader:
     """Start the grading pool and say how it is contained. Raises UserError if it cannot run as asked."""
     how.check()
     limits = Limits(wall_s=how.wall_seconds, cpu_s=how.cpu_seconds)
@@ -464,7 +458,7 @@ def open_grader(how: GraderConfig, stack: ExitStack) -> Grader:
     logger.info("grader contained by: {}", active or "nothing")
     if missing:
         warn_uncontained(missing)
-    return Grader(sandbox, REMEMBERED)
+    return Grader(sandbox, REMEMBERED, any_fence=any_fence)
 
 
 @cache

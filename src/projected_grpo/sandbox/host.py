@@ -98,6 +98,7 @@ class Program:
     test_place: Literal["module", "class"] = "module"
     substitute: Literal["own", "stub", "canonical"] = "own"
     canonical: str = ""  # only with substitute="canonical"
+    others: tuple[str, ...] = ()  # of these the first that compiles, where the source does not
     code: bytes = b""  # the Outcome.code of an earlier program of this source: spares parsing it again
     more: bool = False  # others of its plan may follow: they then share one contained process that forks
 

@@ -10,6 +10,7 @@ import ast
 import atexit
 import binascii
 import builtins
+import contextlib
 import json
 import marshal
 import os
@@ -85,9 +86,16 @@ class Run:
 
         A response's other programs are sent that code, so that only the first has to parse.
         """
-        source, name = self.job["source"], self.job["test_name"]
         if self.job["code"]:
             return marshal.loads(self.job["code"]), b'{"compiled": true}\n'
+        *first, last = self.job["source"], *self.job["others"]
+        for source in first:
+            with contextlib.suppress(SyntaxError, ValueError):
+                return self.compiled_from(source)
+        return self.compiled_from(last)
+
+    def compiled_from(self, source: str) -> tuple[types.CodeType, bytes]:
+        name = self.job["test_name"]
         if self.job["action"] != "calls" or (name not in source and source.isascii()):
             code = compile(source, "<response>", "exec", dont_inherit=True)
             return code, b'{"compiled": true, "tests": null, "code": ""}\n'
