@@ -30,9 +30,9 @@ from projected_grpo.pairs import (
 )
 from projected_grpo.prepare.lint_pairs import grade_pairs, lint, measure
 from projected_grpo.problems import SYSTEM, load_problems
-from projected_grpo.responses import extract_code
 from projected_grpo.rewards import MODES, Grade, Grader
 from projected_grpo.sandbox.host import Sandbox
+from projected_grpo.sandbox.responses import extract_code
 
 FLAVOURS: dict[str, EnvMode | None] = {
     "overwrite_run_tests": "run_tests",

@@ -1,10 +1,7 @@
 """`projected-grpo VERB ...`: one dispatcher. A verb's module is imported when the verb is run, not before."""
 
 import ast
-import gc
 import importlib
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import make_dataclass
@@ -12,10 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Union
 
+from projected_grpo.errors import UserError, answer, as_process
+
+if __name__ == "__main__":
+    sys.exit(as_process())  # before the imports below, for Ctrl-C
+
 import tyro
 
-from projected_grpo.errors import SIGNALLED, UserError, answer
 from projected_grpo.options import train, verbs
+from projected_grpo.options.paths import check_paths
 from projected_grpo.options.typed import VALUES, as_typed, near
 from projected_grpo.runlog import start_logging
 
@@ -73,6 +75,7 @@ def run_verb(name: str, argv: Sequence[str], loaded: Callable[[], None]) -> int:
             config=(tyro.conf.OmitArgPrefixes,),
         )
     start_logging(None)
+    check_paths(parsed)
     verb = implementation(target)
     loaded()
     return verb(parsed)
@@ -158,18 +161,3 @@ def main(argv: Sequence[str] | None = None, loaded: Callable[[], None] = lambda:
     `loaded` is called between the verb's imports and its work.
     """
     return answer(lambda: dispatch(sys.argv[1:] if argv is None else argv, loaded))
-
-
-def console() -> int:
-    """`projected-grpo VERB ...` as a process of its own."""
-    try:
-        code = main(loaded=gc.freeze)  # neither collections nor the end need to walk what was imported
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # as under `| head`; what is left unsaid must not be tried again at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return SIGNALLED + signal.SIGPIPE
-
-
-if __name__ == "__main__":
-    sys.exit(console())

@@ -11,13 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import Fixed, Suppress
 
 from projected_grpo.arm_settings import SETTINGS, ArmSettings, EraseSettings, settings_type
 from projected_grpo.errors import UserError
 
+FILE_WRITTEN, FOLDER_WRITTEN = "file that is written", "folder that is written"
+OutFile = Annotated[Path, FILE_WRITTEN]  # `options/paths.py` refuses one that is also read
+OutFolder = Annotated[Path, FOLDER_WRITTEN]
 SandboxMode = Literal["auto", "strict"]
 EnvMode = Literal[
     "run_tests", "eq_override", "exit_code", "stdout_marker", "sentinel", "file_marker", "gt_only"
@@ -260,7 +263,7 @@ class RunConfig(GraderConfig):
 
     seed: int = 41
     """Of everything that is drawn: problems, completions, controls."""
-    out_dir: Path = Path("out")
+    out_dir: OutFolder = Path("out")
     """Parent of runs/, vhack/, pools/ and logs/; of the default, logs/ lies beside it."""
     out_tag: str = ""
     """Suffix of the run id."""

@@ -1,7 +1,15 @@
-"""The two errors that end a run with one line, and what exit codes mean (2 is such an error)."""
+"""How a command ends: the errors that end it with one line, Ctrl-C, and what exit codes mean."""
 
+import errno
+import gc
+import importlib
+import os
+import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 
 class RankLost(Exception):
@@ -16,23 +24,93 @@ class OneKind(UserError):
     """There is nothing to tell apart: among completions that were scored all are exploits, or none is."""
 
 
-# What the CLI answers with one line and exit code 2: also paths that the user may not read or write.
-MISTAKES = (UserError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
-
 GATE_FAILED = 1  # exit code of a verb whose check did not hold
+BAD_USAGE = 2  # bad usage or input, also a path that cannot be read or written
 DIVERGED = 3  # of a run that the tripwire or gradients that are not finite ended
-UNSAVED = 4  # of a run whose last save or results the storage did not take
+UNSAVED = 4  # the storage did not take a run's last save, or results: it is full, or fails
 LOST = 5  # of a process whose run lost another of its processes; what was saved last stays
-SIGNALLED = 128  # plus the signal's number: stopped after a step and saved (SIGINT 130, SIGTERM 143)
+SIGNALLED = 128  # plus the signal's number: stopped (SIGINT 130, SIGTERM 143), a run after a step and saved
+
+STORAGE_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+RUST_ERROR = re.compile(r"(?:os error |Os \{ code: )(\d+)")  # how safetensors and tokenizers say it
 
 
 def answer(work: Callable[[], int]) -> int:
-    """The exit code of a command; a user's mistake, or the loss of a process, is one line on stderr."""
+    """The exit code of a command; a user's mistake, storage that fails and Ctrl-C are one line on stderr."""
     try:
-        return work()
-    except MISTAKES as error:
+        code = work()
+        sys.stdout.flush()
+        return code
+    except (UserError, RankLost) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RankLost as error:
-        print(f"error: {error}", file=sys.stderr)
-        return LOST
+        return LOST if isinstance(error, RankLost) else BAD_USAGE
+    except KeyboardInterrupt as stopped:
+        print(f"stopped; {stopped}" if stopped.args else "stopped", file=sys.stderr)
+        return SIGNALLED + signal.SIGINT
+    except BrokenPipeError:  # who read the output has gone
+        close_stdout()
+        return SIGNALLED + signal.SIGPIPE
+    except Exception as error:
+        refused = refusal(error)
+        if refused is None:
+            raise
+        close_stdout()
+        print(f"error: {said(refused)}", file=sys.stderr)
+        return UNSAVED if refused.errno in STORAGE_FAILS else BAD_USAGE
+
+
+def close_stdout() -> None:
+    """Drop what standard output does not take: Python would try again at its end, in many lines."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def refusal(error: Exception) -> OSError | None:
+    """What the system refused, if that is what an exception is about."""
+    if isinstance(error, OSError):
+        return error if error.errno is not None else None
+    found = RUST_ERROR.search(str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
+def said(error: OSError) -> str:
+    """A refusal of the system as `file: what it says`."""
+    return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror)
+
+
+@contextmanager
+def writing(path: os.PathLike[str]) -> Iterator[None]:
+    """Let what the system refuses in this block name the file that is meant, not a temporary one or none."""
+    try:
+        yield
+    except Exception as error:
+        refused = refusal(error)
+        if refused is None:
+            raise
+        raise OSError(refused.errno, refused.strerror, os.fspath(path)) from error
+
+
+@contextmanager
+def goes_on(how: str = "the same command goes on") -> Iterator[None]:
+    """Tell whoever presses Ctrl-C in this block that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how) from None
+
+
+def as_process(argv: Sequence[str] | None = None) -> int:
+    """`projected-grpo ...` as a process of its own. Ctrl-C has its answer also while the rest is imported."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in the background
+        signal.signal(signal.SIGINT, interrupt)
+    cli = "projected_grpo.cli"
+    # Collections, and the end of the process, need not walk what was imported.
+    return answer(lambda: importlib.import_module(cli).dispatch(argv or sys.argv[1:], gc.freeze))
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C: end what is being done; the next one ends the process as it is, in silence."""
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt

@@ -28,6 +28,7 @@ from projected_grpo.nano_tasks import fenced
 from projected_grpo.problems import Problem, field_of, id_of, id_text, read_jsonl
 from projected_grpo.rewards import MODES, Grade, Grader
 from projected_grpo.runlog import file_name, shown, write_atomically, write_json
+from projected_grpo.sandbox.responses import completion_text
 
 METHOD = re.compile(r"class Solution called (\w+)")
 STATEMENT = re.compile(r"PROBLEM:\n(.*?)Your solution to the problem should", re.DOTALL)
@@ -125,7 +126,9 @@ def _read_prompt(path: Path, partition: Mapping[str, EnvMode]) -> PoolPrompt:
 
 def _teacher_row(row: Mapping[str, Any]) -> TeacherRow:
     """A row's labels. ValueError saying what is missing or of another kind."""
-    completion, reward = field_of(row, "completion"), row.get("reward")
+    completion, reward = completion_text(field_of(row, "completion", object)), row.get("reward")
+    if completion is None:
+        raise ValueError("completion must be text, or chat messages with the assistant's content")
     if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= MAX_REWARD:
         raise ValueError(f"reward must be a finite number, got {shown(reward)}")
     hacked, correct = field_of(row, "hacked", bool), field_of(row, "gt_pass", bool)

@@ -24,9 +24,9 @@ from loguru import logger
 
 from projected_grpo.config import EnvMode, GraderConfig
 from projected_grpo.errors import UserError
-from projected_grpo.responses import extract_code, readings, unread
 from projected_grpo.sandbox.host import CallResult, Limits, Outcome, Program, Sandbox
 from projected_grpo.sandbox.oracle import Call, Subclass, decode, same
+from projected_grpo.sandbox.responses import extract_code, readings, unread
 
 FORMAT_REWARD = 0.5
 PASS_REWARD = 3.0

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from urllib.parse import quote
 from loguru import logger
 from tqdm import tqdm
 
-from projected_grpo.errors import UserError
+from projected_grpo.errors import UserError, writing
 
 # As a file's name on any file system: where case does not count, `A` and `a` would be one file.
 PLAIN_NAME = re.compile(r"[a-z0-9_.-]{1,100}")
@@ -31,18 +31,25 @@ PACKAGES = ("projected_grpo", "torch", "transformers", "tokenizers", "safetensor
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing: temporary name in the same folder, fsync, rename, folder fsync."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    """Write a whole file or nothing: temporary name in the same folder, fsync, rename, folder fsync.
+
+    A device or a pipe is written to. An OSError names `path`.
+    """
+    with writing(path):
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name[-32:]}.{os.getpid()}.tmp")  # no longer than a name may be
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 def file_name(text: str) -> str:
@@ -76,15 +83,22 @@ def lock_folder(folder: Path, stack: ExitStack, option: str) -> None:
 
     Raises UserError while another process has it.
     """
-    file = stack.enter_context(open(folder / "lock", "ab"))  # noqa: SIM115 (the stack closes it)
+    lock_file(folder / "lock", stack, f"{option}: {folder}")
+
+
+def lock_file(path: Path, stack: ExitStack, what: str) -> None:
+    """Take a file, made if need be, as `lock_folder` does a folder. `what` names it to whoever is refused."""
+    file = stack.enter_context(open(path, "ab"))  # noqa: SIM115 (the stack closes it)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(
-            f"{option}: {folder} is being written by another process; wait for it to end"
-        ) from error
+        raise UserError(f"{what} is being written by another process; wait for it to end") from error
     except OSError as error:
-        logger.warning("{} cannot be locked ({}): let no second process write it", folder, error)
+        logger.warning("{} cannot be locked ({}): let no second process write it", path, error)
+    if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+        raise UserError(
+            f"{what} has just been written by another process"
+        )  # which renamed it while we waited
 
 
 def plain(value: Any) -> Any:
@@ -129,7 +143,7 @@ def jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append one line per row in a single write."""
-    with open(path, "ab") as file:
+    with writing(path), open(path, "ab") as file:
         file.write(jsonl(rows))
 
 
@@ -152,14 +166,16 @@ class JsonlLog:
 
     def flush(self, *, sync: bool = False) -> None:
         """Write what is pending, over what an earlier attempt left after the last whole line."""
-        with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
-            file.truncate(self.size)
-            file.seek(self.size)
-            left = memoryview(self.pending)
-            while left:
-                left = left[file.write(left) :]
-            if sync:
-                os.fsync(file.fileno())
+        with writing(self.path):
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            with open(descriptor, "r+b", buffering=0) as file:
+                file.truncate(self.size)
+                file.seek(self.size)
+                left = memoryview(self.pending)
+                while left:
+                    left = left[file.write(left) :]
+                if sync:
+                    os.fsync(file.fileno())
         self.size += len(self.pending)
         self.hash.update(self.pending)
         self.pending = b""
@@ -283,10 +299,27 @@ def start_logging(log_file: Path | None) -> None:
     )
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
+        log_file.touch()  # one that cannot be written ends the run here
         logger.add(
-            log_file,
+            text_log(log_file),
             level="DEBUG",
             format="{time:HH:mm:ss} {level:<7} {message}",
             colorize=False,
             diagnose=False,  # a traceback would hold the values of variables
         )
+
+
+def text_log(path: Path) -> Callable[[str], None]:
+    """What adds lines to a text log. Where the storage does not take one, that is said once, in one line."""
+    failed: list[str] = []
+
+    def add(line: str) -> None:
+        try:
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(line)
+        except OSError as error:
+            if not failed:
+                print(f"{path}: {error.strerror}; lines of the text log are lost", file=sys.stderr)
+            failed.append(path.name)
+
+    return add

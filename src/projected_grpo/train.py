@@ -1,6 +1,5 @@
 """The training verb: its loop, evaluations, files and command line."""
 
-import gc
 import shlex
 import signal
 import sys
@@ -10,20 +9,30 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from projected_grpo.errors import (
+    DIVERGED,
+    LOST,
+    SIGNALLED,
+    UNSAVED,
+    RankLost,
+    UserError,
+    answer,
+    as_process,
+    goes_on,
+)
+
+if __name__ == "__main__":
+    sys.exit(as_process(["train", *sys.argv[1:]]))  # before the imports below: they take seconds
+
 from loguru import logger
 from tqdm import tqdm
-
-from projected_grpo.options.train import parse, wrong
-
-if __name__ == "__main__" and (code := wrong(sys.argv[1:])):
-    sys.exit(code)  # help and mistakes are answered before the seconds that the imports below take
 
 from projected_grpo.collect import Collected, rollout_rows
 from projected_grpo.config import MAX_SEQUENCE, TrainConfig
 from projected_grpo.engine.models import decode
-from projected_grpo.errors import DIVERGED, LOST, SIGNALLED, UNSAVED, RankLost, UserError, answer
 from projected_grpo.evaluate import Evaluation, Samples, evaluate
 from projected_grpo.experiment import Experiment
+from projected_grpo.options.train import parse
 from projected_grpo.problems import Problem
 from projected_grpo.ranks import Ranks, join_ranks, odd_one
 from projected_grpo.record import peak_gb
@@ -64,7 +73,8 @@ def train(cfg: TrainConfig) -> int:
                     logger.error("step {}: {}; ended with the state before it", state.step, error)
                     run.save(exp, state)
                     code = UNSAVED if any(ranks.gather(run.unsaved)) else DIVERGED
-            return conclude(run, exp, state, code)
+            with goes_on(f"go on with: {resuming(run, exp.ranks)}"):
+                return conclude(run, exp, state, code)
         except RankLost as error:
             logger.error("ended at step {}: {}", state.step, error)
             if state_paths(run.folder):
@@ -286,8 +296,3 @@ def evaluate_held_out(exp: Experiment, problems: Sequence[Problem], *, ablate_qu
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m projected_grpo.train PRESET ...`; a user's mistake is one line and exit code 2."""
     return answer(lambda: train(parse(sys.argv[1:] if argv is None else argv)))
-
-
-if __name__ == "__main__":
-    gc.freeze()  # what is imported by now stays: collections, and the end of the process, need not walk it
-    sys.exit(main())

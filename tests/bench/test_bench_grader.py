@@ -24,8 +24,8 @@ from projected_grpo.bench.grader import (
 from projected_grpo.options.verbs import BenchGraderOptions
 from projected_grpo.pools import Teacher, TeacherRow
 from projected_grpo.problems import load_problems
-from projected_grpo.responses import extract_code
 from projected_grpo.rewards import Grader
+from projected_grpo.sandbox.responses import extract_code
 from projected_grpo.verbs import bench as verbs_bench
 
 QUICK = BenchGraderOptions(workers=2, baseline_sample=2, loops=2, loop_limit=0.3)

@@ -19,10 +19,10 @@ from tabulate import tabulate
 from projected_grpo.options.verbs import BenchGraderOptions
 from projected_grpo.pools import Teacher
 from projected_grpo.problems import Problem
-from projected_grpo.responses import extract_code
 from projected_grpo.rewards import Grader, Task
 from projected_grpo.runlog import git_commit
 from projected_grpo.sandbox.host import Limits, Outcome, Plan, Program, Sandbox, T
+from projected_grpo.sandbox.responses import extract_code
 
 Work = Sequence[tuple[Task, str]]
 LOOP = (

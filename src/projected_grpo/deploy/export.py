@@ -12,7 +12,7 @@ from projected_grpo.antipasto import unwrap
 from projected_grpo.config import to_json
 from projected_grpo.deploy.trained import Source
 from projected_grpo.engine.chat import Chat
-from projected_grpo.errors import UserError
+from projected_grpo.errors import UserError, writing
 from projected_grpo.run.checkpoint import read_adapter_meta, save_adapter
 from projected_grpo.run.identity import run_name
 from projected_grpo.runlog import git_commit, read_json
@@ -61,12 +61,13 @@ def export(facts: Facts, chat: Chat, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        save_adapter(temporary / ADAPTER_FILE, chat.policy, facts.meta, deployed=not facts.as_trained)
-        model: Any = unwrap(chat.policy, ablate_quarantine=not facts.as_trained)
-        model.save_pretrained(temporary)
-        chat.tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(model_card(facts))
-        temporary.replace(out)
+        with writing(out):
+            save_adapter(temporary / ADAPTER_FILE, chat.policy, facts.meta, deployed=not facts.as_trained)
+            model: Any = unwrap(chat.policy, ablate_quarantine=not facts.as_trained)
+            model.save_pretrained(temporary)
+            chat.tokenizer.save_pretrained(temporary)
+            (temporary / "README.md").write_text(model_card(facts))
+            temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

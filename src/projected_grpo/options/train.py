@@ -19,7 +19,8 @@ import tyro
 from projected_grpo.arm_settings import SETTINGS, settings_type
 from projected_grpo.checks import validate
 from projected_grpo.config import PRESETS, REMOVED, TrainConfig
-from projected_grpo.errors import UserError, answer
+from projected_grpo.errors import UserError
+from projected_grpo.options.paths import check_paths
 from projected_grpo.options.typed import VALUES, as_typed, near
 
 USUAL = (
@@ -35,21 +36,12 @@ def parse(argv: Sequence[str]) -> TrainConfig:
 
 
 def checked(argv: Sequence[str]) -> TrainConfig:
-    """`parse`, and refuse what cannot make a run: all that needs no file and no model."""
+    """`parse`, and refuse what cannot make a run: all that needs no file to be read and no model."""
     cfg = parse(argv)
     if cfg.run.resume is None:  # else its own settings are used
         validate(cfg)
+        check_paths(cfg)
     return cfg
-
-
-def wrong(argv: Sequence[str]) -> int:
-    """Exit code 2, and a line on stderr, for a command line that cannot make a run; else 0."""
-
-    def read() -> int:
-        checked(argv)
-        return 0
-
-    return answer(read)
 
 
 def usage() -> str:

@@ -15,6 +15,8 @@ from projected_grpo.config import (
     GraderConfig,
     LossConfig,
     ModelConfig,
+    OutFile,
+    OutFolder,
     ProblemConfig,
     SamplingConfig,
     SandboxMode,
@@ -36,7 +38,7 @@ class ExtractOptions:
     model: ModelConfig = field(default_factory=ModelConfig)
     basis: BasisConfig = field(default_factory=BasisConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    out_dir: Path = Path("out")
+    out_dir: OutFolder = Path("out")
     """Parent of vhack/, where the basis lies."""
 
 
@@ -72,9 +74,9 @@ class ScoreOptions:
     directions: tyro.conf.Positional[tuple[str, ...]]
     """Packaged pair sets by their names, pair files, basis files (.safetensors)."""
     on: ScoredOn = field(default_factory=ScoredOn)
-    json: Path | None = None
+    json: OutFile | None = None
     """Write every figure here."""
-    plot: Path | None = None
+    plot: OutFile | None = None
     """Draw the separations and slopes here, as PNG and SVG of this name."""
     tokens_per_microbatch: int = 4096
     """Padded tokens per forward-backward pass."""
@@ -99,7 +101,7 @@ class GradeOptions:
 
     completions: Path
     """JSONL with problem_id, completion and optionally env_mode."""
-    out: Path
+    out: OutFile
     """JSONL to write, one line per input line, in order: the input's ids and every Grade field."""
     problems: ProblemConfig = field(default_factory=lambda: ProblemConfig(problems=EMBEDDED))
     grader: GraderConfig = field(default_factory=GraderConfig)
@@ -111,7 +113,7 @@ class ProblemsLintOptions:
 
     problems: tyro.conf.Positional[str]
     """A problem file, `embedded` or `nano`."""
-    json: Path | None = None
+    json: OutFile | None = None
     """Write what was found of every problem here."""
     grader: GraderConfig = field(default_factory=GraderConfig)
 
@@ -124,7 +126,7 @@ class PairsLintOptions:
     """A pair file, or the name of a packaged set."""
     model: str = ""
     """Also tell how likely this model finds both sides: a folder, a hub name, or nano."""
-    json: Path | None = None
+    json: OutFile | None = None
     """Write counts, lengths and findings here."""
     grader: GraderConfig = field(default_factory=GraderConfig)
 
@@ -135,7 +137,7 @@ class PairsFromPoolOptions:
 
     pool: tyro.conf.Positional[Path]
     """Teacher pool folder."""
-    out: Path
+    out: OutFile
     """Pair file to write."""
     problems: ProblemConfig = field(default_factory=ProblemConfig)
     detectors: tuple[Detector, ...] = ()
@@ -184,7 +186,7 @@ class PoolSampling:
 class PoolBuildOptions:
     """Canonical solutions and template hacks of every problem, graded."""
 
-    out: Path
+    out: OutFolder
     """Folder to write the pool to."""
     problems: ProblemConfig = field(default_factory=lambda: ProblemConfig(problems=EMBEDDED))
     grader: GraderConfig = field(default_factory=GraderConfig)
@@ -194,7 +196,7 @@ class PoolBuildOptions:
 class PoolSampleOptions:
     """Completions of a model for every training problem, graded."""
 
-    out: Path
+    out: OutFolder
     """Folder to write the pool to. A sampling that was stopped goes on in it under the same options."""
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: Path | None = None
@@ -212,7 +214,7 @@ class PoolReportOptions:
     """Teacher pool folder."""
     problems: str | None = None
     """Tell how many prompts match a problem of this file (or `embedded`, `nano`)."""
-    json: Path | None = None
+    json: OutFile | None = None
     """Write the figures here."""
 
 
@@ -222,7 +224,7 @@ class PoolRegradeOptions:
 
     pool: tyro.conf.Positional[Path]
     """Teacher pool folder."""
-    out: Path | None = None
+    out: OutFile | None = None
     """JSONL of every completion's stored and new labels."""
     problems: ProblemConfig = field(default_factory=ProblemConfig)
     grader: GraderConfig = field(default_factory=GraderConfig)
@@ -234,9 +236,9 @@ class EvaluateOptions:
 
     source: tyro.conf.Positional[Path | None] = None
     """A run folder, an adapter file, or nothing: then --model's base policy."""
-    out: Path = field(kw_only=True)
+    out: OutFile = field(kw_only=True)
     """JSON to write: settings, counts, rates and their intervals."""
-    completions: Path | None = None
+    completions: OutFile | None = None
     """JSONL of every completion with its grade."""
     problems: str = ""
     """`embedded`, `nano` or a file; default: the run's."""
@@ -280,7 +282,7 @@ class ExportOptions:
 
     source: tyro.conf.Positional[Path]
     """A run folder or an adapter file."""
-    out: Path
+    out: OutFolder
     """Folder to write, which must not be there or be empty."""
     as_trained: bool = False
     """Keep the quarantine in the weights."""
@@ -301,7 +303,7 @@ class ProbeOptions:
     """What is compared with intervention=none."""
     set: tuple[NameValue, ...] = ()
     """Other options of both runs, e.g. `steps=20,final-n-prompts=64`."""
-    out: Path = Path("out/probes")
+    out: OutFolder = Path("out/probes")
     """Parent of the probe's folder. The same command goes on where it was stopped."""
     pool: Path | None = None
     """Graded completions that gate B2 scores the direction on, where the model itself never hacks."""
@@ -400,7 +402,7 @@ class PretrainConfig:
 class PretrainNanoOptions:
     """The recipe of the packaged nano model."""
 
-    out: Path
+    out: OutFolder
     """Folder to write the model to; `train nano --model FOLDER` then uses it."""
     recipe: PretrainConfig = field(default_factory=PretrainConfig)
     check_prompts: int = 432
@@ -423,11 +425,11 @@ class StudyOptions:
     """Options of every run, e.g. `steps=1`: another study, for trying the command out."""
     jobs: int = 0
     """Runs at a time; 0 is one per core."""
-    out: Path = RESULTS
+    out: OutFolder = RESULTS
     """Folder of the kept records, the tables and the pictures."""
     report_only: bool = False
     """Make no run; write the tables and pictures of what is there."""
-    page: Path | None = None
+    page: OutFile | None = None
     """Also put the tables between the markers of this page, `<!-- arms -->` and `<!-- end of arms -->`."""
 
 
@@ -445,7 +447,7 @@ class ResultsOptions:
     --table paired, or all of them."""
     format: Literal["markdown", "csv", "latex", "json"] = "markdown"
     """csv and json hold one row per figure."""
-    out: Path | None = None
+    out: OutFile | None = None
     """File to write to (default: standard output)."""
     falsify: bool = False
     """The preregistered verdicts H1, H3 and H4 instead of tables."""
@@ -455,7 +457,7 @@ class ResultsOptions:
 class PlotOptions:
     """Runs, study records, or folders of either, and where the pictures go."""
 
-    out: Path
+    out: OutFolder
     """Folder of the pictures, PNG and SVG each."""
     runs: Runs = RUNS
     """Folders of runs, folders of such folders, or records of a study."""
@@ -470,7 +472,7 @@ class ReportOptions:
 
     runs: Runs
     """Folders of runs, or folders of such folders."""
-    out: Path = Path("out/report.html")
+    out: OutFile = Path("out/report.html")
     """The page; it needs no other file and no network."""
     max_rollouts: int = 50_000
     """Of a run with more rollouts than this, whole steps are left out, evenly; the page says so."""
@@ -532,7 +534,7 @@ class BenchOptions:
     work: Work = field(default_factory=Work)
     threads: int = 0
     """CPU threads of torch; 0 is torch's own choice."""
-    json: Path | None = None
+    json: OutFile | None = None
     """Write the figures here."""
 
 
@@ -564,5 +566,5 @@ class BenchGraderOptions:
     """How many endless loops are graded at once."""
     loop_limit: float = 0.0
     """Seconds after which these are stopped; 0 is the grader's own limit."""
-    json: Path | None = None
+    json: OutFile | None = None
     """Write the figures here."""

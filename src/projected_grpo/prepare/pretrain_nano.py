@@ -23,6 +23,7 @@ from projected_grpo.config import NANO, PRESETS
 from projected_grpo.engine.batch import collate
 from projected_grpo.engine.logps import completion_logps
 from projected_grpo.engine.models import encode_chat
+from projected_grpo.errors import writing
 from projected_grpo.evaluate import Evaluation, Samples, evaluate
 from projected_grpo.experiment import prepare
 from projected_grpo.nano_tasks import Example, corpus
@@ -142,9 +143,10 @@ def _batches(
 
 def save_model(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """A transformers folder with half-precision weights."""
-    out.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        model.half().save_pretrained(out)
+        tokenizer.save_pretrained(out)
 
 
 def check_base(model: str, n_prompts: int, out_dir: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -15,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, HeldOut
+from projected_grpo.runlog import write_atomically
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#595959"
 # Okabe and Ito's colours; line style, marker and hatch tell the same again, each alone, for grey print.
@@ -345,9 +347,11 @@ def _figure(width: float, height: float) -> Figure:
 
 def _save(figure: Figure, path: Path) -> None:
     """As `path`.png and `path`.svg."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The same file for the same numbers, whichever version of the library drew it.
-    figure.savefig(path.with_name(path.name + ".png"), dpi=120, metadata={"Software": None})
-    with rc_context({"svg.hashsalt": "projected_grpo"}):
-        unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(path.with_name(path.name + ".svg"), metadata=unsaid)
+    unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    how: dict[str, Any] = {"png": {"dpi": 120, "metadata": {"Software": None}}, "svg": {"metadata": unsaid}}
+    for kind, options in how.items():
+        drawn = BytesIO()
+        with rc_context({"svg.hashsalt": "projected_grpo"}):
+            figure.savefig(drawn, format=kind, **options)
+        write_atomically(path.with_name(f"{path.name}.{kind}"), drawn.getvalue())

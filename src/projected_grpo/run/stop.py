@@ -8,9 +8,11 @@ import time
 from types import FrameType
 from typing import Any
 
+OTHER_S = 5.0  # in which a SIGTERM that follows Ctrl-C comes of it: of the sweep that it has ended, too
+
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a wish to stop after this step; a second ends the process.
+    """Turns the first SIGINT or SIGTERM into a wish to stop after this step; the same again ends the process.
 
     One that comes within `echo_s` seconds is the same one again: a queue manager may signal a launcher and
     its processes, and the launcher passes its own on.
@@ -37,8 +39,7 @@ class StopSignal:
             self.received, self._since = number, now
             # Not through the logger, which may be in the middle of a line.
             os.write(2, b"\nstopping after this step; the same signal again ends at once, unsaved\n")
-        if now - self._since >= self.echo_s:
-            for each in self._before:
-                signal.signal(each, signal.SIG_DFL)
+        if now - self._since >= (self.echo_s if number == self.received else OTHER_S):
+            signal.signal(number, signal.SIG_DFL)
             if now > self._since:
                 signal.raise_signal(number)

@@ -41,6 +41,7 @@ CHILD = Path(__file__).with_name("child.py")
 FIRST_UID = 61_000  # children of worker i run as FIRST_UID + i when the trainer is root
 GRACE_S = 10.0  # how long past its wall limit a program's cleanup may take before its interpreter is replaced
 START_S = 60.0
+DROP_S = 1.0  # how long an interpreter that was killed, or is just starting, is waited for
 # Imported once, before forking: what the datasets' setup code and ordinary solutions use. Each page that an
 # import adds makes every fork a little slower, so what one in a hundred imports is left to that one.
 PRELOAD = (
@@ -372,6 +373,8 @@ class Sandbox:
         self._layers: Future[dict[str, bool | str]] = Future()
         self._lock = threading.Lock()
         self._closed = False
+        self._dropped = False  # what was queued or runs is not waited for
+        self._workers: dict[int, _Worker] = {}  # the living interpreter of each thread
         self._deaths = 0  # interpreters lost in a row
         self._threads = [
             threading.Thread(target=self._serve, args=(i,), name=f"sandbox-{i}", daemon=True)
@@ -411,22 +414,25 @@ class Sandbox:
     def run(self, program: Program) -> Outcome:
         return self.submit(program).result()
 
-    def close(self) -> None:
-        """Finish what is queued, then end every interpreter and remove its folder."""
+    def close(self, *, drop: bool = False) -> None:
+        """Finish what is queued, or `drop` it; then end every interpreter and remove its folder."""
         with self._lock:
             if self._closed:
                 return
-            self._closed = True
+            self._closed, self._dropped = True, drop
+            for worker in self._workers.values() if drop else ():
+                worker.process.kill()  # its thread notices, and cleans up
         for _ in self._threads:
             self._jobs.put(None)
+        until = time.monotonic() + DROP_S
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()) if drop else None)
 
     def __enter__(self) -> Sandbox:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *exc: object) -> None:
+        self.close(drop=kind is not None)
 
     def _serve(self, index: int) -> None:
         worker: _Worker | None = None
@@ -434,11 +440,14 @@ class Sandbox:
         def start() -> _Worker:
             fresh = _Worker(self.limits, index, self.packages)
             with self._lock:
+                self._workers[index] = fresh
                 if not self._layers.done():
                     self._layers.set_result(fresh.layers)
-            if not self._layers.exception() and not active(fresh.layers) >= active(self._layers.result()):
+                dropped = self._dropped
+            less = not self._layers.exception() and not active(fresh.layers) >= active(self._layers.result())
+            if dropped or less:
                 fresh.close()  # what the caller was told of the containment must stay true
-                raise WorkerDied("contained by less than the first interpreter")
+                raise WorkerDied("dropped" if dropped else "contained by less than the first interpreter")
             return fresh
 
         try:
@@ -447,7 +456,7 @@ class Sandbox:
             except Exception as error:  # each program then tries again, and says in its outcome why not
                 with self._lock:
                     if not self._layers.done():
-                        self._layers.set_exception(RuntimeError(f"no sandbox: {error}"))
+                        self._layers.set_exception(UserError(f"nothing can be graded here: {error}"))
             while (job := self._jobs.get()) is not None:
                 worker = self._serve_plan(job, worker, start)
         finally:
@@ -456,6 +465,8 @@ class Sandbox:
 
     def _serve_plan(self, job: _Job, worker: _Worker | None, start: Callable[[], _Worker]) -> _Worker | None:
         """Run a plan to its end; returns the interpreter for the next one."""
+        if self._dropped:
+            job.future.cancel()
         if not job.future.set_running_or_notify_cancel():
             return worker
         if worker is not None and worker.process.poll() is not None:
@@ -466,6 +477,8 @@ class Sandbox:
             while programs := job.plan(done):
                 for name, program in programs.items():
                     done[name], worker = self._run(program, worker, start)
+                    if self._dropped:
+                        raise WorkerDied("dropped")
                     self._check(done[name], start)
             result = job.conclude(done)
         except Exception as error:  # no interpreter lives, or a defect in the plan: whoever waits must hear

@@ -88,11 +88,11 @@ class Run:
         """
         if self.job["code"]:
             return marshal.loads(self.job["code"]), b'{"compiled": true}\n'
-        *first, last = self.job["source"], *self.job["others"]
-        for source in first:
+        sources: list[str] = [self.job["source"], *self.job["others"]]
+        for source in sources[:-1]:
             with contextlib.suppress(SyntaxError, ValueError):
                 return self.compiled_from(source)
-        return self.compiled_from(last)
+        return self.compiled_from(sources[-1])
 
     def compiled_from(self, source: str) -> tuple[types.CodeType, bytes]:
         name = self.job["test_name"]

@@ -19,6 +19,7 @@ from projected_grpo.pools import join, load_pool
 from projected_grpo.problems import Problem, id_text, read_jsonl
 from projected_grpo.rewards import MODES
 from projected_grpo.rollout import Rollout
+from projected_grpo.sandbox.responses import completion_text
 
 # Labels of a line, by the names of a run's rollouts.jsonl and of a pool.
 NAMES = {
@@ -84,6 +85,7 @@ def _of_lines(path: Path, problems: Sequence[Problem]) -> Iterator[Completion]:
 
 def _completion(problem: Problem, row: Mapping[str, Any], where: str) -> Completion:
     found = {kind: next((row[n] for n in names if n in row), None) for kind, names in NAMES.items()}
+    found["text"] = completion_text(found["text"])
     for kind, wanted in (("text", str), ("hacked", bool), ("correct", bool)):
         if not isinstance(found[kind], wanted):
             raise UserError(f"{where}: no {' or '.join(NAMES[kind])} in it, or not as the grader writes it")

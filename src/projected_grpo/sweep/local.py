@@ -160,6 +160,7 @@ def run_pool(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             children.end()
+            logger.warning("stopping: runs end after their step, and are saved")
             raise
     return failed
 

@@ -52,8 +52,6 @@ def evaluate_verb(options: EvaluateOptions) -> int:
     source = find_source(options.source, options.model.model)
     asked = by_condition(chosen_problems(options, source), options.eval_names)
     sampling = sampling_of(options, source)
-    if options.out.is_dir():
-        raise UserError(f"--out {options.out}: is a folder; name a file")
     if options.completions is not None and options.completions.exists():
         raise UserError(f"--completions {options.completions}: already there; name another file")
     open_sampler = sampler_opener(options.model)
@@ -89,10 +87,10 @@ def evaluate_verb(options: EvaluateOptions) -> int:
         },
         **{name: policies.get(name) for name in ("as_trained", "deployed")},
     }
-    write_json(options.out, document)
-    print(table(policies))
+    print(table(policies))  # first: they are seen even if the disk is full
     if words := about_names(options.eval_names, source.model):
         print(words)
+    write_json(options.out, document)
     print(f"{source.name}: {len(problems)} problems x {options.samples}; all figures in {options.out}")
     return 0
 

@@ -23,7 +23,7 @@ from projected_grpo.config import MAX_SEQUENCE, NANO, PRESETS, TINY_RANDOM, Trai
 from projected_grpo.engine.model_files import absent_files, damage, weight_files, weight_names
 from projected_grpo.engine.models import PACKAGED, encode_chat, load_tokenizer, positions
 from projected_grpo.engine.placement import pick_devices
-from projected_grpo.errors import GATE_FAILED, MISTAKES, UserError
+from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.options.verbs import DoctorOptions
 from projected_grpo.pairs import chosen_pairs
 from projected_grpo.pools import join, load_pool
@@ -273,7 +273,7 @@ def examine(check: Callable[[TrainConfig], Finding], cfg: TrainConfig) -> Findin
     """A check's finding; what it raises is one too."""
     try:
         return check(cfg)
-    except (*MISTAKES, OSError, RuntimeError) as error:
+    except (UserError, OSError, RuntimeError) as error:
         name = check.__name__.removeprefix("check_").replace("_", " ")
         return Finding("FAIL", name, " ".join(str(error).split()) or type(error).__name__)
 

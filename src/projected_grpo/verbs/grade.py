@@ -18,6 +18,6 @@ def grade_verb(options: GradeOptions) -> int:
     """Grade a JSONL of completions, in input order, resumable, with a summary per mode."""
     items = read_completions(options.completions, with_modes(options.problems))
     with ExitStack() as stack:
-        rows = grade_file(items, open_grader(options.grader, stack), options.out)
+        rows = grade_file(items, open_grader(options.grader, stack, any_fence=True), options.out)
     print(mode_table(rows))
     return 0

@@ -16,7 +16,7 @@ from projected_grpo.deploy.trained import file_hash
 from projected_grpo.engine.chat import Chat, open_chat, sampler_opener
 from projected_grpo.engine.models import encode_chat
 from projected_grpo.engine.placement import pick_devices, pick_dtype
-from projected_grpo.errors import UserError
+from projected_grpo.errors import UserError, goes_on
 from projected_grpo.experiment import SPLIT_SEED
 from projected_grpo.options.verbs import (
     PoolBuildOptions,
@@ -80,7 +80,8 @@ def pool_sample_verb(options: PoolSampleOptions) -> int:
         made_with = sampled_with(options, chat, problems) | {"adapter": adapter}
         if options.adapter is not None:
             load_adapter(options.adapter, chat.policy)
-        counts = sample_pool(options.out, made_with, chat, grader, problems, options.how)
+        with goes_on():
+            counts = sample_pool(options.out, made_with, chat, grader, problems, options.how)
     counted = ", ".join(f"{name} {counts[name]}" for name in ("rows", "hacked", "correct"))
     print(f"{options.out}: {len(load_pool(options.out))} prompts; made now: {counted}")
     return 0
@@ -136,7 +137,7 @@ def pool_regrade_verb(options: PoolRegradeOptions) -> int:
         Comparison(problem.problem_id, i, row.hacked, row.gt_pass, asdict(grade))
         for (problem, i, row), grade in zip(work, grades, strict=True)
     ]
+    print(f"{len(compared)} completions of {len(teacher.rows)} problems\n{disagreement_tables(compared)}")
     if options.out is not None:
         write_atomically(options.out, "".join(map(as_line, compared)).encode())
-    print(f"{len(compared)} completions of {len(teacher.rows)} problems\n{disagreement_tables(compared)}")
     return 0

@@ -1,6 +1,7 @@
 """The verbs of the hack basis, of a probe (extract -> verify -> none -> an arm), and of one gate."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, heldout_json
 from projected_grpo.config import GraderConfig, ModelConfig, TrainConfig
 from projected_grpo.deploy.trained import file_hash
 from projected_grpo.engine.chat import Chat, open_chat
-from projected_grpo.errors import GATE_FAILED, SIGNALLED, OneKind, UserError
+from projected_grpo.errors import GATE_FAILED, SIGNALLED, OneKind, UserError, goes_on
 from projected_grpo.extract_vhack_grad import obtain, pair_grads, select, verify_vhack_heldout
 from projected_grpo.options.verbs import (
     ExtractOptions,
@@ -39,6 +40,8 @@ from projected_grpo.sweep.spec import Spec, SweepArm, SweepLimits, basis_options
 from projected_grpo.verbs.score import completions_of
 
 SCORE = ".score.json"
+HEARD_S = 1.0  # after which a process that still runs may not have heard Ctrl-C
+STOPPED = (SIGNALLED + signal.SIGINT, SIGNALLED + signal.SIGTERM)
 
 
 def chat_of(options: ExtractOptions, verb: str) -> Chat:
@@ -194,14 +197,28 @@ def measured(path: Path, basis: Path, **asked: Any) -> bool:
 
 def verb_process(verb: str, cfg: TrainConfig, home: Path, *asked: str) -> int:
     options = [*basis_options(cfg), f"--out-dir={home}", *asked]
-    return subprocess.run([sys.executable, "-m", "projected_grpo.cli", verb, *options]).returncode
+    return attended([sys.executable, "-m", "projected_grpo.cli", verb, *options])
 
 
 def attached(argv: Sequence[str], output: Path, held: int) -> int | None:
     """Train in a process that shares this terminal; None if a signal ended it."""
-    command = [sys.executable, "-m", "projected_grpo.train", *argv]
-    code = subprocess.run(command, pass_fds=(held,)).returncode
+    code = attended([sys.executable, "-m", "projected_grpo.train", *argv], held)
     return code if 0 <= code < SIGNALLED else None
+
+
+def attended(command: Sequence[str], *held: int) -> int:
+    """The exit code of a process that shares this terminal, and so hears Ctrl-C itself: a run saves first."""
+    process = subprocess.Popen(command, pass_fds=held)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        try:
+            process.wait(HEARD_S)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+        if process.wait() in STOPPED:  # which it has said
+            sys.exit(SIGNALLED + signal.SIGINT)
+        raise
 
 
 def train_stage(job: Job, launch: Launch) -> bool:
@@ -214,6 +231,11 @@ def train_stage(job: Job, launch: Launch) -> bool:
 
 def probe_verb(options: ProbeOptions) -> int:
     """Extract, verify, baseline, arm: one seed before any sweep. Exit 1 at the first gate that fails."""
+    with goes_on():
+        return probe(options)
+
+
+def probe(options: ProbeOptions) -> int:
     baseline, arm, cfg = planned(options)
     home, launch = Path(baseline.home), in_process if options.in_process else attached
     print(f"probe of {options.preset}, seed {options.seed}, in {home}", flush=True)

@@ -40,9 +40,6 @@ def score_verb(options: ScoreOptions) -> int:
     for name in options.directions:
         if name.endswith(BASIS) and not Path(name).exists():
             raise UserError(f"{name}: no such file; `projected-grpo extract` makes a basis")
-    for option, path in (("--json", options.json), ("--plot", options.plot)):
-        if path is not None and path.is_dir():
-            raise UserError(f"{option} {path}: is a folder; name a file")
     basis, loss = NANO_PRESET.basis, LossConfig(tokens_per_microbatch=options.tokens_per_microbatch)
     completions = completions_of(options.on, options.model.model, options.grader)
     chat = open_chat(options.model, sampler_opener(options.model))
@@ -54,11 +51,11 @@ def score_verb(options: ScoreOptions) -> int:
         "model": options.model.model,
         "on": asdict(options.on),
     } | score(chat, completions(chat), sources, basis, loss, options.on.nulls)
+    print(table(document))
     if options.json is not None:
         write_json(options.json, document)
     if options.plot is not None:
         separations(document["directions"], options.plot.with_suffix(""))
-    print(table(document))
     return 0
 
 

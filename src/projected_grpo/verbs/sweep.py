@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
 
-from projected_grpo.errors import GATE_FAILED, UserError
+from projected_grpo.errors import GATE_FAILED, UserError, goes_on
 from projected_grpo.options.verbs import SweepOptions, SweepRunOptions, WhichSweep
 from projected_grpo.sweep.jobs import (
     Job,
@@ -102,7 +102,8 @@ def make_all(engine: str, work: Submission) -> list[JobResult]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the runs are ended too
     for job in work.jobs:
         write_job(job)
-    results: list[JobResult] = engine_module(engine).start(work)
+    with goes_on():
+        results: list[JobResult] = engine_module(engine).start(work)
     return results
 
 

@@ -5,9 +5,9 @@ import time
 import pytest
 
 from hacks import CANONICAL, FORGERIES, HACKS, WRONG, fenced, make_task
-from projected_grpo.responses import completion_text, extract_code, readings, unread
 from projected_grpo.rewards import Grader
 from projected_grpo.sandbox.host import Limits, Sandbox
+from projected_grpo.sandbox.responses import completion_text, extract_code, readings, unread
 
 RIGHT = CANONICAL.strip()
 IN_A_LIST = "\n".join(f"   {line}" for line in RIGHT.splitlines())

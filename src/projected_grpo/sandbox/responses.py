@@ -163,7 +163,8 @@ def completion_text(value: object) -> str | None:
     content = own[-1] if own else None
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts if spoken(part)]
-    return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else None
+    strings = [text for text in texts if isinstance(text, str)]
+    return "".join(strings) if strings and len(strings) == len(texts) else None
 
 
 def spoken(part: object) -> bool:
