@@ -1,16 +1,25 @@
 """What a command reads is never written over, and what cannot be written is refused before any work."""
 
 import os
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 
 from projected_grpo.cli import VERBS, main
-from projected_grpo.config import FILE_WRITTEN, FOLDER_WRITTEN, RunConfig
+from projected_grpo.config import (
+    FILE_WRITTEN,
+    FOLDER_WRITTEN,
+    SMOKE,
+    BasisConfig,
+    ProblemConfig,
+    RunConfig,
+    TeacherConfig,
+)
+from projected_grpo.errors import UserError
+from projected_grpo.options import verbs
 from projected_grpo.options.paths import check_paths, marks_of
-from projected_grpo.options.verbs import ResultsOptions
 
 OUTPUTS = ("out", "json", "plot", "page", "out_dir")
 
@@ -29,52 +38,56 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def told(argv, capsys):
-    """The one line of a command that is refused."""
-    assert main(argv.split()) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
+GRADED = verbs.GradeOptions(completions=Path("x.jsonl"), out=Path("o"))
+POOL, RUN, X = Path("pool"), Path("run"), Path("x.jsonl")
+ROW = POOL / "prompt_e001.jsonl"
+OF_X = ProblemConfig("x.jsonl")
 
 
 @pytest.mark.parametrize("out", ["x.jsonl", "./x.jsonl", "run/../x.jsonl", "soft", "hard"])
 def test_an_output_that_is_an_input(place, capsys, out):
-    before = Path("x.jsonl").read_bytes()
-    line = told(f"grade --completions x.jsonl --out {out}", capsys)
+    before = X.read_bytes()
+    assert main(["grade", "--completions=x.jsonl", f"--out={out}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert line == f"error: --out {Path(out)}: is the file of --completions; name another"
-    assert Path("x.jsonl").read_bytes() == before and not list(place.glob("*.part.*"))
+    assert X.read_bytes() == before and not list(place.glob("*.part.*"))
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        "grade --problems x.jsonl --completions y.part --out x.jsonl",
-        "grade --completions y.part --out y",
-        "pairs lint x.jsonl --json soft",
-        "pairs from-pool pool --out pool/prompt_e001.jsonl",
-        "pool report pool --json pool/prompt_e001.jsonl",
-        "pool report pool --json pool",
-        "pool regrade pool --problems x.jsonl --out hard",
-        "pool build --problems x.jsonl --out x.jsonl",
-        "pool sample --out pool --adapter pool",
-        "evaluate run --out run/summary.json",
-        "evaluate run --out z.json --completions z.json",
-        "evaluate x.jsonl --out hard",
-        "export run --out run",
-        "score x.jsonl --json soft",
-        "results run --out run/summary.json",
-        "results x.jsonl --out x.jsonl",
-        "plot run --out run",
-        "report run --out run/summary.json",
-        "extract --vhack-pairs-path pool --out-dir pool",
-        "bench grader --pool pool --json pool/prompt_e001.jsonl",
-        "train smoke --teacher-pool-dir pool --out-dir pool",
-        "train smoke --problems x.jsonl --out-dir x.jsonl",
-    ],
-)
-def test_in_every_verb(place, capsys, argv):
-    files = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
-    assert told(argv, capsys).startswith("error: --")
-    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == files
+OVERWRITES = [
+    replace(GRADED, problems=OF_X, completions=Path("y.part"), out=X),
+    replace(GRADED, completions=Path("y.part"), out=Path("y")),
+    verbs.PairsLintOptions("x.jsonl", json=Path("soft")),
+    verbs.PairsFromPoolOptions(POOL, out=ROW),
+    verbs.PoolReportOptions(POOL, json=ROW),
+    verbs.PoolReportOptions(POOL, json=POOL),
+    verbs.PoolRegradeOptions(POOL, out=Path("hard"), problems=OF_X),
+    verbs.PoolBuildOptions(out=X, problems=OF_X),
+    verbs.PoolSampleOptions(out=POOL, adapter=POOL),
+    verbs.EvaluateOptions(RUN, out=RUN / "summary.json"),
+    verbs.EvaluateOptions(RUN, out=Path("z"), completions=Path("z")),
+    verbs.EvaluateOptions(X, out=Path("hard")),
+    verbs.ExportOptions(RUN, out=RUN),
+    verbs.ScoreOptions(("x.jsonl",), json=Path("soft")),
+    verbs.ResultsOptions((RUN,), out=RUN / "summary.json"),
+    verbs.PlotOptions(out=RUN, runs=(RUN,)),
+    verbs.ReportOptions((X,), out=Path("run/../soft")),
+    verbs.ExtractOptions(basis=BasisConfig(vhack_pairs_path=POOL), out_dir=POOL),
+    verbs.BenchGraderOptions(pool=POOL, json=ROW),
+    replace(SMOKE, run=RunConfig(out_dir=POOL), teacher=TeacherConfig(teacher_pool_dir=POOL)),
+    replace(SMOKE, run=RunConfig(out_dir=X), problems=OF_X),
+]
+
+
+@pytest.mark.parametrize("options", OVERWRITES, ids=lambda options: type(options).__name__)
+def test_in_every_verb(place, options):
+    with pytest.raises(UserError, match="^--"):
+        check_paths(options)
+
+
+def test_training_asks_too(place, capsys):
+    assert main(["train", "smoke", "--teacher-pool-dir=pool", "--out-dir=./pool"]) == 2
+    line = "error: --out-dir pool: is the folder of --teacher-pool-dir; name another\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize(
@@ -87,18 +100,20 @@ def test_in_every_verb(place, capsys, argv):
         (".", "is a folder"),
     ],
 )
-def test_an_output_that_cannot_be(place, capsys, out, why):
-    assert why in told(f"pool report pool --json {out}", capsys)
+def test_an_output_that_cannot_be(place, out, why):
+    with pytest.raises(UserError, match=why):
+        check_paths(verbs.PoolReportOptions(POOL, json=Path(out)))
     assert not Path("new").exists()
 
 
-def test_a_read_only_place(place, capsys, monkeypatch):
+def test_a_read_only_place(place, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert "run cannot be written" in told("pool report pool --json run/new/y.json", capsys)
+    with pytest.raises(UserError, match="run cannot be written"):
+        check_paths(verbs.PoolReportOptions(POOL, json=Path("run/new/y.json")))
 
 
 def test_a_table_may_be_renewed_in_the_folder_that_it_is_of(place):
-    check_paths(ResultsOptions(runs=(Path("run"),), out=Path("run/table.md")))
+    check_paths(verbs.ResultsOptions(runs=(RUN,), out=RUN / "table.md"))
 
 
 def written(kind):

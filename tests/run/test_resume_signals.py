@@ -52,6 +52,19 @@ def test_a_signal_that_is_passed_on_is_the_same_one(monkeypatch):
     assert raised == [signal.SIGTERM]
 
 
+def test_the_sigterm_of_a_sweep_that_ctrl_c_ended_is_no_second_one(monkeypatch):
+    """Ctrl-C reaches a sweep and its runs; the sweep then ends its runs, which are saved."""
+    clock = iter([100.0, 101.0, 102.0])
+    raised = []
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(stopping.signal, "raise_signal", raised.append)
+    with stopping.StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGINT and raised == []
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, "the second Ctrl-C ends it"
+
+
 def test_a_second_signal_ends_at_once(here, whole, monkeypatch):
     def twice(exp, state):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -393,6 +393,21 @@ def test_results_keep_their_order_and_nothing_is_left_behind(root):
         box.submit(Program("", "f"))
 
 
+def test_an_exception_drops_what_is_queued_and_what_runs(root):
+    """Ctrl-C must not wait for endless answers; nothing of theirs is left."""
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt), Sandbox(2, Limits(wall_s=60, cpu_s=60)) as box:
+        endless = Program(method("while True: pass"), "f", calls=("Solution().f(1)",))
+        futures = [box.submit(endless) for _ in range(64)]
+        while not all(future.running() for future in futures[:2]):
+            time.sleep(0.01)
+        started = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 5
+    assert all(future.done() for future in futures[:2]) and not any(f.running() for f in futures)
+    assert list(root.iterdir()) == [] and threading.active_count() == threads
+
+
 def test_the_same_program_gets_the_same_answer():
     source = method("return [list({'a', 'b', 'c', 'd'}), random.random(), hash('x')]", "import random")
     with Sandbox(2, SHORT) as box, Sandbox(1, SHORT) as other:

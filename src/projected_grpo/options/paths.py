@@ -41,9 +41,10 @@ def check_paths(options: object) -> None:
             check_writable(out)
             for other in found:
                 if other is not out and writes_over(out, other):
-                    kind = "in the folder" if other.path.is_dir() else "the file"
+                    kind = "folder" if other.path.is_dir() else "file"
+                    where = "the" if same(out.path, other.path) or kind == "file" else "in the"
                     also = other.option or f"the input {other.path}"
-                    raise UserError(f"{out}: is {kind} of {also}; name another")
+                    raise UserError(f"{out}: is {where} {kind} of {also}; name another")
         except OSError as error:
             raise UserError(f"{out}: {error.strerror}") from error
 
