@@ -396,7 +396,7 @@ def test_results_keep_their_order_and_nothing_is_left_behind(root):
 def test_an_exception_drops_what_is_queued_and_what_runs(root):
     """Ctrl-C must not wait for endless answers; nothing of theirs is left."""
     threads = threading.active_count()
-    with pytest.raises(KeyboardInterrupt), Sandbox(2, Limits(wall_s=60, cpu_s=60)) as box:
+    with pytest.raises(KeyboardInterrupt), Sandbox(2, Limits(wall_s=60.0, cpu_s=60)) as box:
         endless = Program(method("while True: pass"), "f", calls=("Solution().f(1)",))
         futures = [box.submit(endless) for _ in range(64)]
         while not all(future.running() for future in futures[:2]):
