@@ -373,7 +373,7 @@ def test_rows_leave_nothing_merged_or_bound_when_the_body_raises(small_model):
     policy = wrap(small_model("qwen3"), None)
     set_adapter(policy)
     base = logits_of(policy.model)
-    with pytest.raises(RuntimeError), rows(policy, policy.deltas(), 2):
+    with pytest.raises(RuntimeError), rows(policy, policy.deltas(), policy.merged(policy.deltas()), 2):
         raise RuntimeError("inside")
     assert torch.equal(logits_of(policy.model), base)
     assert not any(layer.fast or layer.bound != (None, None) for layer in policy.layers.values())
@@ -396,7 +396,7 @@ def test_rows_around_merged_weights_have_the_gradients_of_unmerged_ones(small_mo
     unmerged = {m: d.expand(3, -1).clone().requires_grad_() for m, d in deltas.items()}
     with policy.bind(unmerged):
         slow = gradients(unmerged)
-    with rows(policy, deltas, 3) as leaves:
+    with rows(policy, deltas, policy.merged(deltas), 3) as leaves:
         assert not any(bool(leaf.any()) for leaf in leaves.values())
         fast = gradients(leaves)
     for a, b in zip(slow, fast, strict=True):

@@ -24,7 +24,9 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -33,6 +35,7 @@ from torch.nn import functional as F
 
 from projected_grpo.block import Block, Start
 from projected_grpo.errors import UserError
+from projected_grpo.seeds import stream_seed
 from projected_grpo.tensor_files import SVD, load_svd, tensor_hash
 
 TARGETS = frozenset(
@@ -40,6 +43,7 @@ TARGETS = frozenset(
     # Gated delta net (Qwen3-Next and Qwen3.5).
     + ("in_proj_qkv", "in_proj_qkvz", "in_proj_ba", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
 )
+PROBED = 8  # tokens that show whether logits are capped or scaled
 SAMPLED = 4096  # values of each weight that tell one model from another
 Deltas = Mapping[str, Float[Tensor, "*n r"]]  # by module; a block's displacement by `block_name(module)`
 Bound = tuple[Tensor | None, Tensor | None]  # a delta, and a block's displacement
@@ -54,10 +58,12 @@ class AdaptedLinear(nn.Module):
     """A frozen Linear, its SVD basis, delta_s, delta_hack and maybe a block; values are bound from outside.
 
     Adapter parameters, and values bound, are on the `home` device; the basis is where the weight is.
+    `seed` is of the draws that round a merged weight.
     """
 
-    def __init__(self, base: nn.Linear, svd: SVD, home: torch.device | None = None) -> None:
+    def __init__(self, base: nn.Linear, svd: SVD, home: torch.device | None = None, seed: int = 0) -> None:
         super().__init__()
+        self.seed = seed
         parameter = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
         device, dtype = base.weight.device, base.weight.dtype
         self.base = base
@@ -153,6 +159,17 @@ class Policy:
             deltas |= {block_name(m): block.moved.detach().clone() for m, block in self.blocks.items()}
         return deltas
 
+    @cached_property
+    def has_bare_head(self) -> bool:
+        """Whether logits are the output layer's and no more, which a pass of a few tokens shows once."""
+        with self.bind(None):
+            return has_bare_head(self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the adapted weights."""
+        return next(iter(self.layers.values())).weight.dtype
+
     @property
     def quarantine_used(self) -> bool:
         """Whether anything is in the quarantine."""
@@ -194,51 +211,89 @@ class Policy:
         with self.bind({**bound, **{m: delta[index] for m, delta in rows.items()}}):
             yield
 
-    @contextmanager
-    def merge(self, deltas: Deltas) -> Iterator[None]:
-        """Run with W + U diag(delta) Vh + H in place of W, so that decoding costs what the base model costs.
+    def merged(self, deltas: Deltas) -> dict[str, Float[Tensor, "d_out d_in"]]:
+        """The weight of each module with these deltas in it, as of `merged_weight`."""
+        return {
+            m: merged_weight(layer, deltas[m], deltas.get(block_name(m))) for m, layer in self.layers.items()
+        }
 
-        The originals are put back untouched (not by subtracting); forward passes only.
-        """
+    @contextmanager
+    def using(self, weights: Mapping[str, Float[Tensor, "d_out d_in"]]) -> Iterator[None]:
+        """Run with these in place of W; the originals are put back untouched (not by subtracting)."""
         originals = {m: layer.base.weight.data for m, layer in self.layers.items()}
         try:
             for m, layer in self.layers.items():
-                layer.base.weight.data = merged_weight(layer, deltas[m], deltas.get(block_name(m)))
+                layer.base.weight.data = weights[m]
             yield
         finally:
             for m, layer in self.layers.items():
                 layer.base.weight.data = originals[m]
+
+    @contextmanager
+    def merge(self, deltas: Deltas) -> Iterator[None]:
+        """Run with merged weights, so that decoding costs what the base model costs; forward passes only."""
+        with self.using(self.merged(deltas)):
+            yield
 
 
 def merged_weight(
     layer: AdaptedLinear,
     delta: Float[Tensor, "{len(layer.delta_s)}"],
     moved: Float[Tensor, " p"] | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "d_out d_in"]:
-    """W + U diag(delta) Vh + H in this dtype (default: the weight's); W itself if both changes are zero."""
+    """W + U diag(delta) Vh + H, summed in float32 at least; W itself if both changes are zero."""
     W = layer.base.weight.data
-    W = W if dtype is None else W.to(dtype)
+    wide = W.to(torch.promote_types(W.dtype, torch.float32))
+    merged = wide
     if bool(delta.any()):
-        W = W + (layer.U.to(W.dtype) * delta.to(W)) @ layer.Vh.to(W.dtype)
+        merged = merged + (layer.U.to(wide.dtype) * delta.to(wide)) @ layer.Vh.to(wide.dtype)
     if layer.block is not None and moved is not None and bool(moved.any()):
-        W = W + layer.block.weight(moved).to(W.dtype)
-    return W
+        merged = merged + layer.block.weight(moved).to(wide.dtype)
+    return W if merged is wide else rounded(merged, W.dtype, layer.seed)
+
+
+def rounded(values: Float[Tensor, "*n"], dtype: torch.dtype, seed: int) -> Float[Tensor, "*n"]:
+    """In this dtype. bfloat16: up or down by chance, each as likely as `values` is near.
+
+    A change far below the spacing of bfloat16 then moves the weights by itself on average, where rounding to
+    nearest would leave all of them as they were. The draws are the seed's, so whoever merges the same deltas
+    has the same weights, and weights that bfloat16 can hold stay as they are.
+    """
+    if dtype != torch.bfloat16:
+        return values.to(dtype)
+    generator = torch.Generator(values.device).manual_seed(seed)
+    bits = torch.randint(1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    bits += values.view(torch.int32)
+    return bits.bitwise_and_(-(1 << 16)).view(torch.float32).to(dtype)
 
 
 def unwrap(policy: Policy, *, ablate_quarantine: bool) -> nn.Module:
-    """The model with plain Linears again, the adapter merged into their weights; the policy is used up.
-
-    Merged in float32 and then cast to the weight's dtype.
-    """
+    """The model with plain Linears again, the adapter merged into their weights; the policy is used up."""
     deltas = policy.deltas(ablate_quarantine=ablate_quarantine)
     for name, layer in policy.layers.items():
-        delta, W = deltas[name], layer.base.weight.data
-        wide = torch.promote_types(W.dtype, delta.dtype)
-        layer.base.weight.data = merged_weight(layer, delta, deltas.get(block_name(name)), wide).to(W.dtype)
+        layer.base.weight.data = merged_weight(layer, deltas[name], deltas.get(block_name(name)))
         parent, _, leaf = name.rpartition(".")
         setattr(policy.model.get_submodule(parent), leaf, layer.base)
     return policy.model
+
+
+@torch.no_grad()
+def has_bare_head(model: nn.Module) -> bool:
+    """Whether logits are the output layer of the last hidden states and no more; a few tokens show it."""
+    parts: Any = model
+    head = parts.get_output_embeddings()
+    seen: dict[str, Tensor] = {}
+    watches = (
+        parts.base_model.register_forward_hook(lambda _, x, y: seen.update(base=y.last_hidden_state)),
+        head.register_forward_hook(lambda _, x, y: seen.update(fed=x[0], said=y)),
+    )
+    try:
+        ids = torch.arange(PROBED, device=head.weight.device)[None] % len(head.weight)
+        logits = parts(input_ids=ids, use_cache=False).logits
+    finally:
+        for watch in watches:
+            watch.remove()
+    return torch.equal(seen["fed"], seen["base"]) and torch.equal(seen["said"], logits)
 
 
 def wrap(
@@ -266,7 +321,8 @@ def wrap(
         parent = model.get_submodule(name.rpartition(".")[0])
         leaf = name.rpartition(".")[2]
         base: nn.Linear = getattr(parent, leaf)
-        layers[name] = AdaptedLinear(base, load_svd(base.weight.data, cache_dir), home)
+        svd = load_svd(base.weight.data, cache_dir)
+        layers[name] = AdaptedLinear(base, svd, home, stream_seed("rounding", name))
         setattr(parent, leaf, layers[name])
         on_module(name)
     return Policy(model, layers)

@@ -56,7 +56,7 @@ def describe(policy: Policy, model: str, pairs: PairSet, cfg: BasisConfig) -> di
         "schema": SCHEMA,
         "model": model,
         "weights": weights_hash(policy),
-        "dtype": str(next(iter(policy.layers.values())).weight.dtype).removeprefix("torch."),
+        "dtype": str(policy.dtype).removeprefix("torch."),
         "pairs": pairs.digest,
         "extracted_from": [p.pair_id for p in pairs.split()[0]],
         "top_k": cfg.v_hack_extract_top_k,

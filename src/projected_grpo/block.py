@@ -95,9 +95,9 @@ class Block(nn.Module):
     ) -> Float[Tensor, "n p"]:
         """Each rollout's gradient of the displacement, from a Linear's input and its output's gradient."""
         a, b = self.halves(moved)
-        grad_a = torch.einsum("ntk,nti->nki", g @ (self.B0 + b), x)
-        grad_b = torch.einsum("nto,ntk->nok", g, F.linear(x, self.A0 + a))
-        return self.scale * torch.cat([grad_a.flatten(1), grad_b.flatten(1)], dim=1)
+        grad_a = torch.einsum("ntk,nti->nki", g @ (self.B0 + b).to(g.dtype), x)
+        grad_b = torch.einsum("nto,ntk->nok", g, F.linear(x, (self.A0 + a).to(x.dtype)))
+        return self.scale * torch.cat([grad_a.flatten(1), grad_b.flatten(1)], dim=1).to(moved.dtype)
 
 
 def random_start(d_out: int, d_in: int, k: int, generator: torch.Generator) -> Start:

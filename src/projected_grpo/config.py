@@ -47,7 +47,7 @@ REMOVED: Mapping[str, Removed] = {
     "route2_random_v_seed": Removed(None, "--control=haar is the same control, drawn by --seed"),
     "ratio_cap": Removed(3.0, "the importance weight is truncated at 3 (RATIO_CAP in grpo.py); leave it out"),
     "importance": Removed(
-        "auto", "--sampler decides: weights are clipped under own and truncated under vllm; leave it out"
+        "auto", "weights are truncated under --sampler=vllm and in bfloat16, else clipped; leave it out"
     ),
     "v_hack_mean_diff": Removed(
         False, "--v-hack-k=1 uses one direction a module; route2's is the mean difference anyway"
@@ -134,7 +134,7 @@ class LossConfig:
     unbiased: bool = True
     """`--no-unbiased` gives classic GRPO: per-sequence mean, advantages over the group's std."""
     clip: float = 0.2
-    """PPO clip of the importance ratio."""
+    """PPO clip of the importance ratio; in bfloat16 and under --sampler=vllm it is truncated instead."""
     beta: float = 0.0
     """Weight of the K3 KL to the reference (all adapter parameters zero)."""
     ref_every: Suppress[Fixed[int]] = 1

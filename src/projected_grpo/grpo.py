@@ -3,7 +3,7 @@
     A        = r - mean(group)                                  Dr.GRPO; classic: over the group's std too
     ratio    = min(exp(logp - logp_old), cap)                   1 where off-policy text has no logp_old
     L_it     = -min(ratio A, clip(ratio, 1 +- eps) A)           PPO
-    L_it     = -ratio A                                         another engine's rollouts: no clip
+    L_it     = -ratio A                                         another engine's rollouts, bfloat16: no clip
     L        = sum_it (L_it + beta K3_it) w                     w = 1 / (n T_max): one fixed denominator
     K3       = exp(ref - logp) - (ref - logp) - 1               Schulman's estimate of KL(policy || reference)
 
@@ -13,12 +13,12 @@ finds much likelier than its sampler did.
 
 On-policy, so the ratio should be 1; it differs by rounding only (and, for rollouts sampled without the
 quarantine, by what the quarantine does). PPO's clip reads a difference as a policy that has moved, and drops
-tokens. A sampler with kernels of its own therefore needs the truncated ratio alone.
+tokens. A sampler with kernels of its own, and bfloat16, therefore take the truncated ratio alone.
 
 Departures from TRL's GRPO: log-probabilities are at temperature 1 whatever the sampling temperature. The old
-ones come from the sampler itself, each rollout's own mode, so one ratio corrects merged against unmerged
-weights and bfloat16 alike. Rollouts with advantage 0 (a group without reward variance) are dropped before any
-forward pass, with their KL. A teacher row longer than max_new weighs more than max_new tokens.
+ones come from the sampler itself, each rollout's own mode; it runs on the same merged weights as the loss.
+Rollouts with advantage 0 (a group without reward variance) are dropped before any forward pass, with their
+KL. A teacher row longer than max_new weighs more than max_new tokens.
 
 Sources: Liu et al. 2025 (arXiv:2503.20783), Schulman et al. 2017 (arXiv:1707.06347), Schulman 2020 (K3);
 truncated weights: Ionides 2008, and for another engine's rollouts Yao et al. 2025 ("Your Efficient RL
@@ -53,7 +53,7 @@ class RolloutGrads:
     """Adapter gradients of the loss, a row per part, and figures per rollout; NaN where not measured.
 
     `first` is a rollout of each part, to look up what the part's rollouts have in common. `gap` is the mean
-    |logp - logp_old| of a rollout, nats: what merging weights in bfloat16 changes.
+    |logp - logp_old| of a rollout, nats: what rounding changes between sampler and loss.
     """
 
     rows: Mapping[str, Float[Tensor, "parts r"]]
@@ -104,7 +104,7 @@ def grpo_loss(
 ) -> Float[Tensor, ""]:
     """Loss of these rollouts by the equations at the top; `n` rollouts and T_max = `max_new` in a step.
 
-    `truncated` leaves PPO's clip out: for rollouts of another engine.
+    `truncated` leaves PPO's clip out: for rollouts of another engine, and in half precision.
     """
     A = advantage[:, None]
     # A positive advantage must meet PPO's clip before the cap.
@@ -150,6 +150,7 @@ def per_rollout_grads(
     live = [i for i, a in enumerate(advantage.tolist()) if a != 0]
     waiting = list(microbatches(rollouts, live, loss.tokens_per_microbatch, prompts))[::-1]
     chunk = _chunk(policy, [[rollouts[i] for i in index] for index in waiting])
+    weights = policy.merged(deltas) if waiting else {}
 
     def run(index: list[int]) -> tuple[Tensor, Mapping[str, Tensor], Sequence[int], Tensor]:
         """Loss of a microbatch, its gradients with the part of each row, and figures per rollout."""
@@ -161,7 +162,7 @@ def per_rollout_grads(
         if with_reference or loss.beta > 0:
             with policy.bind(None):
                 ref = fixed_logps(policy, batch, chunk)
-        with rows(policy, deltas, len(row_parts)) as leaves:
+        with rows(policy, deltas, weights, len(row_parts)) as leaves:
             row_of = [row_parts.index(part) for part in own] if shared else range(len(own))
             done = forward(policy, batch, leaves, row_of, chunk)
             old, A = _old_logps(group, done.logp), advantage[index].to(done.logp)
@@ -201,8 +202,7 @@ def _chunk(policy: Policy, batches: Sequence[Sequence[Rollout]]) -> int | None:
         for batch in batches
     ]
     tokens = max((len(b) * c for b, c in zip(batches, columns, strict=True)), default=0)
-    with policy.bind(None):
-        return head_chunk(policy.model, tokens)
+    return head_chunk(policy, tokens)
 
 
 def _old_logps(rollouts: Sequence[Rollout], logp: Float[Tensor, "b T"]) -> Float[Tensor, "b T"]:

@@ -108,7 +108,8 @@ def loss_grads(exp: Experiment, step: int, data: Collected, advantage: Float[Ten
             cfg.sampling.max_new,
             with_reference=cfg.loss.ref_every > 0 and step % cfg.loss.ref_every == 0,
             parts=None if per_rollout else parts_by_source(data),
-            truncated=cfg.model.sampler != "own",
+            # Other kernels or rounding, to which PPO's clip would lose tokens.
+            truncated=cfg.model.sampler != "own" or exp.chat.policy.dtype == torch.bfloat16,
         )
     if exp.ranks.size > 1 and not per_rollout:
         grads = by_source(grads, data.is_teacher)

@@ -6,6 +6,7 @@ and an error wherever tensors of two devices would meet.
 
 import copy
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import combinations, pairwise
 
@@ -16,21 +17,29 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from arm_lists import CONTROLS_OF, SIGNALS
 from devices import MixedDevices, devices
 from fake_runs import few_pairs
+from projected_grpo import antipasto, concept, extract_vhack_grad
+from projected_grpo import step as step_module
 from projected_grpo.antipasto import Policy, unwrap, wrap
+from projected_grpo.arm_settings import arm_settings
 from projected_grpo.block import random_start
 from projected_grpo.cli import main
+from projected_grpo.collect import collect
 from projected_grpo.concept import completion_states
-from projected_grpo.config import LossConfig, SamplingConfig
-from projected_grpo.engine import logps, passes
+from projected_grpo.config import PRESETS, LossConfig, SamplingConfig
+from projected_grpo.engine import chat, logps, passes
 from projected_grpo.engine.generate import sample
 from projected_grpo.engine.memory import Load, layers_together, loss_memory, predicted_peak, shape_of
 from projected_grpo.engine.placement import even_cuts, outermost_layers, pick_devices, place, values_held
 from projected_grpo.errors import UserError
+from projected_grpo.experiment import prepare
 from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.record import peak_gb
 from projected_grpo.rollout import Rollout
+from projected_grpo.run.start import start_state
+from projected_grpo.step import adapter_parameters, as_deployed, train_step
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 ONE, TWO = (CPU,), (torch.device("cpu:1"), torch.device("cpu:2"))
@@ -234,6 +243,78 @@ def test_a_whole_run_on_two_devices_is_the_run_on_one(tmp_path, unchecked, monke
     assert steps == two[0] and texts == two[1]
     assert any(name.startswith("adamw/") for name in state) and state.keys() == two[2].keys()
     assert all(torch.equal(value, two[2][name]) for name, value in state.items())
+
+
+# Every arm with every control
+
+CELLS = [
+    (arm, control, {}) for arm, controls in CONTROLS_OF.items() for control in controls if arm not in SIGNALS
+]
+CELLS += [
+    (arm, control, {option: signal})
+    for arm, (option, signals) in SIGNALS.items()
+    for signal, controls in signals.items()
+    for control in controls
+]
+
+
+@pytest.fixture(scope="module")
+def run_there(tiny, tmp_path_factory):
+    """A run's experiment on a device that is not the CPU; of two Linears, since it is the arms that matter."""
+    home = tmp_path_factory.mktemp("there")
+    model = copy.deepcopy(tiny[0])
+    model.config.num_hidden_layers, model.model.layers = 1, model.model.layers[:1]
+    cfg = PRESETS["smoke"][1]
+    cfg = replace(
+        cfg,
+        run=replace(cfg.run, out_dir=home, workers=1),
+        problems=replace(cfg.problems, n_problems=4),
+        sampling=replace(cfg.sampling, max_new=4),
+        basis=replace(cfg.basis, vhack_pairs_path=few_pairs(home), vhack_refresh_every=1),
+        evaluation=replace(cfg.evaluation, eval_n_prompts=1),
+    )
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack, devices():
+        place(model, TWO[:1])
+        patch.setattr(antipasto, "TARGETS", {"o_proj", "down_proj"})
+        patch.setattr(chat, "load_model", lambda cfg: (model.eval(), tiny[1]))
+        for module, name in ((step_module, "per_rollout_grads"), (concept, "per_rollout_grads")):
+            patch.setattr(module, name, once(getattr(module, name)))
+        for name in ("pair_grads", "pair_differences"):
+            patch.setattr(extract_vhack_grad, name, once(getattr(extract_vhack_grad, name)))
+        exp = prepare(cfg, stack)
+        data = collect(exp, 0)
+        patch.setattr(step_module, "collect", lambda exp, step: data)
+        yield exp
+
+
+def once(function):
+    """What it returned to the first such call, which is the same as long as the adapter is zero."""
+    known = {}
+
+    def remembered(owner, items, *more, **options):
+        policy = getattr(owner, "policy", owner)
+        key = len(policy.blocks), str(options.get("parts")), len(items)
+        if key not in known:
+            known[key] = function(owner, items, *more, **options)
+        return known[key]
+
+    return remembered
+
+
+@pytest.mark.parametrize(("arm", "control", "own"), CELLS, ids=str)
+def test_every_arm_with_every_control_takes_a_step_on_its_device(run_there, unchecked, arm, control, own):
+    """Basis, gate and scores at the start; then a refresh, the step, and what is deployed."""
+    with devices():
+        exp = replace(run_there, cfg=replace(run_there.cfg, arm=arm_settings(arm, control=control, **own)))
+        for parameter in adapter_parameters(exp):
+            parameter.data.zero_()
+        state = start_state(exp)
+        state.step = 1
+        record, _ = train_step(exp, state)
+        with as_deployed(exp, state):
+            found = [*exp.chat.policy.deltas().values(), *state.basis.V.values(), *state.frames.values()]
+        assert record["refr"] is not None and record["gn"] > 0
+        assert {value.device for value in found} == {TWO[0]}
 
 
 # What is refused

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from projected_grpo.antipasto import Policy
 from projected_grpo.config import SamplingConfig
 from projected_grpo.engine.batch import PAD, left_padded, positions
-from projected_grpo.engine.logps import per_token_logps
+from projected_grpo.engine.logps import per_token_logps, wide_head
 from projected_grpo.rollout import Completion, uniforms
 
 COMPACT_AT = 0.125  # share of finished rows at which the batch is made smaller
@@ -115,7 +115,8 @@ def sample(
         return [[] for _ in prompts]
     copies = [len(seeds[p]) for p in asked]
     draws = torch.stack([uniforms(s, sampling.max_new) for group in seeds for s in group])
-    with policy.merge(policy.deltas(ablate_quarantine=ablate_quarantine)):
+    deltas = policy.deltas(ablate_quarantine=ablate_quarantine)
+    with policy.merge(deltas), wide_head(policy.model):
         drawn = iter(generate(policy.model, [prompts[p] for p in asked], copies, draws, sampling, stop))
     return [[next(drawn) for _ in group] for group in seeds]
 

@@ -103,15 +103,13 @@ def shape_of(model: nn.Module) -> Shape:
 def kept_per_token(shape: Shape) -> int:
     """Bytes that one layer keeps of a token, without its keys and values.
 
-    With float32 weights, merged: inputs of norms and of activations, which are inputs of Linears too. In half
-    precision norms keep float32 copies, and each adapter keeps Vh x, of r values.
+    In the weights' dtype what Linears and activations are given (adapters are merged), in float32 what norms
+    are given.
     """
     d, f, h, kv = shape.hidden, shape.intermediate, shape.heads, shape.kv_heads
     q, k = h * shape.head_dim, kv * shape.head_dim
-    scales = FLOAT * (2 * h + kv + 2)  # the norms' and the attention's, one per head or token
-    if shape.width == FLOAT:
-        return FLOAT * (4 * d + 4 * f + 3 * q + k) + scales
-    return shape.width * (shape.ranks + 3 * f + 2 * q) + FLOAT * (2 * d + q + k) + scales
+    scales = 2 * h + kv + 2  # the norms' and the attention's, one per head or token
+    return shape.width * (2 * d + 4 * f + 2 * q) + FLOAT * (2 * d + q + k + scales)
 
 
 def kept_by_attention(shape: Shape, rows: int, queries: int, keys: int, masked: bool) -> int:
@@ -142,8 +140,8 @@ def loss_memory(shape: Shape, load: Load) -> Memory:
     answers = load.rows * load.max_new
     layer = kept_by_layer(shape, load)
     kept = shape.layers * layer
-    wide = (2 * shape.intermediate + d) if w == FLOAT else (3 * shape.intermediate + 2 * d)
-    inside = tokens * w * wide  # gradients in the last layer's MLP, where unmerged adapters add their own
+    inside = tokens * w * (2 * shape.intermediate + d)  # gradients in the last layer's MLP
+    head = 0 if w == FLOAT else FLOAT * shape.vocabulary * d  # the output layer in float32
     cache = 0
     if load.shared:
         keys = load.prompt_tokens - 1 + load.max_new
@@ -158,8 +156,7 @@ def loss_memory(shape: Shape, load: Load) -> Memory:
     else:
         logits = 2 * FLOAT * (CHUNK_LOGITS // shape.vocabulary) * shape.vocabulary + 2 * answers * d * w
         slopes = 0
-    merged = shape.adapted if w == FLOAT else 0
-    return Memory(kept, max(cache + logits, slopes, inside), merged)
+    return Memory(kept, max(cache + logits + head, slopes + head, inside), shape.adapted)
 
 
 def predicted_peak(model: nn.Module, rollouts: Sequence[Rollout], loss: LossConfig) -> int:

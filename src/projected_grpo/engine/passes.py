@@ -93,9 +93,8 @@ def rollout_logps(
 ) -> Float[Tensor, " n"]:
     """Mean log-probability per completion token of each rollout, nats, by the deployed policy."""
     found = torch.empty(len(rollouts))
-    with policy.bind(None):
-        chunk = head_chunk(policy.model, tokens_per_microbatch)
-    with policy.bind(policy.deltas(ablate_quarantine=True)):
+    chunk = head_chunk(policy, tokens_per_microbatch)
+    with policy.merge(policy.deltas(ablate_quarantine=True)):
         for index in microbatches(rollouts, range(len(rollouts)), tokens_per_microbatch):
             batch = collate([rollouts[i] for i in index], policy.device)
             total = (completion_logps(policy.model, batch, chunk) * batch.completion).sum(1)

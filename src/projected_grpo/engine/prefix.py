@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from projected_grpo.antipasto import Policy
 from projected_grpo.engine.batch import SharedBatch, positions
-from projected_grpo.engine.logps import chunked_logps, per_token_logps
+from projected_grpo.engine.logps import chunked_logps, per_token_logps, wide_head
 from projected_grpo.engine.tangent import repeated_backward
 
 Leaves = Mapping[str, Float[Tensor, "rows _"]]
@@ -61,7 +61,8 @@ def run_completions(
         states = base(**inputs).last_hidden_state
         picked = tails.before_answers(states)
         return tails.spread(chunked_logps(policy.model, picked, tails.answers, chunk))
-    logits = policy.model(**inputs).logits
+    with wide_head(policy.model):
+        logits = policy.model(**inputs).logits
     return per_token_logps(logits, tails.ids[:, 1:]) * tails.completion
 
 

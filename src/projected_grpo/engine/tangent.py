@@ -1,17 +1,18 @@
 """Per-rollout rows around merged weights: the forward pass costs what the base layer costs.
 
 The rows of `AdaptedLinear` add U (row * Vh x) to the base layer: two products more, forward and backward. All
-rows hold the same delta, so that delta can be merged, W' = W + U diag(delta) Vh, once per microbatch. With g
-[t, d_out] the gradient at a rollout's outputs,
+rows hold the same delta, so that delta is merged once for all microbatches, W' = W + U diag(delta) Vh. With
+g [t, d_out] the gradient at a rollout's outputs,
 
     y              = W' x + b
     d loss / d row = sum over the rollout's tokens of (Vh x) * (U^T g)
 
-which is what the plain path gives at that delta. Half precision would round small deltas away in W', so there
-the plain path is taken.
+which is what the plain path gives at that delta. In half precision the plain path would lose small deltas: it
+adds their effect to outputs that are rounded already. W' is what the sampler runs, in which they survive
+(antipasto.rounded).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -30,7 +31,7 @@ class _TangentLinear(torch.autograd.Function):
         layer = path.layer
         moved = None if moved is None else moved[0].to(x.device)
         ctx.save_for_backward(x, weight, layer.U, layer.Vh, moved)
-        ctx.path, ctx.home, ctx.projected = path, rows.device, None
+        ctx.path, ctx.home, ctx.dtype, ctx.projected = path, rows.device, rows.dtype, None
         return F.linear(x, weight, layer.base.bias)
 
     @staticmethod
@@ -39,7 +40,7 @@ class _TangentLinear(torch.autograd.Function):
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         projected = F.linear(x, Vh) if ctx.projected is None else ctx.projected
         ctx.projected = projected if ctx.path.keep_projection else None
-        grad_rows = (projected * (grad @ U)).sum(1)
+        grad_rows = (projected * (grad @ U)).sum(1, dtype=ctx.dtype)
         grad_moved = None if moved is None else ctx.path.layer.block.row_gradients(x, grad, moved)
         at_home = (None if g is None else g.to(ctx.home) for g in (grad_rows, grad_moved))
         return grad_x, *at_home, None, None
@@ -59,18 +60,15 @@ class Tangent:
 
 
 @contextmanager
-def rows(policy: Policy, deltas: Deltas, n: int) -> Iterator[dict[str, Float[Tensor, "n r"]]]:
-    """Run with these deltas [r] and yield leaves [n, r] whose gradients are those of single rollouts.
+def rows(
+    policy: Policy, deltas: Deltas, weights: Mapping[str, Float[Tensor, "d_out d_in"]], n: int
+) -> Iterator[dict[str, Float[Tensor, "n _"]]]:
+    """Run with `weights`, in which these deltas are merged, and yield leaves [n, r].
 
-    The leaves are zero around merged weights (a block's hold its displacement, on which its gradient
-    depends), or hold the deltas where weights are in half precision.
+    Their gradients are those of single rollouts. They are zero, but for a block's: its gradient depends on
+    the displacement that they hold.
     """
     layers = policy.layers.values()
-    if not all(layer.weight.dtype in (torch.float32, torch.float64) for layer in layers):
-        leaves = {m: delta.expand(n, -1).clone().requires_grad_() for m, delta in deltas.items()}
-        with policy.bind(leaves):
-            yield leaves
-        return
     leaves = {
         name: value.new_zeros(n, len(value)) if name in policy.layers else value.repeat(n, 1)
         for name, value in deltas.items()
@@ -80,7 +78,7 @@ def rows(policy: Policy, deltas: Deltas, n: int) -> Iterator[dict[str, Float[Ten
     try:
         for layer in layers:
             layer.fast = Tangent(layer)
-        with policy.merge(deltas), policy.bind(leaves):
+        with policy.using(weights), policy.bind(leaves):
             yield leaves
     finally:
         for layer in layers:

@@ -170,7 +170,7 @@ def start_engine(policy: Policy, memory: float, room: int) -> LLM:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when an engine is made
     config: Any = copy.deepcopy(policy.model.config)
     config.architectures = [type(policy.model).__name__]
-    dtype = str(next(iter(policy.layers.values())).weight.dtype).removeprefix("torch.")
+    dtype = str(policy.dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(Path(folder))
         try:

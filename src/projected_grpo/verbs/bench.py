@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from projected_grpo.bench.grader import CANONICAL_SAMPLE, bench_grader, bench_table, benchmark_work, pool_work
 from projected_grpo.bench.growth import bench_growth
+from projected_grpo.bench.precision import bench_precision
 from projected_grpo.bench.step import (
     Rival,
     Work,
@@ -97,6 +98,11 @@ def bench_svd_verb(options: BenchOptions) -> int:
 def bench_growth_verb(options: BenchOptions) -> int:
     """Time of a step and memory of the loss against rollouts, completion length, rank and layers."""
     return measure(options, bench_growth)
+
+
+def bench_precision_verb(options: BenchOptions) -> int:
+    """The share of small adapter parameters that survives in sampler, loss and export, in the dtype given."""
+    return measure(options, bench_precision)
 
 
 def bench_grader_verb(options: BenchGraderOptions) -> int:

@@ -244,7 +244,7 @@ def describe(source: Source, chat: Chat) -> dict[str, Any]:
     return {
         "model": source.model,
         "weights": weights_digest(chat.policy),
-        "dtype": str(next(iter(chat.policy.layers.values())).weight.dtype).removeprefix("torch."),
+        "dtype": str(chat.policy.dtype).removeprefix("torch."),
         "device": chat.policy.device.type,
         "run": source.run and source.run.name,
         "intervention": cfg and cfg.arm.intervention,
