@@ -101,6 +101,21 @@ def test_a_blocks_rows_are_those_of_plain_parameters_one_rollout_at_a_time(small
             torch.testing.assert_close(row, want, rtol=1e-7, atol=1e-8 * float(want.norm()))
 
 
+def test_half_precision_has_the_same_rows_to_rounding(small_model):
+    exact, half = (with_blocks(small_model("qwen3", dtype)) for dtype in (torch.float64, torch.bfloat16))
+    for m, layer in half.layers.items():
+        for name in ("U", "Vh"):  # of another basis deltas mean something else
+            getattr(layer, name).copy_(getattr(exact.layers[m], name))
+    expected, got = (
+        per_rollout_grads(policy, ROLLOUTS, torch.tensor(A), LossConfig(), MAX_NEW).rows
+        for policy in (exact, half)
+    )
+    for name, rows in got.items():
+        assert rows.dtype == torch.float32
+        cosine = torch.cosine_similarity(rows.double().flatten(), expected[name].flatten(), dim=0)
+        assert float(cosine) > 0.95, name
+
+
 @torch.no_grad()
 def logits(policy, deltas):
     with policy.bind(deltas):

@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from projected_grpo import antipasto
 from projected_grpo.antipasto import Policy, wrap
-from projected_grpo.config import LossConfig
+from projected_grpo.config import LossConfig, SamplingConfig
+from projected_grpo.engine import generate as generating
 from projected_grpo.engine import logps as scoring
-from projected_grpo.engine import passes, tangent
-from projected_grpo.engine.batch import collate
+from projected_grpo.engine import passes, prefix, tangent
+from projected_grpo.engine.batch import collate, collate_shared
 from projected_grpo.engine.models import checkpointed
 from projected_grpo.engine.passes import microbatches
 from projected_grpo.errors import UserError
@@ -723,6 +725,48 @@ def test_chunks_of_the_output_layer_change_nothing(small_model, monkeypatch, fam
         torch.testing.assert_close(getattr(chunked, name), getattr(whole, name), rtol=1e-5, atol=1e-7)
 
 
+def test_a_policy_is_merged_once_a_loss_and_its_output_layer_looked_at_once(small_model, monkeypatch):
+    policy, found, A = moved_policy_and_rollouts(small_model("qwen3"))
+    looked, merged = [], []
+    probe, merge = antipasto.has_bare_head, antipasto.merged_weight
+    monkeypatch.setattr(scoring, "CHUNK_LOGITS", 2 * 48)
+    monkeypatch.setattr(antipasto, "has_bare_head", lambda model: looked.append(1) or probe(model))
+    monkeypatch.setattr(
+        antipasto, "merged_weight", lambda layer, *more: merged.append(1) or merge(layer, *more)
+    )
+    for losses in (1, 2):
+        per_rollout_grads(policy, found, A, LossConfig(tokens_per_microbatch=1), MAX_NEW)
+        assert len(looked) == 1 and len(merged) == losses * len(policy.layers)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_logits_of_half_precision_are_computed_in_float32(small_model, monkeypatch, chunk):
+    """In the sampler and in both ways of the loss; the oracle has the model's last hidden states."""
+    model = small_model("qwen3", torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)  # logits from 32 to 64, which bfloat16 has in steps of 1/4
+    policy, seen, real = wrap(model, None), [], scoring.per_token_logps
+    for module in (scoring, generating, prefix):
+        monkeypatch.setattr(module, "per_token_logps", lambda x, ids: seen.append(x) or real(x, ids))
+    rollouts = [Rollout((5, 6, 7), c, "") for c in COMPLETIONS]
+    with torch.no_grad():
+        batch = collate(rollouts, policy.device)
+        states = model.base_model(input_ids=batch.ids).last_hidden_state
+        logits = states.float() @ model.lm_head.weight.float().T
+        expected = batch.spread(
+            batch.before_answers(logits).log_softmax(-1)[range(len(batch.answers)), batch.answers]
+        )
+        torch.testing.assert_close(
+            scoring.completion_logps(model, batch, chunk), expected, rtol=1e-5, atol=1e-5
+        )
+        shared = prefix.shared_logps(policy, collate_shared(rollouts, policy.device), chunk)
+        assert float((shared - expected).abs().max()) < 1.5
+    generating.sample(policy, [(5, 6, 7)], [[1, 2]], SamplingConfig(max_new=4), frozenset())
+    assert seen and all(x.dtype == torch.float32 for x in seen)
+    assert all(float((x.bfloat16() != x).float().mean()) > 0.5 for x in seen)
+    assert model(input_ids=batch.ids).logits.dtype == torch.bfloat16, "only there"
+
+
 def test_a_loss_that_fits_into_one_chunk_is_the_models_own_logits(policy, rollouts, monkeypatch):
     live = [r for r, a in zip(rollouts, ADVANTAGES, strict=True) if a]
     shortest = min(len(r.prompt_ids) for r in live)
@@ -750,7 +794,7 @@ def test_a_model_that_caps_its_logits_is_not_chunked(monkeypatch, cap):
     found = [Rollout((5, 6), c, "") for c in COMPLETIONS[:2]]
     whole = grads(policy, found, LossConfig(), (1.0, -1.0))
     monkeypatch.setattr(scoring, "CHUNK_LOGITS", 48)
-    assert scoring.head_chunk(policy.model, 12) is None
+    assert scoring.head_chunk(policy, 12) is None
     again = grads(policy, found, LossConfig(), (1.0, -1.0))
     assert all(torch.equal(again.rows[m], whole.rows[m]) for m in whole.rows)
 

@@ -16,6 +16,7 @@ import torch
 from arm_lists import CONTROLS_OF
 from fake_runs import few_pairs
 from projected_grpo import step as step_module
+from projected_grpo.antipasto import Policy
 from projected_grpo.arm_settings import arm_settings
 from projected_grpo.arms import table
 from projected_grpo.arms.route2 import find_anchors
@@ -226,8 +227,11 @@ def test_a_batch_is_with_the_grader_before_the_next_is_generated(begin):
         assert grade is None or grade == exp.grader.grade(data.problems[i // 4].task, rollout.text)
 
 
-@pytest.mark.parametrize(("sampler", "truncated"), [("own", False), ("vllm", True)])
-def test_the_loss_weighs_tokens_as_its_sampler_asks(begin, monkeypatch, sampler, truncated):
+@pytest.mark.parametrize(
+    ("sampler", "dtype", "truncated"),
+    [("own", torch.float32, False), ("vllm", torch.float32, True), ("own", torch.bfloat16, True)],
+)
+def test_the_loss_weighs_tokens_as_sampler_and_dtype_ask(begin, monkeypatch, sampler, dtype, truncated):
     exp, _ = begin()
     data, seen, real = collect(exp, 0), [], step_module.per_rollout_grads
 
@@ -236,6 +240,7 @@ def test_the_loss_weighs_tokens_as_its_sampler_asks(begin, monkeypatch, sampler,
         return real(*arguments, **options)
 
     monkeypatch.setattr(step_module, "per_rollout_grads", watched)
+    monkeypatch.setattr(Policy, "dtype", dtype)
     cfg = replace(exp.cfg, model=replace(exp.cfg.model, sampler=sampler))
     loss_grads(replace(exp, cfg=cfg), 0, data, torch.ones(len(data.rollouts)))
     assert seen == [truncated]

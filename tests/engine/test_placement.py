@@ -260,7 +260,7 @@ CELLS += [
 
 @pytest.fixture(scope="module")
 def run_there(tiny, tmp_path_factory):
-    """A run's experiment on a device that is not the CPU; of two Linears, since it is the arms that matter."""
+    """A run's experiment on a device that is not the CPU; of two Linears, since the arms matter here."""
     home = tmp_path_factory.mktemp("there")
     model = copy.deepcopy(tiny[0])
     model.config.num_hidden_layers, model.model.layers = 1, model.model.layers[:1]
