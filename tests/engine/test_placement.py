@@ -178,7 +178,7 @@ def outcome(policy: Policy, way: str) -> dict[str, object]:
     [
         ("qwen3", torch.float32, "shared"),
         ("qwen3", torch.float32, "checkpointed"),
-        ("qwen3", torch.bfloat16, "apart"),  # where rows are added unmerged
+        ("qwen3", torch.bfloat16, "apart"),
         ("qwen3", torch.bfloat16, "a row each"),
         ("qwen3_5", torch.float32, "apart"),
     ],
