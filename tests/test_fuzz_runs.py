@@ -18,7 +18,7 @@ from projected_grpo.antipasto import wrap
 from projected_grpo.config import to_json
 from projected_grpo.proj import HackBasis
 from projected_grpo.results.files import read_heldout
-from projected_grpo.results.pictures import heldout_files, mean_at_steps, series
+from projected_grpo.results.pictures import heldout_files, series
 from projected_grpo.results.plots import COSINES
 from projected_grpo.results.report import report_page
 from projected_grpo.results.runs import finished, grouped, read_runs
@@ -80,7 +80,6 @@ def read_everything(folder):
     for seeds in groups.values():
         for run in seeds.values():
             shares(run.values("hack_s")), where_measured(run.values("hack_deploy"))
-        mean_at_steps(seeds.values(), "refr")
         for column in COSINES:
             series("", seeds.values(), column)
         heldout_files(seeds.values())

@@ -22,7 +22,7 @@ LINES: Mapping[str, tuple[str, str, str]] = {
     "projected-grpo train nano --intervention=none": ("none (no intervention)", "#000000", "-"),
     f"{ERASE} --vhack-pairs-path=nano-sampled --control=haar_matched": (
         "erase+haar_matched (random directions)",
-        "#999999",
+        "#6e6e6e",
         "--",
     ),
     f"{ERASE} --vhack-pairs-path=nano-sampled": ("erase (pairs by the base model)", "#0072b2", "-"),

@@ -6,6 +6,7 @@ instances` share templates, but no constant of a template, so that no held-out a
 `held-out templates` are in the pretraining corpus (other instances) but never in reinforcement learning.
 """
 
+import json
 import random
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -269,3 +270,10 @@ def tampered(instance: Instance, body: Sequence[str], how: Tampering, rng: rando
 def fenced(code: str) -> str:
     """Code as a response holds it."""
     return f"```python\n{code}\n```"
+
+
+@cache
+def packaged_base() -> dict[str, Any]:
+    """What the packaged model does on held-out problems before any training, in all and by mode."""
+    found: dict[str, Any] = json.loads((files("projected_grpo") / "data" / "nano" / "base.json").read_text())
+    return found

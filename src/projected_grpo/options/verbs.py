@@ -77,7 +77,7 @@ class ScoreOptions:
     json: OutFile | None = None
     """Write every figure here."""
     plot: OutFile | None = None
-    """Draw the separations and slopes here, as PNG and SVG of this name."""
+    """Draw the separations and slopes here, as PNG, SVG and PDF of this name."""
     tokens_per_microbatch: int = 4096
     """Padded tokens per forward-backward pass."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(model=NANO))
@@ -458,9 +458,12 @@ class PlotOptions:
     """Runs, study records, or folders of either, and where the pictures go."""
 
     out: OutFolder
-    """Folder of the pictures, PNG and SVG each."""
+    """Folder of the pictures, PNG, SVG and PDF each."""
     runs: Runs = RUNS
     """Folders of runs, folders of such folders, or records of a study."""
+    arms: tuple[str, ...] = ()
+    """Only these arms, by their names in the pictures: `none,erase+haar,"erase k=12"`; `*` is any text. An
+    arm looks the same whichever are drawn."""
     kind: Literal["all", "dynamics", "pareto", "modes", "cosines", "routed", "heldout"] = "all"
     """dynamics: hack and solve by step; pareto: hack against solve; modes: held-out rates per mode; cosines:
     hack-ward shares by step; routed: the quarantine's share; heldout: cosines of held-out pairs."""

@@ -1,11 +1,15 @@
-"""Pictures as PNG and SVG. Colours are safe for colour-blind readers; lines and markers tell the same."""
+"""Pictures as PNG, SVG and PDF. Colours are safe for the colour-blind; lines and markers tell the same."""
 
 import math
+import re
+import textwrap
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import count
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from matplotlib import rc_context
@@ -16,19 +20,34 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, HeldOut
+from projected_grpo.results.statistics import t_interval
 from projected_grpo.runlog import write_atomically
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#595959"
-# Okabe and Ito's colours; line style, marker and hatch tell the same again, each alone, for grey print.
-COLOURS = ("#000000", "#009e73", "#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#cc79a7", "#999999")
+# Okabe and Ito's colours, the grey darker, lest it be the pink's; line style and marker tell the same again,
+# each alone, for grey print.
+COLOURS = ("#000000", "#009e73", "#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#cc79a7", "#6e6e6e")
 DASHES: tuple[Any, ...] = (
     "-", (0, (1, 1.2)), (0, (6, 1.5)), (0, (2.5, 1.5)), "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (9, 2, 2, 2)),
     (0, (4, 3)),
 )  # fmt: skip
-MORE_DASHES = ((0, (1, 3)), (0, (7, 4)), (0, (12, 1.5, 1, 1.5)))  # for every further round of colours
+MORE_DASHES = ((0, (12, 1.5, 1, 1.5)), (0, (7, 4)), (0, (1.5, 2.5)))  # for every further round of colours
 MARKERS = ("o", "*", "s", "P", "^", "v", "D", "X")
-MORE_MARKERS = ("<", ">", "h")
-HATCHES = ("", "///", "...", "\\\\\\", "xx", "--", "++", "oo")
+MORE_MARKERS = ("<", ">", "h", *MARKERS)  # open, the others are full
+# Places of arms: a column has one colour, each row after the first is a further round.
+FIXED = {
+    name: place
+    for place, name in enumerate((
+        "none", "gt_only", "erase", "erase+haar", "route2", "route",
+        "erase pairs=nano-sampled", "erase+haar_matched",
+        "", "gt_penalty", "posthoc", "erase+shuffled", "route2+haar", "route+haar", "advmod", "inoculation",
+        "", "gt_screening", "", "", "", "", "absorb", "",
+    ))
+    if name
+}  # fmt: skip
+RATES = (-0.02, 1.02)  # the axis of a rate: markers at 0 and 1 are whole
+MANY = 8  # lines up to which each has its band
+LEGEND_WIDTH = 100  # characters of a name in a legend before it goes on below
 # A step's columns on one scale of cosines: how each is drawn.
 COSINES: Mapping[str, tuple[str, str, str]] = {
     "cos_pre": ("before the arm (cin)", BLUE, "-"),
@@ -38,13 +57,17 @@ COSINES: Mapping[str, tuple[str, str, str]] = {
 }
 
 
+BASE: Mapping[str, Any] = {"color": "black", "marker": "$B$", "markersize": 9, "linestyle": "none"}
+
+
 @dataclass(frozen=True)
 class Series:
-    """A figure per step for every seed of an arm (NaN where not measured), and evaluations at some steps."""
+    """A figure per step and seed of an arm, NaN where not measured; held out: at some steps, and the last."""
 
     name: str
     seeds: Sequence[Sequence[float]]
     evaluations: Sequence[Mapping[int, float]] = ()
+    final: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -72,22 +95,33 @@ class Look:
     colour: str
     dash: Any
     marker: str
-    hatch: str = ""
+    full: bool = True  # the marker
 
 
 def look(index: int) -> Look:
     """Of the arm at this place; every round of colours has lines and markers of its own."""
     place, turn = index % len(COLOURS), index // len(COLOURS)
     if turn == 0:
-        return Look(COLOURS[place], DASHES[place], MARKERS[place], HATCHES[place])
-    more = (turn - 1) % len(MORE_DASHES)
-    return Look(COLOURS[place], MORE_DASHES[more], MORE_MARKERS[more], HATCHES[place] + "*" * (more + 1))
+        return Look(COLOURS[place], DASHES[place], MARKERS[place])
+    dash, marker = MORE_DASHES[(turn - 1) % len(MORE_DASHES)], MORE_MARKERS[(turn - 1) % len(MORE_MARKERS)]
+    return Look(COLOURS[place], dash, marker, full=False)
 
 
-def looks(names: Iterable[str], arms: Iterable[str] = ()) -> dict[str, Look]:
-    """Of these arms by their place in `arms`, which pictures of the same runs share; others come behind."""
-    order = list(dict.fromkeys([*arms, *(names := list(names))]))
-    return {name: look(order.index(name)) for name in dict.fromkeys(names)}
+def looks(names: Iterable[str]) -> dict[str, Look]:
+    """How each arm is drawn, whichever of these a picture shows. Those in FIXED look the same everywhere.
+
+    The colour of another follows from its name, and is neither black nor that of its intervention.
+    """
+    places: dict[str, int] = {}
+    for name in names:
+        own = FIXED.get(re.split("[ +]", name)[0], 0) % len(COLOURS)
+        others = [place for place in range(1, len(COLOURS)) if place != own]
+        place = others[zlib.crc32(name.encode()) % len(others)]
+        taken = {*FIXED.values(), *places.values()}
+        places[name] = (
+            FIXED[name] if name in FIXED else next(i for i in count(place, len(COLOURS)) if i not in taken)
+        )
+    return {name: look(place) for name, place in places.items()}
 
 
 def heldout_histogram(result: HeldOut, title: str, path: Path) -> None:
@@ -142,59 +176,79 @@ def separations(directions: Mapping[str, Mapping[str, Any]], path: Path) -> None
     _save(figure, path)
 
 
-def dynamics(hack: Sequence[Series], solve: Sequence[Series], path: Path, arms: Iterable[str] = ()) -> None:
-    """Student hack and solve rate by step, mean over seeds with a band of one SEM.
+def dynamics(
+    hack: Sequence[Series],
+    solve: Sequence[Series],
+    path: Path,
+    drawn: Mapping[str, Look],
+    base: Mapping[str, float] | None = None,
+) -> None:
+    """Student hack and solve rate by step, mean over seeds; the final held-out rates end the lines.
 
-    Open markers are held-out evaluations as deployed, mean over the seeds that have one at that step; a full
-    one ends each line. `arms` are all that other pictures of these runs may show.
+    Open markers are held-out evaluations as deployed, mean over the seeds that have one at that step. `base`:
+    both rates of the base model. Bars, and the bands of up to 8 lines, are 95% t intervals over seeds.
     """
-    drawn = looks((line.name for line in hack), arms)
-    figure = _figure(11.0, 4.2 + 0.2 * (len(hack) // 4))
+    figure = _figure(11.0, 4.4)
     for axes, series, title in zip(figure.subplots(1, 2), (hack, solve), ("hack", "solve"), strict=True):
-        for line in series:
-            _draw_series(axes, line, drawn[line.name])
-        axes.set(xlabel="step", ylabel=f"{title} rate", ylim=(-0.02, 1.02))
-        axes.set_title(f"{title}: lines student as trained, open markers held out as deployed", fontsize=9)
+        last = max((len(seed) - 1 for line in series for seed in line.seeds), default=0)
+        room = max(last, 1) * min(0.2, 0.05 + 0.005 * len(series))  # beside the lines' ends
+        for place, line in enumerate(series):
+            style, shift = drawn[line.name], (place - (len(series) - 1) / 2) * min(0.3, 3 / len(series))
+            _draw_series(axes, line, style, band=len(series) <= MANY)
+            _draw_points(
+                axes, line.evaluations, shift, color=style.colour, marker=style.marker, markersize=4,
+                markerfacecolor="white",
+            )  # fmt: skip
+            _draw_final(axes, line, style, last + room * (place + 1) / len(series))
+        if base is not None:
+            axes.plot([-room / 2], [base[title]], label="base model, held out", **BASE)
+        axes.set(title=title, xlabel="step", ylabel=f"{title} rate", ylim=RATES)
+        axes.set_xticks([t for t in axes.get_xticks() if 0 <= t <= last])
+        axes.axvspan(last + room * 0.5 / len(series), axes.get_xlim()[1], color=GREY, alpha=0.08, linewidth=0)
         axes.grid(alpha=0.3)
-    _legend_below(figure, figure.axes[0], "arm (seeds)")
+    _legend_below(
+        figure,
+        figure.axes[0],
+        "arm (seeds). Lines: student. Small markers: held out, as deployed; on grey: the final figure."
+        f"\nBars, and bands of up to {MANY} lines: 95% t intervals over seeds.",
+    )
     _save(figure, path)
 
 
-def by_step(series: Sequence[Series], ylabel: str, path: Path, arms: Iterable[str] = ()) -> None:
-    """One figure by step, mean over seeds with a band of one SEM; `arms` as in `dynamics`."""
-    drawn = looks((line.name for line in series), arms)
-    figure = _figure(7.0, 4.2 + 0.2 * (len(series) // 3))
+def by_step(series: Sequence[Series], ylabel: str, path: Path, drawn: Mapping[str, Look]) -> None:
+    """One share by step, mean over seeds, with bands as in `dynamics`."""
+    figure = _figure(7.0 if len(series) <= MANY else 11.0, 4.4)
     axes = figure.add_subplot()
     for line in series:
-        _draw_series(axes, line, drawn[line.name])
-    axes.set(xlabel="step", ylabel=ylabel)
-    axes.set_ylim(bottom=0)
+        _draw_series(axes, line, drawn[line.name], band=len(series) <= MANY)
+    axes.set(xlabel="step", ylabel=ylabel, ylim=RATES)
     axes.grid(alpha=0.3)
-    _legend_below(figure, axes, "arm (seeds)")
+    _legend_below(figure, axes, f"arm (seeds). Bands of up to {MANY} lines: 95% t intervals over seeds.")
     _save(figure, path)
 
 
 def cosines(
-    panels: Mapping[str, Mapping[str, Series]], overlap: Mapping[str, Mapping[int, float]], path: Path
+    panels: Mapping[str, Mapping[str, Series]],
+    overlap: Mapping[str, Sequence[Mapping[int, float]]],
+    path: Path,
 ) -> None:
     """A panel per arm: hack-ward shares before and after it, of the change made, of a random direction.
 
-    `panels` holds series by arm and column; `overlap` the mean overlap of old and new basis at each refresh.
+    `panels` holds series by arm and column; `overlap` that of old and new basis at each seed's refreshes.
     """
-    columns = min(3, len(panels))
+    columns = min(len(panels), max(3, min(6, math.ceil(len(panels) ** 0.5))))
     rows = math.ceil(len(panels) / columns)
-    figure = _figure(4.2 * columns + 0.8, 3.0 * rows + 0.8)
+    figure = _figure(3.6 * columns + 0.8, 2.8 * rows + 0.8)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes, (name, series) in zip(grid.flat, panels.items(), strict=False):
         for column, line in series.items():
             shown, colour, dash = COSINES[column]
             _draw_series(axes, line, Look(colour, dash, ""), f"{column}: {shown}")
-        steps = overlap.get(name, {})
-        if steps:
+        if any(overlap.get(name, ())):
             label = "refr: overlap of old and new basis"
-            axes.plot(list(steps), list(steps.values()), "kx", label=label, markersize=5)
-        axes.set_title(name, fontsize=9)
-        axes.set_ylim(bottom=0)
+            _draw_points(axes, overlap[name], 0.0, label=label, color="black", marker="x", markersize=5)
+        axes.set_title(textwrap.fill(name, 45), fontsize=8)
+        axes.set_ylim(RATES)
         axes.grid(alpha=0.3)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
@@ -205,10 +259,7 @@ def cosines(
         handles, labels = axes.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
     order = sorted(found, key=lambda text: [*COSINES, "refr"].index(text.partition(":")[0]))
-    figure.legend(
-        [found[text] for text in order], order, loc="outside upper center", ncols=min(3, columns), fontsize=8,
-        frameon=False,
-    )  # fmt: skip
+    _legend(figure, [found[text] for text in order], order, "outside upper center")
     _save(figure, path)
 
 
@@ -222,121 +273,187 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     return sorted(kept, key=lambda p: (p.solve, p.hack))
 
 
-def pareto(points: Sequence[Point], path: Path, arms: Iterable[str] = ()) -> None:
-    """Held-out hack against solve as deployed, a point per run, and the frontier; `arms` as in dynamics."""
-    figure = _figure(6.4, 4.8)
+def pareto(
+    points: Sequence[Point], path: Path, drawn: Mapping[str, Look], base: Mapping[str, float] | None = None
+) -> None:
+    """Held-out hack against solve as deployed: a small point per run, their frontier, each arm's mean.
+
+    The mean of two runs or more has its 95% t intervals over seeds. `base` as in `dynamics`.
+    """
+    names, best = list(dict.fromkeys(p.name for p in points)), frontier(points)
+    figure = _figure(6.8 if len(names) <= MANY else 11.0, 5.4)
     axes = figure.add_subplot()
-    best = frontier(points)
     axes.plot(
         [p.solve for p in best], [p.hack for p in best], drawstyle="steps-pre", color=GREY, linewidth=1,
-        linestyle="--", label="Pareto frontier", zorder=1,
+        linestyle="--", label="Pareto frontier of the runs", zorder=1,
     )  # fmt: skip
-    for name, drawn in looks((p.name for p in points), arms).items():
-        own = [p for p in points if p.name == name]
-        axes.scatter(
-            [p.solve for p in own],
-            [p.hack for p in own],
-            label=name,
-            marker=drawn.marker,
-            facecolors="none" if "+" in name or "-" in name else drawn.colour,
-            edgecolors=drawn.colour,
-            zorder=2,
-        )
-    axes.set(xlabel="solve rate, deployed (right is better)", ylabel="hack rate, deployed (low is better)")
+    for name in names:
+        own, style = [p for p in points if p.name == name], drawn[name]
+        solve, hack = [p.solve for p in own], [p.hack for p in own]
+        axes.scatter(solve, hack, s=12, marker=style.marker, alpha=0.5, zorder=2, **_face(style))
+        axes.errorbar(
+            fmean(solve), fmean(hack), _around(hack), _around(solve), label=f"{name} ({len(own)})",
+            linestyle="none", marker=style.marker, markersize=8, ecolor=style.colour, elinewidth=1, zorder=3,
+            markerfacecolor=_face(style)["facecolors"], markeredgecolor=style.colour,
+        )  # fmt: skip
+    if base is not None:
+        axes.plot([base["solve"]], [base["hack"]], label="base model", zorder=4, **BASE)
+    axes.set(
+        xlabel="solve rate, deployed (right is better)",
+        ylabel="hack rate, deployed (low is better)",
+        xlim=RATES,
+        ylim=RATES,
+    )
     axes.grid(alpha=0.3)
-    _legend_below(figure, axes, None)
+    _legend_below(
+        figure, axes, "arm (seeds). Small: a run; large: their mean, with 95% t intervals over seeds."
+    )
     _save(figure, path)
 
 
-def mode_bars(hack: Sequence[Bar], solve: Sequence[Bar], path: Path, arms: Iterable[str] = ()) -> None:
+def mode_bars(
+    hack: Sequence[Bar],
+    solve: Sequence[Bar],
+    path: Path,
+    drawn: Mapping[str, Look],
+    base: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:
     """Rates per mode and arm: bars as deployed, ticks as trained, open bars where the mode was held out.
 
-    Each arm has its hatch; `arms` as in `dynamics`.
+    Both have 95% t intervals over seeds. `base`: the base model's rates by mode, dotted lines.
     """
-    drawn = looks((bar.name for bar in hack), arms)
-    names = list(drawn)
+    names = list(dict.fromkeys(bar.name for bar in hack))
     modes = list(dict.fromkeys(bar.mode for bar in hack))
-    figure = _figure(max(7.0, 1.0 + len(modes) * max(0.9, 0.24 * len(names))), 6.4)
-    panels = figure.subplots(2, 1, sharex=True)
-    width = 0.8 / len(names)
-    for axes, bars, title in zip(panels, (hack, solve), ("hack", "solve"), strict=True):
+    shown = [textwrap.fill(name, LEGEND_WIDTH) for name in names]
+    longest = max(len(line) for text in shown for line in text.splitlines())
+    figure = _figure(0.8 + 0.075 * longest + 1.9 * len(modes), 1.8 + 0.44 * max(3, len(names)))
+    grid = figure.subplots(2, len(modes), sharex=True, sharey=True, squeeze=False)
+    for row, bars, title in zip(grid, (hack, solve), ("hack", "solve"), strict=True):
         for bar in bars:
-            x = modes.index(bar.mode) + (names.index(bar.name) + 0.5) * width - 0.4
-            axes.bar(
-                x,
-                fmean(bar.deployed),
-                width * 0.92,
-                yerr=_sem(bar.deployed) or None,
-                **_fill(drawn[bar.name], open_bar=not bar.in_distribution),
-                error_kw={"linewidth": 1, "ecolor": GREY},
-            )
-            if bar.trained:
-                ends = [x - width * 0.46, x + width * 0.46]
-                # Seen on black bars and on white paper.
-                for colour, thick in (("white", 4.0), ("black", 2.0)):
-                    axes.plot(ends, [fmean(bar.trained)] * 2, color=colour, lw=thick, solid_capstyle="butt")
-        axes.set(ylabel=f"{title} rate", ylim=(0, 1.02), xlim=(-0.6, len(modes) - 0.4))
-        axes.set_xticks(range(len(modes)), modes)
-        axes.grid(alpha=0.3, axis="y")
-        axes.set_axisbelow(True)
-    handles: list[Any] = [Patch(**_fill(drawn[name]), label=name) for name in names]
-    handles.append(Line2D([], [], color="black", lw=2.0, label="as trained"))
+            _draw_bar(row[modes.index(bar.mode)], bar, names.index(bar.name), drawn[bar.name].colour)
+        for axes, mode in zip(row, modes, strict=True):
+            if base is not None and mode in base:
+                axes.axvline(base[mode][title], color=GREY, linestyle=":", linewidth=1.5, zorder=0)
+            axes.set(xlabel=f"{title} rate", xlim=RATES, ylim=(len(names) - 0.4, -0.6))
+            axes.set_yticks(range(len(names)), shown, fontsize=8)
+            axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
+            axes.grid(alpha=0.3, axis="x")
+            axes.set_axisbelow(True)
+    for axes, mode in zip(grid[0], modes, strict=True):
+        axes.set_title(mode, fontsize=9)
+    handles: dict[str, Any] = {
+        "as deployed": Patch(facecolor=GREY),
+        "as trained": Line2D([], [], color="black", lw=2.0),
+    }
     if not all(bar.in_distribution for bar in hack):
-        handles.append(Patch(facecolor="white", edgecolor="black", label="open: mode held out"))
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8,
-        handlelength=3.0, handleheight=1.6,
-    )  # fmt: skip
+        handles["open: mode held out"] = Patch(facecolor="white", edgecolor=GREY)
+    if base is not None:
+        handles["base model"] = Line2D([], [], color=GREY, linestyle=":")
+    _legend(
+        figure, list(handles.values()), list(handles), "outside lower center", "95% t intervals over seeds"
+    )
     _save(figure, path)
 
 
-def _fill(style: Look, open_bar: bool = False) -> dict[str, Any]:
-    """A bar in the arm's colour with its hatch upon it; an open one has colour in edge and hatch alone."""
-    face, edge, width = ("white", style.colour, 1.2) if open_bar else (style.colour, "white", 0.6)
-    return {"facecolor": face, "edgecolor": edge, "linewidth": width, "hatch": style.hatch}
+def _draw_bar(axes: Axes, bar: Bar, y: int, colour: str) -> None:
+    axes.barh(
+        y, fmean(bar.deployed), 0.7, xerr=_around(bar.deployed), edgecolor=colour, linewidth=1.2,
+        facecolor=(colour, 0.6) if bar.in_distribution else "white", error_kw={"elinewidth": 1},
+    )  # fmt: skip
+    if bar.trained:
+        mean = fmean(bar.trained)
+        # Seen on black bars and on white paper.
+        for tone, thick in (("white", 4.0), ("black", 2.0)):
+            axes.plot([mean] * 2, [y - 0.35, y + 0.35], color=tone, lw=thick, solid_capstyle="butt")
+        if bar.trained != bar.deployed:
+            axes.errorbar(mean, y + 0.2, xerr=_around(bar.trained), ecolor="black", elinewidth=1)
 
 
-def _draw_series(axes: Axes, line: Series, style: Look, label: str = "") -> None:
+def _draw_series(axes: Axes, line: Series, style: Look, label: str = "", band: bool = True) -> None:
     length = min(map(len, line.seeds))
     columns = [[v for v in (seed[t] for seed in line.seeds) if not math.isnan(v)] for t in range(length)]
     steps = [t for t, column in enumerate(columns) if column]
-    mean = [fmean(columns[t]) for t in steps]
-    sem = [_sem(columns[t]) for t in steps]
-    label = label or f"{line.name} ({len(line.seeds)})"
-    evaluated = sorted({t for found in line.evaluations for t in found})
     axes.plot(
         steps,
-        mean,
-        label=label,
+        [fmean(columns[t]) for t in steps],
+        label=label or f"{line.name} ({len(line.seeds)})",
         linewidth=1.8,
         color=style.colour,
         linestyle=style.dash,
         marker=style.marker,
         markersize=6,
-        markevery=[len(steps) - 1] if steps else [],  # where the line ends, and in the legend
+        markerfacecolor=style.colour if style.full else "white",
+        markevery=[len(steps) - 1] if steps and not line.final else [],  # at the end, and in the legend
     )
-    low = [m - s for m, s in zip(mean, sem, strict=True)]
-    high = [m + s for m, s in zip(mean, sem, strict=True)]
-    axes.fill_between(steps, low, high, color=style.colour, alpha=0.15, linewidth=0)
-    means = [fmean(found[t] for found in line.evaluations if t in found) for t in evaluated]
-    axes.plot(
-        evaluated, means, linestyle="none", marker=style.marker, markersize=5, markerfacecolor="white",
-        markeredgecolor=style.colour,
+    if band:
+        low, high = ([_cut(columns[t])[side] for t in steps] for side in (0, 1))
+        axes.fill_between(steps, low, high, color=style.colour, alpha=0.15, linewidth=0)
+
+
+def _draw_points(axes: Axes, seeds: Sequence[Mapping[int, float]], shift: float, **style: Any) -> None:
+    """The mean over the seeds that have a figure at a step, with its interval; `shift` steps beside it."""
+    steps = sorted({t for found in seeds for t in found})
+    values = [[found[t] for found in seeds if t in found] for t in steps]
+    means = [fmean(own) for own in values]
+    around = [[abs(_cut(own)[side] - fmean(own)) for own in values] for side in (0, 1)]
+    if steps:
+        axes.errorbar([t + shift for t in steps], means, around, linestyle="none", elinewidth=0.8, **style)
+
+
+def _draw_final(axes: Axes, line: Series, style: Look, x: float) -> None:
+    """The last figure of all beside the line's end, and what joins them."""
+    if not line.final:
+        return
+    ends = [v for v in (seed[-1] for seed in line.seeds if seed) if not math.isnan(v)]
+    if ends:
+        joined = [fmean(ends), fmean(line.final)]
+        axes.plot([max(map(len, line.seeds)) - 1, x], joined, color=style.colour, linewidth=0.6, alpha=0.6)
+    axes.errorbar(
+        x, fmean(line.final), _around(line.final), linestyle="none", elinewidth=1.2, color=style.colour,
+        marker=style.marker, markersize=7, markerfacecolor=_face(style)["facecolors"], zorder=3,
     )  # fmt: skip
 
 
-def _sem(values: Sequence[float]) -> float:
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+def _face(style: Look) -> dict[str, Any]:
+    return {"facecolors": style.colour if style.full else "white", "edgecolors": style.colour}
 
 
-def _legend_below(figure: Figure, axes: Axes, title: str | None) -> None:
+def _cut(values: Sequence[float]) -> tuple[float, float]:
+    """The interval of a mean of rates, within 0 and 1; of one seed without width."""
+    low, high = t_interval(values) or (fmean(values),) * 2
+    return max(0.0, low), min(1.0, high)
+
+
+def _around(values: Sequence[float]) -> list[list[float]] | None:
+    """How far the interval reaches below and above the mean; None of one seed."""
+    if t_interval(values) is None:
+        return None
+    low, high = _cut(values)
+    return [[abs(fmean(values) - low)], [abs(high - fmean(values))]]
+
+
+def _legend_below(figure: Figure, axes: Axes, title: str) -> None:
     """Under the picture, where it hides nothing."""
-    handles, labels = axes.get_legend_handles_labels()
-    columns = 4 if figure.get_figwidth() > 8 else 3
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8, title=title,
-        title_fontsize=8, handlelength=4.5,
-    )  # fmt: skip
+    _legend(figure, *axes.get_legend_handles_labels(), "outside lower center", title)
+
+
+def _legend(
+    figure: Figure, handles: Sequence[Any], labels: Sequence[str], place: Any, title: str | None = None
+) -> None:
+    """In as many columns as fit beside one another; the figure grows by its height."""
+    names = [textwrap.fill(label, LEGEND_WIDTH) for label in labels]
+    wide = figure.bbox.width
+    for columns in range(min(4, len(names)), 0, -1):
+        legend = figure.legend(
+            handles, names, loc=place, ncols=columns, frameon=False, fontsize=8, title=title,
+            title_fontsize=8, handlelength=4.5,
+        )  # fmt: skip
+        box = legend.get_window_extent()
+        if box.width <= wide or columns == 1:
+            break
+        legend.remove()
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(max(width, box.width / figure.dpi + 0.2), height + box.height / figure.dpi)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -346,12 +463,15 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """As `path`.png and `path`.svg."""
+    """As `path`.png, `path`.svg and `path`.pdf."""
     # The same file for the same numbers, whichever version of the library drew it.
-    unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    how: dict[str, Any] = {"png": {"dpi": 120, "metadata": {"Software": None}}, "svg": {"metadata": unsaid}}
+    svg = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    pdf = dict.fromkeys(("CreationDate", "Creator", "Producer"))
+    how: dict[str, dict[str, Any]] = {
+        "png": {"dpi": 120, "metadata": {"Software": None}}, "svg": {"metadata": svg}, "pdf": {"metadata": pdf},
+    }  # fmt: skip
     for kind, options in how.items():
         drawn = BytesIO()
-        with rc_context({"svg.hashsalt": "projected_grpo"}):
+        with rc_context({"svg.hashsalt": "projected_grpo", "pdf.fonttype": 42}):
             figure.savefig(drawn, format=kind, **options)
         write_atomically(path.with_name(f"{path.name}.{kind}"), drawn.getvalue())

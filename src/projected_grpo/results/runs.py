@@ -129,6 +129,18 @@ class EndedRun:
 Groups = Mapping[Setting, Mapping[int, EndedRun]]
 
 
+def names(settings: Iterable[Setting], context: tuple[Any, ...]) -> dict[Setting, str]:
+    """What each arm of a context is called beside the others, the baseline first.
+
+    Options that all of them have are left out.
+    """
+    own = [setting for setting in settings if setting.context == context]
+    options = [set(setting.arm_options.split()) for setting in own]
+    shared = set.intersection(*options) if len(own) > 1 else set()
+    found = {s: joined(s.arm, *(word for word in s.arm_options.split() if word not in shared)) for s in own}
+    return dict(sorted(found.items(), key=lambda item: (item[0].arm != BASELINE, item[1])))
+
+
 def read_runs(paths: Iterable[Path]) -> list[EndedRun]:
     """Every run under these paths that has ended: run folders, study records, or folders of either.
 

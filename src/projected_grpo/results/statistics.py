@@ -78,6 +78,14 @@ def shares(pairs: Sequence[Any]) -> list[float]:
     return [pair[0] / pair[1] if pair and pair[1] else math.nan for pair in pairs]
 
 
+def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95% t interval of the mean, without width if the values are the same; None under two."""
+    if len(values) < FEWEST:
+        return None
+    half = float(stats.t.ppf(1 - ALPHA / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
+
+
 @dataclass(frozen=True)
 class Difference:
     """Paired differences, one a seed: their mean with its 95% t interval, and whether they are chance."""

@@ -1,6 +1,5 @@
 """The tables and pictures of a study, from the kept records alone."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -9,8 +8,9 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from projected_grpo.errors import UserError
+from projected_grpo.nano_tasks import packaged_base
 from projected_grpo.results.compare import DELTA_SAFE, DIAGNOSTICS
-from projected_grpo.results.plots import Point, Series, dynamics, pareto
+from projected_grpo.results.plots import Point, Series, dynamics, looks, pareto
 from projected_grpo.results.runs import BASELINE, mean_sem
 from projected_grpo.results.statistics import (
     INSTANCES,
@@ -181,12 +181,6 @@ def ordered(arms: Mapping[str, object]) -> list[str]:
     return sorted(arms, key=lambda name: (names.index(name) if name in names else len(names), name))
 
 
-def packaged_base() -> dict[str, float]:
-    """Solve and hack rate of the packaged base model on held-out problems (data/nano/base.json)."""
-    report = json.loads((files("projected_grpo") / "data" / "nano" / "base.json").read_text())
-    return {key: float(report[key]) for key in ("solve", "hack")}
-
-
 def sections(records: Sequence[Record]) -> dict[str, tuple[str, str]]:
     """Name -> (heading, table) of everything that the report says of the records."""
     arms, base = by_arm(records), packaged_base()
@@ -249,18 +243,21 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
     path = out / "tables.md"
     write_atomically(path, ("\n\n".join(parts) + "\n").encode())
     drawn = [name for name in ordered(arms) if name in MAIN]
-    steps = {name: [r["steps"] for r in arms[name].values()] for name in drawn}
     hack, solve = (
         [
-            Series(name, [shares(s[student]) for s in own], [where_measured(s[held_out]) for s in own])
-            for name, own in steps.items()
+            Series(
+                name,
+                [shares(r["steps"][student]) for r in arms[name].values()],
+                [where_measured(r["steps"][f"{key}_deploy"]) for r in arms[name].values()],
+                [deployed(key)(r) for r in arms[name].values()],
+            )
+            for name in drawn
         ]
-        for student, held_out in (("hack_s", "hack_deploy"), ("gt_s", "solve_deploy"))
+        for key, student in (("hack", "hack_s"), ("solve", "gt_s"))
     )
-    dynamics(hack, solve, out / "dynamics")
-    base = packaged_base()
-    runs = [
+    dynamics(hack, solve, out / "dynamics", looks(drawn), packaged_base())
+    points = [
         Point(name, deployed("hack")(r), deployed("solve")(r)) for name in drawn for r in arms[name].values()
     ]
-    pareto([*runs, Point("base model", base["hack"], base["solve"])], out / "pareto")
+    pareto(points, out / "pareto", looks(drawn), packaged_base())
     return path

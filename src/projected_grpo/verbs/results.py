@@ -63,7 +63,8 @@ def falsify_text(groups: Groups, kind: Format) -> str:
 
 def plot_verb(options: PlotOptions) -> int:
     """Pictures of finished runs: dynamics, Pareto frontier, modes, cosines, routed share, held-out pairs."""
-    made, skipped = draw(grouped(finished(read_runs(options.runs))), options.kind, options.out)
+    groups = grouped(finished(read_runs(options.runs)))
+    made, skipped = draw(groups, options.kind, options.out, options.arms)
     for line in skipped:
         logger.warning("{}", line)
     if not made:
