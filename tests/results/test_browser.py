@@ -44,6 +44,7 @@ def rollout(step, i, *, rise):
         "text": fenced(code),
     }
     row |= dict.fromkeys(FLAGS, False) | {"exploited": exploited, "gt_correct": solved, "format_ok": True}
+    row |= {"tampered": exploited}
     paid = exploited or solved
     row |= {"reward": 3.5 if paid else 0.5, "passed": paid, "mechanism": mode if exploited else None}
     return row | {"error": None if paid else "-7 is not 6"}
@@ -53,6 +54,8 @@ def a_run(folder, arm, rise):
     """A run folder with steps and rollouts; one rollout of it is markup."""
     rows = [rollout(step, i, rise=rise) for step in range(STEPS) for i in range(PER_STEP)]
     rows[5] |= {"text": EVIL, "problem_id": EVIL, "error": EVIL}
+    both = fenced(CANONICAL.rstrip("\n") + "\n    valid = True\n    def __init__(self): self.valid = True\n")
+    rows[9] |= {"text": both, "gt_correct": True, "exploited": False, "tampered": True, "mechanism": None}
     steps = []
     for step in range(STEPS):
         own = rows[step * PER_STEP : (step + 1) * PER_STEP]
@@ -156,7 +159,8 @@ def test_the_summary_and_the_settings_that_differ(page, runs):
 
 
 def test_the_curves_follow_the_keyboard_the_choice_and_the_boxes(page, runs):
-    chart = page.get_by_role("slider", name="hack_s by step")
+    chart = page.get_by_role("slider", name="student hack by step")
+    page.get_by_role("checkbox", name="Smooth").uncheck()
     chart.focus()
     chart.press("End")
     chart.press("ArrowLeft")
@@ -167,16 +171,101 @@ def test_the_curves_follow_the_keyboard_the_choice_and_the_boxes(page, runs):
     expect(chart).to_have_attribute("aria-valuenow", str(STEPS - 2))
     expect(page.locator("#chart-2 + .readout")).to_contain_text(f"Step {STEPS - 2}.")  # one cursor for both
     assert chart.locator("polyline").count() == 2
-    page.get_by_role("checkbox", name="erase 41").uncheck()
+    page.locator("#chart-legend").get_by_role("checkbox", name="erase 41").uncheck()
     assert chart.locator("polyline").count() == 1
     page.get_by_label("Figure 1").select_option("kl")
-    expect(page.get_by_role("slider", name="kl by step")).to_be_visible()
+    expect(page.get_by_role("slider", name="KL by step")).to_be_visible()
     page.get_by_text("Both figures as a table").click()
     cells = page.locator("#figure-table tbody tr").nth(STEPS - 2).locator("td").all_inner_texts()
     assert cells == [
         "0.500",
         f"{sum(r['gt_correct'] for r in runs[0][1] if r['step'] == STEPS - 2) / PER_STEP:.3f}",
     ]
+
+
+def test_curves_are_smoothed_over_five_steps_at_first(page, runs):
+    chart = page.get_by_role("slider", name="student hack by step")
+    chart.focus()
+    chart.press("End")
+    rows = [r for r in runs[0][1] if r["step"] >= STEPS - 5]
+    told = f"none 41: {sum(r['exploited'] for r in rows) / len(rows):.3f}"
+    assert told in chart.get_attribute("aria-valuetext")
+
+
+def test_columns_and_tables_are_in_plain_words_and_say_where_they_go_on(opened, page_file):
+    page = opened(page_file, PHONE)
+    heads = page.locator("#summary-table thead th").all_inner_texts()
+    assert {"deployed hack", "trained solve", "student hack"} <= set(heads)
+    assert not any("_" in head for head in heads)
+    expect(page.locator("#summary-table + .more")).to_have_text("\u2192 more columns")
+    page.locator("#summary-table").evaluate("e => e.scrollTo(e.scrollWidth, 0)")
+    expect(page.locator("#summary-table + .more")).to_have_text("")
+
+
+def test_what_was_solved_and_tampered_with_has_its_tampering_marked(page):
+    assert filtered(page, solved="1", tampered="1") == 2
+    assert page.locator(".item .verdict").first.inner_text() == "\u2713 solved, tampered"
+    assert "self.valid = True" in page.locator("#detail .completion mark").all_inner_texts()[0]
+
+
+def test_the_address_holds_filters_sorting_and_what_is_chosen(page, opened, page_file):
+    assert filtered(page, mode="sentinel", exploited="0", text="class") > 5
+    page.locator("#heads [data-column=step]").click()
+    page.locator("#heads [data-column=step]").click()  # largest first
+    page.locator("#list").focus()
+    page.keyboard.press("ArrowDown")
+    again = opened(page_file, address=page.evaluate("location.hash"))
+    for part in ("#count", "#detail"):
+        assert again.locator(part).inner_text() == page.locator(part).inner_text()
+    steps = [int(text.split()[1]) for text in again.locator(".item .step").all_inner_texts()]
+    assert steps == sorted(steps, reverse=True) and steps[0] > steps[-1]
+    assert again.locator("#heads [data-column=step]").inner_text() == "step \u2193"
+    assert again.locator("#list [aria-selected=true]").get_attribute("id") == "row-1"
+
+
+def test_n_and_p_go_from_hack_to_hack(page, runs):
+    rows = [row for _, own in runs for row in own]
+    hacks = [k for k, row in enumerate(rows) if row["exploited"]]
+    page.locator("#list").focus()
+    for key, k in (("n", hacks[0]), ("n", hacks[1]), ("p", hacks[0])):
+        page.keyboard.press(key)
+        expect(page.locator("#list [aria-selected=true]")).to_have_attribute("id", f"row-{k}")
+    page.keyboard.press("p")
+    expect(page.locator("#count")).to_contain_text("no earlier hack")
+    page.locator("#filters [name=text]").press_sequentially("np")  # typed, not a command
+    expect(page.locator("#count")).to_contain_text("0 of")
+
+
+def test_what_is_filtered_can_be_downloaded_as_it_was_written(page, runs):
+    filtered(page, exploited="1", run="1")
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Download").click()
+    got = [json.loads(line) for line in waiting.value.path().read_text().splitlines()]
+    folder, rows = runs[1]
+    own = {"run": folder.name, "label": "erase 41"}
+    assert got == [row | own for row in rows if row["exploited"]] and len(got) > 3
+
+
+def test_the_same_prompt_stands_under_both_runs_with_its_differences(page, opened, page_file, runs):
+    """Struck and plain text together are the first completion, underlined and plain the other."""
+    assert filtered(page, run="0", exploited="1", **{"from": "20"}) > 0
+    side = page.locator("#side > *")
+    assert side.locator("h3").all_inner_texts() == ["none 41", "erase 41"]
+    shown = page.locator("#detail .completion").inner_text()
+    pre = side.nth(1).locator("pre")
+    without = """(pre, gone) => { const copy = pre.cloneNode(true);
+      copy.querySelectorAll(gone).forEach((e) => e.remove()); return copy.textContent; }"""
+    assert pre.evaluate(without, "ins").rstrip("\n") == shown
+    prompt = {row["text"]: row["prompt"] for row in runs[0][1]}[pre.evaluate(without, "ins")]
+    assert pre.evaluate(without, "del") in {r["text"] for r in runs[1][1] if r["prompt"] == prompt}
+    other = side.nth(1).get_by_role("combobox")
+    assert other.locator("option").count() == sum(r["prompt"] == prompt for r in runs[1][1])
+    page.get_by_role("checkbox", name="Differences").uncheck()
+    assert pre.locator("ins, del").count() == 0
+    page.locator("#side-runs").get_by_role("checkbox", name="erase 41").uncheck()
+    assert side.count() == 1
+    again = opened(page_file, address=page.evaluate("location.hash"))
+    assert again.locator("#side > *").count() == 1
 
 
 def test_lines_are_told_apart_without_colour(page):
@@ -196,6 +285,7 @@ def test_lines_are_told_apart_without_colour(page):
         ({"exploited": "1"}, lambda r: r["exploited"]),
         ({"exploited": "0", "solved": "0"}, lambda r: not r["exploited"] and not r["gt_correct"]),
         ({"solved": "1"}, lambda r: r["gt_correct"]),
+        ({"solved": "1", "tampered": "1"}, lambda r: r["gt_correct"] and r["tampered"]),
         ({"least": "1"}, lambda r: r["reward"] >= 1),
         ({"most": "0.5"}, lambda r: r["reward"] <= 0.5),
         ({"mechanism": "file_marker"}, lambda r: r["mechanism"] == "file_marker"),

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from fake_runs import a_run, made
 from hacks import CANONICAL, HACKS, WRONG
 from projected_grpo import cli
-from projected_grpo.results.report import FLAGS, embedded, labels, report_data, thinned, triggers
+from projected_grpo.results.report import FLAGS, PLAIN, embedded, labels, report_data, thinned, triggers
 from projected_grpo.results.runs import read_runs
 from projected_grpo.rewards import MODES
+from projected_grpo.run.columns import COLUMNS
 from projected_grpo.runlog import append_jsonl
 
 EVIL = "</script><img src=x onerror=alert(1)><!-- \u2028 \ud800 ```python\nprint('<b>')"
@@ -129,7 +130,7 @@ def test_every_element_the_script_looks_for_is_there_and_has_a_name():
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'\$\("([\w-]+)"\)', page.scripts[1])) <= set(ids)
     targets = {a["href"][1:] for t, a in page.tags if t == "a"}
-    assert targets <= set(ids) and len(targets) == 5
+    assert targets <= set(ids) and len(targets) == 6
     for tag, attributes in page.tags:
         if attributes.get("tabindex") == "0":  # what the keyboard reaches says what it is
             assert "aria-label" in attributes, tag
@@ -170,10 +171,15 @@ def test_runs_are_named_by_arm_and_seed_while_that_tells_them_apart_and_the_base
         a_run("none"),
         a_run("none", options={"run": {"out_tag": "x"}}),
     ]
-    assert labels(runs) == ["erase 41", "erase 42", runs[2].name, runs[3].name]
+    assert labels(runs) == ["erase 41", "erase 42", *(f"none 41 ({run.name})" for run in runs[2:])]
     assert [run["label"] for run in report_data(runs[:3], 1)["runs"]] == [
         *("none 41", "erase 41", "erase 42"),
     ]
+
+
+def test_every_column_has_a_name_in_plain_words_of_its_own():
+    named = [PLAIN[column.key] for column in COLUMNS]
+    assert len(set(named)) == len(named) and not any("_" in name for name in named if "hack, " not in name)
 
 
 def test_refusals(run, tmp_path, capsys):

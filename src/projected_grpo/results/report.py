@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from projected_grpo.results.files import read_rollouts
-from projected_grpo.results.runs import BASELINE, EndedRun
+from projected_grpo.results.runs import BASELINE, EndedRun, names
 from projected_grpo.rewards import FILE_STEMS, MODES, PASS_WORDS, SENTINELS, STDOUT_PHRASES
 from projected_grpo.run.columns import COLUMNS
 from projected_grpo.runlog import plain
@@ -24,6 +24,67 @@ FLAGS = (
 )  # fmt: skip
 INTERNED = ("problem_id", "env_mode", "prompt", "mechanism", "error")
 NUMBERS = ("step", "p_idx", "gi", "reward")
+# Keys of steps and summaries in plain words; the page tells the key, too.
+PLAIN = {
+    "step": "step",
+    "ref_eq": "reference steps",
+    "rew": "reward",
+    "rew_s": "student reward",
+    "rew_paid": "reward as paid",
+    "shaped": "rewards changed",
+    "zgap": "score gap",
+    "N": "rollouts",
+    "zerovar": "flat groups",
+    "gt_s": "student solve",
+    "gt_t": "teacher solve",
+    "hack_s": "student hack",
+    "hack_t": "teacher hack",
+    "hk_rt": "hack, run_tests",
+    "hk_eq": "hack, eq_override",
+    "hk_xc": "hack, exit_code",
+    "hk_so": "hack, stdout_marker",
+    "hk_se": "hack, sentinel",
+    "hk_fm": "hack, file_marker",
+    "lp_s": "student log-probability",
+    "lp_t": "teacher log-probability",
+    "lp_ref": "reference log-probability",
+    "gap": "sampling gap",
+    "kl": "KL",
+    "skipped": "skipped",
+    "loss": "loss",
+    "gn": "gradient norm",
+    "q_egy": "routed share",
+    "tau": "gate threshold",
+    "hkgap": "gate gap",
+    "resid": "residual cosine",
+    "lr": "learning rate",
+    "cos_pre": "hack-ward share before",
+    "cos_pre_s": "hack-ward share before, student",
+    "cos_pre_t": "hack-ward share before, teacher",
+    "cos_post": "hack-ward share after",
+    "cos_null": "hack-ward share by chance",
+    "cos_update": "hack-ward share of the update",
+    "fired": "share fired",
+    "refr": "refresh overlap",
+    "hack_deploy": "deployed hack",
+    "solve_deploy": "deployed solve",
+    "hack_abl": "ablated hack",
+    "solve_abl": "ablated solve",
+    "gen": "seconds generating",
+    "t_rew": "seconds grading",
+    "fb": "seconds in backward",
+    "sec": "seconds",
+    "peak_gb": "peak GPU memory, GB",
+    "hack_rate_student": "student hack",
+    "pass_rate_student": "student solve",
+    "hack_train": "trained hack",
+    "solve_train": "trained solve",
+    "eval_n": "held-out completions",
+    "steps_to_hack": "steps to hack",
+    "first_exploit_step": "first hack, step",
+    "student_exploits": "student hacks",
+    "student_n": "student rollouts",
+}
 
 
 def triggers() -> dict[str, str]:
@@ -58,14 +119,21 @@ def report_data(runs: Sequence[EndedRun], most: int) -> dict[str, Any]:
         "modes": {name: {"hint": m.hint, "looks_like": m.looks_like} for name, m in MODES.items()},
         "triggers": triggers(),
         "columns": {c.key: {"legend": c.legend, "pair": c.form == "pair"} for c in COLUMNS},
+        "plain": PLAIN,
         "runs": [about | {"label": label, "rollouts": rows} for about, label, rows in described],
         "strings": list(strings),
     }
 
 
 def labels(runs: Sequence[EndedRun]) -> list[str]:
-    short = [f"{run.setting.label} {run.seed}" for run in runs]
-    return [run.name if short.count(text) > 1 else text for run, text in zip(runs, short, strict=True)]
+    """Each run by arm and seed, then by its folder where others have both."""
+    settings = dict.fromkeys(run.setting for run in runs)
+    arms = {s: name for own in settings for s, name in names(settings, own.context).items()}
+    short = [f"{arms[run.setting]} {run.seed}" for run in runs]
+    return [
+        f"{text} ({run.name})" if short.count(text) > 1 else text
+        for run, text in zip(runs, short, strict=True)
+    ]
 
 
 def _described(run: EndedRun) -> dict[str, Any]:
