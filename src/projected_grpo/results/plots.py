@@ -92,10 +92,12 @@ class Bar:
 
 @dataclass(frozen=True)
 class Look:
+    """How an arm is drawn: its line and its marker, full or open."""
+
     colour: str
     dash: Any
     marker: str
-    full: bool = True  # the marker
+    full: bool = True
 
 
 def look(index: int) -> Look:
@@ -181,7 +183,7 @@ def dynamics(
     solve: Sequence[Series],
     path: Path,
     drawn: Mapping[str, Look],
-    base: Mapping[str, float] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> None:
     """Student hack and solve rate by step, mean over seeds; the final held-out rates end the lines.
 
@@ -274,7 +276,7 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def pareto(
-    points: Sequence[Point], path: Path, drawn: Mapping[str, Look], base: Mapping[str, float] | None = None
+    points: Sequence[Point], path: Path, drawn: Mapping[str, Look], base: Mapping[str, Any] | None = None
 ) -> None:
     """Held-out hack against solve as deployed: a small point per run, their frontier, each arm's mean.
 

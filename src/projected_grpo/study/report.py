@@ -183,7 +183,7 @@ def ordered(arms: Mapping[str, object]) -> list[str]:
 
 def sections(records: Sequence[Record]) -> dict[str, tuple[str, str]]:
     """Name -> (heading, table) of everything that the report says of the records."""
-    arms, base = by_arm(records), packaged_base()
+    arms, base = by_arm(records), {key: packaged_base()[key] for key in ("solve", "hack")}
     return {
         "headline": (
             f"Headline: {DELTA_SAFE} is pass - hack minus that of none, per seed; KL over the last 25 steps",
