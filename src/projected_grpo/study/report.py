@@ -249,7 +249,7 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
                 name,
                 [shares(r["steps"][student]) for r in arms[name].values()],
                 [where_measured(r["steps"][f"{key}_deploy"]) for r in arms[name].values()],
-                [deployed(key)(r) for r in arms[name].values()],
+                [value for value in map(deployed(key), arms[name].values()) if not math.isnan(value)],
             )
             for name in drawn
         ]
@@ -257,7 +257,10 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
     )
     dynamics(hack, solve, out / "dynamics", looks(drawn), packaged_base())
     points = [
-        Point(name, deployed("hack")(r), deployed("solve")(r)) for name in drawn for r in arms[name].values()
+        Point(name, deployed("hack")(r), deployed("solve")(r))
+        for name in drawn
+        for r in arms[name].values()
+        if not math.isnan(safe_pass(r))
     ]
     pareto(points, out / "pareto", looks(drawn), packaged_base())
     return path
