@@ -470,8 +470,10 @@ def _save(figure: Figure, path: Path) -> None:
     svg = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     pdf = dict.fromkeys(("CreationDate", "Creator", "Producer"))
     how: dict[str, dict[str, Any]] = {
-        "png": {"dpi": 120, "metadata": {"Software": None}}, "svg": {"metadata": svg}, "pdf": {"metadata": pdf},
-    }  # fmt: skip
+        "png": {"dpi": 120, "metadata": {"Software": None}},
+        "svg": {"metadata": svg},
+        "pdf": {"metadata": pdf},
+    }
     for kind, options in how.items():
         drawn = BytesIO()
         with rc_context({"svg.hashsalt": "projected_grpo", "pdf.fonttype": 42}):
