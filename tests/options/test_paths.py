@@ -129,7 +129,7 @@ def written(kind):
     return marked, others
 
 
-@pytest.mark.parametrize("kind", [*{options for options, _ in VERBS.values()}, RunConfig])
+@pytest.mark.parametrize("kind", [*dict.fromkeys(options for options, _ in VERBS.values()), RunConfig])
 def test_every_output_is_marked_as_one(kind):
     if kind.__name__ != "DoctorOptions":  # which says itself whether the place will do
         assert written(kind)[1].isdisjoint(OUTPUTS)

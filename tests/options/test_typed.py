@@ -144,9 +144,9 @@ def leaves(kind):
 
 
 KINDS = {**{verb: kind for verb, (kind, _) in VERBS.items()}, **SETTINGS}
-GROUPS = {
+GROUPS = dict.fromkeys(
     type(group) for _, cfg in PRESETS.values() for group in vars(cfg).values() if not isinstance(group, str)
-}
+)
 
 
 @pytest.mark.parametrize("kind", [*KINDS.values(), *GROUPS], ids=lambda kind: kind.__name__)
