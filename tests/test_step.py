@@ -315,6 +315,11 @@ def test_every_final_problem_has_its_prompt(settings, experiment):
     cut, _ = fit_prompts(data, experiment.chat.tokenizer, longest + 7, 8)
     kept = [p for p in data.final if len(prompts[p.problem_id]) < longest]
     assert list(cut.final) == kept and len(kept) < 5
+    shortest = min(len(prompts[p.problem_id]) for p in data.train)
+    for room, change in ((shortest + 7, "lower --max-new"), (shortest, "another model")):
+        said = rf"the model's {room} positions \(the shortest prompt has {shortest}\); .*{change}"
+        with pytest.raises(UserError, match=said):
+            fit_prompts(data, experiment.chat.tokenizer, room, 8)
 
 
 def test_one_final_evaluation_is_enough_where_nothing_was_routed(begin, monkeypatch):

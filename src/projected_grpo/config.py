@@ -83,7 +83,7 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen weights; `auto` is bfloat16 on a GPU and float32 on a CPU. The adapter is float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """`auto` takes flash-attn on a GPU that has it, else sdpa."""
+    """`auto` takes flash-attn on a GPU that has it, else sdpa, or eager for a model without sdpa."""
     svd_cache: Suppress[Fixed[Path | None]] = Path("out/svd_cache")
     """Folder of cached SVDs, keyed by the hash of each weight; None computes them each time."""
     sampler: Literal["own", "vllm"] = "own"
