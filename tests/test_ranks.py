@@ -315,7 +315,7 @@ def test_a_killed_process_ends_the_run_and_any_number_goes_on(alone, unchecked):
     assert in_processes(2, killed, "killed.txt") == [LOST, -signal.SIGKILL]
     folder = folder_of("killed")
     assert [path.name for path in state_paths(folder)] == ["state_step0002.safetensors"]
-    assert f"train smoke --resume {folder.relative_to(Path.cwd())}" in Path("killed.txt").read_text()
+    assert f"train smoke --resume={folder.relative_to(Path.cwd())}" in Path("killed.txt").read_text()
 
     def stopped(rank):
         if rank == 1:

@@ -20,7 +20,7 @@ from torch import nn
 from arm_lists import CONTROLS_OF, SIGNALS
 from devices import MixedDevices, devices
 from fake_runs import few_pairs
-from projected_grpo import antipasto, concept, extract_vhack_grad
+from projected_grpo import antipasto, concept, experiment, extract_vhack_grad
 from projected_grpo import step as step_module
 from projected_grpo.antipasto import Policy, unwrap, wrap
 from projected_grpo.arm_settings import arm_settings
@@ -29,7 +29,7 @@ from projected_grpo.cli import main
 from projected_grpo.collect import collect
 from projected_grpo.concept import completion_states
 from projected_grpo.config import PRESETS, LossConfig, SamplingConfig
-from projected_grpo.engine import chat, logps, passes
+from projected_grpo.engine import logps, passes
 from projected_grpo.engine.generate import sample
 from projected_grpo.engine.memory import Load, layers_together, loss_memory, predicted_peak, shape_of
 from projected_grpo.engine.placement import even_cuts, outermost_layers, pick_devices, place, values_held
@@ -276,7 +276,7 @@ def run_there(tiny, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack, devices():
         place(model, TWO[:1])
         patch.setattr(antipasto, "TARGETS", {"o_proj", "down_proj"})
-        patch.setattr(chat, "load_model", lambda cfg: (model.eval(), tiny[1]))
+        patch.setattr(experiment, "load_model", lambda cfg: (model.eval(), tiny[1]))
         for module, name in ((step_module, "per_rollout_grads"), (concept, "per_rollout_grads")):
             patch.setattr(module, name, once(getattr(module, name)))
         for name in ("pair_grads", "pair_differences"):

@@ -3,17 +3,15 @@
 import os
 import signal
 import subprocess
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from projected_grpo import rewards, runlog
+from projected_grpo import runlog
 from projected_grpo import train as train_module
 from projected_grpo.cli import main
 from projected_grpo.run.checkpoint import state_paths
-from projected_grpo.sandbox.host import Limits, Sandbox
 from short_runs import command, folder_of, in_a_fork, lines, same_bytes
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -95,11 +93,9 @@ def test_a_killed_grader_changes_nothing(here, whole, monkeypatch):
 
 def test_a_hung_grader_costs_its_answer_and_no_more(here, monkeypatch):
     """The response it was at is graded as failed, a fresh interpreter takes the rest."""
-    limited = replace(Limits(), wall_s=2.0)
     with monkeypatch.context() as patch:
-        patch.setattr(rewards, "Sandbox", partial(Sandbox, limits=limited))
         patch.setattr("projected_grpo.sandbox.host.GRACE_S", 0.5)
         met = meanwhile(patch, 1, signal.SIGSTOP)
-        assert main(command("graderhung", "--steps=3")) == 0
+        assert main(command("graderhung", "--steps=3", "--cpu-seconds=2", "--wall-seconds=2")) == 0
     assert len(met) == 1 and len(lines(folder_of("graderhung"))) == 3
     assert not Path(f"/proc/{met[0]}").exists()

@@ -36,12 +36,17 @@ def is_list(kind: Any) -> bool:
     return get_origin(kind) is tuple
 
 
+def plain(kind: Any) -> Any:
+    """A kind without its marks."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
 def without_none(kind: Any) -> Any:
     """The other half of `X | None`; None for a kind that always has a value."""
     if get_origin(kind) not in (UnionType, Union):
         return None
     (value,) = (each for each in get_args(kind) if each is not type(None))
-    return value
+    return plain(value)
 
 
 def metavar(kind: Any) -> str:
