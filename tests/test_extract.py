@@ -284,15 +284,6 @@ def test_a_field_that_differs_is_named(saved, field):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_basis_says_how_its_pairs_were_written(saved):
-    """Files from before do not, and are taken as they are."""
-    path, made, meta = saved
-    load_extraction(path, meta | {"prompt": "this run's"}, CPU)
-    save_extraction(path, replace(made, meta=meta | {"prompt": "another's"}))
-    with pytest.raises(UserError, match="prompt is"):
-        load_extraction(path, meta | {"prompt": "this run's"}, CPU)
-
-
 def test_the_metadata_follows_model_pairs_and_settings(tiny_policy):
     base = describe(tiny_policy, "a", PAIRS, BasisConfig())
 

@@ -43,7 +43,7 @@ class Linted:
 def lint(loaded: ProblemSet, sandbox: Sandbox) -> list[Linted]:
     """The usable problems of a file, whose solutions are run, then those that are left out."""
     asked = [(p, asking_order(p.task, p.canonical)) for p in loaded.problems]
-    running = [sandbox.submit(main_program(p.task, p.canonical, order)) for p, order in asked]
+    running = [sandbox.submit(main_program(p.task, [p.canonical], order)) for p, order in asked]
     bar = tqdm(zip(asked, running, strict=True), total=len(asked), desc="solutions", disable=None)
     found = [examine(problem, order, outcome.result()) for (problem, order), outcome in bar]
     return found + [Linted(name, left_out=reason) for name, reason in loaded.left_out]
