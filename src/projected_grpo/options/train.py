@@ -9,10 +9,10 @@ import dataclasses
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -21,7 +21,7 @@ from projected_grpo.checks import validate
 from projected_grpo.config import PRESETS, REMOVED, TrainConfig
 from projected_grpo.errors import UserError
 from projected_grpo.options.paths import check_paths
-from projected_grpo.options.typed import VALUES, as_typed, near
+from projected_grpo.options.typed import VALUES, is_tyros, near, read_options, typed_fields
 
 USUAL = (
     *("intervention", "control", "seed", "steps", "model", "problems"),
@@ -31,8 +31,36 @@ DEFAULT_ARM = TrainConfig("").arm.intervention
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:
-    """Read `PRESET [options]`. Raises UserError, or SystemExit where tyro answers (--help, a bad value)."""
-    return _parsed(tuple(argv))
+    """Read `PRESET [options]`. Raises UserError, or SystemExit where tyro answers (--help)."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        if argv:
+            sys.exit(0)
+        raise UserError(f"name a preset: {', '.join(PRESETS)}")
+    preset, *given = argv
+    if preset not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise UserError(f"train {preset}: no such preset{near(preset, list(PRESETS))}; choose from {known}")
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--intervention", nargs="?")
+    named = first.parse_known_args(given)[0].intervention or DEFAULT_ARM
+    arm = settings_type("none" if named.lower() == "none" else named)
+    about, cfg = PRESETS[preset]
+    cfg = dataclasses.replace(cfg, arm=arm())
+    _refuse_unknown(given, cfg)
+    if is_tyros(given):
+        answered(cfg, given, f"{about}\n\n{arm.__doc__}")
+    parts = {name: getattr(cfg, name) for name in _groups(cfg)}
+    kinds = {name: kind for part in parts.values() for name, kind, _ in typed_fields(part.__class__)}
+    values, _ = read_options(given, kinds, (), f"train {preset}")
+    changed = {name.replace("-", "_"): value for name, value in values.items()}
+    own = {
+        group: {f.name: changed[f.name] for f in dataclasses.fields(part) if f.name in changed}
+        for group, part in parts.items()
+    }
+    return dataclasses.replace(
+        cfg, **{group: dataclasses.replace(part, **own[group]) for group, part in parts.items()}
+    )
 
 
 def checked(argv: Sequence[str]) -> TrainConfig:
@@ -53,42 +81,17 @@ def usage() -> str:
     )
 
 
-@lru_cache(512)  # tyro takes a fifth of a second, and a study's plan is a hundred command lines
-def _parsed(argv: tuple[str, ...]) -> TrainConfig:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        if argv:
-            sys.exit(0)
-        raise UserError(f"name a preset: {', '.join(PRESETS)}")
-    preset, *given = argv
-    if preset not in PRESETS:
-        known = ", ".join(PRESETS)
-        raise UserError(f"train {preset}: no such preset{near(preset, list(PRESETS))}; choose from {known}")
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--intervention", nargs="?")
-    named = first.parse_known_args(given)[0].intervention or DEFAULT_ARM
-    arm = settings_type("none" if named.lower() == "none" else named)
-    about, cfg = PRESETS[preset]
-    cfg = dataclasses.replace(cfg, arm=arm())
-    _refuse_unknown(given, cfg)
-    typed = command(cfg)
+def answered(cfg: TrainConfig, given: Sequence[str], about: str) -> NoReturn:
+    """Let tyro show the options, or what else it is asked for. Raises SystemExit."""
     with VALUES:
-        options: Any = tyro.cli(
-            typed,
-            prog=f"projected-grpo train {preset}",
-            description=f"{about}\n\n{arm.__doc__} `--intervention=NAME --help` shows another arm's options.",
-            args=as_typed(given, typed, f"train {preset}"),
+        tyro.cli(
+            command(cfg),
+            prog=f"projected-grpo train {cfg.preset}",
+            description=f"{about} `--intervention=NAME --help` shows another arm's options.",
+            args=list(given),
             config=(tyro.conf.OmitArgPrefixes,),
         )
-    values = {name: value for group in vars(options).values() for name, value in vars(group).items()}
-    parts = {name: getattr(cfg, name) for name in _groups(cfg)}
-    return dataclasses.replace(
-        cfg,
-        **{
-            group: dataclasses.replace(part, **{f.name: values[f.name] for f in dataclasses.fields(part)})
-            for group, part in parts.items()
-        },
-    )
+    sys.exit(0)
 
 
 def _groups(cfg: TrainConfig) -> list[str]:

@@ -1,13 +1,14 @@
 """How options are typed: a list is one word with commas, `none` means no value, a flag takes no value.
 
-What is wrong is told in one line before tyro reads the words. Lists as several words, the form that scripts
-of earlier versions use, are taken too.
+`train` is read here, as a plan of many runs reads it once a run; other verbs by tyro, after what is wrong
+was told in one line. Lists as several words, the form that scripts of earlier versions use, are taken too.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -123,30 +124,48 @@ def lists_and_none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | N
     )
 
 
-def typed_fields(options: type) -> Iterator[tuple[str, Any, bool]]:
+@cache
+def typed_fields(options: type) -> tuple[tuple[str, Any, bool], ...]:
     """Every option of a class and of the classes in it: its name, its kind, and whether it is positional."""
     hints = get_type_hints(options, include_extras=True)
+    found: list[tuple[str, Any, bool]] = []
     for field in fields(options):
         hint = hints[field.name]
         kind, *markers = get_args(hint) if get_origin(hint) is Annotated else [hint]
         if isinstance(kind, type) and is_dataclass(kind):
-            yield from typed_fields(kind)
+            found += typed_fields(kind)
         elif not any(marker in NOT_TYPED for marker in markers):
-            yield field.name.replace("_", "-"), kind, POSITIONAL in markers
+            found.append((field.name.replace("_", "-"), kind, POSITIONAL in markers))
+    return tuple(found)
+
+
+def is_tyros(argv: Sequence[str]) -> bool:
+    """Whether the words ask for help, or for something else that tyro answers."""
+    return any(word in ("-h", "--help") or word.startswith("--tyro-") for word in argv)
 
 
 def as_typed(argv: Sequence[str], options: type, command: str) -> list[str]:
-    """The words with lists in one and `none` in small letters, as tyro is to read them.
+    """The words as tyro is to read them: each option one word, then those that belong to none.
 
+    Raises UserError as `read_options` does.
+    """
+    if is_tyros(argv):
+        return list(argv)
+    found = typed_fields(options)
+    kinds = {name: kind for name, kind, positional in found if not positional}
+    values, alone = read_options(argv, kinds, [kind for _, kind, positional in found if positional], command)
+    return [*flags(values), *alone]
+
+
+def read_options(
+    argv: Sequence[str], kinds: Mapping[str, Any], places: Sequence[Any], command: str
+) -> tuple[dict[str, Any], list[str]]:
+    """The values of the options, and the words that belong to none.
+
+    `kinds`: what each option takes, by name; `places`: what the words of their own are.
     Raises UserError for an option that is unknown, that needs a value or takes none, or whose value is wrong.
     """
-    if {"-h", "--help"} & set(argv):
-        return list(argv)
-    found = list(typed_fields(options))
-    kinds = {name: kind for name, kind, positional in found if not positional}
-    places = [kind for _, kind, positional in found if positional]
-    words, read_words = list(argv), list[str]()
-    alone = list[str]()
+    words, values, alone = list(argv), dict[str, Any](), list[str]()
     while words:
         word = words.pop(0)
         option, equals, value = word.partition("=")
@@ -160,16 +179,16 @@ def as_typed(argv: Sequence[str], options: type, command: str) -> list[str]:
         elif kinds.get(name.removeprefix("no-")) is bool:
             if equals or (words and words[0].lower() in (*YES, *NO)):
                 refuse_value(name, value if equals else words[0])
+            values[name.removeprefix("no-")] = not name.startswith("no-")
         elif name in kinds:
-            word = f"--{name}={value_of(name, kinds[name], [value] if equals else [], words)}"
-        elif not name.startswith("tyro-"):
+            values[name] = value_of(name, kinds[name], [value] if equals else [], words)
+        else:
             known = ["--" + each for each in kinds]
             raise UserError(f"no option {option}{near(option, known)}; `{command} --help` lists all")
-        read_words.append(word)
     for word, kind in zip(alone, places, strict=False):
         if get_origin(kind) is Literal:
             checked(command, kind, word)
-    return read_words
+    return values, alone
 
 
 def refuse_value(option: str, value: str) -> None:
@@ -181,8 +200,8 @@ def refuse_value(option: str, value: str) -> None:
     raise UserError(f"--{option} takes no value, got {value!r}: write {meant}")
 
 
-def value_of(name: str, kind: Any, given: list[str], words: list[str]) -> str:
-    """An option's value in one word; those that stand behind it are taken from `words`."""
+def value_of(name: str, kind: Any, given: list[str], words: list[str]) -> Any:
+    """An option's value; the words that stand behind it are taken from `words`."""
     if not given:
         if not words or words[0].startswith("--"):
             raise UserError(f"--{name} needs a value: {metavar(kind)}")
@@ -192,8 +211,7 @@ def value_of(name: str, kind: Any, given: list[str], words: list[str]) -> str:
         while words and not words[0].startswith("--") and is_next(given, words[0], pairs):
             given.append(words.pop(0))
     text = ",".join(word.strip(",") for word in given) if is_list(kind) else given[0]
-    value = checked(f"--{name}", kind, text)
-    return written(value) if is_list(kind) or value is None or text.lower() == "none" else text
+    return checked(f"--{name}", kind, text)
 
 
 def checked(what: str, kind: Any, text: str) -> Any:
