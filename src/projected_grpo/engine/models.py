@@ -2,7 +2,7 @@
 
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -115,6 +115,19 @@ def too_long(shortest: int, max_new: int, room: int) -> UserError:
         f"every prompt plus --max-new {max_new} is longer than {most} (the shortest prompt has {shortest}); "
         f"{change}"
     )
+
+
+def too_long_ones(sizes: Mapping[str, int], max_new: int, room: int) -> set[str]:
+    """The prompts, by name, that leave no room for a completion; a warning tells their number.
+
+    `sizes`: tokens of each prompt. Raises UserError if none is left.
+    """
+    skipped = {name for name, size in sizes.items() if size + max_new > room}
+    if len(skipped) == len(sizes):
+        raise too_long(min(sizes.values()), max_new, room)
+    if skipped:
+        logger.warning("{} prompts skipped: with --max-new {} over {} tokens", len(skipped), max_new, room)
+    return skipped
 
 
 def _tiny_random(config: Any, attention: str | None) -> nn.Module:

@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loguru import logger
 from tqdm import tqdm
 
 from projected_grpo.engine.chat import Chat
-from projected_grpo.engine.models import encode_chat, room_of, too_long
+from projected_grpo.engine.models import Loaded, encode_chat, room_of, too_long_ones
 from projected_grpo.errors import UserError
 from projected_grpo.evaluate import Samples, evaluate
 from projected_grpo.options.verbs import PoolSampling
@@ -49,32 +48,26 @@ def sample_pool(
     """Sample and grade the prompts that are not there yet; those that are stay as they are, labels included.
 
     Returns counts of what was made now: rows, hacked, correct. A row depends on (seed, problem, row) alone.
-    Raises UserError if no prompt leaves room for a completion, or the folder holds something else.
+    Raises UserError if the folder holds something else.
     """
-    fitting = fitting_prompts(chat, problems, how.max_new)
     begin(folder, made_with)
     counts: Counter[str] = Counter()
-    todo = [p for p in fitting if not prompt_path(folder, p).exists()]
+    todo = [p for p in problems if not prompt_path(folder, p).exists()]
     samples = Samples(how.sampler, how.samples, how.seed)
-    with tqdm(total=len(fitting), initial=len(fitting) - len(todo), desc="sampling", disable=None) as bar:
+    with tqdm(total=len(problems), initial=len(problems) - len(todo), desc="sampling", disable=None) as bar:
         for start in range(0, len(todo), how.batch):
             batch = todo[start : start + how.batch]
             drawn = evaluate(chat, grader, batch, samples, ablate_quarantine=False)
             for problem, texts, grades in zip(drawn.problems, drawn.texts, drawn.grades, strict=True):
                 counts += write_prompt(folder, problem, texts, grades)
                 bar.update()
-    write_partition(folder, fitting)
+    write_partition(folder, problems)
     return counts
 
 
-def fitting_prompts(chat: Chat, problems: Sequence[Problem], max_new: int) -> list[Problem]:
+def fitting_prompts(loaded: Loaded, problems: Sequence[Problem], max_new: int) -> list[Problem]:
     """The problems whose prompts leave room for a completion. Raises UserError if there is none."""
-    room = room_of(chat.policy.model)
-    sizes = [len(encode_chat(chat.tokenizer, p.messages)) for p in problems]
-    fitting = [p for p, size in zip(problems, sizes, strict=True) if size + max_new <= room]
-    if not fitting:
-        raise too_long(min(sizes), max_new, room)
-    if len(fitting) < len(problems):
-        skipped = len(problems) - len(fitting)
-        logger.warning("{} prompts skipped: longer than {} - max_new tokens", skipped, room)
-    return fitting
+    model, tokenizer = loaded
+    sizes = {p.problem_id: len(encode_chat(tokenizer, p.messages)) for p in problems}
+    skipped = too_long_ones(sizes, max_new, room_of(model))
+    return [p for p in problems if p.problem_id not in skipped]

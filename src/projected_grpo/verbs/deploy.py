@@ -8,7 +8,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from loguru import logger
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -17,7 +16,7 @@ from projected_grpo.config import EMBEDDED, NANO, EnvMode, ProblemConfig, Sampli
 from projected_grpo.deploy.export import check_out, export, read_facts
 from projected_grpo.deploy.trained import Source, file_hash, find_source, model_settings, open_source
 from projected_grpo.engine.chat import Chat, sampler_opener
-from projected_grpo.engine.models import Loaded, encode_chat, load_model, positions, too_long
+from projected_grpo.engine.models import Loaded, encode_chat, load_model, positions, too_long_ones
 from projected_grpo.errors import UserError
 from projected_grpo.evaluate import Evaluation, Samples, evaluate
 from projected_grpo.experiment import SPLIT_SEED, give_modes
@@ -164,20 +163,15 @@ def fitting(asked: Asked, loaded: Loaded, max_new: int) -> tuple[Asked, list[str
     """The problems whose prompts leave the model room for max_new tokens, and the ids of the others."""
     model, tokenizer = loaded
     config: Any = model.config
-    room = positions(config)
     sizes = {
         same[0].problem_id: max(len(encode_chat(tokenizer, p.messages)) for p in same)
         for same in zip(*asked.values(), strict=True)
     }
-    skipped = [name for name, size in sizes.items() if size + max_new > room]
-    if len(skipped) == len(sizes):
-        raise too_long(min(sizes.values()), max_new, room)
-    if skipped:
-        logger.warning("{} prompts skipped: with --max-new {} over {} tokens", len(skipped), max_new, room)
+    skipped = too_long_ones(sizes, max_new, positions(config))
     left = {
         name: tuple(p for p in problems if p.problem_id not in skipped) for name, problems in asked.items()
     }
-    return left, skipped
+    return left, [name for name in sizes if name in skipped]
 
 
 def measure(

@@ -14,7 +14,7 @@ from projected_grpo.antipasto import weights_digest
 from projected_grpo.config import ProblemConfig
 from projected_grpo.deploy.trained import file_hash
 from projected_grpo.engine.chat import Chat, open_chat, sampler_opener
-from projected_grpo.engine.models import encode_chat
+from projected_grpo.engine.models import encode_chat, load_model
 from projected_grpo.engine.placement import pick_devices, pick_dtype
 from projected_grpo.errors import UserError, goes_on
 from projected_grpo.experiment import SPLIT_SEED
@@ -26,7 +26,7 @@ from projected_grpo.options.verbs import (
 )
 from projected_grpo.pools import bake, join, load_pool, pool_report, prompt_path, report_table, teacher_of
 from projected_grpo.prepare.grade_file import Comparison, as_line, disagreement_tables
-from projected_grpo.prepare.sample_pool import sample_pool
+from projected_grpo.prepare.sample_pool import fitting_prompts, sample_pool
 from projected_grpo.problems import Problem, digest, is_eval, read_jsonl, read_problems, take
 from projected_grpo.rewards import open_grader
 from projected_grpo.run.checkpoint import load_adapter
@@ -76,12 +76,14 @@ def pool_sample_verb(options: PoolSampleOptions) -> int:
     adapter = adapter_hash(options.adapter)
     with ExitStack() as stack:
         grader = open_grader(options.grader, stack)
-        chat = open_chat(options.model, open_sampler)
+        loaded = load_model(options.model)
+        fitting = fitting_prompts(loaded, problems, options.how.max_new)
+        chat = open_chat(options.model, open_sampler, loaded)
         made_with = sampled_with(options, chat, problems) | {"adapter": adapter}
         if options.adapter is not None:
             load_adapter(options.adapter, chat.policy)
         with goes_on():
-            counts = sample_pool(options.out, made_with, chat, grader, problems, options.how)
+            counts = sample_pool(options.out, made_with, chat, grader, fitting, options.how)
     counted = ", ".join(f"{name} {counts[name]}" for name in ("rows", "hacked", "correct"))
     print(f"{options.out}: {len(load_pool(options.out))} prompts; made now: {counted}")
     return 0

@@ -121,7 +121,7 @@ def drawn(
         )
     own = NANO_PRESET.sampling.max_new if named(on, model) == NANO else OTHERS_MAX_NEW
     max_new = on.max_new or own
-    held_out = fitting_prompts(chat, held_out, max_new)
+    held_out = fitting_prompts((chat.policy.model, chat.tokenizer), held_out, max_new)
     sampling = SamplingConfig(max_new=max_new, temperature=on.temperature, top_p=1.0, top_k=0)
     how = Samples(sampling, max(2, on.rollouts // len(held_out)), on.seed, tokens_at_once=131072)
     with ExitStack() as stack:
