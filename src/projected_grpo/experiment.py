@@ -145,7 +145,7 @@ def bake_once(problems: Sequence[Problem], pools: Path, grader: Grader) -> Path:
     if not (folder / "partition.json").exists():
         counts = bake(problems, grader, folder)
         logger.info(
-            "baked a teacher pool of {rows} rows ({hacked} hacked, {correct} correct) in {folder}",
+            "made a teacher pool from templates, {rows} rows ({hacked} hacked, {correct} correct): {folder}",
             **counts,
             folder=folder,
         )

@@ -454,8 +454,8 @@ def open_grader(how: GraderConfig, stack: ExitStack, *, any_fence: bool = False)
     active = ", ".join(name for name, state in sandbox.layers.items() if state is True)
     missing = ", ".join(f"{name} ({reason})" for name, reason in sandbox.missing.items())
     if missing and how.sandbox == "strict":
-        raise UserError(f"--sandbox=strict: not contained by {missing}; docs/grader.md says what each needs")
-    logger.info("grader contained by: {}", active or "nothing")
+        raise UserError(f"--sandbox=strict: the sandbox lacks {missing}; docs/grader.md says what each needs")
+    logger.info("completions run in a sandbox of: {}", active or "nothing")
     if missing:
         warn_uncontained(missing)
     return Grader(sandbox, REMEMBERED, any_fence=any_fence)
@@ -464,4 +464,4 @@ def open_grader(how: GraderConfig, stack: ExitStack, *, any_fence: bool = False)
 @cache
 def warn_uncontained(missing: str) -> None:
     """Once per process, however many graders it opens."""
-    logger.warning("grader not contained by: {} (docs/grader.md says what that leaves open)", missing)
+    logger.warning("the sandbox lacks: {} (docs/grader.md says what that leaves open)", missing)
