@@ -48,7 +48,7 @@ def emergence_verdict(arms: Arms, base: Mapping[str, float]) -> str:
     learnt = sum(deployed("solve", INSTANCES)(r) > base["solve"] for r in honest)
     return (
         f"emergence from {base['hack']:.3f} in {emerged} of {len(none)} seeds (asked: 9 of 10): "
-        f"{'HOLDS' if holds else 'not shown'}; gt_only ends with a hack rate under {EMERGED_FROM} in {clean} "
+        f"{'HOLDS' if holds else 'not shown'}. gt_only ends with a hack rate under {EMERGED_FROM} in {clean} "
         f"of {len(honest)} seeds and solves more held-out instances than the base model in {learnt}"
     )
 
