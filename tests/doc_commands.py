@@ -80,16 +80,3 @@ def scripts(text: str) -> dict[str, str]:
         if language == "python" and re.fullmatch(r"# [\w/]+\.py", first):
             found[first[2:]] = content
     return found
-
-
-def edits(text: str) -> Iterator[tuple[str, str, str]]:
-    """(file, before, after) of every hunk of the diff blocks: `--- FILE`, then hunks between lines `@@`."""
-    for language, content in blocks(text):
-        if language != "diff":
-            continue
-        head, _, body = content.partition("\n")
-        for hunk in body.split("@@\n"):
-            lines = hunk.splitlines()
-            before = "\n".join(line[1:] for line in lines if not line.startswith("+"))
-            after = "\n".join(line[1:] for line in lines if not line.startswith("-"))
-            yield head.removeprefix("--- "), before, after

@@ -9,10 +9,19 @@
     haar_matched    random directions, as much energy removed
     random_routing  as many rollouts routed, at random
     shrink          vanilla's step, and as large a share of it routed
+
+An arm can also be in a file of the user's (`--arm-file`), which says `SETTINGS`, the class of its options,
+and `ARM`, the record of its stages. The file is run, so it can do whatever Python can.
 """
 
+import sys
+import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from projected_grpo.errors import UserError
@@ -40,6 +49,8 @@ class ArmSettings:
     control: str = "none"
     """What stands in for the direction, so that a claim about it can fail (docs/arms.md); drawn by the
     seed."""
+    arm_file: Path | None = None
+    """A Python file with an arm of your own (docs/howto/own_arm.md)."""
     half_a: tuple[Detector, ...] = ()
     """Detectors the basis was built from: C (the tests pass a stub), D (the canonical solution fails them),
     E (they pass on the own solution). Splits student hacks into HACK_A (one of these fires) and HACK_B
@@ -370,3 +381,66 @@ def settings_type(intervention: object) -> type[ArmSettings]:
 def arm_settings(intervention: str = "erase", **values: Any) -> ArmSettings:
     """The settings of an arm, its defaults but for these. Raises TypeError for an option it does not have."""
     return settings_type(intervention)(**values)
+
+
+# An arm of the user's own
+
+MODULE = "projected_grpo_arm_file"  # how Python knows what the file defines, with the file's name behind it
+
+
+@dataclass(frozen=True)
+class OwnArm:
+    """What an arm file says. `arm` is an `Arm` (arms/stages.py), which is not imported here for its torch."""
+
+    name: str
+    settings: type[ArmSettings]
+    arm: Any
+
+
+def settings_of(intervention: object, file: Path | None) -> type[ArmSettings]:
+    """The options of an arm of the package, or of the one in `file`. Raises UserError if there is none."""
+    if file is None:
+        return settings_type(intervention)
+    own = read_arm(file.absolute())
+    if intervention not in (None, own.name):
+        raise UserError(f"--intervention {intervention}: the arm of {file} is called {own.name}")
+    return own.settings
+
+
+@cache
+def read_arm(file: Path) -> OwnArm:
+    """The arm in a file. Raises UserError saying by line or name what is wrong in it."""
+    module = module_of(file)
+    for name in ("SETTINGS", "ARM"):
+        if not hasattr(module, name):
+            raise UserError(f"{file}: defines no {name}; docs/howto/own_arm.md has a whole arm file")
+    kind = module.SETTINGS
+    if not (isinstance(kind, type) and issubclass(kind, ArmSettings) and is_dataclass(kind)):
+        raise UserError(f"{file}: SETTINGS must be a dataclass made from ArmSettings, not {kind!r}")
+    for field in fields(kind):
+        if field.default is MISSING and field.default_factory is MISSING:
+            raise UserError(f"{file}: {kind.__name__}.{field.name} has no default; every option needs one")
+    name = kind().intervention
+    if not name.isidentifier():
+        raise UserError(f"{file}: {kind.__name__}.intervention must be the arm's name, not {name!r}")
+    if name in SETTINGS:
+        raise UserError(f"{file}: {name} is an arm of the package; give {kind.__name__} another intervention")
+    return OwnArm(name, kind, module.ARM)
+
+
+def module_of(file: Path) -> ModuleType:
+    """The file as a module. Raises UserError with the line of the file that failed."""
+    spec = spec_from_file_location(f"{MODULE}_{file.stem}", file)
+    if not file.is_file() or spec is None or spec.loader is None:
+        raise UserError(f"--arm-file {file}: no such Python file (its name must end in .py)")
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and type hints look things up
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(file)), 0)
+        raise UserError(f"{file}:{line}: {type(error).__name__}: {error}") from error
+    return module

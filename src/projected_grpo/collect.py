@@ -12,7 +12,7 @@ from torch import Tensor
 
 from projected_grpo.arm_settings import Detector, MonitorSettings
 from projected_grpo.arms.stages import Evidence
-from projected_grpo.arms.table import ARMS
+from projected_grpo.arms.table import arm_of
 from projected_grpo.config import EnvMode, TrainConfig, left_out, teacher_rows
 from projected_grpo.engine.models import decode
 from projected_grpo.experiment import Experiment
@@ -152,7 +152,7 @@ def assemble(
 
 def gather_evidence(cfg: TrainConfig, data: Collected, step: int) -> Evidence:
     """The labels of a step's rollouts that the arm declares, and no others."""
-    reads = ARMS[cfg.arm.intervention].reads(cfg.arm)
+    reads = arm_of(cfg.arm).reads(cfg.arm)
     detectors = cfg.arm.half_a or DEFAULT_ANCHORS
     accuracy = cfg.arm.monitor_accuracy if isinstance(cfg.arm, MonitorSettings) else 1.0
     return Evidence(

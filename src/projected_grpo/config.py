@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import Fixed, Suppress
 
-from projected_grpo.arm_settings import SETTINGS, ArmSettings, EraseSettings, settings_type
+from projected_grpo.arm_settings import SETTINGS, ArmSettings, EraseSettings, settings_of
 from projected_grpo.errors import UserError
 
 FILE_WRITTEN, FOLDER_WRITTEN = "file that is written", "folder that is written"
@@ -422,7 +422,8 @@ def from_json(data: object, *, older: bool = False) -> TrainConfig:
             raise TypeError("its settings are no JSON object")
         _same_names(set(data), {*groups, "preset"}, {"preset"} if older else None)
         if isinstance(data.get("arm"), Mapping):
-            groups["arm"] = settings_type(data["arm"].get("intervention", "erase"))
+            file = data["arm"].get("arm_file")
+            groups["arm"] = settings_of(data["arm"].get("intervention", "erase"), file and Path(file))
         parts = {
             group: _group_from_json(group, kind, data.get(group, {}), older) for group, kind in groups.items()
         }

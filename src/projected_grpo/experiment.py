@@ -13,7 +13,7 @@ from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.arm_settings import ArmSettings
-from projected_grpo.arms.table import ARMS
+from projected_grpo.arms.table import arm_of
 from projected_grpo.config import (
     EnvMode,
     TrainConfig,
@@ -116,7 +116,7 @@ def give_modes(
 def check_left_out(cfg: TrainConfig, train: Sequence[Problem], teacher: Teacher) -> None:
     """Refuse a --leave-out that leaves out nothing, or a pool that may teach what is left out."""
     hidden = left_out(cfg.basis)
-    if hidden and "oracle" in ARMS[cfg.arm.intervention].reads(cfg.arm):
+    if hidden and "oracle" in arm_of(cfg.arm).reads(cfg.arm):
         raise UserError(
             f"--leave-out {','.join(hidden)}: {cfg.arm.intervention} reads the oracle, which knows every mode"
         )
@@ -136,7 +136,7 @@ def check_left_out(cfg: TrainConfig, train: Sequence[Problem], teacher: Teacher)
 
 def prompted(data: Data, arm: ArmSettings) -> Data:
     """The arm's prompt stage: it changes what is trained on, never what is evaluated on."""
-    return replace(data, train=tuple(ARMS[arm.intervention].prompt(p, arm) for p in data.train))
+    return replace(data, train=tuple(arm_of(arm).prompt(p, arm) for p in data.train))
 
 
 def bake_once(problems: Sequence[Problem], pools: Path, grader: Grader) -> Path:

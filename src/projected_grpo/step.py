@@ -27,7 +27,7 @@ from projected_grpo.arms.erase import split_by_arm
 from projected_grpo.arms.gate import Anchors, Draws
 from projected_grpo.arms.route2 import find_anchors
 from projected_grpo.arms.stages import DeployInput, RewardInput, Update
-from projected_grpo.arms.table import ARMS, intervene, shape
+from projected_grpo.arms.table import arm_of, intervene, shape
 from projected_grpo.collect import Collected, collect, gather_evidence
 from projected_grpo.concept import Concept, concept_scores, fit_concept, gradient_scores
 from projected_grpo.experiment import Experiment
@@ -98,7 +98,7 @@ def score_rollouts(
 def loss_grads(exp: Experiment, step: int, data: Collected, advantage: Float[Tensor, " n"]) -> RolloutGrads:
     """Gradients of the step's loss, a row per rollout or per source; each process runs its share."""
     cfg = exp.cfg
-    per_rollout = ARMS[cfg.arm.intervention].per_rollout
+    per_rollout = arm_of(cfg.arm).per_rollout
     with exp.ranks.together():
         grads = per_rollout_grads(
             exp.chat.policy,
@@ -140,7 +140,7 @@ def gradient_stage(
 ) -> Update:
     """What the arm makes of the gradients: the part to keep and the part to route."""
     device, split_every = exp.chat.policy.device, exp.cfg.evaluation.cos_pre_split_every
-    per_rollout = ARMS[exp.cfg.arm.intervention].per_rollout  # else rows are sums, to which no score belongs
+    per_rollout = arm_of(exp.cfg.arm).per_rollout  # else rows are sums, to which no score belongs
     order = random_order(len(data.rollouts), exp.cfg.run.seed, state.step).to(device)
     return intervene(
         grads.rows,
@@ -240,7 +240,7 @@ def as_deployed(exp: Experiment, state: TrainState) -> Iterator[None]:
     What the policy does as trained stays; afterwards the adapter parameters are what they were.
     """
     layers = exp.chat.policy.layers
-    leaving = ARMS[exp.cfg.arm.intervention].deploy(
+    leaving = arm_of(exp.cfg.arm).deploy(
         DeployInput(exp.chat.policy.deltas(ablate_quarantine=True), state.basis, exp.cfg.arm, state.frames)
     )
     before = {m: (layers[m].delta_s.detach().clone(), layers[m].delta_hack.detach().clone()) for m in leaving}

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from projected_grpo.antipasto import block_name
-from projected_grpo.arm_settings import ArmSettings
+from projected_grpo.arm_settings import ArmSettings, read_arm
 from projected_grpo.arms.absorb import ABSORB
 from projected_grpo.arms.advmod import ADVMOD
 from projected_grpo.arms.erase import ERASE, ROUTE
@@ -38,6 +38,7 @@ from projected_grpo.arms.stages import (
     Update,
     measured,
 )
+from projected_grpo.errors import UserError
 from projected_grpo.proj import HackBasis
 
 Labels = Literal["none", "teacher", "detectors", "oracle"]
@@ -56,9 +57,21 @@ ARMS: Mapping[str, Arm] = {
 }
 
 
+def arm_of(settings: ArmSettings) -> Arm:
+    """The record of an arm, of the table or of the user's file. Raises UserError if the file has none."""
+    if settings.arm_file is None:
+        return ARMS[settings.intervention]
+    arm = read_arm(settings.arm_file).arm
+    if not isinstance(arm, Arm):
+        raise UserError(
+            f"{settings.arm_file}: ARM must be an Arm (arms/stages.py), not of type {type(arm).__name__}"
+        )
+    return arm
+
+
 def strongest_label(settings: ArmSettings) -> Labels:
     """What an arm declares, in one word. Detector D runs the canonical solution: an oracle."""
-    reads = ARMS[settings.intervention].reads(settings)
+    reads = arm_of(settings).reads(settings)
     if "oracle" in reads or ("detectors" in reads and "D" in settings.half_a):
         return "oracle"
     return "detectors" if "detectors" in reads else "teacher" if "teacher" in reads else "none"
@@ -66,7 +79,7 @@ def strongest_label(settings: ArmSettings) -> Labels:
 
 def shape(x: RewardInput) -> Shaped:
     """An arm's reward stage. Raises LabelLeak if the evidence holds more than the arm declares."""
-    arm = ARMS[x.settings.intervention]
+    arm = arm_of(x.settings)
     _refuse(x.evidence.kinds() - arm.reads(x.settings), x.settings)
     return arm.reward(x)
 
@@ -89,7 +102,7 @@ def intervene(
     route leave it as it is; route2 needs none. Raises FloatingPointError on a gradient that is not finite,
     LabelLeak on anchors that the arm does not declare.
     """
-    arm = ARMS[settings.intervention]
+    arm = arm_of(settings)
     if anchors is not None:
         _refuse(anchors.labels(is_teacher) - arm.reads(settings), settings)
     sums = {name: g.sum(0) for name, g in rows.items()}

@@ -16,12 +16,12 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
-from projected_grpo.arm_settings import SETTINGS, settings_type
+from projected_grpo.arm_settings import SETTINGS, ArmSettings, settings_of
 from projected_grpo.checks import validate
 from projected_grpo.config import PRESETS, REMOVED, TrainConfig
 from projected_grpo.errors import UserError
 from projected_grpo.options.paths import check_paths
-from projected_grpo.options.typed import VALUES, is_tyros, near, read_options, typed_fields
+from projected_grpo.options.typed import VALUES, can_be_typed, is_tyros, near, read_options, typed_fields
 
 USUAL = (
     *("intervention", "control", "seed", "steps", "model", "problems"),
@@ -41,12 +41,11 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     if preset not in PRESETS:
         known = ", ".join(PRESETS)
         raise UserError(f"train {preset}: no such preset{near(preset, list(PRESETS))}; choose from {known}")
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--intervention", nargs="?")
-    named = first.parse_known_args(given)[0].intervention or DEFAULT_ARM
-    arm = settings_type("none" if named.lower() == "none" else named)
+    arm, file = _arm_of(given)
     about, cfg = PRESETS[preset]
     cfg = dataclasses.replace(cfg, arm=arm())
+    if file is not None:
+        _refuse_options(cfg, file)
     _refuse_unknown(given, cfg)
     if is_tyros(given):
         answered(cfg, given, f"{about}\n\n{arm.__doc__}")
@@ -54,6 +53,8 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     kinds = {name: kind for part in parts.values() for name, kind, _ in typed_fields(part.__class__)}
     values, _ = read_options(given, kinds, (), f"train {preset}")
     changed = {name.replace("-", "_"): value for name, value in values.items()}
+    if file is not None:
+        changed["arm_file"] = file.absolute()  # a run can be gone on with from anywhere
     own = {
         group: {f.name: changed[f.name] for f in dataclasses.fields(part) if f.name in changed}
         for group, part in parts.items()
@@ -61,6 +62,34 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     return dataclasses.replace(
         cfg, **{group: dataclasses.replace(part, **own[group]) for group, part in parts.items()}
     )
+
+
+def _arm_of(given: Sequence[str]) -> tuple[type[ArmSettings], Path | None]:
+    """The settings of the arm that these words name, and the file it is from."""
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--intervention", nargs="?")
+    first.add_argument("--arm-file", "--arm_file", nargs="?")
+    found = first.parse_known_args(given)[0]
+    named = "none" if (found.intervention or "").lower() == "none" else found.intervention
+    if found.arm_file and found.arm_file.lower() != "none":
+        file = Path(found.arm_file).expanduser()
+        return settings_of(named, file), file
+    return settings_of(named or DEFAULT_ARM, None), None
+
+
+def _refuse_options(cfg: TrainConfig, file: Path) -> None:
+    """Raises UserError for an arm file's option that cannot be typed, or has another option's name."""
+    own: Any = type(cfg.arm)
+    for name, kind, _ in typed_fields(own):
+        if not can_be_typed(kind):
+            raise UserError(
+                f"{file}: {name.replace('-', '_')} is of a type that no option has; take bool, int, float, "
+                "str, Path, Literal[...], tuple[..., ...] of one of these, or one of these | None"
+            )
+    groups = [getattr(cfg, group) for group in _groups(cfg) if group != "arm"]
+    others = {f.name for group in groups for f in dataclasses.fields(group)}
+    for name in others & {f.name for f in dataclasses.fields(own)}:
+        raise UserError(f"{file}: every run has an option {name}; give this one another name")
 
 
 def checked(argv: Sequence[str]) -> TrainConfig:

@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
@@ -48,6 +48,15 @@ def without_none(kind: Any) -> Any:
         return None
     (value,) = (each for each in get_args(kind) if each is not type(None))
     return plain(value)
+
+
+def can_be_typed(kind: Any) -> bool:
+    """Whether `read` knows this kind of value."""
+    if is_list(kind):
+        return can_be_typed(get_args(kind)[0]) and get_args(kind)[1:] == (...,)
+    if get_origin(kind) in (UnionType, Union):
+        return len(get_args(kind)) == 2 and NoneType in get_args(kind) and can_be_typed(without_none(kind))
+    return kind is bool or get_origin(kind) is Literal or kind in SHOWN
 
 
 def metavar(kind: Any) -> str:

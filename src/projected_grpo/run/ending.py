@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from projected_grpo.arm_settings import AdvmodSettings, MonitorSettings
 from projected_grpo.arms.stages import as_it_is, as_paid, nothing
-from projected_grpo.arms.table import ARMS
+from projected_grpo.arms.table import arm_of
 from projected_grpo.config import NANO, TINY_RANDOM, TrainConfig
 from projected_grpo.options.typed import flags
 from projected_grpo.run.identity import arm_name, given
@@ -182,7 +182,7 @@ def check_of_quarantine(cfg: TrainConfig, s: Mapping[str, Any]) -> Check:
     norm, name = s["delta_hack_norm"], quarantine_name(cfg)
     if cfg.arm.intervention in ("route", "route2", "absorb"):
         holds, what = "parameters that deployment deletes", "nothing was routed"
-    elif ARMS[cfg.arm.intervention].deploy is not nothing:
+    elif arm_of(cfg.arm).deploy is not nothing:
         holds, what = "taken out of delta_s at deployment", "nothing in delta_s lay hack-ward"
     else:
         return norm == 0, f"{name} {norm:.2e}: " + (
@@ -196,7 +196,7 @@ def checks_of_rewards(
     cfg: TrainConfig, s: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> list[Check]:
     """Those of an arm that shapes rewards, or trains on other prompts."""
-    arm, name = ARMS[cfg.arm.intervention], cfg.arm.intervention
+    arm, name = arm_of(cfg.arm), cfg.arm.intervention
     if arm.prompt is not as_it_is:
         within, without = s["hack_rate_student"] or 0.0, s["hack_deploy"] or 0.0
         found = (

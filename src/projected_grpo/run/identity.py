@@ -106,7 +106,7 @@ def tags(cfg: TrainConfig, but: Sequence[str] = ()) -> dict[str, list[str]]:
 
     `but`: options that are shown elsewhere.
     """
-    shown_already = {"intervention", "control", "seed", *but}
+    shown_already = {"intervention", "control", "seed", "arm_file", *but}
     return {
         group: [
             f"{SHORT.get(name, name)}={shown(value)}"

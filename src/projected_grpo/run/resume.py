@@ -156,11 +156,9 @@ def resume(cfg: TrainConfig, folder: Path, ranks: Ranks, stack: ExitStack) -> Op
     run = Run(cfg, folder)
     saved = newest_state(run)
     exp, state = set_up(cfg, ranks, stack)
-    for field in ("weights", "pairs"):
+    for field in ("weights", "pairs", "arm"):
         if saved.facts.get("meta", {}).get(field) != state.meta.get(field):
-            raise UserError(
-                f"--resume: the {field} of {folder} have changed since; it cannot go on with others"
-            )
+            raise UserError(f"--resume: the {field} of {folder} changed since; it cannot go on with others")
     if saved.facts.get("data") != data_digest(exp.data):
         raise UserError(
             f"--resume: the problems or the pool of {folder} have changed since; it needs its own"

@@ -1,5 +1,6 @@
 """A new run: everything as it is before the first step, and its folder."""
 
+import hashlib
 import importlib
 import shlex
 import sys
@@ -29,7 +30,15 @@ from projected_grpo.ranks import Ranks
 from projected_grpo.run.checkpoint import load_adapter, read_adapter_meta
 from projected_grpo.run.folder import Run, prompt_facts
 from projected_grpo.run.identity import run_id
-from projected_grpo.runlog import git_commit, lock_folder, make_run_dir, start_logging, versions, write_json
+from projected_grpo.runlog import (
+    git_commit,
+    lock_folder,
+    make_run_dir,
+    start_logging,
+    versions,
+    write_atomically,
+    write_json,
+)
 from projected_grpo.state import TrainState
 from projected_grpo.step import adapter_parameters, current_direction
 
@@ -79,6 +88,8 @@ def start_run(asked: TrainConfig, ranks: Ranks, stack: ExitStack) -> Opened:
     start_logging(cfg.run.log_dir / f"{run.folder.name}.log")
     made = {"run_id": run.folder.name, **provenance(ranks), "prompts": prompt_facts(exp)}
     write_json(run.folder / "config.json", made | {"config": to_json(cfg)})
+    if cfg.arm.arm_file is not None:
+        write_atomically(run.folder / "arm.py", cfg.arm.arm_file.read_bytes())
     run.show_live(view, stack)
     return run, exp, state
 
@@ -112,7 +123,10 @@ def start_state(exp: Experiment) -> TrainState:
     scored = cfg.arm.scored_by is not None
     concept = Concept(current_direction(exp), torch.empty(0)) if scored else None
     gate = start_gate(exp, basis, extraction.grads, concept)
-    return TrainState(optimizer, basis, gate, extraction.meta, frames, concept)
+    meta = dict(extraction.meta)
+    if cfg.arm.arm_file is not None:
+        meta["arm"] = hashlib.blake2b(cfg.arm.arm_file.read_bytes()).hexdigest()
+    return TrainState(optimizer, basis, gate, meta, frames, concept)
 
 
 def start_gate(
