@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -578,6 +579,20 @@ def test_bad_options_are_told_in_one_line(here, finished, capsys, options, words
 def test_the_missing_benchmark_is_told_in_one_line(here, capsys):
     told = refused(["train", "fast", "--model=tiny-random", "--device=cpu"], capsys)
     assert "external/rl-rewardhacking" in told and "--problems" in told
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("cuda", "why"), [(None, "it is a build for CPUs"), ("13.0", "is the driver new enough for CUDA 13.0?")]
+)
+@pytest.mark.parametrize("preset", ["fast", "full"])
+def test_a_preset_for_a_gpu_does_not_fall_back_to_the_cpu(here, capsys, monkeypatch, preset, cuda, why):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    told = refused(["train", preset, "--model=tiny-random"], capsys)
+    assert f"{preset} is for a GPU" in told and why in told and "--device=cpu" in told
+    for device, status in (("auto", "FAIL"), ("cpu", "OK")):
+        main(["doctor", f"--preset={preset}", "--model=tiny-random", "--no-dry-run", f"--device={device}"])
+        assert re.search(rf"^{status} +device ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_an_empty_pool(here, finished, tmp_path, capsys):

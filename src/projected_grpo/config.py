@@ -359,6 +359,7 @@ PRESETS: Mapping[str, tuple[str, TrainConfig]] = {
     "fast": ("Qwen3-4B, 60 steps of 4 x 8 rollouts of 512 tokens: one GPU of 48 GB or more.", FAST),
     "full": ("Qwen3-4B, 200 steps of 43 x 6 rollouts of 1024 tokens: one 96 GB GPU.", FULL),
 }
+GPU_GB = {"fast": 48.0, "full": 96.0}  # of the machines that presets are meant for (GB, 1e9 bytes)
 
 
 # Before an arm had settings of its own, each run's file had those of all arms.

@@ -24,6 +24,7 @@ from projected_grpo.config import (
 )
 from projected_grpo.engine.chat import Chat, open_chat, sampler_opener
 from projected_grpo.engine.models import encode_chat, load_model, room_of, too_long
+from projected_grpo.engine.placement import refuse_cpu
 from projected_grpo.errors import UserError
 from projected_grpo.pairs import PairSet, chosen_pairs
 from projected_grpo.pools import NO_TEACHER, Teacher, TeacherRow, bake, baked_completions, teacher_of
@@ -209,6 +210,7 @@ def prepare(cfg: TrainConfig, stack: ExitStack, ranks: Ranks = ALONE) -> Experim
     cannot take these prompts before its weights are decomposed."""
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
+    refuse_cpu(cfg.preset, cfg.model.device)
     open_sampler = sampler_opener(cfg.model, ranks.size)
     pairs = chosen_pairs(cfg.basis)
     grader = open_grader(replace(cfg.run, workers=cfg.run.workers or ranks.cores), stack)

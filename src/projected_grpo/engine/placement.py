@@ -22,7 +22,11 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from projected_grpo.antipasto import TARGETS
+from projected_grpo.config import GPU_GB
 from projected_grpo.errors import UserError
+
+# It is built against the torch that is there, so no extra of this package can name it.
+FLASH_ATTN = "pip install flash-attn --no-build-isolation"
 
 
 def place(model: nn.Module, devices: Sequence[torch.device]) -> None:
@@ -169,6 +173,18 @@ def pick_devices(wanted: str) -> tuple[torch.device, ...]:
     return tuple(numbered)
 
 
+def refuse_cpu(preset: str, wanted: str) -> None:
+    """Raises UserError where a preset for a GPU would run on a CPU that nobody asked for."""
+    if preset not in GPU_GB or wanted != "auto" or torch.cuda.is_available():
+        return
+    cuda = torch.version.cuda
+    raise UserError(
+        f"{preset} is for a GPU, and torch {torch.__version__} finds none: "
+        + (f"is the driver new enough for CUDA {cuda}?" if cuda else "it is a build for CPUs.")
+        + " docs/presets.md says what to install; to run it on the CPU all the same: --device=cpu"
+    )
+
+
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """Resolve `auto`: bfloat16 on a GPU, float32 on a CPU."""
     if wanted == "auto":
@@ -184,7 +200,7 @@ def attention_choices(wanted: str, device: torch.device) -> tuple[str | None, ..
     """
     has_flash = importlib.util.find_spec("flash_attn") is not None
     if wanted == "flash_attention_2" and not has_flash:
-        raise UserError("--attention flash_attention_2 needs flash-attn: pip install 'projected_grpo[gpu]'")
+        raise UserError(f"--attention flash_attention_2 needs flash-attn: {FLASH_ATTN}")
     if wanted != "auto":
         return (wanted,)
     return ("flash_attention_2", None) if has_flash and device.type == "cuda" else (None,)

@@ -19,10 +19,10 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from projected_grpo import train
 from projected_grpo.antipasto import TARGETS
 from projected_grpo.checks import validate
-from projected_grpo.config import MAX_SEQUENCE, NANO, PRESETS, TINY_RANDOM, TrainConfig
+from projected_grpo.config import GPU_GB, MAX_SEQUENCE, NANO, PRESETS, TINY_RANDOM, TrainConfig
 from projected_grpo.engine.model_files import absent_files, damage, weight_files, weight_names
 from projected_grpo.engine.models import PACKAGED, encode_chat, load_tokenizer, positions
-from projected_grpo.engine.placement import pick_devices
+from projected_grpo.engine.placement import FLASH_ATTN, pick_devices, refuse_cpu
 from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.options.verbs import DoctorOptions
 from projected_grpo.pairs import chosen_pairs
@@ -33,7 +33,6 @@ from projected_grpo.sandbox.host import Sandbox
 
 Status = Literal["OK", "WARN", "FAIL"]
 PACKAGES = {"torch": (2, 6), "transformers": (5, 0)}  # the oldest that do, as in pyproject.toml
-GPU_GB = {"fast": 48.0, "full": 96.0}  # of the machines the presets are meant for (GB, 1e9 bytes)
 # GB (1e9 bytes). U and Vh of Qwen3-4B's 252 Linears take 4.9e9 values, 9.8 GB in bfloat16; then runs.
 DISK_GB = {"smoke": 0.1, "nano": 0.1, "fast": 12.0, "full": 12.0}
 WHOLE = "a whole folder, as save_pretrained writes it"
@@ -90,10 +89,14 @@ def check_device(cfg: TrainConfig) -> Finding:
     gpus = [device for device in devices if device.type == "cuda"]
     wanted = GPU_GB.get(cfg.preset) if cfg.model.model not in (TINY_RANDOM, NANO) else None
     if not gpus:
-        if wanted is None:
-            return Finding("OK", "device", f"{', '.join(map(str, devices))}, which is enough for this model")
-        fix = f"a machine with a GPU of {wanted:.0f} GB, or a small --model"
-        return Finding("FAIL", "device", f"no GPU, which {cfg.preset} was made for", fix)
+        if wanted is not None:
+            fix = f"a machine with a GPU of {wanted:.0f} GB, or a small --model"
+            return Finding("FAIL", "device", f"no GPU, which {cfg.preset} was made for", fix)
+        try:
+            refuse_cpu(cfg.preset, cfg.model.device)
+        except UserError as error:
+            return Finding("FAIL", "device", str(error), "--device=cpu is enough for this model")
+        return Finding("OK", "device", f"{', '.join(map(str, devices))}, which is enough for this model")
     rooms = [tuple(amount / 1e9 for amount in torch.cuda.mem_get_info(gpu)) for gpu in gpus]
     text = "; ".join(
         f"{torch.cuda.get_device_name(gpu)}, {free:.1f} of {total:.1f} GB free"
@@ -111,8 +114,8 @@ def check_attention(cfg: TrainConfig) -> Finding:
     if any(device.type != "cuda" for device in pick_devices(cfg.model.device)):
         return Finding("OK", "attention", "sdpa, eager for a model without it (no GPU to run flash-attn)")
     if importlib.util.find_spec("flash_attn") is None:
-        fix = "pip install 'projected_grpo[gpu]'"
-        return Finding("WARN", "attention", "sdpa; flash-attn is not installed, long batches are slower", fix)
+        text = "sdpa; flash-attn is not installed, long batches are slower"
+        return Finding("WARN", "attention", text, FLASH_ATTN)
     return Finding("OK", "attention", f"flash-attn {importlib.metadata.version('flash_attn')}")
 
 
