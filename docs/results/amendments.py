@@ -149,7 +149,6 @@ def a10() -> list[str]:
     ]
     signal = {of: against(arms, f"activation-advantage+{of}", f"gradient-advantage+{of}") for of in SETS}
     place = {of: against(arms, f"gradient-advantage+{of}", f"gradient-erase+{of}") for of in SETS}
-    rare = "activation-advantage+rare"
     rare, random = "activation-advantage+rare", "activation-advantage+haar"
     lines = [
         verdict("advmod is better for its signal (activation minus gradient at the advantage)", signal),
