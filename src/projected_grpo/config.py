@@ -83,7 +83,8 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen weights; `auto` is bfloat16 on a GPU and float32 on a CPU. The adapter is float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """`auto` takes flash-attn on a GPU that has it, else sdpa, or eager for a model without sdpa."""
+    """`auto` takes flash-attn on a GPU that has it and in bfloat16, else sdpa, or eager for a model without
+    sdpa. It is for the loss: generation never takes flash-attn."""
     svd_cache: Suppress[Fixed[Path | None]] = Path("out/svd_cache")
     """Folder of cached SVDs, keyed by the hash of each weight; None computes them each time."""
     sampler: Literal["own", "vllm"] = "own"
@@ -122,9 +123,9 @@ class SamplingConfig:
     top_k: int = 20
     """0 turns the top-k filter off."""
     rows_per_batch: int = 0
-    """Rollouts that are generated together; 0 is all of a step's. Evaluations take problems for as many
-    rollouts of the longest length. Fewer need less memory
-    (docs/benchmarks.md), and while one batch is generated the ones before it are graded."""
+    """Rollouts that are generated together; 0 is all of a step's, in as few equal batches as a GPU's memory
+    takes. Evaluations take problems for as many rollouts of the longest length. While one batch of a number
+    named here is generated, the ones before it are graded."""
 
 
 @dataclass(frozen=True)
@@ -340,8 +341,7 @@ FAST = TrainConfig(
 FULL = TrainConfig(
     preset="full",
     problems=ProblemConfig(n_problems=992),
-    # The caches of all 258 rollouts at full length would be 78 GB, beside 25 GB of weights and bases.
-    sampling=SamplingConfig(prompts_per_step=43, group=6, max_new=1024, rows_per_batch=96),
+    sampling=SamplingConfig(prompts_per_step=43, group=6, max_new=1024),
     loss=LossConfig(beta=1e-3, tokens_per_microbatch=4096),
     optim=OptimConfig(steps=200, lr=7e-5, adam_beta1=0.9, adam_beta2=0.99),
     teacher=TeacherConfig(mix_ratio=0.0),

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import DynamicCache
 
 from projected_grpo.antipasto import Policy, wrap
 from projected_grpo.config import SamplingConfig
+from projected_grpo.engine import capacity
+from projected_grpo.engine import generate as generating
+from projected_grpo.engine.attention import decoding
 from projected_grpo.engine.batch import PAD, collate, left_padded, positions
-from projected_grpo.engine.generate import RoomyLayer, generate, pick_tokens, reserve, sample
+from projected_grpo.engine.generate import Decoding, RoomyLayer, generate, pick_tokens, reserve, sample
 from projected_grpo.engine.logps import completion_logps
+from projected_grpo.errors import UserError
 from projected_grpo.rollout import Completion, Rollout, batches, uniforms
 from projected_grpo.seeds import stream_seed
 
@@ -262,7 +269,7 @@ def test_the_model_is_run_on_fewer_rows_once_rows_have_ended(small_model):
     handle = model.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    got = generate(model, PROMPTS, [6] * 4, random_draws(24, 12), SAMPLING, STOPS)
+    got = generate(model, PROMPTS, [6] * 4, random_draws(24, 12), SAMPLING, STOPS, look_every=1)
     handle.remove()
     assert rows[0] == 4  # each prompt is prefilled once
     assert rows[1] <= 24 and rows[-1] < 24 and rows[1:] == sorted(rows[1:], reverse=True)
@@ -276,12 +283,33 @@ def test_generate_refuses_rows_that_do_not_match_the_copies(tiny):
         generate(tiny[0], PROMPTS[:2], [1, 1], random_draws(3, 4), SAMPLING, STOPS)
 
 
+def test_finished_rows_are_looked_for_every_so_many_tokens(small_model):
+    model = small_model("qwen3")
+    rows: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    often = generate(model, PROMPTS, [6] * 4, random_draws(24, 40), SAMPLING, STOPS, look_every=1)
+    last = len(rows)
+    seldom = generate(model, PROMPTS, [6] * 4, random_draws(24, 40), SAMPLING, STOPS, look_every=16)
+    handle.remove()
+    longest = max(len(ids) for ids, _ in often)
+    assert 16 < longest < 32 and last == longest, "so the second run looks twice, and all are done then"
+    assert rows[last:] == [4, *[24] * 15, *[sum(len(ids) > 16 for ids, _ in often)] * 16]
+    for (ids, logps), (same, near) in zip(often, seldom, strict=True):
+        assert ids == same
+        torch.testing.assert_close(logps, near, rtol=0, atol=1e-5)
+
+
 @given(
-    st.lists(st.one_of(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.integers(1, 3)), max_size=8),
+    st.lists(
+        st.one_of(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.sampled_from(["write", "grow"])),
+        max_size=10,
+    ),
     st.data(),
 )
 def test_a_cache_with_room_holds_what_the_one_that_copies_holds(actions, data):
-    """Over any sequence of rows kept (a list) and tokens written (a number)."""
+    """Over any sequence of rows kept (a list), tokens written and blocks added."""
     torch.manual_seed(data.draw(st.integers(0, 99)))
     plain, roomy = DynamicCache(), DynamicCache()
     states = torch.randn(2, 3, 2, 4, 5)  # layers, rows, heads, tokens, width
@@ -290,41 +318,131 @@ def test_a_cache_with_room_holds_what_the_one_that_copies_holds(actions, data):
         roomy.update(states[layer], -states[layer], layer)
     first = torch.tensor([0, 0, 1, 2, 2, 2])
     plain.reorder_cache(first)
-    reserve(roomy, first, sum(action for action in actions if isinstance(action, int)))
+    (place,) = reserve(roomy, first, 4).values()
     assert all(isinstance(layer, RoomyLayer) for layer in roomy.layers)
-    rows = 6
+    rows, length, capacity = 6, 4, 4
     for action in actions:
         if isinstance(action, list):
             kept = torch.tensor([row for row in action if row < rows] or [0])
             plain.reorder_cache(kept)
             roomy.reorder_cache(kept)
             rows = len(kept)
-            continue
-        for layer in range(2):
-            new = torch.randn(rows, 2, action, 5)
-            pairs = zip(roomy.update(new, -new, layer), plain.update(new, -new, layer), strict=True)
-            assert all(torch.equal(got, expected) for got, expected in pairs)
-    assert roomy.get_seq_length() == plain.get_seq_length()
+        elif action == "grow" or length == capacity:
+            for grown in roomy.layers:
+                grown.grow(3)
+            capacity += 3
+        else:
+            length += 1
+            for layer in range(2):
+                new = torch.randn(rows, 2, 1, 5)
+                pairs = zip(roomy.update(new, -new, layer), plain.update(new, -new, layer), strict=True)
+                assert all(torch.equal(got[:, :, :length], expected) for got, expected in pairs)
+            place += 1
+    assert roomy.get_seq_length() == plain.get_seq_length() == length
     for got, expected in zip(roomy.layers, plain.layers, strict=True):
-        assert torch.equal(got.keys, expected.keys) and torch.equal(got.values, expected.values)
+        for held, all_of_it in ((got.keys, expected.keys), (got.values, expected.values)):
+            assert held.shape[2] == capacity
+            assert torch.equal(held[:, :, :length], all_of_it) and not held[:, :, length:].any()
     with pytest.raises(IndexError, match="for a cache of"):
-        roomy.update(torch.zeros(rows, 2, 1, 5), torch.zeros(rows, 2, 1, 5), 0)
+        for _ in range(capacity - length + 1):
+            roomy.update(torch.zeros(rows, 2, 1, 5), torch.zeros(rows, 2, 1, 5), 0)
 
 
-def test_decoding_writes_into_the_room_it_was_given(small_model):
-    """No key is copied to make room for another, until rows leave the batch."""
-    places: list[int] = []
+def test_a_cache_grows_in_blocks_and_is_written_in_place_between(small_model, monkeypatch):
+    """No key is copied to make room for another but once a block; nothing is held for what may never come."""
+    monkeypatch.setattr(generating, "BLOCK", 5)
+    seen: list[tuple[int, int]] = []
 
     def note(module, args, kwargs):
         layer = kwargs["past_key_values"].layers[0] if kwargs.get("past_key_values") is not None else None
         if isinstance(layer, RoomyLayer):
-            places.append(layer.keys.data_ptr())
+            seen.append((layer.keys.shape[2], layer.keys.data_ptr()))
 
-    model = small_model("qwen3")
+    model = small_model("qwen3", torch.float32)
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    generate(model, PROMPTS, [2] * 4, random_draws(8, 12), SAMPLING, frozenset())
+    got = generate(model, PROMPTS, [2] * 4, random_draws(8, 14), SAMPLING, frozenset())
     handle.remove()
-    assert len(places) == 11 and len(set(places)) == 1
+    assert [capacity for capacity, _ in seen] == [13] * 5 + [18] * 5 + [21] * 3
+    for block in (seen[:5], seen[5:10], seen[10:]):
+        assert len({place for _, place in block}) == 1
+    monkeypatch.setattr(generating, "BLOCK", 256)
+    whole = generate(model, PROMPTS, [2] * 4, random_draws(8, 14), SAMPLING, frozenset())
+    assert [ids for ids, _ in got] == [ids for ids, _ in whole]
+
+
+# What a GPU would wait for
+
+
+class Tape(TorchDispatchMode):
+    """Every operation in it; `replay` runs them again on the same tensors, as a CUDA graph would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        made: dict[int, Any] = {}
+
+        def now(x: Any) -> Any:
+            return made.get(id(x), x)
+
+        for func, args, kwargs, out in self.operations:
+            again = func(*tree_map(now, args), **tree_map(now, kwargs))
+            made |= {id(old): new for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True)}
+
+    def waits(self) -> list[str]:
+        """Operations whose result, or its size, the host must know."""
+        aten = torch.ops.aten
+        reads = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default}
+        reads |= {aten.equal.default, aten.is_nonzero.default, aten.repeat_interleave.Tensor}
+        return [
+            str(func)
+            for func, args, _, _ in self.operations
+            if func in reads or any(t.dtype == torch.bool for t in indices(func, args))
+        ]
+
+
+def indices(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    names = ("aten.index.Tensor", "aten.index_put_.default", "aten.index_put.default")
+    return [t for t in args[1] if t is not None] if str(func) in names else []
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [(5, 6, 7)] * 4])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_the_host_waits_once_in_sixteen_tokens(small_model, family, prompts):
+    model, tape = small_model(family, torch.float32), Tape()
+    draws = random_draws(8, 65)
+    with tape:
+        generate(model, prompts, [2] * 4, draws, SAMPLING, frozenset([1]))
+    before = Tape()  # what the prompts alone wait for
+    with before:
+        generate(model, prompts, [2] * 4, draws[:, :1], SAMPLING, frozenset([1]))
+    assert len(tape.waits()) - len(before.waits()) == 4 == 65 // 16
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_a_recorded_step_decodes_what_steps_decode(small_model, family):
+    """So a captured one would: shapes are fixed, and nothing that changes is the host's."""
+    model, draws = small_model(family, torch.float32), random_draws(8, 10)
+    expected = generate(model, PROMPTS, [2] * 4, draws, SAMPLING, frozenset([1]))
+    with torch.no_grad(), decoding(model) as packed:
+        rows = Decoding(model, PROMPTS, [2] * 4, draws, SAMPLING, frozenset([1]), packed)
+        assert rows.fixed
+        rows.grow()
+        rows.step()
+        with Tape() as tape:
+            rows.step()
+        for _ in range(7):
+            tape.replay()
+        got = rows.completions()
+    assert [ids for ids, _ in got] == [ids for ids, _ in expected]
+    for (_, logps), (_, same) in zip(got, expected, strict=True):
+        assert torch.equal(logps, same)
 
 
 # Sampling from a policy
@@ -433,3 +551,49 @@ def test_what_merged_weights_sample_is_scored_the_same_by_a_bound_adapter(small_
                 torch.testing.assert_close(
                     logps.double(), slow_logps(policy.model, prompt, ids), rtol=0, atol=2e-3
                 )
+
+
+# Memory
+
+
+def short_of_memory(patch: pytest.MonkeyPatch, rows: int) -> list[int]:
+    """`generate` has memory for at most so many rows; returns the rows of each of its runs."""
+    tried: list[int] = []
+
+    def real(model, prompts, copies, *more):
+        tried.append(sum(copies))
+        if sum(copies) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return generate(model, prompts, copies, *more)
+
+    patch.setattr(generating, "generate", real)
+    return tried
+
+
+def test_a_batch_that_does_not_fit_is_generated_in_halves(tiny_policy, monkeypatch):
+    set_adapter(tiny_policy, 0.1, 0.0)
+    seeds = [[1, 2, 3], [4], [], [7, 8, 9]]
+    weights = {m: layer.base.weight.clone() for m, layer in tiny_policy.layers.items()}
+    whole = texts(draw(tiny_policy, seeds))
+    tried = short_of_memory(monkeypatch, 2)
+    assert texts(draw(tiny_policy, seeds)) == whole
+    assert tried == [7, 4, 2, 2, 3, 2, 1]
+    short_of_memory(monkeypatch, 0)
+    with pytest.raises(UserError, match="lower --max-new"):
+        draw(tiny_policy, seeds)
+    assert all(torch.equal(layer.base.weight, weights[m]) for m, layer in tiny_policy.layers.items())
+
+
+def test_all_rows_are_one_batch_where_memory_allows_and_else_equal_parts(tiny_policy, monkeypatch):
+    seeds = [[1, 2, 3], [4], [], [7, 8, 9]]
+    whole = texts(draw(tiny_policy, seeds))
+    tried = short_of_memory(monkeypatch, 99)
+    model, config = tiny_policy.model, tiny_policy.model.config
+    token = 2 * 4 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    row = (8 + 10) * token + 40 * config.vocab_size
+    for rows, parts in ((7, [7]), (6, [4, 3]), (3, [3, 2, 2]), (0, [1] * 7)):
+        monkeypatch.setattr(capacity, "free_bytes", lambda device, rows=rows: int((rows + 0.5) * row / 0.9))
+        tried.clear()
+        assert texts(draw(tiny_policy, seeds)) == whole and tried == parts
+    monkeypatch.setattr(capacity, "free_bytes", lambda device: None)
+    assert capacity.rows_that_fit(model, 10**9, 10**6) == 10**6, "a CPU's memory is not asked for"

@@ -256,17 +256,17 @@ def test_choices_that_this_machine_cannot_serve_are_refused(monkeypatch):
         pick_device("no-such-device")
     monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="flash-attn"):
-        attention_choices("flash_attention_2", torch.device("cpu"))
-    assert attention_choices("auto", torch.device("cuda")) == (None,)
+        attention_choices("flash_attention_2", torch.device("cpu"), torch.bfloat16)
+    assert attention_choices("auto", torch.device("cuda"), torch.bfloat16) == (None,)
     monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: object())
-    assert attention_choices("auto", torch.device("cuda")) == ("flash_attention_2", None)
-    assert attention_choices("auto", torch.device("cpu")) == (None,)
-    assert attention_choices("eager", torch.device("cuda")) == ("eager",)
+    assert attention_choices("auto", torch.device("cuda"), torch.bfloat16) == ("flash_attention_2", None)
+    assert attention_choices("auto", torch.device("cpu"), torch.bfloat16) == (None,)
+    assert attention_choices("eager", torch.device("cuda"), torch.bfloat16) == ("eager",)
 
 
 def test_auto_dtype_is_float32_on_a_cpu_and_bfloat16_on_a_gpu():
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
-    assert pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert pick_dtype("auto", torch.device("cuda"), torch.bfloat16) == torch.bfloat16
     assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
 
 

@@ -30,8 +30,9 @@ from projected_grpo.collect import collect
 from projected_grpo.concept import completion_states
 from projected_grpo.config import PRESETS, LossConfig, SamplingConfig
 from projected_grpo.engine import logps, passes
+from projected_grpo.engine.capacity import layers_on
 from projected_grpo.engine.generate import sample
-from projected_grpo.engine.memory import Load, layers_together, loss_memory, predicted_peak, shape_of
+from projected_grpo.engine.memory import Load, loss_memory, predicted_peak, shape_of
 from projected_grpo.engine.placement import even_cuts, outermost_layers, pick_devices, place, values_held
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import prepare
@@ -103,7 +104,7 @@ def test_a_model_is_never_whole_on_one_of_several_devices(small_model):
     there = {name for name, p in model.named_parameters() if p.device == CPU}
     assert there == {f"model.layers.1.{name}" for name, _ in second.named_parameters()}
     assert {p.device for p in (*first.parameters(), model.model.rotary_emb.inv_freq)} == {META}
-    assert layers_together(model) == 1
+    assert set(layers_on(model).values()) == {1}
 
 
 def test_tied_weights_stay_one(small_model):

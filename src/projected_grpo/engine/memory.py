@@ -5,7 +5,6 @@ the forward to the backward pass, and what is held with it at the moments that c
 last logits are made, when the backward pass is there, and when it is in the last layer. Allocators round up.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +14,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from projected_grpo.config import LossConfig
+from projected_grpo.engine.capacity import layers_on
 from projected_grpo.engine.logps import CHUNK_LOGITS
 from projected_grpo.engine.passes import microbatches, prompt_numbers
-from projected_grpo.engine.placement import outermost_layers
 from projected_grpo.rollout import Rollout
 
 FLOAT = 4  # bytes of float32, in which norms, log-probabilities and adapter parameters are computed
@@ -164,7 +163,9 @@ def predicted_peak(model: nn.Module, rollouts: Sequence[Rollout], loss: LossConf
 
     Of a model over several devices: the maximum over the devices.
     """
-    shape = replace(shape_of(model), layers=layers_together(model))
+    on = layers_on(model)  # all layers together where their devices are not known
+    shape = shape_of(model)
+    shape = replace(shape, layers=max(on.values(), default=shape.layers))
     names = prompt_numbers(model, rollouts, loss)
     peaks = []
     for index in microbatches(rollouts, range(len(rollouts)), loss.tokens_per_microbatch, names):
@@ -182,13 +183,6 @@ def predicted_peak(model: nn.Module, rollouts: Sequence[Rollout], loss: LossConf
         )
         peaks.append(loss_memory(shape, load).total)
     return max(peaks)
-
-
-def layers_together(model: nn.Module) -> int:
-    """How many layers the device with the most of them has; all of them where that is not known."""
-    config: Any = model.config
-    on = Counter(next(layer.parameters()).device for layer in outermost_layers(model))
-    return max(on.values(), default=config.get_text_config().num_hidden_layers)
 
 
 def measured_peak(function: Callable[[], object], devices: Sequence[torch.device]) -> int:

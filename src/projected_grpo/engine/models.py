@@ -38,7 +38,8 @@ def load_model(cfg: ModelConfig) -> Loaded:
     """Model in evaluation mode and tokenizer. Raises UserError for one that cannot be had or trained."""
     devices = pick_devices(cfg.device)
     dtype = pick_dtype(cfg.dtype, devices[0])
-    choices = attention_choices(cfg.attention, next((d for d in devices if d.type != "cuda"), devices[0]))
+    slowest = next((d for d in devices if d.type != "cuda"), devices[0])
+    choices = attention_choices(cfg.attention, slowest, dtype)
     tokenizer, config, changes = load_tokenizer(cfg.model)
     for change in changes:
         logger.warning("--model {}: {}", cfg.model, change)

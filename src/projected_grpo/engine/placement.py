@@ -192,15 +192,18 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
 
 
-def attention_choices(wanted: str, device: torch.device) -> tuple[str | None, ...]:
+def attention_choices(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str | None, ...]:
     """What to load a model with, the next one where it has not the first; None is sdpa, or eager.
 
-    `auto` is flash-attn where installed and a GPU is there to run it. Raises UserError where it is wanted and
-    not installed.
+    `auto` is flash-attn where installed, a GPU is there to run it and weights are in half precision. It is
+    for the loss: generation has attention of its own. Raises UserError where it is wanted and cannot be had.
     """
     has_flash = importlib.util.find_spec("flash_attn") is not None
+    half = dtype in (torch.bfloat16, torch.float16)
     if wanted == "flash_attention_2" and not has_flash:
         raise UserError(f"--attention flash_attention_2 needs flash-attn: {FLASH_ATTN}")
+    if wanted == "flash_attention_2" and not half:
+        raise UserError("--attention flash_attention_2 has no float32: --dtype=bfloat16, or leave it out")
     if wanted != "auto":
         return (wanted,)
-    return ("flash_attention_2", None) if has_flash and device.type == "cuda" else (None,)
+    return ("flash_attention_2", None) if has_flash and half and device.type == "cuda" else (None,)
