@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from projected_grpo.errors import answer, as_process, goes_on, interrupt, writing
+from projected_grpo.errors import ALLOCATOR, answer, as_process, goes_on, interrupt, writing
 from projected_grpo.results import plots
 from projected_grpo.runlog import JsonlLog, append_jsonl, text_log, write_atomically, write_json
 
@@ -139,3 +139,25 @@ def test_a_second_ctrl_c_ends_the_process_in_silence(monkeypatch, capsys):
         assert as_process(["--version"]) == 0 and signal.getsignal(signal.SIGINT) is interrupt
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("theirs", [None, *ALLOCATOR])
+def test_a_process_asks_for_segments_that_grow_unless_the_user_has_a_wish(monkeypatch, theirs):
+    """Before torch is imported, which reads it then."""
+    for name in ALLOCATOR:
+        monkeypatch.setenv(name, "")  # so that what the command sets is undone
+        monkeypatch.delenv(name)
+    if theirs is not None:
+        monkeypatch.setenv(theirs, "max_split_size_mb:64")
+    seen = []
+
+    def dispatch(*_):
+        seen.append({name: os.environ.get(name) for name in ALLOCATOR})
+        return 0
+
+    monkeypatch.setattr("projected_grpo.cli.dispatch", dispatch)
+    assert as_process(["--version"]) == 0
+    expected = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    if theirs is not None:
+        expected = {theirs: "max_split_size_mb:64"}
+    assert seen == [dict.fromkeys(ALLOCATOR) | expected]

@@ -32,6 +32,7 @@ LOST = 5  # of a process whose run lost another of its processes; what was saved
 SIGNALLED = 128  # plus the signal's number: stopped (SIGINT 130, SIGTERM 143), a run after a step and saved
 
 STORAGE_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch reads both; the second in any release
 RUST_ERROR = re.compile(r"(?:os error |Os \{ code: )(\d+)")  # how safetensors and tokenizers say it
 
 
@@ -105,6 +106,9 @@ def as_process(argv: Sequence[str] | None = None) -> int:
     """`projected-grpo ...` as a process of its own. Ctrl-C has its answer also while the rest is imported."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in the background
         signal.signal(signal.SIGINT, interrupt)
+    if not any(name in os.environ for name in ALLOCATOR):  # torch reads it when it is imported
+        # Batches of many lengths leave holes in a GPU's memory; segments that grow do not.
+        os.environ[ALLOCATOR[1]] = "expandable_segments:True"
     cli = "projected_grpo.cli"
     # Collections, and the end of the process, need not walk what was imported.
     return answer(lambda: importlib.import_module(cli).dispatch(argv or sys.argv[1:], gc.freeze))

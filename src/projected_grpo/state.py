@@ -58,6 +58,7 @@ class TrainState:
     mechanisms_seen: set[str] = field(default_factory=set)
     skipped_in_a_row: int = 0
     best: float | None = None  # highest solve_deploy - hack_deploy so far
+    whole: bool = True  # of one step; not so from where a step begins to change it until its line is written
 
 
 def learning_rate(step: int, cfg: OptimConfig) -> float:

@@ -57,19 +57,21 @@ def train_step(exp: Experiment, state: TrainState) -> tuple[dict[str, Any], Coll
     advantage = advantages(shaped.rewards, cfg.loss.unbiased, shaped.keep).flatten()
     grads = loss_grads(exp, state.step, data, advantage)
     stats: dict[str, float | None] = {}
-    skipped = not finite(grads)
+    skipped, update = not finite(grads), None
     if skipped:
         logger.warning("step {}: loss {} or its gradient is not finite; skipped", state.step, grads.loss)
     elif bool((advantage != 0).any()):
         anchors = find_anchors(evidence, advantage.to(policy.device), cfg.arm)
         update = gradient_stage(exp, state, data, anchors, scores, grads)
+    state.whole = False  # until its line is written: an error before this point leaves the state as it was
+    if update is not None:
         before = policy.deltas(ablate_quarantine=True)
         norm = write_gradients(exp, state, update)
         state.optimizer.step()
         moved = correct_change(exp, state, update, before)
         state.gate = update.gate
         stats = {**update.stats, **moved, "gn": norm, "loss": grads.loss}
-    state.concept = concept  # not before: a step that ends in an error must leave the state as it was
+    state.concept = concept
     state.generations += sum(not r.is_teacher for r in data.rollouts)
     record = describe_step(exp, state, data, grads) | describe_shaping(data, shaped) | stats
     now = time.monotonic()

@@ -15,7 +15,6 @@ from projected_grpo.errors import (
     SIGNALLED,
     UNSAVED,
     RankLost,
-    UserError,
     answer,
     as_process,
     goes_on,
@@ -66,13 +65,16 @@ def train(cfg: TrainConfig) -> int:
                         record, data = train_step(exp, state)
                         code = end_of_step(run, exp, state, stop, record, data)
                         bar.update()
-                except UserError:  # a rollout too large for memory, say: what was trained is kept
-                    run.save(exp, state)
-                    raise
                 except FloatingPointError as error:  # before any parameter was touched
                     logger.error("step {}: {}; ended with the state before it", state.step, error)
                     run.save(exp, state)
                     code = UNSAVED if any(ranks.gather(run.unsaved)) else DIVERGED
+                except RankLost:  # the processes may hold different adapters
+                    raise
+                except Exception:  # memory that does not suffice, say: what was trained is kept
+                    if state.whole:
+                        run.save(exp, state)
+                    raise
             with goes_on(f"go on with: {resuming(run, exp.ranks)}"):
                 return conclude(run, exp, state, code)
         except RankLost as error:
@@ -128,6 +130,7 @@ def end_of_step(
     state.seconds += record["sec"] + time.monotonic() - started
     state.step += 1
     run.write_step(record, rows)
+    state.whole = True
     if reason:
         sample = rows[-1]["text"] if rows else ""
         logger.error("{}: ended at step {}; last sample:\n{}", reason, state.step, sample)

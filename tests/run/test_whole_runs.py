@@ -144,6 +144,33 @@ def test_a_refresh_that_is_not_finite_ends_the_run_with_the_state_before_it(run,
     same_run(whole, cut)
 
 
+@pytest.mark.parametrize(
+    ("where", "saved"),
+    [("collect", 2), ("per_rollout_grads", 2), ("correct_change", None), ("describe_step", None)],
+)
+def test_any_error_saves_a_state_that_is_whole_and_no_other(run, home, monkeypatch, where, saved):
+    """From AdamW's step until its line is written, parameters are a step ahead of all else."""
+    _, whole = run("--vhack-refresh-every=0", steps=4)
+    real, calls = getattr(step_module, where), count()
+
+    def broken(*arguments, **options):
+        if next(calls) == 2:
+            raise RuntimeError("CUDA error: a GPU fell off the bus (injected)")
+        return real(*arguments, **options)
+
+    before = set((home / "out" / "runs").glob("*"))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="fell off"):
+        patch.setattr(step_module, where, broken)
+        run("--vhack-refresh-every=0", "--save-every=0", steps=4)
+    (cut,) = set((home / "out" / "runs").glob("*")) - before
+    assert [path.name for path in state_paths(cut)] == (
+        [] if saved is None else ["state_step0002.safetensors"]
+    )
+    if saved is not None:
+        assert go_on(cut) == 0
+        same_run(whole, cut)
+
+
 def watched(monkeypatch, series):
     """Let the loop see these (lp_t, lp_ref) instead of the measured ones."""
     real = train_module.train_step
