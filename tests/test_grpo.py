@@ -11,6 +11,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from projected_grpo import antipasto
 from projected_grpo.antipasto import Policy, wrap
@@ -908,3 +909,32 @@ def test_a_single_rollout_that_does_not_fit_is_told_in_one_line(policy, rollouts
     with pytest.raises(UserError, match="--max-new") as caught:
         grads(policy, rollouts, LossConfig())
     assert "\n" not in str(caught.value)
+
+
+class FromTheHost(TorchFunctionMode):
+    """Counts tensors made of lists, integers moved to a device, and lists as an index: each is a copy."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = func is torch.tensor and args[0] != []  # which transformers begins a cache with
+        moved = func is Tensor.to and args[0].dtype == torch.long
+        listed = func is Tensor.__getitem__ and isinstance(args[1], list)
+        self.count += made or moved or listed
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("parts", [None, [0, 0, 1, 1]], ids=["each", "summed"])
+def test_what_is_sent_to_a_device_does_not_grow_with_the_model(parts):
+    counts = []
+    for layers in (1, 3):
+        settings = {
+            **{"vocab_size": 48, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": layers},
+            **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+        }
+        policy = wrap(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**settings)).eval(), None)
+        rollouts = [Rollout(p, c, "") for p in ((1, 2, 3), (4, 5)) for c in ((6, 7), (8,))]
+        with FromTheHost() as sent:
+            per_rollout_grads(policy, rollouts, torch.ones(4), LossConfig(), 4, parts=parts)
+        counts.append(sent.count)
+    assert counts[0] == counts[1] < 60

@@ -184,8 +184,9 @@ def per_rollout_grads(
             waiting += [index[len(index) // 2 :], index[: len(index) // 2]]
             logger.warning("out of memory: a microbatch of {} rollouts is halved", len(index))
         else:
+            places = torch.tensor(row_parts, device=policy.device)
             for m, gradient in gradients.items():
-                summed[m].index_add_(0, torch.tensor(row_parts, device=gradient.device), gradient)
+                summed[m].index_add_(0, places, gradient)
             total += float(value)
             figures[:, index] = measured.cpu()
             continue

@@ -92,16 +92,17 @@ class SharedPass:
             cache = run_prompts(policy, batch)
         self.states: list[Tensor] = []  # of the prompts
         self.edges: list[GradientEdge] = []  # of each rollout's copy of them, which is not kept
+        owners = {d: batch.owner.to(d) for d in dict.fromkeys(layer.keys.device for layer in cache.layers)}
         for layer in cache.layers:
-            layer.keys = self._copied(layer.keys, batch.owner)
-            layer.values = self._copied(layer.values, batch.owner)
+            layer.keys = self._copied(layer.keys, owners[layer.keys.device])
+            layer.values = self._copied(layer.values, owners[layer.values.device])
         with policy.repeat(torch.tensor(parts, device=policy.device)):
             self.logp = run_completions(policy, batch, cache, chunk)
 
     def _copied(
         self, states: Float[Tensor, "p heads W d"], owner: Int[Tensor, " b"]
     ) -> Float[Tensor, "b heads W d"]:
-        copies = states.detach().requires_grad_()[owner.to(states.device)]
+        copies = states.detach().requires_grad_()[owner]
         if states.requires_grad:  # of a layer after an adapted one
             self.states.append(states)
             self.edges.append(get_gradient_edge(copies))
@@ -117,22 +118,23 @@ class SharedPass:
             last = turn is turns[-1]
             with nullcontext() if last else repeated_backward(self.policy):
                 through = self._through_prompts(found[len(out) :], turn, keep_graph=not last)
-            prompts, rows = zip(*sorted({(self.owner[i], self.parts[i]) for i in turn}), strict=True)
+            pairs = sorted({(self.owner[i], self.parts[i]) for i in turn})
+            prompts, rows = torch.tensor(pairs, device=self.policy.device).unbind(1)
             for name, rows_of_prompts in zip(out, through, strict=True):
                 if rows_of_prompts is not None:
-                    index = torch.tensor(rows, device=rows_of_prompts.device)
-                    out[name].index_add_(0, index, rows_of_prompts[list(prompts)])
+                    out[name].index_add_(0, rows, rows_of_prompts.index_select(0, prompts))
         return out
 
     def _through_prompts(
         self, of_copies: Sequence[Tensor], turn: Sequence[int], *, keep_graph: bool
     ) -> tuple[Float[Tensor, "p _"] | None, ...]:
         """Gradients by the prompts' leaves of what these rollouts' copies pass on; None where none comes."""
-        owner = torch.tensor([self.owner[i] for i in turn])
-        seeds = [
-            torch.zeros_like(states).index_add_(0, owner.to(g.device), g[list(turn)])
-            for states, g in zip(self.states, of_copies, strict=True)
-        ]
+        index = torch.tensor([(self.owner[i], i) for i in turn])
+        there = {device: index.to(device) for device in {states.device for states in self.states}}
+        seeds = []
+        for states, g in zip(self.states, of_copies, strict=True):
+            owner, rows = there[g.device].unbind(1)
+            seeds.append(torch.zeros_like(states).index_add_(0, owner, g.index_select(0, rows)))
         # The last layer's leaves but for its keys and values are not used.
         leaves = list(self.prompt_leaves.values())
         return torch.autograd.grad(self.states, leaves, seeds, retain_graph=keep_graph, allow_unused=True)
