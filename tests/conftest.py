@@ -62,6 +62,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, object]]] = {
 }
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: one more than there are cores, as a good part of the time tests wait for other processes."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 @pytest.fixture(scope="session")
 def tiny() -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The package's tiny-random model and tokenizer; copy the model before changing it."""

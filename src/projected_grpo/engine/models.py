@@ -22,6 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 from projected_grpo.config import MAX_SEQUENCE, NANO, TINY_RANDOM, ModelConfig
 from projected_grpo.engine.model_files import damage
@@ -165,6 +166,8 @@ def looks_local(name: str) -> bool:
 
 
 def _pretrained(cfg: ModelConfig, dtype: torch.dtype, choices: Sequence[str | None]) -> nn.Module:
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # as our own: no bar in a file
     with _source(cfg.model) as (source, offline):
 
         def load(attention: str | None) -> Any:
