@@ -243,13 +243,15 @@ def merged_weight(
 ) -> Float[Tensor, "d_out d_in"]:
     """W + U diag(delta) Vh + H, summed in float32 at least; W itself if both changes are zero."""
     W = layer.base.weight.data
-    wide = W.to(torch.promote_types(W.dtype, torch.float32))
-    merged = wide
+    block = layer.block if moved is not None and bool(moved.any()) else None
+    if block is None and not bool(delta.any()):
+        return W
+    merged = W.to(torch.promote_types(W.dtype, torch.float32))
     if bool(delta.any()):
-        merged = merged + (layer.U.to(wide.dtype) * delta.to(wide)) @ layer.Vh.to(wide.dtype)
-    if layer.block is not None and moved is not None and bool(moved.any()):
-        merged = merged + layer.block.weight(moved).to(wide.dtype)
-    return W if merged is wide else rounded(merged, W.dtype, layer.seed)
+        merged = merged + (layer.U.to(merged.dtype) * delta.to(merged)) @ layer.Vh.to(merged.dtype)
+    if block is not None and moved is not None:
+        merged = merged + block.weight(moved).to(merged.dtype)
+    return rounded(merged, W.dtype, layer.seed)
 
 
 def rounded(values: Float[Tensor, "*n"], dtype: torch.dtype, seed: int) -> Float[Tensor, "*n"]:
@@ -257,7 +259,7 @@ def rounded(values: Float[Tensor, "*n"], dtype: torch.dtype, seed: int) -> Float
 
     A change far below the spacing of bfloat16 then moves the weights by itself on average, where rounding to
     nearest would leave all of them as they were. The draws are the seed's, so whoever merges the same deltas
-    has the same weights, and weights that bfloat16 can hold stay as they are.
+    on the same kind of device has the same weights, and weights that bfloat16 can hold stay as they are.
     """
     if dtype != torch.bfloat16:
         return values.to(dtype)

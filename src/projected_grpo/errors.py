@@ -32,6 +32,10 @@ LOST = 5  # of a process whose run lost another of its processes; what was saved
 SIGNALLED = 128  # plus the signal's number: stopped (SIGINT 130, SIGTERM 143), a run after a step and saved
 
 STORAGE_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+PATH_FAILS = (  # what a path's owner can mend; other errors of the system are not the user's
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY, errno.ENOTEMPTY, errno.EXDEV, errno.ENXIO, errno.EINVAL),
+)
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch reads both; the second in any release
 RUST_ERROR = re.compile(r"(?:os error |Os \{ code: )(\d+)")  # how safetensors and tokenizers say it
 
@@ -53,7 +57,7 @@ def answer(work: Callable[[], int]) -> int:
         return SIGNALLED + signal.SIGPIPE
     except Exception as error:
         refused = refusal(error)
-        if refused is None:
+        if refused is None or refused.errno not in (*STORAGE_FAILS, *PATH_FAILS):
             raise
         close_stdout()
         print(f"error: {said(refused)}", file=sys.stderr)

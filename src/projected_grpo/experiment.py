@@ -23,7 +23,7 @@ from projected_grpo.config import (
     teacher_rows,
 )
 from projected_grpo.engine.chat import Chat, open_chat, sampler_opener
-from projected_grpo.engine.models import encode_chat, load_model, room_of, too_long
+from projected_grpo.engine.models import encode_chat, load_model, room_of, too_long, too_long_ones
 from projected_grpo.engine.placement import refuse_cpu
 from projected_grpo.errors import UserError
 from projected_grpo.pairs import PairSet, chosen_pairs
@@ -168,16 +168,14 @@ def fit_prompts(
     """
     everything = {p.problem_id: p for p in (*data.train, *data.held_out, *data.final)}
     prompts = {name: encode_chat(tokenizer, p.messages) for name, p in everything.items()}
-    fitting = {name for name, ids in prompts.items() if len(ids) + max_new <= room}
+    skipped = too_long_ones({name: len(ids) for name, ids in prompts.items()}, max_new, room)
     train, held_out, final = (
-        tuple(p for p in problems if p.problem_id in fitting)
+        tuple(p for p in problems if p.problem_id not in skipped)
         for problems in (data.train, data.held_out, data.final)
     )
     rows, dropped = fit_teacher(data.teacher.rows, tokenizer, prompts, room)
     if dropped:
         logger.warning("{} teacher rows skipped: with their prompt over {} tokens", dropped, room)
-    if skipped := len(prompts) - len(fitting):
-        logger.warning("{} prompts skipped: longer than {} - max_new tokens", skipped, room)
     for kept, all_of_them in ((train, data.train), (held_out, data.held_out), (final, data.final)):
         if not kept:
             raise too_long(min(len(prompts[p.problem_id]) for p in all_of_them), max_new, room)

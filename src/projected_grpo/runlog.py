@@ -40,7 +40,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             path.write_bytes(data)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name[-32:]}.{os.getpid()}.tmp")  # no longer than a name may be
+        digest = hashlib.blake2b(os.fsencode(path.name), digest_size=6).hexdigest()  # a name may be no longer
+        temporary = path.with_name(f".{path.name[-32:]}.{digest}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
                 file.write(data)

@@ -258,17 +258,11 @@ def conclude(run: Run, exp: Experiment, state: TrainState, code: int | None) -> 
 
 def resuming(run: Run, ranks: Ranks) -> str:
     """The command that goes on with a run, as it can be pasted."""
-    words = ["train", run.cfg.preset, f"--resume={run.folder}"]
+    words = [run.cfg.preset, f"--resume={run.folder}"]
     if ranks.size == 1:
-        return command_line(*words)
-    started = [
-        "torchrun",
-        "--standalone",
-        f"--nproc-per-node={ranks.size}",
-        "-m",
-        f"projected_grpo.{words[0]}",
-    ]
-    return shlex.join([*started, *words[1:]])
+        return command_line("train", *words)
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return shlex.join([*started, f"--nproc-per-node={ranks.size}", "-m", "projected_grpo.train", *words])
 
 
 def final_evaluations(exp: Experiment) -> dict[str, Evaluation]:

@@ -266,7 +266,7 @@ def test_choices_that_this_machine_cannot_serve_are_refused(monkeypatch):
 
 def test_auto_dtype_is_float32_on_a_cpu_and_bfloat16_on_a_gpu():
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
-    assert pick_dtype("auto", torch.device("cuda"), torch.bfloat16) == torch.bfloat16
+    assert pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
 
 

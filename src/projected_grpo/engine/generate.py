@@ -5,6 +5,7 @@ grows, and the host reads none of them. So the device is waited for only where f
 and within a bucket of (rows, cache length) a step could be captured once and replayed.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -206,12 +207,17 @@ def sample(
         waiting = in_parts(rows, -(-len(rows) // fit))[::-1]
         while waiting:
             part = waiting.pop()
-            asked = sorted({p for p, _ in part})
-            copies = [sum(p == q for q, _ in part) for p in asked]
+            copies = Counter(p for p, _ in part)
             draws = torch.stack([uniforms(seed, sampling.max_new) for _, seed in part])
             try:
                 drawn += generate(
-                    policy.model, [prompts[p] for p in asked], copies, draws, sampling, stop, look_every
+                    policy.model,
+                    [prompts[p] for p in copies],
+                    [*copies.values()],
+                    draws,
+                    sampling,
+                    stop,
+                    look_every,
                 )
                 continue
             except torch.OutOfMemoryError as error:

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from projected_grpo.config import MAX_SEQUENCE, NANO, TINY_RANDOM, ModelConfig
 from projected_grpo.engine.model_files import damage
 from projected_grpo.engine.placement import attention_choices, pick_devices, pick_dtype, place
-from projected_grpo.engine.template import PROBE, Messages, check_template, render_chat, turn_end
+from projected_grpo.engine.template import PROBE, Messages, check_template, first_line, render_chat, turn_end
 from projected_grpo.errors import UserError
 
 TINY_SEED = 0  # of the random weights: one tiny-random model for all seeds, so that its SVD is cached once
@@ -207,11 +207,6 @@ def _not_loaded(name: str, error: Exception) -> UserError:
         else f"run `just download-model {name}` where there is network, or give a local folder"
     )
     return UserError(f"--model {name} cannot be loaded: {hint} ({first_line(error)})")
-
-
-def first_line(error: Exception) -> str:
-    """An error's first line, cut."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def _hub_resolves() -> bool:

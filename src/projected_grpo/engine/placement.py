@@ -181,7 +181,7 @@ def refuse_cpu(preset: str, wanted: str) -> None:
     raise UserError(
         f"{preset} is for a GPU, and torch {torch.__version__} finds none: "
         + (f"is the driver new enough for CUDA {cuda}?" if cuda else "it is a build for CPUs.")
-        + " docs/presets.md says what to install; to run it on the CPU all the same: --device=cpu"
+        + " docs/presets.md says what to install; to begin it on the CPU all the same: --device=cpu"
     )
 
 

@@ -150,5 +150,10 @@ def _write(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, asks: bool
             )
         )
     except Exception as error:  # a template is a program, which may raise anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"its chat template fails ({reason[:120]}); mend it, or use another model") from error
+        why = first_line(error)
+        raise UserError(f"its chat template fails ({why}); mend it, or use another model") from error
+
+
+def first_line(error: Exception) -> str:
+    """An error's first line, cut."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

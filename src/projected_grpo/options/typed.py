@@ -80,6 +80,8 @@ def read(kind: Any, text: str) -> Any:
         return None if text.lower() == "none" else read(inner, text)
     if get_origin(kind) is Literal:
         return one_of(text, get_args(kind))
+    if kind is Path:
+        return Path(text).expanduser()  # as the shell does it, but not behind an =
     try:
         return kind(text)
     except ValueError as error:
@@ -211,13 +213,14 @@ def refuse_value(option: str, value: str) -> None:
 
 def value_of(name: str, kind: Any, given: list[str], words: list[str]) -> Any:
     """An option's value; the words that stand behind it are taken from `words`."""
-    if not given:
+    alone = not given  # typed without an =
+    if alone:
         if not words or words[0].startswith("--"):
             raise UserError(f"--{name} needs a value: {metavar(kind)}")
         given.append(words.pop(0))
     if is_list(kind):
         pairs = get_args(kind)[0] is NameValue
-        while words and not words[0].startswith("--") and is_next(given, words[0], pairs):
+        while words and not words[0].startswith("--") and is_next(given, words[0], pairs, alone):
             given.append(words.pop(0))
     text = ",".join(word.strip(",") for word in given) if is_list(kind) else given[0]
     return checked(f"--{name}", kind, text)
@@ -231,6 +234,8 @@ def checked(what: str, kind: Any, text: str) -> Any:
         raise UserError(f"{what} {error}") from error
 
 
-def is_next(given: Sequence[str], word: str, pairs: bool) -> bool:
-    """Whether a word goes on with a list that is typed as several words."""
-    return "=" in word if pairs else given[-1].endswith(",") or not any("," in each for each in given)
+def is_next(given: Sequence[str], word: str, pairs: bool, alone: bool) -> bool:
+    """Whether a word goes on with a list: of NAME=VALUE, after a comma, or of words without either."""
+    if pairs:
+        return "=" in word
+    return given[-1].endswith(",") or (alone and not any("," in each for each in given))

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from projected_grpo.config import BEFORE, PRESETS, RunConfig, TrainConfig, to_json
+from projected_grpo.config import BEFORE, PRESETS, REMOVED, RunConfig, TrainConfig, to_json
 
 PLACE = {f.name for f in fields(RunConfig)} - {"seed", "cpu_seconds", "wall_seconds"}
 PLACE |= {"device", "svd_cache"}
@@ -73,7 +73,8 @@ def given(cfg: TrainConfig) -> dict[str, Any]:
         for f in fields(mine)
         if f.name in PLACE - {"svd_cache", "resume"}
     )
-    return found | {name: value for name, value, usual in place if value != usual}
+    changed = found | {name: value for name, value, usual in place if value != usual}
+    return {name: value for name, value in changed.items() if name not in REMOVED}
 
 
 def differing(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,8 @@ OTHER_S = 5.0  # in which a SIGTERM that follows Ctrl-C comes of it: of the swee
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a wish to stop after this step; the same again ends the process.
+    """Turns the first SIGINT or SIGTERM into a wish to stop after this step; the same again ends the process,
+    and so does the other one after `OTHER_S` seconds.
 
     One that comes within `echo_s` seconds is the same one again: a queue manager may signal a launcher and
     its processes, and the launcher passes its own on.

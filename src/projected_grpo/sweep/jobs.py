@@ -21,7 +21,7 @@ from loguru import logger
 from tabulate import tabulate
 
 from projected_grpo import train
-from projected_grpo.errors import DIVERGED, SIGNALLED
+from projected_grpo.errors import BAD_USAGE, DIVERGED, SIGNALLED
 from projected_grpo.results.files import (
     Check,
     check_fields,
@@ -35,7 +35,6 @@ from projected_grpo.runlog import append_jsonl, complete_lines, read_json, write
 from projected_grpo.sweep.keep import kept_data, read_record, write_record
 from projected_grpo.sweep.spec import SweepLimits, SweepRun, take
 
-BAD_USAGE = 2  # exit code of train for what no further attempt would mend
 STATES = ("finished", "running", "failed", "interrupted", "to do")
 PATIENCE_S = 120.0  # a queue's next attempt waits this long for what is left of the one before it
 
@@ -248,7 +247,7 @@ def make(job: Job, launch: Launch, *, patience_s: float = 1.0) -> JobResult:
             if code in (0, DIVERGED) and job.done():
                 return JobResult("done")
             logger.warning("{}: attempt {} ended with code {}", job.name, attempt + 1, code)
-            if code == BAD_USAGE:
+            if code == BAD_USAGE:  # no further attempt would mend it
                 break
         why = f"code {code} in attempt {attempt + 1}; its output is in {job.file('.txt')}"
         note(job, failed=why)

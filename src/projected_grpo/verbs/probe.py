@@ -18,6 +18,7 @@ from projected_grpo.deploy.trained import file_hash
 from projected_grpo.engine.chat import Chat, open_chat
 from projected_grpo.errors import GATE_FAILED, SIGNALLED, OneKind, UserError, goes_on
 from projected_grpo.extract_vhack_grad import obtain, pair_grads, select, verify_vhack_heldout
+from projected_grpo.options.typed import flags
 from projected_grpo.options.verbs import (
     ExtractOptions,
     GateOptions,
@@ -175,8 +176,7 @@ def verify_stage(cfg: TrainConfig, home: Path, options: ProbeOptions) -> int:
         return verify_verb(VerifyOptions(cfg.model, cfg.basis, cfg.loss, home, signal, on, grader))
     given = {name: value for name, value in asdict(on).items() if value != getattr(ScoredOn, name)}
     given |= asdict(grader) | {"score": signal}
-    asked = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    return verb_process("verify", cfg, home, *asked)
+    return verb_process("verify", cfg, home, *flags(given))
 
 
 def scored_on(on: ScoredOn) -> dict[str, Any]:
