@@ -124,7 +124,20 @@ def test_ctrl_c_is_one_line(capsys):
             stack.enter_context(goes_on())
             os.kill(os.getpid(), signal.SIGINT)
 
-    assert ended(long_work, capsys) == (130, "stopped; the same command goes on")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    try:
+        assert ended(long_work, capsys) == (130, "stopped; the same command goes on")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOMEM, "no memory"), ConnectionResetError(errno.ECONNRESET, "reset")], ids=repr
+)
+def test_what_no_path_explains_keeps_its_traceback(error, capsys):
+    """A sweep then tries again, as it does not after a mistake of the user's."""
+    with pytest.raises(type(error)):
+        answer(raiser(error))
 
 
 def test_a_second_ctrl_c_ends_the_process_in_silence(monkeypatch, capsys):

@@ -14,15 +14,18 @@ An arm can also be in a file of the user's (`--arm-file`), which says `SETTINGS`
 and `ARM`, the record of its stages. The file is run, so it can do whatever Python can.
 """
 
+import hashlib
 import sys
 import traceback
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
+
+from tyro.conf import Fixed, Suppress
 
 from projected_grpo.errors import UserError
 
@@ -51,6 +54,8 @@ class ArmSettings:
     seed."""
     arm_file: Path | None = None
     """A Python file with an arm of your own (docs/howto/own_arm.md)."""
+    arm_digest: Suppress[Fixed[str]] = ""
+    """Hash of that file: another text is another arm, wherever it lies."""
     half_a: tuple[Detector, ...] = ()
     """Detectors the basis was built from: C (the tests pass a stub), D (the canonical solution fails them),
     E (they pass on the own solution). Splits student hacks into HACK_A (one of these fires) and HACK_B
@@ -407,6 +412,18 @@ def settings_of(intervention: object, file: Path | None) -> type[ArmSettings]:
     return own.settings
 
 
+def stored_settings(values: Mapping[str, Any]) -> type[ArmSettings]:
+    """The options of an arm as a run had them, for those who read the run where the arm's file is gone."""
+    plain = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    found = [(name, type(value), field(default=value)) for name, value in plain.items()]
+    return make_dataclass("StoredSettings", found, bases=(ArmSettings,), frozen=True)
+
+
+def digest_of(file: Path) -> str:
+    """Hash of an arm's file."""
+    return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
+
+
 @cache
 def read_arm(file: Path) -> OwnArm:
     """The arm in a file. Raises UserError saying by line or name what is wrong in it."""
@@ -417,9 +434,9 @@ def read_arm(file: Path) -> OwnArm:
     kind = module.SETTINGS
     if not (isinstance(kind, type) and issubclass(kind, ArmSettings) and is_dataclass(kind)):
         raise UserError(f"{file}: SETTINGS must be a dataclass made from ArmSettings, not {kind!r}")
-    for field in fields(kind):
-        if field.default is MISSING and field.default_factory is MISSING:
-            raise UserError(f"{file}: {kind.__name__}.{field.name} has no default; every option needs one")
+    for option in fields(kind):
+        if option.default is MISSING and option.default_factory is MISSING:
+            raise UserError(f"{file}: {kind.__name__}.{option.name} has no default; every option needs one")
     name = kind().intervention
     if not name.isidentifier():
         raise UserError(f"{file}: {kind.__name__}.intervention must be the arm's name, not {name!r}")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import Fixed, Suppress
 
-from projected_grpo.arm_settings import SETTINGS, ArmSettings, EraseSettings, settings_of
+from projected_grpo.arm_settings import SETTINGS, ArmSettings, EraseSettings, settings_of, stored_settings
 from projected_grpo.errors import UserError
 
 FILE_WRITTEN, FOLDER_WRITTEN = "file that is written", "folder that is written"
@@ -423,8 +423,7 @@ def from_json(data: object, *, older: bool = False) -> TrainConfig:
             raise TypeError("its settings are no JSON object")
         _same_names(set(data), {*groups, "preset"}, {"preset"} if older else None)
         if isinstance(data.get("arm"), Mapping):
-            file = data["arm"].get("arm_file")
-            groups["arm"] = settings_of(data["arm"].get("intervention", "erase"), file and Path(file))
+            groups["arm"] = _arm_type(data["arm"], older)
         parts = {
             group: _group_from_json(group, kind, data.get(group, {}), older) for group, kind in groups.items()
         }
@@ -433,6 +432,16 @@ def from_json(data: object, *, older: bool = False) -> TrainConfig:
         return TrainConfig(preset=data["preset"], **parts)
     except (AttributeError, TypeError, ValueError, OverflowError, UserError) as error:
         raise UserError(f"config.json does not fit this version of projected_grpo: {error}") from error
+
+
+def _arm_type(values: Mapping[str, Any], older: bool) -> type[ArmSettings]:
+    file = values.get("arm_file")
+    try:
+        return settings_of(values.get("intervention", "erase"), file and Path(file))
+    except UserError:
+        if not (older and values.get("arm_digest")):
+            raise
+        return stored_settings(values)
 
 
 def _group_from_json(group: str, kind: Any, values: Any, older: bool) -> Any:

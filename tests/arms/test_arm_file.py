@@ -12,7 +12,7 @@ from projected_grpo.cli import main
 from projected_grpo.config import from_json, to_json
 from projected_grpo.errors import UserError
 from projected_grpo.options.train import parse
-from projected_grpo.run.identity import identity, run_name
+from projected_grpo.run.identity import given, identity, run_name
 
 VOTE = scripts((ROOT / "docs/howto/own_arm.md").read_text())["vote.py"]
 ERASE_AGAIN = """
@@ -99,13 +99,32 @@ def test_a_slip_on_the_command_line_is_told(here, capsys, words, said):
     assert said in capsys.readouterr().err
 
 
-def test_an_arm_of_a_file_has_its_options_its_name_and_its_identity(here):
+def test_an_arm_of_a_file_has_its_options_and_its_name(here):
     cfg = parse(["smoke", f"--arm-file={written(here, VOTE)}", "--vote-share=0.25", "--control=haar"])
     assert (cfg.arm.vote_share, cfg.arm.control, cfg.arm.arm_file) == (0.25, "haar", here / "mine.py")
     assert run_name(cfg) == "vote+haar vote_share=0.25"
     assert from_json(json.loads(json.dumps(to_json(cfg)))) == cfg
-    other = parse(["smoke", "--arm-file=mine.py", "--control=haar"])
-    assert len({identity(cfg), identity(other), identity(parse(["smoke"]))}) == 3
+    assert "arm_file" in given(cfg) and "arm_digest" not in given(cfg)
+
+
+def test_an_arm_is_what_its_file_says_wherever_it_lies(here):
+    (here / "elsewhere").mkdir()
+    paths = [written(here, VOTE), written(here, VOTE, "elsewhere/mine.py"), written(here, VOTE + "#", "b.py")]
+    ids = [identity(parse(["smoke", f"--arm-file={path}"])) for path in paths]
+    assert ids[0] == ids[1] and len({*ids, identity(parse(["smoke"]))}) == 3
+
+
+def test_a_run_can_be_read_where_its_arms_file_is_gone(here):
+    cfg = parse(["smoke", f"--arm-file={written(here, VOTE)}", "--vote-share=0.25", "--half-a=C,E"])
+    data = to_json(cfg)
+    data["arm"]["arm_file"] = str(here / "gone.py")
+    with pytest.raises(UserError, match=r"gone\.py: no such Python file"):
+        from_json(data)
+    read = from_json(data, older=True)
+    assert (read.arm.intervention, read.arm.vote_share, read.arm.half_a) == ("vote", 0.25, ("C", "E"))
+    assert run_name(read).startswith("vote")
+    del data["arm"]["arm_file"]  # as kept records have it
+    assert from_json(data, older=True).arm.vote_share == 0.25
 
 
 def test_the_packages_arms_are_those_of_the_table(here):
@@ -126,6 +145,9 @@ def test_erase_from_a_file_is_erase_and_goes_on_only_with_the_same_file(here, un
     assert main(["results", "out/runs"]) == 0
     assert "again" in capsys.readouterr().out
     (again / "summary.json").unlink()
-    Path("again.py").write_text(ERASE_AGAIN + "\n# changed\n")
+    Path("again.py").unlink()  # the run has its own
+    assert main(["train", "smoke", f"--resume={again}"]) == 0
+    (again / "summary.json").unlink()
+    (again / "arm.py").write_text(ERASE_AGAIN + "\n# changed\n")
     assert main(["train", "smoke", f"--resume={again}"]) == 2
-    assert f"the arm of {again} changed since" in capsys.readouterr().err
+    assert "arm.py changed since" in capsys.readouterr().err

@@ -32,6 +32,15 @@ def test_a_list_is_typed_with_commas(typed, modes):
     assert parse(["smoke", *typed]).teacher.teacher_modes == modes
 
 
+def test_a_word_behind_a_list_with_an_equals_sign_is_one_of_its_own():
+    assert as_typed(["--arms=none", "nano"], StudyOptions, "study") == ["--arms=none", "nano"]
+    assert as_typed(["--arms=none,", "erase", "nano"], StudyOptions, "study") == ["--arms=none,erase", "nano"]
+
+
+def test_a_path_is_read_as_the_shell_reads_it():
+    assert parse(["smoke", "--out-dir=~/zz"]).run.out_dir == Path.home() / "zz"
+
+
 @pytest.mark.parametrize("word", ["none", "None", "NONE"])
 def test_none_is_typed_in_one_way(word):
     cfg = parse(

@@ -23,7 +23,7 @@ from projected_grpo.options.typed import flags as flags_of
 from projected_grpo.problems import Problem
 from projected_grpo.rewards import MODES, Grade
 from projected_grpo.run.columns import COLUMNS, HEADER_EVERY, StepTable, cell, complete, markdown_table
-from projected_grpo.run.ending import checks, cue, next_commands, rate
+from projected_grpo.run.ending import checks, checks_of_direction, cue, next_commands, rate
 from projected_grpo.run.identity import given as not_as_in_the_preset
 from projected_grpo.run.summary import by_mode, detector_rates, steps_to_hack, total
 from projected_grpo.runlog import (
@@ -516,3 +516,31 @@ def test_run_folders_are_never_shared(tmp_path):
 
 def test_versions_name_what_can_change_a_result():
     assert {"python", "platform", "projected_grpo", "torch", "transformers"} <= set(versions())
+
+
+def test_the_share_before_and_after_an_arm_is_of_the_same_steps():
+    """Where route2 keeps nothing there is no cos_post, and such a step says nothing of the others."""
+    rows = [
+        {"cos_pre": 0.05, "cos_post": None, "cos_null": 0.1, "cos_update": 0.0},
+        {"cos_pre": 0.30, "cos_post": 0.28, "cos_null": 0.1, "cos_update": 0.0},
+    ]
+    cfg = replace(SMOKE, arm=arm_settings("route2"))
+    assert [ok for ok, _ in checks_of_direction(cfg, rows)] == [True, True]
+    (_, (ok, text)) = checks_of_direction(cfg, [rows[1] | {"cos_post": 0.31}])
+    assert not ok and "larger than before it" in text
+
+
+def test_a_command_to_begin_again_names_no_option_that_is_gone():
+    cfg = replace(SMOKE, loss=replace(SMOKE.loss, ref_every=7), run=replace(SMOKE.run, threads=4))
+    assert not {"ref_every", "threads"} & set(not_as_in_the_preset(cfg))
+
+
+def test_names_with_one_end_are_written_at_a_time(tmp_path, monkeypatch):
+    """Records of arms end alike, and a sweep's threads write them together."""
+    begun, real = [], runlog.os.fsync
+    monkeypatch.setattr(runlog.os, "fsync", lambda fd: (begun.append(set(tmp_path.glob(".*.tmp"))), real(fd)))
+    ends = "_pairs=nano-sampled-and-more_seed41.json"
+    for name in ("erase", "route"):
+        write_atomically(tmp_path / (name + ends), b"{}")
+    made = [files for files in begun if files]
+    assert len(made) == 2 and not made[0] & made[1]

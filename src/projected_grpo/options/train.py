@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
-from projected_grpo.arm_settings import SETTINGS, ArmSettings, settings_of
+from projected_grpo.arm_settings import SETTINGS, ArmSettings, digest_of, settings_of
 from projected_grpo.checks import validate
 from projected_grpo.config import PRESETS, REMOVED, TrainConfig
 from projected_grpo.errors import UserError
@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     values, _ = read_options(given, kinds, (), f"train {preset}")
     changed = {name.replace("-", "_"): value for name, value in values.items()}
     if file is not None:
-        changed["arm_file"] = file.absolute()  # a run can be gone on with from anywhere
+        changed |= {"arm_file": file.absolute(), "arm_digest": digest_of(file)}
     own = {
         group: {f.name: changed[f.name] for f in dataclasses.fields(part) if f.name in changed}
         for group, part in parts.items()

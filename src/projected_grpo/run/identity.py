@@ -17,7 +17,7 @@ from typing import Any
 from projected_grpo.config import BEFORE, PRESETS, REMOVED, RunConfig, TrainConfig, to_json
 
 PLACE = {f.name for f in fields(RunConfig)} - {"seed", "cpu_seconds", "wall_seconds"}
-PLACE |= {"device", "svd_cache"}
+PLACE |= {"device", "svd_cache", "arm_file"}  # of an arm's file its hash counts
 REFERENCE = {"none": "vanilla", "erase": "projected", "route": "routing", "route2": "routing2"}
 SHORT = {
     "v_hack_k": "k",
@@ -69,12 +69,12 @@ def given(cfg: TrainConfig) -> dict[str, Any]:
     found = {name: value for values in changes(cfg, preset).values() for name, value in values.items()}
     place = (
         (f.name, getattr(mine, f.name), getattr(theirs, f.name))
-        for mine, theirs in ((cfg.model, preset.model), (cfg.run, preset.run))
+        for mine, theirs in ((cfg.model, preset.model), (cfg.run, preset.run), (cfg.arm, preset.arm))
         for f in fields(mine)
         if f.name in PLACE - {"svd_cache", "resume"}
     )
     changed = found | {name: value for name, value, usual in place if value != usual}
-    return {name: value for name, value in changed.items() if name not in REMOVED}
+    return {name: value for name, value in changed.items() if name not in {*REMOVED, "arm_digest"}}
 
 
 def differing(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
@@ -107,7 +107,7 @@ def tags(cfg: TrainConfig, but: Sequence[str] = ()) -> dict[str, list[str]]:
 
     `but`: options that are shown elsewhere.
     """
-    shown_already = {"intervention", "control", "seed", "arm_file", *but}
+    shown_already = {"intervention", "control", "seed", "arm_digest", *but}
     return {
         group: [
             f"{SHORT.get(name, name)}={shown(value)}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from loguru import logger
 
 from projected_grpo.antipasto import weights_digest
+from projected_grpo.arm_settings import digest_of
 from projected_grpo.checks import validate
 from projected_grpo.concept import concept_from_json
 from projected_grpo.config import TrainConfig, from_json
@@ -156,7 +157,9 @@ def resume(cfg: TrainConfig, folder: Path, ranks: Ranks, stack: ExitStack) -> Op
     run = Run(cfg, folder)
     saved = newest_state(run)
     exp, state = set_up(cfg, ranks, stack)
-    for field in ("weights", "pairs", "arm"):
+    if cfg.arm.arm_file is not None and digest_of(cfg.arm.arm_file) != cfg.arm.arm_digest:
+        raise UserError(f"--resume: {cfg.arm.arm_file} changed since; {folder} cannot go on with another arm")
+    for field in ("weights", "pairs"):
         if saved.facts.get("meta", {}).get(field) != state.meta.get(field):
             raise UserError(f"--resume: the {field} of {folder} changed since; it cannot go on with others")
     if saved.facts.get("data") != data_digest(exp.data):

@@ -1,6 +1,5 @@
 """A new run: everything as it is before the first step, and its folder."""
 
-import hashlib
 import importlib
 import shlex
 import sys
@@ -87,9 +86,11 @@ def start_run(asked: TrainConfig, ranks: Ranks, stack: ExitStack) -> Opened:
     lock_folder(run.folder, stack, "--out-dir")
     start_logging(cfg.run.log_dir / f"{run.folder.name}.log")
     made = {"run_id": run.folder.name, **provenance(ranks), "prompts": prompt_facts(exp)}
+    if cfg.arm.arm_file is not None:  # the run has its own, lest it change
+        kept = (run.folder / "arm.py").absolute()
+        write_atomically(kept, cfg.arm.arm_file.read_bytes())
+        cfg = replace(cfg, arm=replace(cfg.arm, arm_file=kept))
     write_json(run.folder / "config.json", made | {"config": to_json(cfg)})
-    if cfg.arm.arm_file is not None:
-        write_atomically(run.folder / "arm.py", cfg.arm.arm_file.read_bytes())
     run.show_live(view, stack)
     return run, exp, state
 
@@ -123,10 +124,7 @@ def start_state(exp: Experiment) -> TrainState:
     scored = cfg.arm.scored_by is not None
     concept = Concept(current_direction(exp), torch.empty(0)) if scored else None
     gate = start_gate(exp, basis, extraction.grads, concept)
-    meta = dict(extraction.meta)
-    if cfg.arm.arm_file is not None:
-        meta["arm"] = hashlib.blake2b(cfg.arm.arm_file.read_bytes()).hexdigest()
-    return TrainState(optimizer, basis, gate, meta, frames, concept)
+    return TrainState(optimizer, basis, gate, extraction.meta, frames, concept)
 
 
 def start_gate(
