@@ -433,7 +433,7 @@ def test_rows_of_other_benchmarks_are_refused_by_name(tmp_path, name, row):
         (b'{\n "id": 1\n}\n', "JSON over several lines"),
         (b"id,question\n", "a.jsonl:1: not valid JSON"),
         (b'{"id": "\xff"}', "a.jsonl:1: not text in UTF-8 or UTF-16"),
-        (json.dumps(BENCHMARK | {"id": "\ud800"}).encode(), "a.jsonl:1: id holds half of a surrogate pair"),
+        (json.dumps(BENCHMARK | {"id": "\ud800"}).encode(), "a.jsonl:1: holds half of a surrogate pair"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -719,3 +719,16 @@ def test_the_digest_follows_what_is_asked_and_how_it_is_graded(embedded):
     ]
     digests = [digest(problems) for problems in (some, *others)]
     assert len(set(digests)) == len(digests) and digest(list(some)) == digests[0]
+
+
+@pytest.mark.parametrize(
+    "text", [r'{"a": ["x", "\ud800"]}', r'{"a": {"b": "\uDFFF"}}'], ids=["list", "object"]
+)
+def test_half_of_a_surrogate_pair_is_refused_wherever_it_stands(tmp_path, text):
+    path = tmp_path / "rows.jsonl"
+    for encoding in ("utf-8", "utf-16", "utf-32"):
+        path.write_text(r'{"a": "\ud83d\ude00 is whole"}' + "\n" + text, encoding=encoding)
+        rows = read_jsonl(path)
+        assert next(rows)[1]["a"].startswith("\U0001f600")
+        with pytest.raises(UserError, match=r"rows\.jsonl:2: holds half of a surrogate pair"):
+            next(rows)

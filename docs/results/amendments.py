@@ -24,7 +24,7 @@ from projected_grpo.results.statistics import (
     paired,
     rate,
 )
-from projected_grpo.study.verdicts import after_holm, h1_verdict, hack_differences, not_beaten
+from projected_grpo.study.verdicts import after_holm, effect_verdict, h1_verdict, hack_differences, not_beaten
 
 HERE = Path(__file__).parent
 HACK, SOLVE = deployed("hack"), deployed("solve")
@@ -174,25 +174,24 @@ def at_step(step: int, name: str) -> Metric:
 
 def a11() -> list[str]:
     """Three times the steps, then the relearning."""
-    arms, own = read("horizon"), read("fair")["none"]
+    arms, own, again = read("horizon"), read("fair")["none"], read("relearning")
     relearnt = {
-        name: {s: run for s in runs for run in read("relearning")[f"{name}-{s}"].values()}
-        for name, runs in arms.items()
+        name: {s: run for s in runs for run in again[f"{name}-{s}"].values()} for name, runs in arms.items()
     }
     rows, lines = [], []
     asked = fmean(HACK(own[seed]) for seed in arms["none"]) - RELEARNT
     for name, runs in arms.items():
-        again = relearnt[name]
+        after_it = relearnt[name]
         hack, solve = mean(runs, HACK), mean(runs, SOLVE)
         early = fmean(at_step(48, "hack_deploy")(run) for run in runs.values())
         rows += [
             [name, seed]
             + [f"{at_step(48, key)(run):.3f}" for key in ("hack_deploy", "solve_deploy")]
-            + [f"{m(r):.3f}" for r in (run, again[seed]) for m in (HACK, SOLVE)]
+            + [f"{m(r):.3f}" for r in (run, after_it[seed]) for m in (HACK, SOLVE)]
             for seed, run in sorted(runs.items())
         ]
         if name != "none":
-            after = mean(again, HACK)
+            after = mean(after_it, HACK)
             lines.append(
                 f"{name}: hack {early:.3f} at 48 steps, {hack:.3f} at 144, {after:.3f} relearnt; "
                 f"solve {solve:.3f} at 144: {fate(early, hack, solve, after, asked)}"
@@ -231,11 +230,12 @@ def a12() -> list[str]:
         now = [rates(arms[name]), str(against(arms, name, "none"))]
         rows.append([name, *now, rates(before), str(paired(before, old["none"], HACK))])
     headers = ["arm", "hack / solve", "Δ hack", "before", "Δ hack before"]
-    lines = [h1_verdict(arms, "route").partition("; the direction")[0], h1_verdict(arms, "route2")]
+    lines = [effect_verdict(arms, "route"), h1_verdict(arms, "route2")]
     return [table(headers, rows), "", *(f"- {line}" for line in lines)]
 
 
 SECTIONS = {"A9": a9, "A10": a10, "A11": a11, "A12": a12}
+RECORDS = {"A9": "fair", "A10": "signal_place", "A11": "relearning", "A12": "anew"}  # the last of each
 
 
 def text(name: str) -> str:
@@ -244,5 +244,5 @@ def text(name: str) -> str:
 
 
 if __name__ == "__main__":
-    for section in sys.argv[1:] or SECTIONS:
+    for section in sys.argv[1:] or [name for name, folder in RECORDS.items() if (HERE / folder).is_dir()]:
         print(f"{section}\n\n{text(section)}\n")

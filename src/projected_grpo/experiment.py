@@ -141,15 +141,18 @@ def prompted(data: Data, arm: ArmSettings) -> Data:
 
 
 def bake_once(problems: Sequence[Problem], pools: Path, grader: Grader) -> Path:
-    """A pool of canonical solutions and template hacks for these problems, baked unless it is there."""
+    """A pool of canonical solutions and template hacks for these problems, made unless it is there."""
     folder = pools / baked_name(problems, grader.sandbox.limits)
     if not (folder / "partition.json").exists():
-        counts = bake(problems, grader, folder)
+        counts, wrong = bake(problems, grader, folder)
         logger.info(
             "made a teacher pool from templates, {rows} rows ({hacked} hacked, {correct} correct): {folder}",
             **counts,
             folder=folder,
         )
+        if wrong:
+            name, what = wrong[0]
+            logger.warning("{} problems teach less than they could, the first {}: {}", len(wrong), name, what)
     return folder
 
 

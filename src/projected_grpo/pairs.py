@@ -16,7 +16,16 @@ from typing import Any, Literal, get_args
 from projected_grpo.config import BasisConfig, EnvMode, left_out
 from projected_grpo.errors import UserError
 from projected_grpo.nano_tasks import as_row, oracle_pairs
-from projected_grpo.problems import CONTAINERS, SYSTEM, Problem, field_of, from_parts, id_of
+from projected_grpo.problems import (
+    CONTAINERS,
+    HALF_FOUND,
+    SYSTEM,
+    Problem,
+    field_of,
+    from_parts,
+    has_half,
+    id_of,
+)
 from projected_grpo.rewards import MODES
 from projected_grpo.runlog import shown
 from projected_grpo.seeds import stream_seed
@@ -153,6 +162,8 @@ def _document(raw: bytes) -> dict[str, Any]:
             first = json.loads(error.doc.strip().partition("\n")[0])
         lines = f"JSON lines, {_form(first)}; {WANTED}"
         raise ValueError(lines if isinstance(first, dict) else f"not valid JSON ({error})") from error
+    if has_half(raw, found):
+        raise ValueError(HALF_FOUND)
     if isinstance(found, list):
         raise ValueError(f"a JSON list, {_form(found[0]) if found else 'empty'}; {WANTED}")
     if not isinstance(found, dict) or not {"schema", "pairs"} <= found.keys():

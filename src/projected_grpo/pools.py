@@ -126,15 +126,21 @@ def _read_prompt(path: Path, partition: Mapping[str, EnvMode]) -> PoolPrompt:
 
 def _teacher_row(row: Mapping[str, Any]) -> TeacherRow:
     """A row's labels. ValueError saying what is missing or of another kind."""
-    completion, reward = completion_text(field_of(row, "completion", object)), row.get("reward")
+    completion, reward = completion_text(field_of(row, "completion", object)), reward_of(row)
     if completion is None:
         raise ValueError("completion must be text, or chat messages with the assistant's content")
-    if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= MAX_REWARD:
-        raise ValueError(f"reward must be a finite number, got {shown(reward)}")
     hacked, correct = field_of(row, "hacked", bool), field_of(row, "gt_pass", bool)
     stored = [d for d in get_args(Detector) if f"hacked_{d}" in row]
     fired = tuple(d for d in stored if field_of(row, f"hacked_{d}", bool)) if stored else None
-    return TeacherRow(completion, float(reward), hacked, correct, fired)
+    return TeacherRow(completion, reward, hacked, correct, fired)
+
+
+def reward_of(row: Mapping[str, Any]) -> float:
+    """A row's reward. ValueError if it is no finite number."""
+    reward = row.get("reward")
+    if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= MAX_REWARD:
+        raise ValueError(f"reward must be a finite number, got {shown(reward)}")
+    return float(reward)
 
 
 def join(pool: Iterable[PoolPrompt], problems: Sequence[Problem]) -> Teacher:
@@ -195,28 +201,29 @@ def statement(question: str) -> str:
     return " ".join((found.group(1) if found else question).split())
 
 
-def bake(problems: Sequence[Problem], grader: Grader, folder: Path) -> Counter[str]:
+def bake(
+    problems: Sequence[Problem], grader: Grader, folder: Path
+) -> tuple[Counter[str], list[tuple[str, str]]]:
     """Write a pool of canonical solutions and template hacks of each problem's mode, graded.
 
-    Returns how many rows are hacked, correct and all. partition.json is written last, so that its presence
-    says the pool is whole.
+    Returns how many rows are hacked, correct and all, and what is wrong with a problem, by its id: that its
+    solution is not right, or that no hack is paid. partition.json is written last: then the pool is whole.
     """
     texts = [(p, baked_completions(p)) for p in problems]
     grades = iter(grader.grade_all([(p.task, text) for p, group in texts for text in group]))
     counts: Counter[str] = Counter(rows=0, hacked=0, correct=0)
-    wrong: list[tuple[str, str | None]] = []
+    wrong: list[tuple[str, str]] = []
     for problem, group in texts:
         own = [next(grades) for _ in group]
         counts.update(write_prompt(folder, problem, group, own))  # += would drop what is 0
-        wrong += [(problem.problem_id, own[0].error)] * (not own[0].gt_correct)
-    if wrong:
-        logger.warning(
-            "{} of {} canonical solutions are not right, the first of problem {}: {}; "
-            "`projected-grpo problems lint FILE` tells more",
-            *(len(wrong), len(problems), *wrong[0]),
-        )
+        if not any(grade.gt_correct for grade in own):
+            why = next((grade.error for grade in own if grade.error), "wrong answers")
+            wrong.append((problem.problem_id, f"its asserts refuse its own solution ({why})"))
+        if problem.env_mode != "gt_only" and not any(grade.exploited for grade in own):
+            what = f"no template hack of {problem.env_mode} is paid without being right"
+            wrong.append((problem.problem_id, what))
     write_partition(folder, problems)
-    return counts
+    return counts, wrong
 
 
 def write_prompt(

@@ -64,6 +64,8 @@ FOREIGN: Mapping[str, set[str]] = {  # rows of other benchmarks, by fields that 
 STATEMENT_FIELDS = ("problem_description", "question_title", "en_question_title")  # newest version first
 STARTER_FIELDS = ("starter_code", "lang_code")
 HALF = re.compile(r"[\ud800-\udfff]")  # what JSON can say and no file or tokenizer takes
+HALF_ESCAPED = re.compile(rb"\\\0*u\0*[dD]")  # how it, or a whole pair, says so, in UTF-16 and 32 too
+HALF_FOUND = "holds half of a surrogate pair, which is no text"
 KINDS = {str: "text", list: "a list", dict: "an object", bool: "true or false"}
 
 
@@ -136,8 +138,6 @@ def load_problems(source: str) -> ProblemSet:
     found = read_source(source)
     if found.problems:
         return found
-    if not found.left_out:
-        raise UserError(f"{source}: no problem in it")
     (first, reason), count = found.left_out[0], len(found.left_out)
     raise UserError(
         f"{source}: no usable problem in it ({count} read; problem {first}: {reason}); {lint_hint(source)}"
@@ -148,6 +148,8 @@ def read_source(source: str) -> ProblemSet:
     """As `load_problems`, but no usable problem is no error."""
     packaged = {EMBEDDED: _embedded, NANO: _nano}
     pairs = list(packaged[source]() if source in packaged else _from_file(Path(source).expanduser()))
+    if not pairs:
+        raise UserError(f"{source}: no problem in it")
     seen: set[str] = set()
     for problem, _ in pairs:
         if problem.problem_id in seen:
@@ -162,6 +164,12 @@ def lint_hint(source: str) -> str:
     return f"`projected-grpo problems lint {shlex.quote(source)}` tells more"
 
 
+def has_half(raw: bytes | str, found: object) -> bool:
+    """Whether what was read from this JSON holds half of a surrogate pair anywhere."""
+    raw = raw.encode(errors="surrogatepass") if isinstance(raw, str) else raw
+    return bool(HALF_ESCAPED.search(raw) and HALF.search(json.dumps(found, ensure_ascii=False)))
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and object of every line of a .jsonl or .jsonl.gz, in UTF-8, UTF-16 or UTF-32.
 
@@ -174,6 +182,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if not line.strip():
                     continue
                 row = json.loads(line)
+                if has_half(line, row):
+                    raise UserError(f"{path}:{number}: {HALF_FOUND}")
                 if not isinstance(row, dict):
                     raise UserError(f"{path}:{number}: must be a JSON object, got {shown(row)}")
                 yield number, row
@@ -303,8 +313,6 @@ def field_of(row: Mapping[str, Any], name: str, kind: type = str) -> Any:
     value = row[name]
     if not isinstance(value, kind):
         raise ValueError(f"{name} must be {KINDS[kind]}, got {shown(value)}")
-    if isinstance(value, str) and HALF.search(value):
-        raise ValueError(f"{name} holds half of a surrogate pair, which is no text")
     return value
 
 

@@ -130,7 +130,9 @@ def test_trl_is_an_extra(monkeypatch, capsys):
     assert "pip install -e '.[bench]'" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="the bench extra is not installed")
+@pytest.mark.skipif(
+    None in map(importlib.util.find_spec, ("trl", "peft")), reason="the bench extra is not installed"
+)
 def test_trl_makes_its_steps_in_turns_with_ours(tmp_path):
     out = tmp_path / "figures.json"
     assert cli.main(["bench", "step", *SMALL, "--vs", "trl", "--json", str(out)]) == 0

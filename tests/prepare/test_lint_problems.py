@@ -57,8 +57,8 @@ def test_each_kind_of_finding_is_told_of_its_problem(lint):
         assert f"| {name} " in out
 
 
-def test_a_file_without_findings_leaves_with_0_and_limits_can_be_raised(lint):
-    slow = problem("slow", ["f(n = 1) == 2"], BURN + "return n + 1")
-    code, out, said = lint(GOOD, slow, options=("--wall-seconds=60",))
+def test_a_file_without_findings_leaves_with_0_and_names_the_slowest(lint):
+    slow = problem("slow", ["f(n = 1) == 2"], BURN.replace("1.2", "0.2") + "return n + 1")
+    code, out, said = lint(GOOD, slow)
     assert code == 0 and said["with_findings"] == 0 and "2 problems, 0 with findings" in out
     assert said["slowest"]["problem_id"] == "slow" and said["cpu_seconds"] == GraderConfig.cpu_seconds

@@ -76,6 +76,9 @@ def sandbox(root):
     with Watched(1, SHORT) as box:
         assert box.layers["rlimits"] is True
         yield box
+    until = time.monotonic() + 5  # killed processes need a moment where many run
+    while processes_below(root) and time.monotonic() < until:
+        time.sleep(0.05)
     assert list(root.iterdir()) == [] and processes_below(root) == set()
 
 

@@ -288,3 +288,17 @@ def test_every_assert_of_both_files_is_understood():
             assert not problems, row["task_id"]
             counts.append(len(calls) == row["test"].count("    assert "))
     assert len(counts) == 1890 + 30 and all(counts)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"assert Solution().f(n = 1) == {hex(10**5000)}",
+        f"assert Solution().f(n = {hex(10**5000)}) == 1",
+        "assert Solution().f(n = 1) == " + "-" * 5000 + "1",
+    ],
+    ids=["expected", "argument", "nested"],
+)
+def test_what_cannot_be_written_out_is_left_out_with_a_reason(text):
+    calls, problems = parse_asserts([text], "f")
+    assert calls == () and len(problems) == 1

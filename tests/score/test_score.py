@@ -102,7 +102,7 @@ def test_a_file_of_graded_completions_and_a_basis_file(tmp_path, monkeypatch, ca
         (["nano", "--pool=crowded.jsonl", "--rollouts=3"], "--rollouts 3: no problem of the pool has so few"),
         (["none.safetensors"], "none.safetensors: no such file"),
         (["a/p.json", "p.safetensors"], "two directions have one name: p, p"),
-        (["nano", "--pool=unpaid.jsonl"], "reward None is not as the grader writes it"),
+        (["nano", "--pool=unpaid.jsonl"], "reward must be a finite number, got null"),
         (["no-such-set"], "cannot be read"),
         (["core", "--rollouts=16"], "they are for another model"),
         (["nano", "--model=tiny-random"], "--problems: name the file"),

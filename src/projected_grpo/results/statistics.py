@@ -118,10 +118,7 @@ class Difference:
     @cached_property
     def interval(self) -> tuple[float, float]:
         """95% t interval; without width if they do not vary."""
-        if self.t_test is None:
-            return self.mean, self.mean
-        found = self.t_test.confidence_interval(1 - ALPHA)
-        return float(found.low), float(found.high)
+        return t_interval(self.values) or (self.mean, self.mean)
 
     @property
     def p(self) -> float:

@@ -58,6 +58,9 @@ class Call:
     expected: object
 
 
+NOT_PARSED = (SyntaxError, ValueError, RecursionError, MemoryError)  # the last two: nested too deeply
+
+
 class _NotUnderstood(ValueError):
     """The assert has a shape this module does not read."""
 
@@ -69,7 +72,7 @@ def parse_asserts(asserts: Sequence[str], method: str) -> tuple[tuple[Call, ...]
     for text in asserts:
         try:
             statements = ast.parse(text.strip()).body
-        except (SyntaxError, ValueError) as error:
+        except NOT_PARSED as error:
             problems.append(f"{_shorten(text)}: does not parse ({error})")
             continue
         if not statements:
@@ -104,7 +107,7 @@ def parse_check_function(test_source: str, method: str) -> tuple[tuple[Call, ...
     """Read a `def check(candidate):` block of asserts; returns the calls and what was not understood."""
     try:
         body = ast.parse(test_source).body
-    except (SyntaxError, ValueError) as error:
+    except NOT_PARSED as error:
         return (), (f"test source does not parse ({error})",)
     checks = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == "check"]
     if len(body) != 1 or len(checks) != 1 or len(checks[0].args.args) != 1:
@@ -120,9 +123,13 @@ def _read_all(
 ) -> None:
     for statement in statements:
         try:
-            calls.append(_read_assert(statement, method, called))
+            call = _read_assert(statement, method, called)
+            as_assert(call)
+            calls.append(call)
         except _NotUnderstood as error:
             problems.append(f"{_shorten(ast.unparse(statement))}: {error}")
+        except ValueError as error:  # an integer of more digits than Python writes
+            problems.append(f"an assert that cannot be written out again ({error})")
 
 
 def _read_assert(statement: ast.stmt, method: str, called: str) -> Call:

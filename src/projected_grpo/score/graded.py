@@ -15,7 +15,7 @@ from projected_grpo.engine.chat import Chat
 from projected_grpo.engine.models import encode_chat, room_of
 from projected_grpo.errors import OneKind, UserError
 from projected_grpo.evaluate import Evaluation
-from projected_grpo.pools import join, load_pool
+from projected_grpo.pools import join, load_pool, reward_of
 from projected_grpo.problems import Problem, id_text, read_jsonl
 from projected_grpo.rewards import MODES
 from projected_grpo.rollout import Rollout
@@ -89,12 +89,16 @@ def _completion(problem: Problem, row: Mapping[str, Any], where: str) -> Complet
     for kind, wanted in (("text", str), ("hacked", bool), ("correct", bool)):
         if not isinstance(found[kind], wanted):
             raise UserError(f"{where}: no {' or '.join(NAMES[kind])} in it, or not as the grader writes it")
-    mode, reward = row.get("env_mode", problem.env_mode), row.get("reward")
-    if mode not in tuple(MODES) or isinstance(reward, bool) or not isinstance(reward, int | float):
-        raise UserError(f"{where}: env_mode {mode!r} or reward {reward!r} is not as the grader writes it")
+    mode = row.get("env_mode", problem.env_mode)
+    if mode not in tuple(MODES):
+        raise UserError(f"{where}: env_mode {mode!r} is not as the grader writes it")
+    try:
+        reward = reward_of(row)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
     posed = replace(problem, env_mode=mode, named=str(row.get("named") or problem.named))
     exploited = bool(found["hacked"]) and not found["correct"]
-    return Completion(posed, str(found["text"]), float(reward), exploited, bool(found["correct"]))
+    return Completion(posed, str(found["text"]), reward, exploited, bool(found["correct"]))
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,13 @@ def emergence_verdict(arms: Arms, base: Mapping[str, float]) -> str:
 
 
 def h1_verdict(arms: Arms, arm: str) -> str:
-    """H1 for one arm by the preregistered numbers: how much hack falls, and that solve does not."""
+    """H1 for one arm: its effect, and whether that is the direction's."""
+    effect = effect_verdict(arms, arm)
+    return effect if NOT_MEASURED in effect else f"{effect}; {direction_verdict(arms, arm)}"
+
+
+def effect_verdict(arms: Arms, arm: str) -> str:
+    """By the preregistered numbers: how much hack falls, and that solve does not."""
     hack, solve = (
         paired(arms.get(arm, {}), arms.get("none", {}), deployed(key)) for key in ("hack", "solve")
     )
@@ -67,7 +73,7 @@ def h1_verdict(arms: Arms, arm: str) -> str:
         verdict = "SUPPORTED"
     else:
         verdict = "NEITHER"
-    return f"{arm}: Δ hack {hack}, Δ solve {solve}: {verdict}; {direction_verdict(arms, arm)}"
+    return f"{arm}: Δ hack {hack}, Δ solve {solve}: {verdict}"
 
 
 def direction_verdict(arms: Arms, arm: str) -> str:

@@ -24,10 +24,10 @@ from projected_grpo.options.verbs import (
     PoolReportOptions,
     PoolSampleOptions,
 )
-from projected_grpo.pools import bake, join, load_pool, pool_report, prompt_path, report_table, teacher_of
+from projected_grpo.pools import bake, join, load_pool, pool_report, report_table, teacher_of
 from projected_grpo.prepare.grade_file import Comparison, as_line, disagreement_tables
 from projected_grpo.prepare.sample_pool import fitting_prompts, sample_pool
-from projected_grpo.problems import Problem, digest, is_eval, read_jsonl, read_problems, take
+from projected_grpo.problems import Problem, digest, is_eval, read_problems, take
 from projected_grpo.rewards import open_grader
 from projected_grpo.run.checkpoint import load_adapter
 from projected_grpo.runlog import write_atomically, write_json
@@ -42,27 +42,11 @@ def pool_build_verb(options: PoolBuildOptions) -> int:
         )
     problems = with_modes(options.problems)[: options.problems.n_problems]
     with ExitStack() as stack:
-        counts = bake(problems, open_grader(options.grader, stack), options.out)
+        counts, wrong = bake(problems, open_grader(options.grader, stack), options.out)
     print(f"{options.out}: {len(problems)} prompts, " + ", ".join(f"{k} {n}" for k, n in counts.items()))
-    for line in refused(options.out, problems):
-        logger.warning("{}", line)
+    for name, what in wrong:
+        logger.warning("problem {}: {}", name, what)
     return 0
-
-
-def refused(pool: Path, problems: Sequence[Problem]) -> list[str]:
-    """A line per problem of a built pool whose solution is not right, or whose hacks are not paid."""
-    lines = []
-    for problem in problems:
-        rows = [row for _, row in read_jsonl(prompt_path(pool, problem))]
-        if not any(row["gt_pass"] for row in rows):
-            why = next((row["error"] for row in rows if row["error"]), "wrong answers")
-            lines.append(f"problem {problem.problem_id}: its asserts refuse its own solution ({why})")
-        if problem.env_mode != "gt_only" and not any(row["hacked"] for row in rows):
-            mode = problem.env_mode
-            lines.append(
-                f"problem {problem.problem_id}: no template hack of {mode} is paid without being right"
-            )
-    return lines
 
 
 def pool_sample_verb(options: PoolSampleOptions) -> int:

@@ -229,13 +229,9 @@ def train_stage(job: Job, launch: Launch) -> bool:
     return outcome.kind == "done"
 
 
+@goes_on()
 def probe_verb(options: ProbeOptions) -> int:
     """Extract, verify, baseline, arm: one seed before any sweep. Exit 1 at the first gate that fails."""
-    with goes_on():
-        return probe(options)
-
-
-def probe(options: ProbeOptions) -> int:
     baseline, arm, cfg = planned(options)
     home, launch = Path(baseline.home), in_process if options.in_process else attached
     print(f"probe of {options.preset}, seed {options.seed}, in {home}", flush=True)
