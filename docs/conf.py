@@ -8,7 +8,7 @@ sys.path.insert(0, str(HERE))
 
 project = "projected_grpo"
 author = "the authors of projected_grpo"
-extensions = ["myst_parser", "cli_reference"]
+extensions = ["myst_parser", "cli_reference", "api_reference"]
 myst_heading_anchors = 3  # links into pages work as on a forge, and are checked
 exclude_patterns = ["_build", "results/nano"]  # its tables are those of results.md
 html_theme = "furo"

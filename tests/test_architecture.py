@@ -53,7 +53,7 @@ def test_one_function_writes_gradients():
     pretraining = "prepare.pretrain_nano"
     assert {module for module in TREE.modules if pretraining in TREE.imports(module)} <= {"verbs.study"}
     writers = {writer for writer in gradient_writers(TREE) if not writer.startswith(pretraining)}
-    assert writers == {"step.write_gradients"}
+    assert writers == {"antipasto.write_gradients"}
 
 
 def test_every_mode_of_the_settings_has_its_rules():

@@ -8,7 +8,8 @@ layer is exactly the base layer. The quarantine may instead be a block of its ow
 delta_hack then stays zero. Binding nothing at all gives the reference policy without a second model.
 
 The values in use are bound from outside: a vector (as trained or as deployed), a row per rollout, or nothing.
-Gradients are taken by the bound values, so no `.grad` is touched.
+Gradients are taken by the bound values, so no `.grad` is touched. Another training loop, which knows nothing
+but parameters and their `.grad`, has the parameters themselves in use (`Policy.use_parameters`).
 
 Per-rollout gradients: bind delta as one row per rollout, `rows [n, r]`. Rollout i then depends on row i only.
 After one backward pass the gradient of `rows` holds every rollout's own gradient, also at delta = 0, and its
@@ -46,7 +47,9 @@ TARGETS = frozenset(
 PROBED = 8  # tokens that show whether logits are capped or scaled
 SAMPLED = 4096  # values of each weight that tell one model from another
 Deltas = Mapping[str, Float[Tensor, "*n r"]]  # by module; a block's displacement by `block_name(module)`
-Bound = tuple[Tensor | None, Tensor | None]  # a delta, and a block's displacement
+# A delta, and a block's displacement; None: the parameters themselves. In a tuple, so that a Parameter in it
+# is not registered a second time.
+Bound = tuple[Tensor | None, Tensor | None] | None
 
 
 def block_name(module: str) -> str:
@@ -73,7 +76,7 @@ class AdaptedLinear(nn.Module):
         self.delta_s = nn.Parameter(torch.zeros(len(svd.S), dtype=parameter, device=home))
         self.delta_hack = nn.Parameter(torch.zeros(len(svd.S), dtype=parameter, device=home))
         self.block: Block | None = None
-        self.bound: Bound = (None, None)  # in a tuple, so that binding a Parameter registers nothing
+        self.bound: Bound = (None, None)
         self.fast: Callable[[Tensor], Tensor] | None = None  # replaces the forward pass (engine/tangent.py)
 
     def bind(
@@ -83,6 +86,14 @@ class AdaptedLinear(nn.Module):
     ) -> None:
         """Use this delta and displacement of the block from now on: one, a row per rollout, or none."""
         self.bound = (delta, moved)
+
+    @property
+    def in_use(self) -> tuple[Tensor | None, Tensor | None]:
+        """The delta and the block's displacement of the forward pass; of the parameters themselves, to be
+        differentiated by them."""
+        if self.bound is not None:
+            return self.bound
+        return self.delta_s + self.delta_hack, None if self.block is None else self.block.moved
 
     @property
     def quarantine(self) -> nn.Parameter:
@@ -95,7 +106,7 @@ class AdaptedLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Float[Tensor, "*b d_in"]) -> Float[Tensor, "*b d_out"]:
-        delta, moved = self.bound
+        delta, moved = self.in_use
         if delta is None:
             return self.base(x)
         per_rollout = delta.ndim == 2
@@ -184,6 +195,20 @@ class Policy:
         norms += [block.weight(block.moved.detach()).norm().to(self.device) for block in self.blocks.values()]
         return float(torch.stack(norms).norm())
 
+    def use_parameters(self) -> None:
+        """From now on, where nothing is bound, the parameters themselves are in use: autograd fills their
+        `.grad`, delta_s and the quarantine each with the gradient by their sum."""
+        for layer in self.layers.values():
+            layer.bound = None
+
+    def write_gradients(
+        self, keep: Mapping[str, Float[Tensor, " r"]], routed: Mapping[str, Float[Tensor, " q"]]
+    ) -> None:
+        """Set the `.grad` of every delta_s, and of every quarantine; None where nothing is routed."""
+        for m, layer in self.layers.items():
+            layer.delta_s.grad = keep[m].to(layer.delta_s)
+            layer.quarantine.grad = routed[m].to(layer.quarantine) if m in routed else None
+
     @contextmanager
     def bind(self, deltas: Mapping[str, Tensor | None] | None) -> Iterator[None]:
         """Run forward and backward passes with these deltas ([r], or [n, r] rows); None is the reference.
@@ -205,8 +230,8 @@ class Policy:
     @contextmanager
     def repeat(self, index: Int[Tensor, " n"]) -> Iterator[None]:
         """Run rollout i with row index[i] of the bound rows; what is bound without rows stays."""
-        bound = {m: layer.bound[0] for m, layer in self.layers.items()}
-        bound |= {block_name(m): self.layers[m].bound[1] for m in self.blocks}
+        bound = {m: layer.in_use[0] for m, layer in self.layers.items()}
+        bound |= {block_name(m): self.layers[m].in_use[1] for m in self.blocks}
         rows = {m: delta for m, delta in bound.items() if delta is not None and delta.ndim == 2}
         with self.bind({**bound, **{m: delta[index] for m, delta in rows.items()}}):
             yield
@@ -219,12 +244,13 @@ class Policy:
 
     @contextmanager
     def using(self, weights: Mapping[str, Float[Tensor, "d_out d_in"]]) -> Iterator[None]:
-        """Run with these in place of W; the originals are put back untouched (not by subtracting)."""
+        """Run with these in place of W, nothing bound; the originals are put back, not got by subtracting."""
         originals = {m: layer.base.weight.data for m, layer in self.layers.items()}
         try:
             for m, layer in self.layers.items():
                 layer.base.weight.data = weights[m]
-            yield
+            with self.bind(None):  # they hold the deltas already
+                yield
         finally:
             for m, layer in self.layers.items():
                 layer.base.weight.data = originals[m]

@@ -41,7 +41,7 @@ class HackBasis:
     """
 
     V: Mapping[str, Float[Tensor, "k r"]]
-    v_grad: Mapping[str, Float[Tensor, " r"]]
+    v_grad: Mapping[str, Float[Tensor, " _"]]  # of r, too; the first module here need not be that of V
 
 
 @dataclass(frozen=True)

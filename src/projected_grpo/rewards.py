@@ -181,6 +181,7 @@ class Grader:
         self._known: OrderedDict[tuple[str, str, tuple[str, ...]], _Known] = OrderedDict()
 
     def grade(self, task: Task, text: str) -> Grade:
+        """Grade one response."""
         return self.submit(task, text).result()
 
     def grade_all(self, items: Sequence[tuple[Task, str]]) -> list[Grade]:

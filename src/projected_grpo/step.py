@@ -1,6 +1,6 @@
 """One optimizer step: collect, score, shape, advantages, per_rollout_grads, intervene, AdamW, record.
 
-`write_gradients` is the only place that writes a parameter's `.grad`. Labels of rollouts (gt_correct,
+Only `Policy.write_gradients` writes a parameter's `.grad`. Labels of rollouts (gt_correct,
 exploited, detectors) are recorded; only those that the arm declares reach the update.
 """
 
@@ -159,9 +159,7 @@ def gradient_stage(
 
 def write_gradients(exp: Experiment, state: TrainState, update: Update) -> float:
     """Write every `.grad`, clip, and set the step's learning rate; returns the norm before the clip."""
-    for m, layer in exp.chat.policy.layers.items():
-        layer.delta_s.grad = update.keep[m].to(layer.delta_s)
-        layer.quarantine.grad = update.routed[m].to(layer.quarantine) if m in update.routed else None
+    exp.chat.policy.write_gradients(update.keep, update.routed)
     norm = torch.nn.utils.clip_grad_norm_(adapter_parameters(exp), exp.cfg.optim.grad_clip)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, exp.cfg.optim)

@@ -54,7 +54,7 @@ class Tangent:
         self.keep_projection = False  # Vh x is needed again: another backward pass will come
 
     def __call__(self, x: Float[Tensor, "n t d_in"]) -> Float[Tensor, "n t d_out"]:
-        rows, moved = self.layer.bound
+        rows, moved = self.layer.in_use
         y: Tensor = _TangentLinear.apply(x, rows, moved, self.layer.base.weight.data, self)
         return y
 

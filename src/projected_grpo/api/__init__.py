@@ -1,0 +1,1 @@
+"""The public interface: what other training loops use. Everything else in the package is free to change."""
