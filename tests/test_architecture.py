@@ -254,7 +254,8 @@ def test_tracked_files_name_no_machine_and_no_registry():
     forbidden = re.compile(
         r"(?<![\w.])/(work|home/\w+|root/\w+|Users/\w+)/"  # somebody's folders
         rf"|(extra-)?index{'-'}url|find{'-'}links"
-        rf"|://(?!({'|'.join(map(re.escape, HOSTS))})(?![\w.:@-]))(?!\[\^)\S"  # [^ is a pattern, not a host
+        rf"|(?<!pkg)://(?!({'|'.join(map(re.escape, HOSTS))})(?![\w.:@-]))(?!\[\^)\S"
+        # pkg:// is verl's way to name a module, and [^ a pattern, not a host
     )
     found = []
     for name in listing.decode().split("\0"):
