@@ -144,6 +144,19 @@ def test_extract_is_the_loops_refresh_and_touches_nothing(live, tiny, few):
     assert all(torch.equal(d, before[m]) for m, d in live.deltas().items())
 
 
+def test_a_model_in_training_mode_that_keeps_no_activations_is_read_as_it_is(live, tiny, few):
+    """As other trainers have it: such layers take no cache in training mode."""
+    plain, parts = extract(live, tiny[1], few), [*live.model.modules()]
+    live.model.gradient_checkpointing_enable()
+    live.model.train()
+    parts[3].eval()
+    modes = [part.training for part in parts]
+    basis = extract(live, tiny[1], few)
+    score(live, tiny[1], basis, [few.pairs[0].messages] * 2, ["x", "y"])
+    assert all(torch.equal(V, plain.V[m]) for m, V in basis.V.items())
+    assert [part.training for part in parts] == modes and {*modes} == {True, False}
+
+
 @pytest.mark.parametrize("preserve", [True, False])
 def test_project_is_its_formula_one_module_after_the_other(preserve):
     generator = torch.Generator().manual_seed(1)

@@ -82,11 +82,15 @@ OTHERS = {
     "slurm_one_box.sh": "a real Slurm, as root",
     "kill_campaign.py": "half an hour; test_resume.py has its kills",
     "cost_model.py": "test_cost_model.py",
+    "trl_erase.py": "tests/integrations/test_trl.py",
+    "given_rollouts.py": "tests/integrations/test_trl.py",
+    "accelerate": "tests/integrations/test_trl.py starts the two processes itself",
     "tensorboard": "not installed with the package",
 }
 FOREIGN_OPTIONS = {
     **dict.fromkeys(("--label", "--group", "--after", "--print-task-id", "--json"), "pueue"),
     **dict.fromkeys(("--standalone", "--nproc-per-node", "--shutdown-timeout", "--max-restarts"), "torchrun"),
+    **dict.fromkeys(("--multi_gpu", "--num_processes", "--cpu"), "accelerate"),
     "--fit": "scripts/cost_model.py",
     "--help": "of every verb",
     "--version": "of the program",
@@ -151,7 +155,7 @@ def check(command: Command) -> None:
     if program == "python" and rest[0] in SCRIPTS.get(command.page, {}):
         return None
     script = rest[0] if program == "python" and rest[0].endswith(".py") else program
-    if script.startswith("scripts/"):
+    if script.startswith(("scripts/", "examples/", "tests/")):
         assert (ROOT / script).is_file()
         program = Path(script).name
     known = f"python -m {rest[1]}" if program == "python" and rest[0] == "-m" else program

@@ -3,10 +3,8 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from fake_runs import few_pairs
+from processes import HANGS, TORCHRUN, in_processes
 from projected_grpo import ranks as ranks_module
 from projected_grpo import step as step_module
 from projected_grpo import train
@@ -36,8 +35,6 @@ OPTIONS = (
     *("--prompts-per-step=3", "--vhack-pairs-path=pairs.json", "--vhack-refresh-every=3"),
     *("--eval-ablate-every=3", "--save-every=2", f"--steps={STEPS}"),
 )
-HANGS = 240  # seconds after which a process counts as hanging
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 # Shares
@@ -140,41 +137,6 @@ def test_a_gpu_for_each_process_or_a_clear_line(monkeypatch):
 
 
 # Whole runs
-
-
-def free_port():
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
-
-
-def in_processes(size, work, log):
-    """Do `work(rank)` in forks that find what torchrun would have set; their exit codes. They write `log`."""
-    port, pids = free_port(), []
-    for rank in range(size):
-        pid = os.fork()
-        if pid == 0:
-            code = 99
-            try:
-                sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115 (pytest's own is no descriptor)
-                found = (rank, rank, size, size, "127.0.0.1", port)
-                os.environ |= dict(zip(TORCHRUN, map(str, found), strict=True)) | {"TORCHELASTIC_RUN_ID": "t"}
-                code = work(rank)
-            except BaseException as error:
-                print(repr(error), file=sys.stderr)
-            finally:
-                os._exit(code)
-        pids.append(pid)
-    deadline, status = time.monotonic() + HANGS, dict.fromkeys(pids)
-    while None in status.values() and time.monotonic() < deadline:
-        for pid in (pid for pid, known in status.items() if known is None):
-            found, how = os.waitpid(pid, os.WNOHANG)
-            status[pid] = os.waitstatus_to_exitcode(how) if found else None
-        time.sleep(0.02)
-    for pid in (pid for pid, known in status.items() if known is None):
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    return list(status.values())
 
 
 def command(tag, *options):

@@ -14,7 +14,7 @@ from projected_grpo.antipasto import Policy
 from projected_grpo.concept import gradient_scores
 from projected_grpo.config import BasisConfig, LossConfig
 from projected_grpo.engine.chat import Chat
-from projected_grpo.engine.models import encode_chat, stop_ids
+from projected_grpo.engine.models import encode_chat, evaluating, stop_ids
 from projected_grpo.errors import UserError
 from projected_grpo.extract_vhack_grad import pair_differences, principal_axes, select
 from projected_grpo.pairs import PairSet
@@ -77,7 +77,8 @@ def extract(
     settings = BasisConfig(v_hack_extract_top_k=k, v_hack_k=k, v_hack_drop_bottom_frac=drop)
     used, _ = pairs.split()
     chat = Chat(policy, tokenizer, stop_ids(policy.model, tokenizer))
-    differences = pair_differences(chat, used, LossConfig(), length_norm=per_token)
+    with evaluating(policy.model):
+        differences = pair_differences(chat, used, LossConfig(), length_norm=per_token)
     return select(principal_axes(differences, settings), k, drop)
 
 
@@ -127,7 +128,8 @@ def score(
     for messages, text in zip(prompts, completions, strict=True):
         ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], chat.stop_id)
         rollouts.append(Rollout(encode_chat(tokenizer, messages), ids, text))
-    return gradient_scores(policy, rollouts, basis.v_grad, LossConfig())
+    with evaluating(policy.model):
+        return gradient_scores(policy, rollouts, basis.v_grad, LossConfig())
 
 
 @contextmanager

@@ -242,6 +242,19 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
             layer.training = mode
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it no dropout, and no layer that another loop has run again in its backward pass, which takes no
+    cache. Afterwards every module's mode is what it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[int, ...]:
     """Token ids of a chat up to where the answer begins (`render_chat`)."""
     text = render_chat(tokenizer, messages)
