@@ -12,7 +12,7 @@ from projected_grpo.sweep.spec import expand, read_spec
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
-SWEEPS = {"A9": ["fair"], "A10": ["signal_place"], "A11": ["horizon", "relearning"]}
+SWEEPS = {"A9": ["fair"], "A10": ["signal_place"], "A11": ["horizon", "relearning"], "A12": ["anew"]}
 
 
 @pytest.fixture(scope="module")
