@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from loguru import logger
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from projected_grpo.arm_settings import ArmSettings
@@ -23,8 +24,10 @@ from projected_grpo.config import (
     teacher_rows,
 )
 from projected_grpo.engine.chat import Chat, open_chat, sampler_opener
-from projected_grpo.engine.models import encode_chat, load_model, room_of, too_long, too_long_ones
-from projected_grpo.engine.placement import refuse_cpu
+from projected_grpo.engine.cost import Cost, cost_of, kind_of_device
+from projected_grpo.engine.memory import names_its_sizes
+from projected_grpo.engine.models import encode_chat, load_model, outline, room_of, too_long, too_long_ones
+from projected_grpo.engine.placement import pick_dtype, refuse_cpu
 from projected_grpo.errors import UserError
 from projected_grpo.pairs import PairSet, chosen_pairs
 from projected_grpo.pools import NO_TEACHER, Teacher, TeacherRow, bake, baked_completions, teacher_of
@@ -222,6 +225,9 @@ def prepare(cfg: TrainConfig, stack: ExitStack, ranks: Ranks = ALONE) -> Experim
         raise UserError(
             f"--prompts-per-step {cfg.sampling.prompts_per_step} but only {len(data.train)} training problems"
         )
+    longest = max(len(prompts[p.problem_id]) for p in data.train)
+    if (cost := expected(model, cfg, longest, ranks.size)) is not None:
+        logger.info("the run takes {}", cost.text())
     chat = open_chat(cfg.model, open_sampler, (model, tokenizer))
     logger.info(
         "{} problems to train on ({}), {} held out, teacher rows for {}",
@@ -231,6 +237,35 @@ def prepare(cfg: TrainConfig, stack: ExitStack, ranks: Ranks = ALONE) -> Experim
         len(data.teacher.rows),
     )
     return Experiment(cfg, chat, data, prompts, pairs, grader, ranks)
+
+
+def expected(
+    model: nn.Module, cfg: TrainConfig, prompt_tokens: int, processes: int = 1, runs: Sequence[Path] = ()
+) -> Cost | None:
+    """What a run of this model takes, None if its settings do not name its sizes as Qwen3's do.
+
+    Earlier runs lie in `runs` and in --out-dir.
+    """
+    if not names_its_sizes(model):
+        return None
+    sources = 2 if teacher_rows(cfg) else 1  # arms that sum have a row for each of a group
+    each = cfg.sampling.group if arm_of(cfg.arm).per_rollout else sources
+    return cost_of(
+        model,
+        cfg,
+        prompt_tokens=prompt_tokens,
+        rows_of_gradients=cfg.sampling.prompts_per_step * each,
+        processes=processes,
+        runs=(*runs, cfg.run.out_dir / "runs"),
+    )
+
+
+def expected_of(cfg: TrainConfig, runs: Sequence[Path] = ()) -> Cost | None:
+    """The same before anything is loaded, with prompts as long as they may be; None for an unknown model."""
+    model = outline(cfg.model.model, pick_dtype(cfg.model.dtype, torch.device(kind_of_device(cfg))))
+    if model is None:
+        return None
+    return expected(model, cfg, max(1, room_of(model) - cfg.sampling.max_new), runs=runs)
 
 
 def mode_counts(problems: Sequence[Problem]) -> str:

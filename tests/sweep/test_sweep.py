@@ -172,11 +172,11 @@ def test_the_quick_form_is_the_file_in_short(here, capsys):
     ]
     assert main([*command, "--seeds=41-42", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("# 8 of 8 runs to make") and len(lines) == 10
+    assert lines[0] == "# 8 of 8 runs to make" and "GB of memory each" in lines[1] and len(lines) == 12
     spec = quick_spec(
         "nano", "quick", ("intervention=none,erase", "lr=1e-3,0.01", "seed=41-42"), ("steps=2",)
     )
-    for run, line in zip(expand(spec), lines[2:], strict=True):
+    for run, line in zip(expand(spec), lines[4:], strict=True):
         words = shlex.split(line)
         assert words[:2] == ["projected-grpo", "train"]
         assert parse(words[2:-2]) == run.cfg and words[-1] == f"--out-tag=_{run.id}"

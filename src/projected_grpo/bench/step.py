@@ -27,7 +27,7 @@ from projected_grpo.config import EMBEDDED, FAST, ModelConfig, TrainConfig
 from projected_grpo.engine.batch import PAD, collate, left_padded
 from projected_grpo.engine.chat import Chat, SamplerOpener, own_sampler, sampler_opener
 from projected_grpo.engine.memory import measured_peak, predicted_peak
-from projected_grpo.engine.models import load_model
+from projected_grpo.engine.models import QWEN3_4B, load_model
 from projected_grpo.engine.placement import pick_devices, place
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Data, Experiment
@@ -55,10 +55,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         **{"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 4096},
         **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64},
     },
-    "random-4b": {  # Qwen3-4B's
-        **{"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "vocab_size": 151936},
-        **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
-    },
+    "random-4b": QWEN3_4B,
 }
 WARM_UP = 1
 SHOWN = (  # of the work, beside its figures

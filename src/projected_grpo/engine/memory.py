@@ -85,8 +85,22 @@ class Memory:
         return self.layers + self.moment + self.merged
 
 
+NAMED = (  # by Qwen3's names; what is not named so is not measured
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"),
+    *("num_attention_heads", "num_key_value_heads"),
+)
+
+
+def names_its_sizes(model: nn.Module) -> bool:
+    """Whether `shape_of` can read a model's settings."""
+    parts: Any = model
+    return all(getattr(parts.config.get_text_config(), name, None) for name in NAMED)
+
+
 def shape_of(model: nn.Module) -> Shape:
-    config: Any = model.config
+    """The sizes of a model that `names_its_sizes`."""
+    parts: Any = model
+    config = parts.config.get_text_config()
     return Shape(
         config.num_hidden_layers,
         config.hidden_size,

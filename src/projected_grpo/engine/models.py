@@ -19,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
+    Qwen3Config,
     Qwen3ForCausalLM,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -32,6 +33,10 @@ from projected_grpo.errors import UserError
 
 TINY_SEED = 0  # of the random weights: one tiny-random model for all seeds, so that its SVD is cached once
 PACKAGED = {TINY_RANDOM: "tiny", NANO: "nano"}  # their folders in data/
+QWEN3_4B: Mapping[str, Any] = {  # the sizes of the model of `fast` and `full`, known where its files are not
+    **{"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "vocab_size": 151936},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+}
 Loaded = tuple[nn.Module, PreTrainedTokenizerBase]
 
 
@@ -51,6 +56,26 @@ def load_model(cfg: ModelConfig) -> Loaded:
     place(model, devices)
     check_finite(model, cfg.model)
     return model.eval(), tokenizer
+
+
+def outline(name: str, dtype: torch.dtype) -> nn.Module | None:
+    """The layers of a model without their values, on the meta device, by its settings on this machine.
+
+    None where they are not here, or say nothing that transformers knows; nothing is asked of the network.
+    """
+    try:
+        with _source(name, ask=False) as (source, _):
+            config = AutoConfig.from_pretrained(source, local_files_only=True)
+    except Exception:  # foreign files, through many parsers: anything may come
+        if name != ModelConfig.model:
+            return None
+        config = Qwen3Config(**QWEN3_4B, tie_word_embeddings=True)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception:
+        return None
+    return model
 
 
 def load_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, PretrainedConfig, list[str]]:
@@ -141,8 +166,8 @@ def _tiny_random(config: Any, attention: str | None) -> nn.Module:
 
 
 @contextmanager
-def _source(name: str) -> Iterator[tuple[str, bool]]:
-    """Where transformers finds a model, and whether it must not ask the hub.
+def _source(name: str, *, ask: bool = True) -> Iterator[tuple[str, bool]]:
+    """Where transformers finds a model, and whether it must not ask the hub (never, without `ask`).
 
     Raises UserError for a folder that is not there, or whose files are not whole.
     """
@@ -154,7 +179,8 @@ def _source(name: str) -> Iterator[tuple[str, bool]]:
     if not folder.is_dir():
         if looks_local(name):
             raise UserError(f"--model {name}: no such folder")
-        yield name, not _hub_resolves()  # else every file is asked for six times before the error comes
+        online = ask and _hub_resolves()  # else every file is asked for six times before the error comes
+        yield name, not online
         return
     if damaged := damage(folder):
         raise UserError(f"--model {name}: {damaged}")

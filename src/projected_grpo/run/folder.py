@@ -1,6 +1,7 @@
 """A run's folder: what is written to it, and its saved states."""
 
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +12,7 @@ from loguru import logger
 
 from projected_grpo.concept import concept_to_json
 from projected_grpo.config import TrainConfig
+from projected_grpo.engine.cost import FIRST_STEPS, duration
 from projected_grpo.engine.template import template_date
 from projected_grpo.experiment import Data, Experiment
 from projected_grpo.run.checkpoint import save_adapter, save_state, state_path, state_paths
@@ -20,6 +22,7 @@ from projected_grpo.runlog import JsonlLog, complete_lines
 from projected_grpo.sandbox.oracle import as_assert
 from projected_grpo.state import TrainState
 
+TELL_EVERY = 10  # steps between two words on the time that is left, which a terminal's bar shows all along
 KEPT_STATES = 2  # the newest ones: should the last be damaged, the one before it is used
 
 
@@ -32,6 +35,7 @@ class Run:
         self.logs = {name: JsonlLog(folder / f"{name}.jsonl") for name in ("rollouts", "steps")}
         self.unsaved = False  # the last save failed
         self.live: Any = None  # the view that --live asks for
+        self.ends: list[float] = []  # of the steps that this process made, on the clock [s]
 
     def adapter_meta(self, step: int) -> dict[str, Any]:
         """What an adapter file says of itself."""
@@ -56,6 +60,17 @@ class Run:
             )
         for line in self.table.lines(record):
             logger.info(line)
+        left = self.seconds_left(record["step"])
+        if left and (len(self.ends) == FIRST_STEPS or (record["step"] + 1) % TELL_EVERY == 0):
+            logger.info("time left to the last step: {}", duration(left))
+
+    def seconds_left(self, step: int) -> float | None:
+        """After this step, at the mean pace since the first one of this process; None before its third."""
+        self.ends.append(time.monotonic())
+        made = len(self.ends) - 1
+        if made < FIRST_STEPS - 1:
+            return None
+        return (self.ends[-1] - self.ends[0]) / made * (self.cfg.optim.steps - step - 1)
 
     def show_live(self, view: ModuleType | None, stack: ExitStack) -> None:
         """Begin the view that --live asks for, with the steps made so far; `stack` closes it."""

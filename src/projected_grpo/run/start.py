@@ -21,6 +21,7 @@ from projected_grpo.arms.gate import GateState, initial_gate, initial_score_gate
 from projected_grpo.checks import validate
 from projected_grpo.concept import Concept, concept_scores
 from projected_grpo.config import TrainConfig, to_json
+from projected_grpo.engine.cost import hardware, kind_of_device
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Experiment, prepare
 from projected_grpo.extract_vhack_grad import in_use, obtain, pair_rollouts, without_contrast
@@ -86,6 +87,7 @@ def start_run(asked: TrainConfig, ranks: Ranks, stack: ExitStack) -> Opened:
     lock_folder(run.folder, stack, "--out-dir")
     start_logging(cfg.run.log_dir / f"{run.folder.name}.log")
     made = {"run_id": run.folder.name, **provenance(ranks), "prompts": prompt_facts(exp)}
+    made["hardware"] = hardware(kind_of_device(cfg))
     if cfg.arm.arm_file is not None:  # the run has its own, lest it change
         kept = (run.folder / "arm.py").absolute()
         write_atomically(kept, cfg.arm.arm_file.read_bytes())

@@ -20,10 +20,12 @@ from projected_grpo import train
 from projected_grpo.antipasto import TARGETS
 from projected_grpo.checks import validate
 from projected_grpo.config import GPU_GB, MAX_SEQUENCE, NANO, PRESETS, TINY_RANDOM, TrainConfig
+from projected_grpo.engine.cost import gb
 from projected_grpo.engine.model_files import absent_files, damage, weight_files, weight_names
 from projected_grpo.engine.models import PACKAGED, encode_chat, load_tokenizer, positions
 from projected_grpo.engine.placement import FLASH_ATTN, pick_devices, refuse_cpu
 from projected_grpo.errors import GATE_FAILED, UserError
+from projected_grpo.experiment import expected_of
 from projected_grpo.options.verbs import DoctorOptions
 from projected_grpo.pairs import chosen_pairs
 from projected_grpo.pools import join, load_pool
@@ -33,8 +35,6 @@ from projected_grpo.sandbox.host import Sandbox
 
 Status = Literal["OK", "WARN", "FAIL"]
 PACKAGES = {"torch": (2, 6), "transformers": (5, 0)}  # the oldest that do, as in pyproject.toml
-# GB (1e9 bytes). U and Vh of Qwen3-4B's 252 Linears take 4.9e9 values, 9.8 GB in bfloat16; then runs.
-DISK_GB = {"smoke": 0.1, "nano": 0.1, "fast": 12.0, "full": 12.0}
 WHOLE = "a whole folder, as save_pretrained writes it"
 NAMES = "a Qwen3, Qwen2, Llama or Qwen3.5 style model (docs/howto/own_model.md)"
 DRY_RUN = (
@@ -126,11 +126,29 @@ def check_disk(cfg: TrainConfig) -> Finding:
             pass
     except OSError as error:
         return Finding("FAIL", "disk", f"{place} cannot be written: {error.strerror}", "another --out-dir")
-    free, wanted = shutil.disk_usage(place).free / 1e9, DISK_GB[cfg.preset]
-    text = f"{free:.1f} GB free in {place}; {cfg.preset} writes up to {wanted:g} GB"
+    free, cost = shutil.disk_usage(place).free, expected_of(cfg)
+    if cost is None:
+        return Finding("OK", "disk", f"{gb(free)} GB free in {place}")
+    wanted = cost.disk + cost.cache
+    text = f"{gb(free)} GB free in {place}; {cfg.preset} writes up to {gb(wanted)} GB"
     if free < wanted:
         return Finding("FAIL", "disk", text, "make room, or another --out-dir")
     return Finding("OK", "disk", text)
+
+
+def check_cost(cfg: TrainConfig) -> Finding:
+    """Memory, disk and time of a run, and whether the first fits."""
+    cost = expected_of(cfg)
+    if cost is None:
+        return Finding(
+            "WARN", "cost", f"not known: {cfg.model.model} is not here, or its sizes are not named"
+        )
+    gpus = [device for device in pick_devices(cfg.model.device) if device.type == "cuda"]
+    room = sum(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus)
+    if gpus and room < cost.least:
+        fix = "lower --tokens-per-microbatch, or --grad-checkpoint"
+        return Finding("WARN", "cost", f"{cost.text()}; there are {gb(room)} GB", fix)
+    return Finding("OK", "cost", cost.text())
 
 
 def check_empty(cfg: TrainConfig) -> Finding:
@@ -267,7 +285,7 @@ def check_dry_run(cfg: TrainConfig) -> Finding:
 
 
 CHECKS: Sequence[Callable[[TrainConfig], Finding]] = (
-    *(check_software, check_device, check_attention, check_disk, check_empty, check_sandbox),
+    *(check_software, check_device, check_attention, check_cost, check_disk, check_empty, check_sandbox),
     *(check_model, check_problems, check_pairs, check_direction, check_pool),
 )
 

@@ -16,7 +16,7 @@ from projected_grpo.runlog import command_line, write_atomically, write_json
 from projected_grpo.study.report import filled, study_spec, write_report
 from projected_grpo.sweep.jobs import jobs_of
 from projected_grpo.sweep.spec import expand, given_options, only
-from projected_grpo.verbs.sweep import make_all, to_make, with_options
+from projected_grpo.verbs.sweep import cost_of_jobs, make_all, to_make, with_options
 
 
 def pretrain_nano_verb(options: PretrainNanoOptions) -> int:
@@ -77,6 +77,8 @@ def study_verb(options: StudyOptions) -> int:
             "{} of {} runs to make; {} keeps a record of each, and the same command goes on where it stopped",
             *(len(work.jobs), len(jobs), options.out),
         )
+    if work.jobs:
+        logger.info("they take {}", cost_of_jobs(work))
     failed = any(result.exit_code for result in make_all(spec.engine, work))
     if options.arms or options.seeds:  # the tables are of all that is there, whichever part was asked for
         jobs = list({job.record: job for job in (*jobs_of(expand(spec), *place), *jobs)}.values())

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
 
+from projected_grpo.config import TrainConfig
+from projected_grpo.engine.cost import Cost, all_of
 from projected_grpo.errors import GATE_FAILED, UserError, goes_on
+from projected_grpo.experiment import expected_of
 from projected_grpo.options.verbs import SweepOptions, SweepRunOptions, WhichSweep
 from projected_grpo.sweep.jobs import (
     Job,
@@ -76,10 +79,10 @@ def sweep_verb(options: SweepOptions) -> int:
     runs = expand(spec)
     jobs = jobs_of(runs, spec.home, spec.limits, spec.keep)
     work = to_make(spec, runs, jobs)
+    if work.jobs:
+        print(f"# {len(work.jobs)} of {len(jobs)} runs to make\n# {cost_of_jobs(work)}", flush=True)
     if options.dry_run and work.jobs:
-        lines = engine_module(spec.engine).plan(work)
-        head = f"# {len(work.jobs)} of {len(jobs)} runs to make; --dry-run starts none"
-        print("\n".join([head, *lines]))
+        print("\n".join(["# --dry-run starts none", *engine_module(spec.engine).plan(work)]))
         return 0
     results = make_all(spec.engine, work)
     print(status_table(states(jobs)))
@@ -93,6 +96,21 @@ def to_make(spec: Spec, runs: Sequence[SweepRun], jobs: Sequence[Job]) -> Submis
     """The jobs that have no outcome and that no process is making, as an engine is given them."""
     todo = tuple(s.job for s in states(jobs) if s.state not in ("finished", "running"))
     return Submission(tuple(runs), todo, spec.limits, spec.engines.get(spec.engine, {}))
+
+
+def cost_of_jobs(work: Submission) -> str:
+    """What the jobs will take; runs that differ in their seed alone are looked at once."""
+    waiting = {job.id for job in work.jobs}
+    known: dict[TrainConfig, Cost | None] = {}
+    costs = []
+    for run in work.runs:
+        if run.id in waiting:
+            alike = replace(run.cfg, run=replace(run.cfg.run, seed=0))
+            if alike not in known:
+                known[alike] = expected_of(alike, (work.home / "runs",))
+            costs.append(known[alike])
+    found = [cost for cost in costs if cost is not None]
+    return all_of(found) if len(found) == len(costs) else "what they take is not known without the model"
 
 
 def make_all(engine: str, work: Submission) -> list[JobResult]:
