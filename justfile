@@ -86,6 +86,10 @@ slurm-one-box:
 doctor *options:
     {{verb}} doctor {{options}}
 
+# Measure this package on a CUDA GPU beside what was predicted: half an hour in calls of under 9 minutes, resumable.
+gpu-check *options:
+    {{python}} scripts/gpu_check.py {{options}}
+
 # Kill small runs 200 times, go on with each, compare it with one that was not killed. About half an hour.
 kill-campaign kills="200":
     {{python}} scripts/kill_campaign.py --kills {{kills}} --out docs/results/kill_campaign.json
