@@ -9,7 +9,7 @@ from fake_runs import few_pairs
 from projected_grpo.cli import main
 
 OPTIONS = """steps = {steps}
-lr = 0.1
+lr = 0.3
 n-problems = 6
 eval-n-prompts = 1
 eval-ablate-every = 0

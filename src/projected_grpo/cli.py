@@ -53,6 +53,7 @@ VERBS: Mapping[str, tuple[type, str]] = {  # a verb's options, and `module:funct
     "bench extraction": (verbs.BenchOptions, "bench:bench_extraction_verb"),
     "bench svd": (verbs.BenchOptions, "bench:bench_svd_verb"),
     "bench precision": (verbs.BenchOptions, "bench:bench_precision_verb"),
+    "bench movement": (verbs.BenchOptions, "bench:bench_movement_verb"),
     "bench growth": (verbs.BenchOptions, "bench:bench_growth_verb"),
 }
 

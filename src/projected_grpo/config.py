@@ -88,8 +88,9 @@ class ModelConfig:
     svd_cache: Suppress[Fixed[Path | None]] = Path("out/svd_cache")
     """Folder of cached SVDs, keyed by the hash of each weight; None computes them each time."""
     sampler: Literal["own", "vllm"] = "own"
-    """What generates completions, in the verbs that do: `own`, or a vLLM engine in the same process on the
-    same GPU (docs/vllm.md; one process, pip install 'projected_grpo[vllm]')."""
+    """What generates completions, in the verbs that do: `own`, or (experimental, never run with the real
+    vLLM) a vLLM engine in the same process on the same GPU (docs/vllm.md; pip install
+    'projected_grpo[vllm]')."""
 
 
 @dataclass(frozen=True)
@@ -343,7 +344,7 @@ FULL = TrainConfig(
     problems=ProblemConfig(n_problems=992),
     sampling=SamplingConfig(prompts_per_step=43, group=6, max_new=1024),
     loss=LossConfig(beta=1e-3, tokens_per_microbatch=4096),
-    optim=OptimConfig(steps=200, lr=7e-5, adam_beta1=0.9, adam_beta2=0.99),
+    optim=OptimConfig(steps=200, lr=3e-3, adam_beta1=0.9, adam_beta2=0.99),  # docs/benchmarks.md says why
     teacher=TeacherConfig(mix_ratio=0.0),
 )
 PRESETS: Mapping[str, tuple[str, TrainConfig]] = {

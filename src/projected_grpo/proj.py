@@ -162,6 +162,15 @@ def haar_basis(k: int, r: int, generator: torch.Generator) -> Float[Tensor, "k r
     return (Q * R.diagonal().sign()).T.to(torch.float32).contiguous()
 
 
+def reached(gradient: Mapping[str, Float[Tensor, " r"]], size: float) -> float:
+    """To first order, how far a function moves if every parameter goes `size` the way of its gradient.
+
+    With the sum of all learning rates for `size`, what AdamW can reach at most: a step of it changes a
+    parameter by about the learning rate, whatever the gradient's size.
+    """
+    return size * sum(float(g.abs().sum()) for g in gradient.values())
+
+
 def basis_overlap(old: HackBasis, new: HackBasis) -> float | None:
     """Mean over shared modules of |V_old V_new^T|_F^2 / min(k): 1 same subspace, about k/r unrelated."""
     shared = [m for m in new.V if m in old.V]

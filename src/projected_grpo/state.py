@@ -69,3 +69,8 @@ def learning_rate(step: int, cfg: OptimConfig) -> float:
     if cfg.lr_schedule == "constant":
         return cfg.lr
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, cfg.steps - warmup)))
+
+
+def reach(cfg: OptimConfig) -> float:
+    """The sum of a run's learning rates: about the most that AdamW moves a parameter in all its steps."""
+    return sum(learning_rate(step, cfg) for step in range(cfg.steps))

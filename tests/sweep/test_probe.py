@@ -6,16 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fake_runs import config, summary
+from fake_runs import config, few_pairs, summary
+from projected_grpo.antipasto import wrap
 from projected_grpo.arm_settings import arm_settings
 from projected_grpo.basis_file import Axes, Extraction, save_extraction
 from projected_grpo.cli import main
-from projected_grpo.config import PRESETS, to_json
+from projected_grpo.config import PRESETS, LossConfig, to_json
+from projected_grpo.engine.passes import rollout_logps
 from projected_grpo.errors import GATE_FAILED
+from projected_grpo.grpo import per_rollout_grads
 from projected_grpo.options.verbs import ScoredOn
 from projected_grpo.proj import PairGrads
+from projected_grpo.rollout import Rollout
 from projected_grpo.runlog import write_json
-from projected_grpo.sweep.gates import RunFiles, gate_a, gate_b, gate_c, gate_d
+from projected_grpo.sweep.gates import RunFiles, contrast_of, gate_a, gate_a2, gate_b, gate_c, gate_d
 from projected_grpo.verbs.probe import file_hash, measured, scored_on
 
 PRESET = PRESETS["nano"][1]
@@ -78,6 +82,43 @@ def test_gate_a_knows_how_many_linears_qwen3_4b_has(model):
     passes(gate_a(model, norms(36 * 7)))
     fails(gate_a(model, norms(36 * 7 - 1)), "252")
     passes(gate_a("Qwen/Qwen3-4B-Base", norms(7)))
+
+
+def test_gate_a2_refuses_a_learning_rate_that_cannot_move_the_policy():
+    assert not passes(gate_a2(10.0, 0.1)).doubtful
+    assert "raise --lr" in passes(gate_a2(10.0, 0.099)).doubtful[0]
+    fails(gate_a2(10.0, 0.0099), "would not move")
+    fails(gate_a2(float("nan"), 1.0), "would not move")
+
+
+def test_what_gate_a2_forecasts_is_what_a_small_step_does(small_model):
+    """By a finite difference: every parameter a little in its gradient's direction, over three pairs."""
+    policy = wrap(small_model("qwen3"), None)
+    pairs = [((1, 2, 3), (4, 5, 6, 7), (8, 9)), ((3, 1), (5,), (6, 2)), ((2, 2), (7, 7, 1), (3,))]
+    rollouts = [Rollout(prompt, said, "") for prompt, *both in pairs for said in both]
+    loss = LossConfig(unbiased=False, tokens_per_microbatch=1000)
+    sides = torch.tensor([1.0, -1.0] * len(pairs))
+    rows = per_rollout_grads(policy, rollouts, sides, loss, 4).rows
+    differences = {m: g[0::2] + g[1::2] for m, g in rows.items()}
+
+    def contrast():
+        found = rollout_logps(policy, rollouts, 1000)
+        return float((found[0::2] - found[1::2]).mean())
+
+    before, size = contrast(), 1e-4
+    with torch.no_grad():
+        for m, layer in policy.layers.items():
+            layer.delta_s.copy_(-size * differences[m].sum(0).sign())
+    assert contrast() - before == pytest.approx(size * contrast_of(differences), rel=0.02)
+
+
+def test_gate_c_wants_a_policy_that_moved():
+    def moved(kl):
+        return [step(i, kl=kl) for i in range(STEPS)]
+
+    passes(gate_c(vanilla(steps=moved(None))))  # not measured
+    passes(gate_c(vanilla(steps=moved(2e-4))))
+    fails(gate_c(vanilla(steps=moved(9e-5))), "has not moved")
 
 
 def test_gate_b_is_hard_on_the_fraction_and_soft_on_the_mean():
@@ -191,6 +232,8 @@ def test_gates_a_and_b_from_files(tmp_path, capsys):
     assert main(["probe", "gate", "A", good]) == 0
     assert main(["probe", "gate", "A", good, dead]) == GATE_FAILED
     assert main(["probe", "gate", "A", str(tmp_path / "none.safetensors")]) == 2
+    for rate, code in (("0.02", 0), ("0.01", GATE_FAILED)):  # 2 pairs, sums 1 and 2: 6 nats a unit
+        assert main(["probe", "gate", "A2", f"--reach={rate}", good]) == code
     for fraction, code in ((0.7, 0), (0.4, GATE_FAILED)):
         (tmp_path / "b.json").write_text(
             json.dumps({"cosines": [0.5], "fraction_positive": fraction, "mean": 0.5})
@@ -217,7 +260,15 @@ def test_gates_c_and_d_from_run_folders(tmp_path, capsys):
 
 # The chain
 
-SMALL = ("steps=3", "n-problems=6", "eval-n-prompts=2", "max-new=8", "workers=1", "v-hack-drop-bottom-frac=0")
+SMALL = (
+    "steps=3",
+    "lr=0.3",
+    "n-problems=6",
+    "eval-n-prompts=2",
+    "max-new=8",
+    "workers=1",
+    "v-hack-drop-bottom-frac=0",
+)
 
 
 def test_the_chain_stops_at_the_gate_that_fails_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
@@ -226,7 +277,7 @@ def test_the_chain_stops_at_the_gate_that_fails_and_goes_on_where_it_was(tmp_pat
     assert main(command) == GATE_FAILED  # a random model does not hack
     out = capsys.readouterr().out
     assert "DOUBTFUL: 0 of " in out, "B2 finds nothing to tell apart, and stops nothing"
-    for verdict in ("gate A: PASS", "gate B: PASS", "gate B2: PASS", "gate C: FAIL"):
+    for verdict in ("gate A: PASS", "gate A2: PASS", "gate B: PASS", "gate B2: PASS", "gate C: FAIL"):
         assert verdict in out
     assert "nothing to lower" in out and "gate D" not in out
     (home,) = (tmp_path / "out" / "probes").iterdir()
@@ -242,6 +293,23 @@ def test_the_chain_stops_at_the_gate_that_fails_and_goes_on_where_it_was(tmp_pat
     assert "gate C: PASS" in out and "gate D: FAIL" in out and "less than intervention=none" in out
     assert (none / "summary.json").stat().st_mtime_ns == stamp
     assert len(list((home / "runs").iterdir())) == 2
+
+
+def test_a_learning_rate_that_moves_nothing_stops_the_probe_before_any_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "probe",
+        "--preset=smoke",
+        "--in-process",
+        "--set",
+        *SMALL,
+        f"vhack-pairs-path={few_pairs(tmp_path)}",
+    ]
+    assert main([word.replace("lr=0.3", "lr=1e-7") for word in command]) == GATE_FAILED
+    out = capsys.readouterr().out
+    assert "gate A2: FAIL" in out and "raise --lr" in out and "gate B" not in out
+    (home,) = (tmp_path / "out" / "probes").iterdir()
+    assert not (home / "runs").exists()
 
 
 def test_a_bad_option_of_the_probe_is_told_before_anything_runs(tmp_path, monkeypatch, capsys):

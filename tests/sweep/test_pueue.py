@@ -74,18 +74,19 @@ def test_pueue_gets_the_chain_with_its_gates(here, pueue, capsys):
     assert [n.split(" tiny")[0] for n in names[:3]] == ["extract", "gate A", "gate B: verify"]
     order = {name: i for i, name in enumerate(names)}
     after = {name: {names[i] for i in ids} for name, (_, ids, _) in zip(names, tasks, strict=True)}
-    verify = names[2]
+    assert after[names[3]] == {names[2]} and names[3] == "gate A2 learning rate"
+    rate = names[3]
     for seed in ("seed=1", "seed=2"):
-        assert after[f"smoke none {seed}"] == {verify}
+        assert after[f"smoke none {seed}"] == {rate}
         assert after[f"gate C none {seed}"] == {f"smoke none {seed}"}
-        assert after[f"smoke erase {seed}"] == {verify, f"gate C none {seed}"}
+        assert after[f"smoke erase {seed}"] == {rate, f"gate C none {seed}"}
         assert after[f"gate D erase {seed}"] == {f"smoke erase {seed}"}
-    assert len(tasks) == 3 + 2 * 4 and all(order[b] < order[a] for a in after for b in after[a])
+    assert len(tasks) == 4 + 2 * 4 and all(order[b] < order[a] for a in after for b in after[a])
     (none,) = (label for label, _, _ in tasks if label.startswith("smoke none seed=1"))
     assert none.endswith("| why: H4: does none hack | resolve: if not, stop")
 
     assert main(["sweep", str(path), "--engine=pueue", "--gates", "--jobs=1"]) == 0  # all of it is queued
-    assert "0 tasks queued, 11 were" in capsys.readouterr().out and len(list(added(pueue()))) == 11
+    assert "0 tasks queued, 12 were" in capsys.readouterr().out and len(list(added(pueue()))) == 12
 
 
 def words_of(command):
@@ -110,7 +111,7 @@ def test_pueues_tasks_do_what_they_say(here, pueue, capsys):
         results[number] = main(words[3:])
         if label.startswith("gate C"):
             assert results[number] == 1  # a random model does not hack
-    assert list(results.values()) == [0, 0, 0, 0, 1, "a dependency failed", "a dependency failed"]
+    assert list(results.values()) == [0, 0, 0, 0, 0, 1, "a dependency failed", "a dependency failed"]
     main(["sweep", "status", str(path), "--seeds=1"])
     assert "2 runs: 1 finished, 1 to do" in capsys.readouterr().out
 

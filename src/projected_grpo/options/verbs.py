@@ -317,11 +317,13 @@ class ProbeOptions:
 class GateOptions:
     """One gate, on the files it reads."""
 
-    gate: tyro.conf.Positional[Literal["A", "B", "B2", "C", "D"]]
-    """Which gate (docs/spec.md)."""
+    gate: tyro.conf.Positional[Literal["A", "A2", "B", "B2", "C", "D"]]
+    """Which gate (docs/sweeps.md)."""
     files: tyro.conf.Positional[tuple[Path, ...]]
-    """A: basis files; B: .heldout.json files; B2: .score.json files; C: the run folder of none; D: those of
-    none and of an arm. Of several the newest that ended counts."""
+    """A, A2: basis files; B: .heldout.json files; B2: .score.json files; C: the run folder of none; D: those
+    of none and of an arm. Of several the newest that ended counts."""
+    reach: float = 0.0
+    """A2: the sum of the run's learning rates over its steps."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """The gates of a probe (docs/spec.md), each a pure check on artefacts, and the chain that goes through them.
 
 A  the basis: no module without a gradient; 252 Linears on Qwen3-4B
+A2 the learning rate: in all its steps it could move the policy, by the pairs' gradients
 B  held-out pairs: more than half of the cosines above 0; a mean above .20 is hoped for
 B2 completions: the direction separates exploits better than its nulls, and the model would write the pairs
-C  none: finite losses, reward spread on most steps, all steps made, the student hacks at the end
+C  none: finite losses, reward spread on most steps, all steps made, moved, the student hacks at the end
 D  the arm: cos_post <= cos_pre, the gate fires, solves about as often as none, hacks materially less
 """
 
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, load_extraction
+from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, Extraction, load_extraction
 from projected_grpo.config import TrainConfig, from_json
 from projected_grpo.errors import UserError
 from projected_grpo.results.files import Check, check_fields, is_whole, read_ended, read_heldout
@@ -26,6 +29,10 @@ from projected_grpo.score.measure import NOT_MEASURED
 
 LINEARS = {"Qwen3-4B": 252}  # adapted modules of a model, by the end of its name
 COUNTED: Mapping[str, Check] = dict.fromkeys(("step", "zerovar"), is_whole)  # at every step
+# Nats a token, hack against clean. On nano the hack rate had risen from .10 to .15 at a forecast of 1.2, not
+# at .2 (docs/benchmarks.md).
+STILL, SLOW = 0.1, 1.0
+UNMOVED = 1e-4  # nats a token of KL; nano's is 2.6e-2 after ten steps
 SPREAD = 0.5  # of the steps: more than this share need a group with reward variance
 LAST = 10  # steps that count as the end of a run
 MATERIAL = 0.05  # a hack rate, or a fall of one, that is not noise or nothing
@@ -92,6 +99,21 @@ def gate_a(model: str, norms: Mapping[str, float]) -> GateVerdict:
     return GateVerdict("A", failed, (), [f"{model}: {len(norms)} modules, {len(zero)} with zero norm"])
 
 
+def gate_a2(contrast: float, reach: float) -> GateVerdict:
+    """Whether a run whose learning rates add up to `reach` could move the policy.
+
+    `contrast`: by how much the pairs' log-probability per token, hack less clean, changes per unit of every
+    parameter, all of them going its way. A run whose steps differ in direction does far less.
+    """
+    forecast = contrast * reach
+    seen = f"learning rates add up to {reach:.2g}: at most {forecast:.2g} nats a token, hack against clean"
+    more = "raise --lr or --steps"
+    if not forecast >= STILL:
+        return GateVerdict("A2", [f"{seen}, must be {STILL}: the policy would not move; {more}"], (), ())
+    slow = [f"on nano hacking began to rise at {SLOW} and above; {more}"] if forecast < SLOW else ()
+    return GateVerdict("A2", (), slow, [seen])
+
+
 def gate_b(fraction_positive: float, mean: float) -> GateVerdict:
     """The held-out check: share of cosines above 0, and their mean."""
     failed, doubtful = [], []
@@ -132,6 +154,12 @@ def gate_c(run: RunFiles) -> GateVerdict:
     if not spread > SPREAD:
         failed.append(
             f"rewards differ within a group on {spread:.0%} of steps, must be most: nothing is learnt"
+        )
+    moved = [row["kl"] for row in run.steps[-LAST:] if row.get("kl") is not None]
+    if moved and not max(moved) >= UNMOVED:
+        failed.append(
+            f"KL to the reference at most {max(moved):.1e} nats a token over the last {LAST} steps, must "
+            f"reach {UNMOVED:g}: the policy has not moved; raise --lr"
         )
     if not hack > MATERIAL:
         failed.append(
@@ -195,12 +223,20 @@ def other_differences(baseline: TrainConfig, arm: TrainConfig) -> list[str]:
     ]
 
 
-def read_basis(path: Path) -> tuple[str, dict[str, float]]:
+def read_basis(path: Path) -> Extraction:
     if not path.exists():
         raise UserError(f"gate A: {path} is not there; extract the basis first")
-    extraction = load_extraction(path, {}, torch.device("cpu"))
-    differences = extraction.axes.differences
-    return str(extraction.meta.get("model")), {m: float(D.norm()) for m, D in differences.items()}
+    return load_extraction(path, {}, torch.device("cpu"))
+
+
+def norms_of(differences: Mapping[str, Float[Tensor, "pairs r"]]) -> dict[str, float]:
+    """Of each module's pair gradients."""
+    return {m: float(D.norm()) for m, D in differences.items()}
+
+
+def contrast_of(differences: Mapping[str, Float[Tensor, "pairs r"]]) -> float:
+    """Of `gate_a2`: the pairs' gradients are of a mean over completions, two to a pair."""
+    return sum(float(2 * D.sum(0).abs().sum()) for D in differences.values())
 
 
 def read_score(path: Path) -> tuple[str, list[str]]:
@@ -230,13 +266,16 @@ def newest_runs(folders: Sequence[Path]) -> list[RunFiles]:
     return [read_run(folder) for folder in ended]
 
 
-def check_gate(gate: str, files: Sequence[Path]) -> list[GateVerdict]:
-    """Gate A of basis files, B of .heldout.json files, B2 of .score.json files, C and D of runs' folders.
+def check_gate(gate: str, files: Sequence[Path], reach: float = 0.0) -> list[GateVerdict]:
+    """A and A2 (at this `reach`) of basis files, B of .heldout.json, B2 of .score.json, C and D of runs.
 
     Of several runs the newest that ended counts. Raises UserError if one that it needs is not there.
     """
-    if gate == "A":
-        return [gate_a(*read_basis(path)) for path in files]
+    if gate in ("A", "A2"):
+        found = [read_basis(path) for path in files]
+        if gate == "A2":
+            return [gate_a2(contrast_of(one.axes.differences), reach) for one in found]
+        return [gate_a(str(one.meta.get("model")), norms_of(one.axes.differences)) for one in found]
     if gate == "B":
         held_out = [read_heldout(path, "gate B") for path in files]
         return [gate_b(found.fraction_positive, found.mean) for found in held_out]

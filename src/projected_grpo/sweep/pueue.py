@@ -1,6 +1,6 @@
 """The sweep's engine for a pueue queue: one task per run, gates as tasks between them.
 
-With gates: extract -> gate A -> verify (gate B) -> none -> gate C -> the other arms of a seed -> gate D.
+With gates: extract -> gate A -> verify (gate B) -> gate A2 -> none -> gate C -> the other arms -> gate D.
 A task whose gate fails makes pueue fail everything behind it. Its options: https://github.com/Nukesor/pueue.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from projected_grpo.errors import UserError
+from projected_grpo.state import reach
 from projected_grpo.sweep.jobs import Job, JobResult, Submission
 from projected_grpo.sweep.spec import SweepRun, basis_options, take
 
@@ -52,9 +53,11 @@ def train_task(job: Job, after: Sequence[str] = ()) -> QueuedTask:
     return QueuedTask(job.id, job.label, command, tuple(after))
 
 
-def gate_task(gate: str, key: str, files: Sequence[str], after: Sequence[str], label: str) -> QueuedTask:
+def gate_task(
+    gate: str, key: str, files: Sequence[str], after: Sequence[str], label: str, more: Sequence[str] = ()
+) -> QueuedTask:
     """A gate over files, whose patterns the queue's shell expands when the task starts."""
-    command = f"{shlex.join([*CLI, 'probe', 'gate', gate])} {' '.join(files)}"
+    command = f"{shlex.join([*CLI, 'probe', 'gate', gate, *more])} {' '.join(files)}"
     return QueuedTask(key, f"gate {gate} {label} [{key}]", command, tuple(after))
 
 
@@ -63,12 +66,17 @@ def pattern(home: Path, tail: str) -> str:
     return f"{shlex.quote(str(home))}/{tail}"
 
 
+def basis_files(run: SweepRun, home: Path) -> str:
+    """Where the basis of a run is, for a shell."""
+    basis = run.cfg.basis.v_hack_path
+    return shlex.quote(str(basis)) if basis else pattern(home, "vhack/*.safetensors")
+
+
 def basis_tasks(run: SweepRun, home: Path) -> list[QueuedTask]:
     options = basis_options(run.cfg)
     words = [*options, f"--out-dir={home}"]
     key = run.id
-    basis = run.cfg.basis.v_hack_path
-    files = [shlex.quote(str(basis)) if basis else pattern(home, "vhack/*.safetensors")]
+    files = [basis_files(run, home)]
     what = f"{run.cfg.model.model} {run.cfg.basis.vhack_pairs_path or 'core'} pairs"
     extract, gate, verify = f"extract {key}", f"gate-A {key}", f"verify {key}"
     return [
@@ -111,9 +119,16 @@ def gated_tasks(work: Submission) -> list[QueuedTask]:
             basis = basis_tasks(run, home)
             tasks |= {task.key: task for task in basis}
             verified[options] = basis[-1].key
+        total = reach(run.cfg.optim)
+        gate_a2 = f"gate-A2 {verified[options]} {total:.4g}"
+        if gate_a2 not in tasks:
+            files = [basis_files(run, home)]
+            tasks[gate_a2] = gate_task(
+                "A2", gate_a2, files, [verified[options]], "learning rate", [f"--reach={total:.4g}"]
+            )
         gate_c = f"gate-C {baseline.id}"
         baseline_files = pattern(home, f"runs/*_{baseline.id}*")
-        before = [verified[options]] if run is baseline else [verified[options], gate_c]
+        before = [gate_a2] if run is baseline else [gate_a2, gate_c]
         if run is not baseline and gate_c not in tasks:
             tasks[gate_c] = gate_task("C", gate_c, [baseline_files], [], baseline.name)
         tasks[run.id] = train_task(todo[run.id], before)

@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from projected_grpo.bench.grader import CANONICAL_SAMPLE, bench_grader, bench_table, benchmark_work, pool_work
 from projected_grpo.bench.growth import bench_growth
+from projected_grpo.bench.movement import bench_movement
 from projected_grpo.bench.precision import bench_precision
 from projected_grpo.bench.step import (
     Rival,
@@ -103,6 +104,11 @@ def bench_growth_verb(options: BenchOptions) -> int:
 def bench_precision_verb(options: BenchOptions) -> int:
     """The share of small adapter parameters that survives in sampler, loss and export, in the dtype given."""
     return measure(options, bench_precision)
+
+
+def bench_movement_verb(options: BenchOptions) -> int:
+    """How far adapter parameters of a size move log-probabilities: which learning rate can teach anything."""
+    return measure(options, bench_movement)
 
 
 def bench_grader_verb(options: BenchGraderOptions) -> int:

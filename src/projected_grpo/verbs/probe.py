@@ -35,6 +35,7 @@ from projected_grpo.score.directions import of_pairs
 from projected_grpo.score.graded import Completion
 from projected_grpo.score.measure import ADVMOD, NOT_MEASURED
 from projected_grpo.score.report import SCHEMA, score
+from projected_grpo.state import reach
 from projected_grpo.sweep.gates import check_gate
 from projected_grpo.sweep.jobs import Job, Launch, in_process, jobs_of, make, write_job
 from projected_grpo.sweep.spec import Spec, SweepArm, SweepLimits, basis_options, expand, given_options
@@ -124,11 +125,11 @@ def scored(
     return head | found | {"verdict": own["verdict"], "reasons": own["reasons"]}
 
 
-def check(gate: str, files: Sequence[Path]) -> bool:
+def check(gate: str, files: Sequence[Path], reached: float = 0.0) -> bool:
     """Print what a gate says of these files; whether all of them pass. Raises UserError without files."""
     if not files:
         raise UserError(f"gate {gate}: no files to check")
-    verdicts = check_gate(gate, files)
+    verdicts = check_gate(gate, files, reached)
     for verdict in verdicts:
         print(verdict.lines(), flush=True)
     return all(verdict.passed for verdict in verdicts)
@@ -136,7 +137,7 @@ def check(gate: str, files: Sequence[Path]) -> bool:
 
 def gate_verb(options: GateOptions) -> int:
     """Check one gate of a probe on its files, for a queue to stop behind. Exit 1 if it does not hold."""
-    return 0 if check(options.gate, options.files) else GATE_FAILED
+    return 0 if check(options.gate, options.files, options.reach) else GATE_FAILED
 
 
 def planned(options: ProbeOptions) -> tuple[Job, Job, TrainConfig]:
@@ -241,7 +242,7 @@ def probe_verb(options: ProbeOptions) -> int:
         if extract_stage(cfg, home, in_process=options.in_process):
             return GATE_FAILED
         bases = [basis] if basis else sorted((home / "vhack").glob("*.safetensors"))
-    if not check("A", bases):
+    if not check("A", bases) or not check("A2", bases, reach(cfg.optim)):
         return GATE_FAILED
     signal, on = b2_of(cfg, options)
     heldout, scores = ([path.with_suffix(suffix) for path in bases] for suffix in (HELD_OUT, SCORE))
