@@ -278,9 +278,10 @@ class RunConfig(GraderConfig):
     threads: Suppress[Fixed[int]] = 0
     """CPU threads of torch; 0 is torch's own choice. Tiny models are fastest with 1, and on a busy machine
     threads that wait for each other are several times slower."""
-    live: Literal["none", "tensorboard"] = "none"
-    """tensorboard: every step also goes into the run's tb/ folder, for `tensorboard --logdir out/runs` to
-    show while it runs (pip install 'projected_grpo[live]')."""
+    live: Literal["none", "tensorboard", "trackio"] = "none"
+    """Shows the run while it runs. tensorboard: every step also goes into the run's tb/ folder, for
+    `tensorboard --logdir out/runs` (pip install 'projected_grpo[live]'). trackio: and some rollouts of each
+    step, for `trackio show --project projected_grpo` (pip install 'projected_grpo[trackio]')."""
 
     @property
     def log_dir(self) -> Path:

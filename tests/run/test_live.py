@@ -20,8 +20,9 @@ from fake_runs import few_pairs
 from projected_grpo import train as train_module
 from projected_grpo.cli import main
 from projected_grpo.run.columns import COLUMNS, StepTable
-from projected_grpo.run.live_tensorboard import LiveView, figures
-from projected_grpo.runlog import printable, start_logging
+from projected_grpo.run.live import figures
+from projected_grpo.run.live_tensorboard import View
+from projected_grpo.runlog import append_jsonl, printable, start_logging
 
 STEPS, GONE_AFTER, COLUMNS_WIDE = 4, 3, 100
 OPTIONS = (
@@ -194,10 +195,10 @@ def test_a_stalled_disk_holds_no_step_up(tmp_path, monkeypatch):
         assert stalled.wait(60)
         real(self, data)
 
+    view = View(tmp_path)
     monkeypatch.setattr(RecordWriter, "write", write)
-    view = LiveView(tmp_path / "tb", [])
     for step in range(500):
-        view.add(ROW | {"step": step})  # would never end if it waited
+        view.add(ROW | {"step": step}, [])  # would never end if it waited
     assert told(tmp_path / "tb") == {}
     stalled.set()
     view.close()
@@ -211,19 +212,25 @@ def test_a_full_disk_ends_the_view_with_one_line(tmp_path, monkeypatch):
     said = []
     sink = logger.add(said.append, level="ERROR", format="{message}")
     monkeypatch.setattr(RecordWriter, "write", write)
-    view = LiveView(tmp_path / "tb", [ROW])
+    append_jsonl(tmp_path / "steps.jsonl", [ROW])
+    view = View(tmp_path)
     for step in range(3):
-        view.add(ROW | {"step": step})
+        view.add(ROW | {"step": step}, [])
     view.close()
     logger.remove(sink)
     assert len(said) == 1 and "No space left" in said[0] and "steps.jsonl" in said[0]
 
 
-def test_a_missing_extra_is_named_before_anything_is_made(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "view, package, extra", [("tensorboard", "tensorboardX", "live"), ("trackio", "trackio", "trackio")]
+)
+def test_a_missing_extra_is_named_before_anything_is_made(
+    view, package, extra, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    monkeypatch.delitem(sys.modules, "projected_grpo.run.live_tensorboard")
-    assert main(["train", "smoke", "--live=tensorboard"]) == 2
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"projected_grpo.run.live_{view}", raising=False)
+    assert main(["train", "smoke", f"--live={view}"]) == 2
     said = capsys.readouterr().err
-    assert "pip install 'projected_grpo[live]'" in said
+    assert f"--live {view} needs {package}: pip install 'projected_grpo[{extra}]'" in said
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,8 @@ from projected_grpo.experiment import Data, Experiment
 from projected_grpo.run.checkpoint import save_adapter, save_state, state_path, state_paths
 from projected_grpo.run.columns import StepTable, complete
 from projected_grpo.run.identity import chosen
-from projected_grpo.runlog import JsonlLog, complete_lines
+from projected_grpo.run.live import LiveView
+from projected_grpo.runlog import JsonlLog
 from projected_grpo.sandbox.oracle import as_assert
 from projected_grpo.state import TrainState
 
@@ -34,7 +35,7 @@ class Run:
         self.table = StepTable()
         self.logs = {name: JsonlLog(folder / f"{name}.jsonl") for name in ("rollouts", "steps")}
         self.unsaved = False  # the last save failed
-        self.live: Any = None  # the view that --live asks for
+        self.live: LiveView | None = None  # the view that --live asks for
         self.ends: list[float] = []  # of the steps that this process made, on the clock [s]
 
     def adapter_meta(self, step: int) -> dict[str, Any]:
@@ -53,7 +54,7 @@ class Run:
             except OSError as error:
                 logger.error("{} not written ({}); kept for the next save", self.logs[name].path, error)
         if self.live is not None:
-            self.live.add(record)
+            self.live.add(record, rows)
         if self.table.rows == 0:
             logger.info(
                 "a row a step; - is not measured, steps.jsonl has more columns:\n{}", self.table.legend()
@@ -75,7 +76,7 @@ class Run:
     def show_live(self, view: ModuleType | None, stack: ExitStack) -> None:
         """Begin the view that --live asks for, with the steps made so far; `stack` closes it."""
         if view is not None:
-            self.live = view.LiveView(self.folder / "tb", complete_lines(self.logs["steps"].path))
+            self.live = view.View(self.folder)
             stack.callback(self.live.close)
 
     def keep_adapter(self, name: str, exp: Experiment, meta: Mapping[str, Any], *, deployed: bool) -> bool:

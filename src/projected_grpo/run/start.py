@@ -42,6 +42,8 @@ from projected_grpo.runlog import (
 from projected_grpo.state import TrainState
 from projected_grpo.step import adapter_parameters, current_direction
 
+EXTRAS = {"tensorboard": "live", "trackio": "trackio"}  # what to install for a live view
+
 
 def live_module(cfg: TrainConfig) -> ModuleType | None:
     """The module of the view that --live asks for. Raises UserError naming a missing extra."""
@@ -53,7 +55,7 @@ def live_module(cfg: TrainConfig) -> ModuleType | None:
         if (error.name or "").startswith("projected_grpo"):
             raise
         raise UserError(
-            f"--live {cfg.run.live} needs {error.name}: pip install 'projected_grpo[live]'"
+            f"--live {cfg.run.live} needs {error.name}: pip install 'projected_grpo[{EXTRAS[cfg.run.live]}]'"
         ) from error
 
 
