@@ -278,6 +278,9 @@ class RunConfig(GraderConfig):
     threads: Suppress[Fixed[int]] = 0
     """CPU threads of torch; 0 is torch's own choice. Tiny models are fastest with 1, and on a busy machine
     threads that wait for each other are several times slower."""
+    keep_token_scores: bool = False
+    """Keep each token's log-probability and hack-ward score in the run's tokens.jsonl, for `report` to show:
+    an extra forward pass a step."""
     live: Literal["none", "tensorboard", "trackio"] = "none"
     """Shows the run while it runs. tensorboard: every step also goes into the run's tb/ folder, for
     `tensorboard --logdir out/runs` (pip install 'projected_grpo[live]'). trackio: and some rollouts of each

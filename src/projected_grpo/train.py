@@ -26,6 +26,7 @@ if __name__ == "__main__":
 from loguru import logger
 from tqdm import tqdm
 
+from projected_grpo.antipasto import Deltas
 from projected_grpo.collect import Collected, rollout_rows
 from projected_grpo.config import MAX_SEQUENCE, TrainConfig
 from projected_grpo.engine.models import decode
@@ -42,6 +43,7 @@ from projected_grpo.run.identity import arm_name
 from projected_grpo.run.resume import AUTO, finished_or_none, newest_run, open_run, read_settings
 from projected_grpo.run.stop import StopSignal
 from projected_grpo.run.summary import finish
+from projected_grpo.run.token_scores import token_rows
 from projected_grpo.runlog import command_line, start_logging
 from projected_grpo.state import WATCHED, TrainState
 from projected_grpo.step import adapter_digest, as_deployed, train_step
@@ -62,8 +64,9 @@ def train(cfg: TrainConfig) -> int:
             with StopSignal(ECHO_S if ranks.size > 1 else 0.0) as stop, progress(run, state) as bar:
                 try:
                     while code is None and state.step < exp.cfg.optim.steps:
+                        sampled_at = exp.chat.policy.deltas() if exp.cfg.run.keep_token_scores else None
                         record, data = train_step(exp, state)
-                        code = end_of_step(run, exp, state, stop, record, data)
+                        code = end_of_step(run, exp, state, stop, record, data, sampled_at)
                         bar.update()
                 except FloatingPointError as error:  # before any parameter was touched
                     logger.error("step {}: {}; ended with the state before it", state.step, error)
@@ -114,14 +117,22 @@ def progress(run: Run, state: TrainState) -> tqdm:
 
 
 def end_of_step(
-    run: Run, exp: Experiment, state: TrainState, stop: StopSignal, record: dict[str, Any], data: Collected
+    run: Run,
+    exp: Experiment,
+    state: TrainState,
+    stop: StopSignal,
+    record: dict[str, Any],
+    data: Collected,
+    sampled_at: Deltas | None,
 ) -> int | None:
     """Evaluate, watch, write and save; returns the exit code if the run must end here.
 
+    With the adapter that sampled the rollouts, their tokens' scores are written, too.
     A save that failed is tried again after every further step.
     """
     started = time.monotonic()
     rows = rollout_rows(state.step, data, exp.cfg.sampling.group)
+    tokens = [] if sampled_at is None else token_rows(exp, state.step, data, state.basis.v_grad, sampled_at)
     if state.step == 0:
         dump_first(exp, data)
     note_first_hacks(run, exp, state, rows)
@@ -129,7 +140,7 @@ def end_of_step(
     reason = hopeless(exp, state, record)
     state.seconds += record["sec"] + time.monotonic() - started
     state.step += 1
-    run.write_step(record, rows)
+    run.write_step(record, rows, tokens)
     state.whole = True
     if reason:
         sample = rows[-1]["text"] if rows else ""

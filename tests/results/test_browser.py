@@ -372,6 +372,55 @@ def test_every_link_leads_somewhere_and_a_rollout_has_an_address(page, opened, p
     expect(lost.locator("#count")).to_contain_text("not in the report")
 
 
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """A page of a run that kept its tokens' scores, and the run's rows."""
+    run, rows = a_run(tmp_path_factory.mktemp("scored"), "none", 0.9)
+    rows[3]["text"] = "\U0001f600 say print\n"  # of two units in the page's own strings
+    (run / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokens = []
+    for row in rows[: 2 * PER_STEP]:  # later ones have none
+        chars = [2, 4, len(row["text"]) - 6, 0]
+        figures = {"logp": [-0.5, -6.0, -2.5, None], "hackward": [0.25, -0.5, 0.0, 0.125]}
+        tokens.append({name: row[name] for name in ("step", "p_idx", "gi")} | {"chars": chars} | figures)
+    append_jsonl(run / "tokens.jsonl", tokens)
+    return report(run.parent / "report.html", run), rows
+
+
+def test_tokens_are_coloured_where_a_run_kept_their_scores(opened, scored, page_file):
+    file, rows = scored
+    page = opened(file)
+    shown = page.locator("#detail .completion .tok")
+    assert shown.count() == 0, "nothing is coloured until it is asked for"
+    place, choice = page.locator("#list"), page.get_by_label("Colour tokens by")
+    place.press("Home")
+    for _ in range(3):
+        place.press("ArrowDown")
+    choice.select_option("log-probability")
+    text = rows[3]["text"]
+    assert shown.all_text_contents() == [text[:2], text[2:6], text[6:], ""]
+    shares = shown.evaluate_all("all => all.map((e) => e.style.getPropertyValue('--share'))")
+    assert shares == ["10%", "100%", "50%", "0%"]
+    assert "log-probability -9 nats in 4 tokens; least likely: say -6, print -2.500" in (
+        page.locator("#detail").inner_text()
+    )
+    choice.select_option("hack-ward score")
+    shares = shown.evaluate_all("all => all.map((e) => e.style.getPropertyValue('--share'))")
+    assert shares == ["50%", "100%", "0%", "25%"]
+    assert shown.evaluate_all("all => all.map((e) => e.classList.contains('away'))") == [
+        *(False, True, False, False)
+    ]
+    assert shown.nth(1).get_attribute("title") == "log-probability -6, hack-ward score -0.500"
+    grounds = shown.evaluate_all("all => all.map((e) => getComputedStyle(e).backgroundColor)")
+    assert len(set(grounds)) == 4
+    again = opened(file, address=page.evaluate("location.hash"))
+    assert again.locator("#detail").inner_text() == page.locator("#detail").inner_text()
+    place.press("End")
+    expect(page.locator("#detail")).to_contain_text("no scores of these tokens were kept")
+    assert shown.count() == 0
+    assert not opened(page_file).get_by_label("Colour tokens by").is_visible()
+
+
 def test_the_keyboard_reaches_everything_and_shows_where_it_is(page):
     """Every stop of the tab key is in view and outlined, and what can be used is among them."""
     tell = """() => {

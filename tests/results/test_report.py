@@ -82,6 +82,27 @@ def test_the_page_holds_every_rollout_as_it_was_written(run, tmp_path):
     assert shown["config"]["optim.lr"] == 7e-5 and "tau" not in shown["steps"]
 
 
+def test_scores_of_tokens_are_embedded_where_they_are_of_the_text(run, tmp_path, capsys):
+    def line(step, gi, chars, **figures):
+        figures = {"logp": [-0.5] * len(chars), "hackward": [None] * len(chars)} | figures
+        return {"step": step, "p_idx": 0, "gi": gi, "chars": chars} | figures
+
+    def shown(*lines):
+        (run / "tokens.jsonl").unlink(missing_ok=True)
+        append_jsonl(run / "tokens.jsonl", lines)
+        return Page(page_of(run, tmp_path)).data["runs"][0]["rollouts"]["tokens"]
+
+    whole = [1, len(EVIL) - 1]
+    assert shown(line(0, 1, whole)) == [None, [whole, [-0.5] * 2, [None] * 2], None]
+    assert shown(line(0, 1, [1, 1])) == [None] * 3, "another text"
+    assert shown(line(0, 1, whole, logp=[-0.5])) == [None] * 3, "a figure is missing"
+    append_jsonl(run / "tokens.jsonl", [line(0, 0, [-1, 1])])
+    assert cli.main(["report", str(run), f"--out={tmp_path / 'x'}"]) == 2
+    assert "tokens.jsonl, line 2: 'chars' cannot be '[-1, 1]'" in capsys.readouterr().err
+    (run / "tokens.jsonl").unlink()
+    assert "tokens" not in Page(page_of(run, tmp_path)).data["runs"][0]["rollouts"]
+
+
 def test_what_a_model_wrote_cannot_become_markup(run, tmp_path):
     text = page_of(run, tmp_path)
     empty = (files("projected_grpo") / "data" / "report.html").read_text().replace("__REPORT_DATA__", "{}")

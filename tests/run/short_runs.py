@@ -44,8 +44,8 @@ def cut_short(tag, steps, *options):
 
     real = train_module.Run.write_step
 
-    def write_step(self, record, rows):
-        real(self, record, rows)
+    def write_step(self, record, rows, tokens):
+        real(self, record, rows, tokens)
         if record["step"] == steps - 1:
             raise Gone
 
@@ -60,8 +60,8 @@ def copied_after(into, *steps):
     """Copy a run's folder to into/STEPS each time so many steps are written: what a kill then would leave."""
     real = train_module.Run.write_step
 
-    def write_step(self, record, rows):
-        real(self, record, rows)
+    def write_step(self, record, rows, tokens):
+        real(self, record, rows, tokens)
         if record["step"] + 1 in steps:
             shutil.copytree(self.folder, into / str(record["step"] + 1))
 

@@ -29,6 +29,7 @@ OPTIONS = (
     *("--n-problems=6", "--eval-n-prompts=1", "--max-new=8", "--workers=1", "--device=cpu", "--group=3"),
     *("--vhack-pairs-path=pairs.json", "--vhack-refresh-every=0", "--eval-ablate-every=2", "--save-every=2"),
     *("--intervention=route2", f"--steps={STEPS}", "--live=tensorboard", "--out-tag=_t"),
+    "--keep-token-scores",
 )
 ROW = {"step": 0, "hack_s": [1, 4], "gt_s": [0, 0], "kl": None, "gn": 0.5, "loss": float("nan")}
 CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -103,8 +104,8 @@ def run(tmp_path_factory, svd_cache):
     (home / "out" / "svd_cache").symlink_to(svd_cache)
     real = train_module.Run.write_step
 
-    def write_step(self, record, rows):
-        real(self, record, rows)
+    def write_step(self, record, rows, tokens):
+        real(self, record, rows, tokens)
         if record["step"] == GONE_AFTER - 1:
             raise Gone
 
@@ -141,6 +142,20 @@ def test_the_view_says_what_steps_jsonl_says_and_nothing_twice_after_a_resume(ru
     assert told(folder / "tb") == as_figures(rows)
     assert len(event_files(folder / "tb")) == 1
     assert any(step == 1 for tag, step in early if tag == "step/hack_deploy")
+
+
+def test_every_rollout_has_its_tokens_once_after_a_resume(run):
+    lines = {
+        name: [json.loads(line) for line in (run[0] / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("rollouts", "tokens")
+    }
+    places = {name: [(row["step"], row["p_idx"], row["gi"]) for row in rows] for name, rows in lines.items()}
+    assert places["tokens"] == places["rollouts"] and len(lines["tokens"]) >= STEPS
+    for row, rollout in zip(lines["tokens"], lines["rollouts"], strict=True):
+        assert len(row["chars"]) == len(row["logp"]) == len(row["hackward"]) > 0
+        assert sum(row["chars"]) == len(rollout["text"]) and max(row["logp"]) <= 0
+    means = [sum(row["logp"]) / len(row["logp"]) for row in lines["tokens"] if row["step"] == 0]
+    assert steps_of(run[0])[0]["lp_s"] == pytest.approx(sum(means) / len(means), abs=1e-3)
 
 
 def test_in_a_terminal_the_table_fits_and_the_bar_has_its_end(run):

@@ -113,10 +113,15 @@ def chunked_logps(
 ) -> Float[Tensor, " tokens"]:
     """Log-probability of each id under the last hidden state before it, nats, `chunk` of them at a time.
 
-    Gradients reach the states; ValueError for an output layer that is trained itself.
+    Gradients reach the states, or a tangent passes where none are wanted; ValueError for an output layer that
+    is trained.
     """
     parts: Any = model
     head = parts.get_output_embeddings()
+    if not torch.is_grad_enabled():
+        weight, bias = in_float32(head.weight, head.bias)
+        pieces = zip(states.split(chunk), ids[:, None].split(chunk), strict=True)
+        return torch.cat([_some_logps(x, weight, bias, i, head.weight, None) for x, i in pieces])
     if head.weight.requires_grad:
         raise ValueError("the output layer is trained: its gradient needs whole logits")
     logps: Tensor = _HeadLogps.apply(states, head.weight, head.bias, ids, chunk)

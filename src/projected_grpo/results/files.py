@@ -39,6 +39,14 @@ def is_numbers(value: object) -> bool:
     return isinstance(value, list) and all(map(is_number, value))
 
 
+def is_figures(value: object) -> bool:
+    return isinstance(value, list) and all(map(is_figure, value))
+
+
+def is_lengths(value: object) -> bool:
+    return isinstance(value, list) and all(is_whole(n) and n >= 0 for n in value)
+
+
 def is_words(value: object) -> bool:
     """A list of strings."""
     return isinstance(value, list) and all(isinstance(word, str) for word in value)
@@ -62,6 +70,10 @@ RECORD: Mapping[str, Check] = {"summary": dict, "steps": dict, "config": dict}
 KEPT: Mapping[str, Check] = {"arm": str, "seed": is_whole, "wall_s": is_number}
 ROLLOUT: Mapping[str, Check] = {"step": is_whole, "text": str}
 GRADED: Mapping[str, Check] = dict.fromkeys(("p_idx", "gi", "reward"), is_figure)
+TOKENS: Mapping[str, Check] = {
+    **dict.fromkeys(("step", "p_idx", "gi"), is_whole),
+    **{"chars": is_lengths, "logp": is_figures, "hackward": is_figures},
+}
 FOUND: Mapping[str, Check] = {"cosines": is_numbers, "fraction_positive": is_number, "mean": is_number}
 COMMIT: Mapping[str, Check] = {"git_commit": str | None}
 
@@ -90,6 +102,17 @@ def read_rollouts(folder: Path, option: str) -> list[dict[str, Any]]:
     for line, row in enumerate(rows, start=1):
         check_fields(row, ROLLOUT, GRADED, f"{option}: {folder / 'rollouts.jsonl'}, line {line}")
     return rows
+
+
+def read_tokens(folder: Path, option: str) -> dict[tuple[int, int, int], dict[str, Any]]:
+    """A run's scores of tokens by step, prompt and sample; {} where it kept none.
+
+    Raises UserError for a line that no run wrote.
+    """
+    rows = complete_lines(folder / "tokens.jsonl")
+    for line, row in enumerate(rows, start=1):
+        check_fields(row, TOKENS, {}, f"{option}: {folder / 'tokens.jsonl'}, line {line}")
+    return {(row["step"], row["p_idx"], row["gi"]): row for row in rows}
 
 
 def read_heldout(path: Path, option: str) -> HeldOut:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from projected_grpo.results.files import read_rollouts
+from projected_grpo.results.files import read_rollouts, read_tokens
 from projected_grpo.results.runs import BASELINE, EndedRun, names
 from projected_grpo.rewards import FILE_STEMS, MODES, PASS_WORDS, SENTINELS, STDOUT_PHRASES
 from projected_grpo.run.columns import COLUMNS
@@ -24,6 +24,7 @@ FLAGS = (
 )  # fmt: skip
 INTERNED = ("problem_id", "env_mode", "prompt", "mechanism", "error")
 NUMBERS = ("step", "p_idx", "gi", "reward")
+TOKEN_FIGURES = ("logp", "hackward")
 # Keys of steps and summaries in plain words; the page tells the key, too.
 PLAIN = {
     "step": "step",
@@ -165,7 +166,21 @@ def _rollouts(run: EndedRun, most: int, strings: dict[str, int]) -> dict[str, An
     columns |= {name: [number(row.get(name)) for row in kept] for name in INTERNED}
     columns["text"] = [row["text"] for row in kept]
     columns["flags"] = [sum(bool(row.get(flag)) << i for i, flag in enumerate(FLAGS)) for row in kept]
+    if tokens := read_tokens(run.path, "report"):
+        columns["tokens"] = [_tokens(row, tokens) for row in kept]
     return {"total": len(rows), **columns}
+
+
+def _tokens(
+    row: Mapping[str, Any], tokens: Mapping[tuple[int, int, int], Mapping[str, Any]]
+) -> list[Any] | None:
+    """Lengths in characters and every figure of a rollout's tokens; None unless they are of this text."""
+    own = tokens.get((row["step"], row.get("p_idx", -1), row.get("gi", -1)))
+    if own is None or sum(own["chars"]) != len(row["text"]):
+        return None
+    if any(len(own[figure]) != len(own["chars"]) for figure in TOKEN_FIGURES):
+        return None
+    return [own["chars"], *(plain(own[figure]) for figure in TOKEN_FIGURES)]
 
 
 def thinned(rows: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:

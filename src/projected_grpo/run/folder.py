@@ -33,7 +33,8 @@ class Run:
     def __init__(self, cfg: TrainConfig, folder: Path, *, writes: bool = True) -> None:
         self.cfg, self.folder, self.writes = cfg, folder, writes
         self.table = StepTable()
-        self.logs = {name: JsonlLog(folder / f"{name}.jsonl") for name in ("rollouts", "steps")}
+        names = ("rollouts", *(("tokens",) if cfg.run.keep_token_scores else ()), "steps")
+        self.logs = {name: JsonlLog(folder / f"{name}.jsonl") for name in names}
         self.unsaved = False  # the last save failed
         self.live: LiveView | None = None  # the view that --live asks for
         self.ends: list[float] = []  # of the steps that this process made, on the clock [s]
@@ -44,15 +45,21 @@ class Run:
         model, seed = self.cfg.model.model, self.cfg.run.seed
         return {"model": model, "intervention": arm, "preset": self.cfg.preset, "seed": seed, "step": step}
 
-    def write_step(self, record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append to rollouts.jsonl and steps.jsonl, and show the row."""
+    def write_step(
+        self,
+        record: Mapping[str, Any],
+        rows: Sequence[Mapping[str, Any]],
+        tokens: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Append to the run's logs, and show the row."""
         if not self.writes:
             return
-        for name, lines in (("rollouts", rows), ("steps", [complete(record)])):
+        lines = {"rollouts": rows, "tokens": tokens, "steps": [complete(record)]}
+        for name, log in self.logs.items():
             try:
-                self.logs[name].append(lines)
+                log.append(lines[name])
             except OSError as error:
-                logger.error("{} not written ({}); kept for the next save", self.logs[name].path, error)
+                logger.error("{} not written ({}); kept for the next save", log.path, error)
         if self.live is not None:
             self.live.add(record, rows)
         if self.table.rows == 0:

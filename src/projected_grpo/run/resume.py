@@ -131,9 +131,9 @@ def newest_run(cfg: TrainConfig) -> Path | None:
     return max(found, key=creation_order, default=None)
 
 
-def place(cfg: TrainConfig) -> tuple[str, str]:
-    """Tag and device: on another device --dtype=auto may mean other weights."""
-    return cfg.run.out_tag, cfg.model.device
+def place(cfg: TrainConfig) -> tuple[str, str, bool]:
+    """Tag and device (on another device --dtype=auto may mean other weights), and which files there are."""
+    return cfg.run.out_tag, cfg.model.device, cfg.run.keep_token_scores
 
 
 def creation_order(folder: Path) -> tuple[str, int]:
