@@ -156,9 +156,14 @@ def mean_difference(D: Float[Tensor, "pairs r"]) -> Float[Tensor, " r"]:
     return mean / mean.norm().clamp_min(torch.finfo(D.dtype).tiny)
 
 
-def haar_basis(k: int, r: int, generator: torch.Generator) -> Float[Tensor, "k r"]:
-    """k orthonormal rows, uniform over the Stiefel manifold (QR with the signs of R fixed, Mezzadri 2007)."""
-    Q, R = torch.linalg.qr(torch.randn(r, k, generator=generator, dtype=torch.float64))
+def haar_basis(
+    k: int, r: int, generator: torch.Generator, device: torch.device | None = None
+) -> Float[Tensor, "k r"]:
+    """k orthonormal rows, uniform over the Stiefel manifold (QR with the signs of R fixed, Mezzadri 2007).
+
+    Drawn on the CPU, as the generator is, and orthonormalised on `device`.
+    """
+    Q, R = torch.linalg.qr(torch.randn(r, k, generator=generator, dtype=torch.float64).to(device))
     return (Q * R.diagonal().sign()).T.to(torch.float32).contiguous()
 
 
