@@ -92,6 +92,7 @@ FOREIGN_OPTIONS = {
     **dict.fromkeys(("--standalone", "--nproc-per-node", "--shutdown-timeout", "--max-restarts"), "torchrun"),
     **dict.fromkeys(("--multi_gpu", "--num_processes", "--cpu"), "accelerate"),
     "--fit": "scripts/cost_model.py",
+    "--warmup": "examples/trl_erase.py",
     "--help": "of every verb",
     "--version": "of the program",
 }

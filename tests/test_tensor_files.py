@@ -11,7 +11,7 @@ from projected_grpo.tensor_files import SVD, compute_svd, is_exact, svd_by_gram
 
 
 def drawn(d_out, d_in, rank, values, seed, halved):
-    """A weight of these singular values, repeated where the list is short; rounded to bfloat16 if `halved`."""
+    """A weight of these singular values, repeated where they are few; rounded to bfloat16 if `halved`."""
     generator = torch.Generator().manual_seed(seed)
     U, V = (haar_basis(rank, d, generator).T.double() for d in (d_out, d_in))
     S = torch.tensor([values[i % len(values)] for i in range(rank)], dtype=torch.float64)
