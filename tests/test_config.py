@@ -465,6 +465,15 @@ def test_a_group_that_is_no_object_is_refused(broken):
         from_json(to_json(SMOKE) | {"optim": broken})
 
 
+@pytest.mark.parametrize("broken", [{}, [], 0, False, 5], ids=repr)
+def test_an_arm_file_that_is_no_name_is_refused_in_one_line(broken):
+    data = to_json(SMOKE)
+    data["arm"]["arm_file"] = broken
+    for older in (True, False):
+        with pytest.raises(UserError, match=r"config\.json .*arm_file.* is [^\n]*$"):
+            from_json(data, older=older)
+
+
 @pytest.mark.parametrize("arm", INTERVENTIONS)
 def test_the_command_line_reaches_every_option(arm):
     """Each option by its flat name, as a user types it; no positional, no prefix."""

@@ -441,8 +441,10 @@ def from_json(data: object, *, older: bool = False) -> TrainConfig:
 
 def _arm_type(values: Mapping[str, Any], older: bool) -> type[ArmSettings]:
     file = values.get("arm_file")
+    if not (file is None or isinstance(file, str)):
+        raise ValueError(f"field 'arm_file' is {str(file)[:40]!r}")
     try:
-        return settings_of(values.get("intervention", "erase"), file and Path(file))
+        return settings_of(values.get("intervention", "erase"), None if file is None else Path(file))
     except UserError:
         if not (older and values.get("arm_digest")):
             raise

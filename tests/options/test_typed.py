@@ -93,7 +93,7 @@ def test_a_slip_is_told_in_one_line(typed, said, capsys):
         ("export RUN --as-trained true", "--as-trained takes no value, got 'true': write --as-trained"),
         ("evaluate --temprature=1", "no option --temprature; did you mean --temperature?; `evaluate --help`"),
         ("study nono", "study 'nono' is not one of: nano"),
-        ("probe gate Z out", "probe gate 'Z' is not one of: A, B, B2, C, D"),
+        ("probe gate Z out", "probe gate 'Z' is not one of: A, A2, B, B2, C, D"),
         ("export RUN OTHER --out=x", "'OTHER' belongs to no option"),
     ],
 )
