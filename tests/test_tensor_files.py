@@ -37,6 +37,12 @@ def test_it_is_the_svd_whatever_the_rank_and_shape(shape, rank, values, seed, ha
     assert bool((found.S.diff() <= 0).all())
 
 
+def test_a_dead_input_is_no_trouble():
+    W = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
+    W[:, 5] = 0
+    assert is_exact(svd_by_gram(W), W)
+
+
 def test_what_is_not_an_svd_is_not_exact():
     W = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     found = svd_by_gram(W)

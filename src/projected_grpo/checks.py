@@ -56,6 +56,10 @@ def validate(cfg: TrainConfig) -> None:
             f"--rollout-ablate-frac needs --sampler=own: under {cfg.model.sampler} the weight of ablated "
             "rollouts would be that of another policy, too"
         )
+    if cfg.run.keep_token_scores and cfg.arm.ablated_share > 0:
+        raise UserError(
+            "--keep-token-scores scores every rollout by one model: leave out --rollout-ablate-frac, or it"
+        )
     cfg.arm.check()
     cfg.run.check()
     if not re.fullmatch(r"[A-Za-z0-9_.+=-]*", cfg.run.out_tag):

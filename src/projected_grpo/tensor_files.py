@@ -53,7 +53,9 @@ def svd_by_gram(W: Float[Tensor, "d_out d_in"]) -> SVD:
         turned = svd_by_gram(W.T)
         return SVD(turned.Vh.T.contiguous(), turned.S, turned.U.T.contiguous())
     A = W.double()
-    V = torch.linalg.eigh(A.T @ A).eigenvectors
+    V = torch.linalg.eigh(A.T @ A).eigenvectors.flip(
+        1
+    )  # largest first: null vectors would lead the QR astray
     Q, R = torch.linalg.qr(A @ V)
     S, order = R.diagonal().abs().sort(descending=True)
     U = torch.where(R.diagonal() < 0, -Q, Q)[:, order]

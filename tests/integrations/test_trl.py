@@ -19,9 +19,9 @@ from processes import in_processes
 from projected_grpo import step as step_module
 from projected_grpo.api.grading import Grader, UserError, load_pairs, load_problems
 from projected_grpo.api.method import extract, wrap
-from projected_grpo.arm_settings import EraseSettings, RouteSettings
+from projected_grpo.arm_settings import EraseSettings, Route2Settings, RouteSettings
 from projected_grpo.collect import Collected
-from projected_grpo.config import NANO_PRESET
+from projected_grpo.config import NANO_PRESET, BasisConfig
 from projected_grpo.engine.chat import Chat
 from projected_grpo.engine.models import decode, stop_ids
 from projected_grpo.experiment import Data, Experiment
@@ -237,6 +237,9 @@ def test_a_resumed_run_goes_on_with_the_callbacks_basis(unchecked, tiny, svd_cac
         ({"settings": {"fp16": True}}, "fp16 scales gradients"),
         ({"arm": EraseSettings(project="update")}, "more than a callback does"),
         ({"arm": RouteSettings(control="shrink")}, "more than a callback does"),
+        ({"arm": Route2Settings()}, "arm is EraseSettings or RouteSettings"),
+        ({"arm": RouteSettings(rollout_ablate_frac=0.5)}, "TRL samples"),
+        ({"basis": BasisConfig(vhack_refresh_every=3)}, "give pairs and refresh_every"),
     ],
     ids=str,
 )

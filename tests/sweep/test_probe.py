@@ -234,6 +234,7 @@ def test_gates_a_and_b_from_files(tmp_path, capsys):
     assert main(["probe", "gate", "A", str(tmp_path / "none.safetensors")]) == 2
     for rate, code in (("0.02", 0), ("0.01", GATE_FAILED)):  # 2 pairs, sums 1 and 2: 6 nats a unit
         assert main(["probe", "gate", "A2", f"--reach={rate}", good]) == code
+    assert main(["probe", "gate", "A2", good]) == main(["probe", "gate", "A", "--reach=1", good]) == 2
     for fraction, code in ((0.7, 0), (0.4, GATE_FAILED)):
         (tmp_path / "b.json").write_text(
             json.dumps({"cosines": [0.5], "fraction_positive": fraction, "mean": 0.5})

@@ -26,7 +26,7 @@ from projected_grpo.errors import UserError
 from projected_grpo.rollout import Rollout
 from projected_grpo.runlog import complete_lines, read_json
 
-# Estimated, from the kernels of a 4 B model in bfloat16 (docs/benchmarks.md); nothing of it was measured.
+# Estimated, from the kernels that a 4 B model launches in bfloat16; nothing of it was measured.
 TOKEN_S = {"H200": 96e-6, "H100": 115e-6, "RTX PRO 6000": 214e-6}  # of the loss, a padded token
 LAYER_S = 0.75e-3  # of decoding, a token and layer, however many rows: what the host takes to launch it
 ESTIMATED_WEIGHTS = 4e9  # of the model that these are for
@@ -37,6 +37,7 @@ LOOKED_AT, ENOUGH = 100, 5  # earlier runs that are read at most, and that are a
 FIRST_STEPS = 3  # of a run that has not ended, before its rate says anything
 SAME_WORK = ("problems", "sampling", "loss", "evaluation", "teacher")  # settings that must agree
 SAME_MODEL = ("model", "dtype", "attention", "sampler")
+SAME_RUN = ("threads", "workers", "keep_token_scores")
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ def cost_of(
     bases = sum(min(m.weight.shape) * sum(m.weight.shape) for m in linears)
     block = getattr(cfg.arm, "block_rank", 0) * sum(sum(m.weight.shape) for m in linears)
     row = ranks + (block if cfg.arm.has_block else 0)
-    rest = width * (weights + bases) + FLOAT * (6 * ranks + rows_of_gradients * row)
+    frames = sum(min(m.weight.shape) ** 2 for m in linears) if cfg.arm.control == "haar_matched" else 0
+    rest = width * (weights + bases) + FLOAT * (6 * ranks + rows_of_gradients * row + frames)
 
     n, longest = prompts * s.group, prompt_tokens + s.max_new
     together = min(n, s.rows_per_batch or n)
@@ -215,12 +217,14 @@ def measured(cfg: TrainConfig, place: str, processes: int, runs: Sequence[Path])
             (same_arm if config.get("arm") == wanted["arm"] else others).append(rate)
     rates = (same_arm or others)[:ENOUGH]
     arms = "" if same_arm else " of other arms"
-    return (median(rates), f"as measured here in {len(rates)} runs{arms}") if rates else (None, "")
+    count = f"{len(rates)} run{'s' if len(rates) > 1 else ''}{arms}"
+    return (median(rates), f"as measured here in {count}") if rates else (None, "")
 
 
 def newest(runs: Sequence[Path]) -> Iterator[tuple[dict[str, Any], Path]]:
     """config.json and folder of earlier runs, the last one first; unreadable ones are passed over."""
-    for path in sorted((p for folder in runs for p in folder.glob("*/config.json")), reverse=True):
+    found = (path for folder in runs for path in folder.glob("*/config.json"))
+    for path in sorted(found, key=lambda path: path.parent.name, reverse=True):
         try:
             yield read_json(path, "config.json"), path.parent
         except UserError:
@@ -231,7 +235,11 @@ def same_work(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
     """Whether a step of these settings does as much, but for the arm."""
     if any(wanted[group] != found.get(group) for group in SAME_WORK):
         return False
-    return all(wanted["model"][name] == found.get("model", {}).get(name) for name in SAME_MODEL)
+    return all(
+        wanted[group][name] == found.get(group, {}).get(name)
+        for group, names in (("model", SAME_MODEL), ("run", SAME_RUN))
+        for name in names
+    )
 
 
 def step_seconds(folder: Path) -> float | None:

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from projected_grpo.antipasto import Policy
-from projected_grpo.arm_settings import EraseSettings, RouteSettings
+from projected_grpo.arm_settings import ArmSettings, EraseSettings, RouteSettings
 from projected_grpo.arms.table import intervene
 from projected_grpo.config import BasisConfig, RunConfig, TrainConfig
 from projected_grpo.engine.chat import Chat
@@ -41,6 +41,7 @@ from projected_grpo.tensor_files import tensor_hash
 __all__ = ["ProjectGradients", "dataset", "reward_function"]
 
 FILE = "hack_basis.safetensors"  # in each of TRL's checkpoints
+GIVEN = ("v_hack_path", "vhack_pairs_path", "vhack_refresh_every")  # of BasisConfig, otherwise
 BY_CALLBACK = ("none", "haar", "shuffled", "clean_clean", "flipped")  # controls that replace the basis alone
 LOGGED = {"cos_pre": "cos_pre", "cos_post": "cos_post", "cos_null": "cos_null", "q_egy": "routed_share"}
 
@@ -115,7 +116,7 @@ class ProjectGradients(TrainerCallback):
         policy: Policy,
         pairs: PairSet,
         *,
-        arm: EraseSettings | RouteSettings | None = None,
+        arm: ArmSettings | None = None,
         basis: BasisConfig | None = None,
         refresh_every: int = 5,
         max_grad_norm: float = 10.0,
@@ -123,6 +124,10 @@ class ProjectGradients(TrainerCallback):
         resume_from: Path | None = None,
     ) -> None:
         arm, basis = arm or EraseSettings(), basis or BasisConfig()
+        if not isinstance(arm, EraseSettings | RouteSettings) or arm.ablated_share > 0:
+            raise UserError("arm is EraseSettings or RouteSettings, without rollout_ablate_frac: TRL samples")
+        if any(getattr(basis, name) != getattr(BasisConfig(), name) for name in GIVEN):
+            raise UserError(f"{', '.join(GIVEN)} of basis are not read; give pairs and refresh_every")
         arm.check()
         if arm.project != "gradient" or arm.control not in BY_CALLBACK:
             raise UserError(
@@ -195,7 +200,7 @@ class ProjectGradients(TrainerCallback):
 
     def _check(self, args: Any) -> None:
         """Refuse, in one line, what would quietly give another method."""
-        if args.max_grad_norm > 0:
+        if args.max_grad_norm:
             raise UserError(
                 f"TRL would clip at max_grad_norm={args.max_grad_norm:g} before gradients are split; "
                 "set max_grad_norm=0 in GRPOConfig, and give ProjectGradients its own max_grad_norm"

@@ -1,6 +1,6 @@
 """verifiers: problems whose graders can be cheated as a taskset, with the flawed grader as its reward.
 
-A taskset is found by the name of a module that exports it, without dots: a file of one line does
+A taskset is found by the name of a module that exports it, without dots: a file of two lines does
 (docs/integrations.md).
 """
 

@@ -322,8 +322,8 @@ class GateOptions:
     files: tyro.conf.Positional[tuple[Path, ...]]
     """A, A2: basis files; B: .heldout.json files; B2: .score.json files; C: the run folder of none; D: those
     of none and of an arm. Of several the newest that ended counts."""
-    reach: float = 0.0
-    """A2: the sum of the run's learning rates over its steps."""
+    reach: float | None = None
+    """The sum of the run's learning rates over its steps, for A2 and no other gate."""
 
 
 @dataclass(frozen=True)

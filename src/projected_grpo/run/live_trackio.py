@@ -63,6 +63,6 @@ def runs_so_far() -> list[Any]:
 
 
 def table(rollouts: Sequence[Row]) -> Any:
-    """Rollouts of a step, at most ROLLOUTS and evenly spaced, so that all its prompts are seen."""
+    """Rollouts of a step, at most ROLLOUTS and evenly spaced."""
     shown = rollouts[:: -(-len(rollouts) // ROLLOUTS)]
     return trackio.Table(columns=list(SHOWN), data=[[row[name] for name in SHOWN] for row in shown])

@@ -1,4 +1,4 @@
-"""The gates of a probe (docs/spec.md), each a pure check on artefacts, and the chain that goes through them.
+"""The gates of a probe (docs/sweeps.md), each a pure check on artefacts, and the chain through them.
 
 A  the basis: no module without a gradient; 252 Linears on Qwen3-4B
 A2 the learning rate: in all its steps it could move the policy, by the pairs' gradients
@@ -21,6 +21,7 @@ from torch import Tensor
 from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, Extraction, load_extraction
 from projected_grpo.config import TrainConfig, from_json
 from projected_grpo.errors import UserError
+from projected_grpo.proj import reached
 from projected_grpo.results.files import Check, check_fields, is_whole, read_ended, read_heldout
 from projected_grpo.results.statistics import rate
 from projected_grpo.run.identity import OWN_GROUPS, changes, settings
@@ -106,7 +107,9 @@ def gate_a2(contrast: float, reach: float) -> GateVerdict:
     parameter, all of them going its way. A run whose steps differ in direction does far less.
     """
     forecast = contrast * reach
-    seen = f"learning rates add up to {reach:.2g}: at most {forecast:.2g} nats a token, hack against clean"
+    seen = (
+        f"learning rates add up to {reach:.2g}: about {forecast:.2g} nats a token at most, hack against clean"
+    )
     more = "raise --lr or --steps"
     if not forecast >= STILL:
         return GateVerdict("A2", [f"{seen}, must be {STILL}: the policy would not move; {more}"], (), ())
@@ -223,9 +226,9 @@ def other_differences(baseline: TrainConfig, arm: TrainConfig) -> list[str]:
     ]
 
 
-def read_basis(path: Path) -> Extraction:
+def read_basis(path: Path, gate: str) -> Extraction:
     if not path.exists():
-        raise UserError(f"gate A: {path} is not there; extract the basis first")
+        raise UserError(f"gate {gate}: {path} is not there; extract the basis first")
     return load_extraction(path, {}, torch.device("cpu"))
 
 
@@ -236,7 +239,7 @@ def norms_of(differences: Mapping[str, Float[Tensor, "pairs r"]]) -> dict[str, f
 
 def contrast_of(differences: Mapping[str, Float[Tensor, "pairs r"]]) -> float:
     """Of `gate_a2`: the pairs' gradients are of a mean over completions, two to a pair."""
-    return sum(float(2 * D.sum(0).abs().sum()) for D in differences.values())
+    return reached({m: 2 * D.sum(0) for m, D in differences.items()}, 1.0)
 
 
 def read_score(path: Path) -> tuple[str, list[str]]:
@@ -272,7 +275,7 @@ def check_gate(gate: str, files: Sequence[Path], reach: float = 0.0) -> list[Gat
     Of several runs the newest that ended counts. Raises UserError if one that it needs is not there.
     """
     if gate in ("A", "A2"):
-        found = [read_basis(path) for path in files]
+        found = [read_basis(path, gate) for path in files]
         if gate == "A2":
             return [gate_a2(contrast_of(one.axes.differences), reach) for one in found]
         return [gate_a(str(one.meta.get("model")), norms_of(one.axes.differences)) for one in found]

@@ -137,7 +137,11 @@ def check(gate: str, files: Sequence[Path], reached: float = 0.0) -> bool:
 
 def gate_verb(options: GateOptions) -> int:
     """Check one gate of a probe on its files, for a queue to stop behind. Exit 1 if it does not hold."""
-    return 0 if check(options.gate, options.files, options.reach) else GATE_FAILED
+    if (options.gate == "A2") != (options.reach is not None):
+        raise UserError(
+            "gate A2 needs --reach, the sum of the run's learning rates, and no other gate takes it"
+        )
+    return 0 if check(options.gate, options.files, options.reach or 0.0) else GATE_FAILED
 
 
 def planned(options: ProbeOptions) -> tuple[Job, Job, TrainConfig]:
