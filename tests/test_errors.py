@@ -6,10 +6,11 @@ import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from projected_grpo.errors import ALLOCATOR, answer, as_process, goes_on, interrupt, writing
+from projected_grpo.errors import ALLOCATOR, answer, as_process, end_now, goes_on, interrupt, writing
 from projected_grpo.results import plots
 from projected_grpo.runlog import JsonlLog, append_jsonl, text_log, write_atomically, write_json
 
@@ -131,6 +132,36 @@ def test_ctrl_c_is_one_line(capsys):
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("imported", [False, True])
+def test_ctrl_c_while_modules_are_imported_can_not_be_caught(imported):
+    """transformers makes another error of an exception there, and torch's C++ code aborts."""
+    caught = []
+
+    def dispatch(argv, loaded):
+        if imported:
+            loaded()
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            caught.append("as what is done after the imports is")
+            raise
+        return 0
+
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.dup2(write, 2)
+        sys.stderr = open(2, "w")  # noqa: SIM115
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.modules["projected_grpo.cli"] = SimpleNamespace(dispatch=dispatch)
+        code = as_process(["grade"])
+        sys.stderr.flush()
+        os._exit(code if caught and imported else 1)
+    os.close(write)
+    with open(read) as said:
+        assert said.read() == "stopped\n"
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+
+
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOMEM, "no memory"), ConnectionResetError(errno.ECONNRESET, "reset")], ids=repr
 )
@@ -149,7 +180,7 @@ def test_a_second_ctrl_c_ends_the_process_in_silence(monkeypatch, capsys):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what runs in the background
         assert as_process(["--version"]) == 0 and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        assert as_process(["--version"]) == 0 and signal.getsignal(signal.SIGINT) is interrupt
+        assert as_process(["--version"]) == 0 and signal.getsignal(signal.SIGINT) is end_now
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -8,7 +8,6 @@ import os
 import sys
 from importlib import import_module
 from itertools import pairwise
-from pkgutil import iter_modules
 
 __version__ = "0.1.0"
 
@@ -25,7 +24,9 @@ BEFORE_THE_HOOK = (
 if os.environ.get("PROJECTED_GRPO_CHECK_SHAPES") == "1":
     for library in BEFORE_THE_HOOK:
         import_module(library)
-    install_import_hook = import_module("jaxtyping").install_import_hook  # costs what --help has no use for
+    # Both cost what --help has no use for.
+    install_import_hook = import_module("jaxtyping").install_import_hook
+    iter_modules = import_module("pkgutil").iter_modules
     # What `python -m` runs is loaded past the part of the hook that gives its bytecode a name of its own: a
     # later run without checks would find it and could not load it. So that one module goes unchecked.
     run_by_name = {word for flag, word in pairwise(sys.orig_argv) if flag == "-m"}

@@ -1,18 +1,19 @@
 """`projected-grpo VERB ...`: one dispatcher. A verb's module is imported when the verb is run, not before."""
 
-import ast
-import importlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import make_dataclass
-from importlib.metadata import version
-from pathlib import Path
-from typing import Annotated, Any, Union
 
 from projected_grpo.errors import UserError, answer, as_process
 
 if __name__ == "__main__":
     sys.exit(as_process())  # before the imports below, for Ctrl-C
+
+import ast
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import make_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Union
 
 import tyro
 

@@ -109,13 +109,25 @@ def goes_on(how: str = "the same command goes on") -> Iterator[None]:
 def as_process(argv: Sequence[str] | None = None) -> int:
     """`projected-grpo ...` as a process of its own. Ctrl-C has its answer also while the rest is imported."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in the background
-        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, end_now)
     if not any(name in os.environ for name in ALLOCATOR):  # torch reads it when it is imported
         # Batches of many lengths leave holes in a GPU's memory; segments that grow do not.
         os.environ[ALLOCATOR[1]] = "expandable_segments:True"
     cli = "projected_grpo.cli"
-    # Collections, and the end of the process, need not walk what was imported.
-    return answer(lambda: importlib.import_module(cli).dispatch(argv or sys.argv[1:], gc.freeze))
+    return answer(lambda: importlib.import_module(cli).dispatch(argv or sys.argv[1:], all_imported))
+
+
+def all_imported() -> None:
+    """From here on Ctrl-C unwinds the work."""
+    if signal.getsignal(signal.SIGINT) is end_now:
+        signal.signal(signal.SIGINT, interrupt)
+    gc.freeze()  # collections, and the end of the process, need not walk what was imported
+
+
+def end_now(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C during the imports: an exception could be caught there, or end in torch's C++ code."""
+    os.write(2, b"stopped\n")
+    os._exit(SIGNALLED + number)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
