@@ -24,6 +24,7 @@ from projected_grpo.pools import (
     TeacherRow,
     bake,
     baked_completions,
+    building,
     join,
     load_pool,
     pool_digest,
@@ -137,6 +138,24 @@ def test_baking_again_writes_the_same_bytes(baked, problems, grader, tmp_path):
     bake(problems[:2], grader, tmp_path)
     for path in tmp_path.glob("prompt_*"):
         assert path.read_bytes() == (baked[0] / path.name).read_bytes()
+
+
+def test_a_build_that_was_stopped_is_begun_again_by_the_same_command(problems, grader, tmp_path):
+    """And nobody takes what it left for a pool."""
+    with pytest.raises(KeyboardInterrupt), building(tmp_path / "pool"):
+        bake(problems[:3], grader, tmp_path / "pool")
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="not built to its end"):
+        load_pool(tmp_path / "pool")
+    with building(tmp_path / "pool"):
+        with pytest.raises(UserError, match="another process"), building(tmp_path / "pool"):
+            pass
+        bake(problems[3:5], grader, tmp_path / "pool")
+    assert [p.problem_id for p in load_pool(tmp_path / "pool")] == [p.problem_id for p in problems[3:5]]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="not empty"), building(tmp_path / "pool"):
+        pass
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_templates_mode_is_needed_for_it_to_pay(problems, grader):

@@ -11,7 +11,8 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -23,11 +24,11 @@ from tabulate import tabulate
 
 from projected_grpo.arm_settings import Detector
 from projected_grpo.config import EnvMode
-from projected_grpo.errors import UserError
+from projected_grpo.errors import UserError, writing
 from projected_grpo.nano_tasks import fenced
 from projected_grpo.problems import Problem, field_of, id_of, id_text, read_jsonl
 from projected_grpo.rewards import MODES, Grade, Grader
-from projected_grpo.runlog import file_name, shown, write_atomically, write_json
+from projected_grpo.runlog import file_name, lock_file, shown, write_atomically, write_json
 from projected_grpo.sandbox.responses import completion_text
 
 METHOD = re.compile(r"class Solution called (\w+)")
@@ -35,6 +36,7 @@ STATEMENT = re.compile(r"PROBLEM:\n(.*?)Your solution to the problem should", re
 # difflib ratio from which two statements are one problem's: formatting differs between files.
 SAME_TEXT = 0.8
 MAX_REWARD = sys.float_info.max
+UNFINISHED = ".building"  # in a pool's folder while it is built
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ def load_pool(folder: Path) -> tuple[PoolPrompt, ...]:
     """Read every prompt file of a pool. Raises UserError if it is missing, empty or malformed."""
     if not folder.is_dir():
         raise UserError(f"pool {folder}: no such folder")
+    if (folder / UNFINISHED).exists():
+        raise UserError(f"pool {folder}: was not built to its end; run the same `pool build` again")
     paths = sorted((*folder.glob("prompt_*.jsonl"), *folder.glob("prompt_*.jsonl.gz")))
     if not paths:
         raise UserError(f"pool {folder}: empty, no prompt_*.jsonl(.gz) in it")
@@ -199,6 +203,25 @@ def statement(question: str) -> str:
     """The part of a prompt that states the problem, white space folded."""
     found = STATEMENT.search(question)
     return " ".join((found.group(1) if found else question).split())
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[None]:
+    """Hold a folder for a new pool. What a build left that was stopped is deleted.
+
+    Raises UserError if anything else is there, or another process builds.
+    """
+    unfinished = folder / UNFINISHED
+    if not unfinished.exists() and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--out {folder}: not empty; old prompts would stay in the pool, so name another")
+    with ExitStack() as stack:
+        with writing(unfinished):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock_file(unfinished, stack, f"--out: {folder}")
+        for old in (*folder.glob("prompt_*.jsonl.gz"), *folder.glob(".*.tmp")):
+            old.unlink()
+        yield
+        unfinished.unlink()
 
 
 def bake(

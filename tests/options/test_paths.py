@@ -61,6 +61,8 @@ OVERWRITES = [
     verbs.PoolReportOptions(POOL, json=ROW),
     verbs.PoolReportOptions(POOL, json=POOL),
     verbs.PoolRegradeOptions(POOL, out=Path("hard"), problems=OF_X),
+    verbs.PoolRegradeOptions(POOL, out=POOL / "prompt_new.jsonl.gz"),
+    verbs.PoolReportOptions(POOL, json=POOL / "partition.json"),
     verbs.PoolBuildOptions(out=X, problems=OF_X),
     verbs.PoolSampleOptions(out=POOL, adapter=POOL),
     verbs.EvaluateOptions(RUN, out=RUN / "summary.json"),

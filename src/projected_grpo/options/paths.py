@@ -19,6 +19,7 @@ LONGEST_NAME = 255  # bytes of a file's name, on nearly all file systems
 READ_OF_A_FOLDER = re.compile(
     r"(config|summary|deploy|partition|sampled|tokenizer.*|.*index)\.json|.*\.(jsonl|gz|safetensors)"
 )
+ROW_OF_A_POOL = re.compile(r"partition\.json|prompt_.*\.jsonl(\.gz)?")  # also where it is new
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,10 @@ def writes_over(out: Named, other: Named) -> bool:
     """Whether writing one path would change another, whatever names and links they have."""
     if any(same(path, other.path) for path in (out.path, Path(f"{out.path}.part"))):
         return True
-    inside = out.written == FILE_WRITTEN and not other.written and other.path.is_dir() and out.path.exists()
+    inside = out.written == FILE_WRITTEN and not other.written and other.path.is_dir()
     place = Path(os.path.realpath(out.path))
-    return inside and bool(READ_OF_A_FOLDER.fullmatch(place.name)) and other.path.resolve() in place.parents
+    read = READ_OF_A_FOLDER if out.path.exists() else ROW_OF_A_POOL
+    return inside and bool(read.fullmatch(place.name)) and other.path.resolve() in place.parents
 
 
 def same(one: Path, other: Path) -> bool:

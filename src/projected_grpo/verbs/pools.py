@@ -24,7 +24,7 @@ from projected_grpo.options.verbs import (
     PoolReportOptions,
     PoolSampleOptions,
 )
-from projected_grpo.pools import bake, join, load_pool, pool_report, report_table, teacher_of
+from projected_grpo.pools import bake, building, join, load_pool, pool_report, report_table, teacher_of
 from projected_grpo.prepare.grade_file import Comparison, as_line, disagreement_tables
 from projected_grpo.prepare.sample_pool import fitting_prompts, sample_pool
 from projected_grpo.problems import Problem, digest, is_eval, read_problems, take
@@ -36,12 +36,10 @@ from projected_grpo.verbs.grade import with_modes
 
 def pool_build_verb(options: PoolBuildOptions) -> int:
     """Bake and grade a teacher pool."""
-    if options.out.exists() and any(options.out.iterdir()):
-        raise UserError(
-            f"--out {options.out}: not empty; old prompts would stay in the pool, so name another"
-        )
     problems = with_modes(options.problems)[: options.problems.n_problems]
     with ExitStack() as stack:
+        stack.enter_context(building(options.out))
+        stack.enter_context(goes_on("the same command builds the pool again"))
         counts, wrong = bake(problems, open_grader(options.grader, stack), options.out)
     print(f"{options.out}: {len(problems)} prompts, " + ", ".join(f"{k} {n}" for k, n in counts.items()))
     for name, what in wrong:
