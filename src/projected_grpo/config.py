@@ -19,6 +19,7 @@ from projected_grpo.arm_settings import SETTINGS, ArmSettings, EraseSettings, se
 from projected_grpo.errors import UserError
 
 FILE_WRITTEN, FOLDER_WRITTEN = "file that is written", "folder that is written"
+FILE_MADE = "file that is read if it is there, else written"
 OutFile = Annotated[Path, FILE_WRITTEN]  # `options/paths.py` refuses one that is also read
 OutFolder = Annotated[Path, FOLDER_WRITTEN]
 SandboxMode = Literal["auto", "strict"]
@@ -178,7 +179,7 @@ class OptimConfig:
 class BasisConfig:
     """How the hack basis V is extracted, loaded and refreshed."""
 
-    v_hack_path: Path | None = None
+    v_hack_path: Annotated[Path, FILE_MADE] | None = None
     """An explicit basis file, extracted if missing; else one named after model, pairs and settings."""
     vhack_pairs_path: Path | None = None
     """Pair JSON used at extraction and at every refresh, or a packaged set: `core` (the default), `nano`,

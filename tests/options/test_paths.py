@@ -114,6 +114,23 @@ def test_a_read_only_place(place, monkeypatch):
         check_paths(verbs.PoolReportOptions(POOL, json=Path("run/new/y.json")))
 
 
+@pytest.mark.parametrize("kind", [verbs.ExtractOptions, verbs.VerifyOptions])
+def test_a_basis_file_is_written_where_it_is_not_there(place, monkeypatch, kind):
+    monkeypatch.setattr(os, "access", lambda path, mode: "run" not in str(path))
+    check_paths(kind(basis=BasisConfig(v_hack_path=RUN / "summary.json"), out_dir=Path("out")))  # it is read
+    new = kind(basis=BasisConfig(v_hack_path=RUN / "new.safetensors"), out_dir=Path("out"))
+    with pytest.raises(UserError, match="^--v-hack-path run/new.safetensors: .*run cannot be written"):
+        check_paths(new)
+
+
+def test_a_long_name_of_what_is_read_is_its_own_options_fault(place):
+    long = BasisConfig(v_hack_path=Path("n" * 300), vhack_pairs_path=Path("core"))
+    with pytest.raises(UserError, match="^--v-hack-path: a name of over 255 bytes"):
+        check_paths(verbs.ExtractOptions(basis=long, out_dir=Path("out")))
+    with pytest.raises(UserError, match="^--completions: a name of over 255 bytes"):
+        check_paths(replace(GRADED, completions=Path("n" * 300)))
+
+
 def test_a_table_may_be_renewed_in_the_folder_that_it_is_of(place):
     check_paths(verbs.ResultsOptions(runs=(RUN,), out=RUN / "table.md"))
 

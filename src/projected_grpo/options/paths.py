@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 import tyro
 
-from projected_grpo.config import FILE_WRITTEN, FOLDER_WRITTEN
+from projected_grpo.config import FILE_MADE, FILE_WRITTEN, FOLDER_WRITTEN
 from projected_grpo.errors import UserError
 
 POSITIONAL = get_args(tyro.conf.Positional[Path])[1]
@@ -35,8 +35,11 @@ class Named:
 
 
 def check_paths(options: object) -> None:
-    """Raises UserError for a path that is written and also read, or that cannot be written."""
+    """Raises UserError for a path that is written and also read, that cannot be written, or has too long a
+    name."""
     found = list(paths(options))
+    for each in found:
+        check_length(each)
     for out in (each for each in found if each.written):
         try:
             check_writable(out)
@@ -62,7 +65,9 @@ def paths(options: Any) -> Iterator[Named]:
         written = next((mark for mark in (FILE_WRITTEN, FOLDER_WRITTEN) if mark in marks), "")
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, Path) or (isinstance(each, str) and each and field.name in MAY_BE_PATHS):
-                yield Named(option, Path(each).expanduser(), written)
+                path = Path(each).expanduser()
+                made = FILE_MADE in marks and not os.path.exists(path)
+                yield Named(option, path, FILE_WRITTEN if made else written)
 
 
 def marks_of(hint: Any) -> list[Any]:
@@ -88,13 +93,17 @@ def same(one: Path, other: Path) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
 
 
+def check_length(named: Named) -> None:
+    """Raises UserError for a path that no file can have; asking for it would be an OSError."""
+    path = named.path.absolute()
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+        what = named.option or "the input"
+        raise UserError(f"{what}: a name of over {LONGEST_NAME} bytes in {str(path)[:60]}...; shorten it")
+
+
 def check_writable(out: Named) -> None:
     """Raises UserError or OSError for a path that can be seen not to take what is written."""
     path = out.path.absolute()
-    if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
-        raise UserError(
-            f"{out.option}: a name of over {LONGEST_NAME} bytes in {str(path)[:60]}...; shorten it"
-        )
     if out.written == FILE_WRITTEN and path.is_dir():
         raise UserError(f"{out}: is a folder; name a file")
     place = next(each for each in (path, *path.parents) if each.exists())
