@@ -629,8 +629,15 @@ def test_a_basis_of_another_run(here, finished, capsys):
     [
         ("{", "not valid JSON"),
         ('{"problem_id": "nowhere", "completion": "x"}', "problem_id"),
-        ('{"problem_id": "e001"}', "completion"),
-        ('{"problem_id": "e001", "completion": 5}', "completion"),
+        ('{"problem_id": null, "completion": "x"}', "problem_id null is not among"),
+        ('{"problem_id": true, "completion": "x"}', "problem_id true is not among"),
+        (
+            '{"task_id": 1, "completion": "x"}',
+            'is missing; the line has ["completion", "task_id"]',
+        ),
+        ('{"problem_id": "e001"}', "completion is missing"),
+        ('{"problem_id": "e001", "completion": 5}', "assistant's content, got 5"),
+        ('{"problem_id": "e001", "completion": null}', "assistant's content, got null"),
         ('{"problem_id": "e001", "completion": "x", "env_mode": "magic"}', "env_mode"),
         ('{"problem_id": "e001", "completion": "x", "env_mode": []}', "env_mode"),
     ],

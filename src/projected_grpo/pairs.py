@@ -230,7 +230,7 @@ def _problem(row: Mapping[str, Any], setup: str) -> tuple[str, tuple[Problem, st
 def _pair(row: Mapping[str, Any], problems: Mapping[str, tuple[Problem, str]]) -> Pair:
     pair_id, flavour, mode = (field_of(row, name) for name in ("id", "flavour", "env_mode"))
     if mode not in MODES:
-        raise ValueError(f"env_mode {mode!r} is not one of {', '.join(MODES)}")
+        raise ValueError(f"env_mode {shown(mode)} is not one of {', '.join(MODES)}")
     problem = None
     if "problem_id" in row:
         name = id_of(row, "problem_id")

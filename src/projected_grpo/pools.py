@@ -102,7 +102,9 @@ def _read_partition(path: Path) -> dict[str, EnvMode]:
         raise UserError(f"{path}: not a JSON object of problem id to mode, but {shown(partition)}")
     for problem_id, mode in partition.items():
         if mode not in tuple(MODES):
-            raise UserError(f"{path}: mode {mode!r} of problem {problem_id} is not one of {', '.join(MODES)}")
+            raise UserError(
+                f"{path}: mode {shown(mode)} of problem {problem_id} is not one of {', '.join(MODES)}"
+            )
     return partition
 
 
@@ -122,7 +124,7 @@ def _read_prompt(path: Path, partition: Mapping[str, EnvMode]) -> PoolPrompt:
     # A partition's keys are text, so a whole float stands there as 1.0.
     mode = partition.get(problem_id, partition.get(str(head["problem_id"]), head.get("env_mode")))
     if mode is not None and mode not in tuple(MODES):
-        raise UserError(f"{path}: env_mode {mode!r} is not one of {', '.join(MODES)}")
+        raise UserError(f"{path}: env_mode {shown(mode)} is not one of {', '.join(MODES)}")
     text = str(head.get("prompt") or "")
     named = METHOD.search(text)
     return PoolPrompt(problem_id, text, named.group(1) if named else None, mode, tuple(rows))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from projected_grpo.errors import UserError, goes_on
 from projected_grpo.problems import Problem, id_text, read_jsonl
 from projected_grpo.rewards import MODES, Grader, Task
-from projected_grpo.runlog import JsonlLog, complete_lines, lock_file, sync_folder
+from projected_grpo.runlog import JsonlLog, complete_lines, lock_file, shown, sync_folder
 from projected_grpo.sandbox.oracle import as_assert
 from projected_grpo.sandbox.responses import completion_text
 
@@ -40,19 +40,22 @@ def read_completions(path: Path, problems: Sequence[Problem]) -> list[Item]:
     hashes: dict[str, str] = {}
     items = []
     for number, row in read_jsonl(path):
-        problem = known.get(id_text(row.get("problem_id")))
+        where = f"{path}:{number}"
+        for name in ("problem_id", "completion"):
+            if name not in row:
+                raise UserError(f"{where}: {name} is missing; the line has {shown(sorted(row))}")
+        problem = known.get(id_text(row["problem_id"]))
         if problem is None:
-            raise UserError(
-                f"{path}:{number}: problem_id {row.get('problem_id')!r} is not among the problems"
-            )
-        text = completion_text(row.get("completion"))
+            raise UserError(f"{where}: problem_id {shown(row['problem_id'])} is not among the problems")
+        text = completion_text(row["completion"])
         if text is None:
             raise UserError(
-                f"{path}:{number}: completion must be a string, or chat messages with the assistant's content"
+                f"{where}: completion must be a string, or chat messages with the assistant's content, got "
+                + shown(row["completion"])
             )
         mode = row.get("env_mode", problem.env_mode)
         if mode not in tuple(MODES):  # a list is not hashable
-            raise UserError(f"{path}:{number}: env_mode {mode!r} is not one of {', '.join(MODES)}")
+            raise UserError(f"{where}: env_mode {shown(mode)} is not one of {', '.join(MODES)}")
         head = {"problem_id": row["problem_id"], "env_mode": mode}
         if problem.problem_id not in hashes:
             hashes[problem.problem_id] = problem_hash(problem.task)
