@@ -409,8 +409,15 @@ def take(problems: Sequence[Problem], count: int, seed: int) -> tuple[Problem, .
 
 def read_problems(cfg: ProblemConfig) -> tuple[Problem, ...]:
     """Usable problems of the file. What it cannot teach is said in one warning."""
-    source = cfg.problems
-    loaded = load_problems(source)
+    loaded = load_problems(cfg.problems)
+    said = shortcomings(cfg.problems, loaded)
+    if said:
+        logger.warning("problems of {}: {}", cfg.problems, said)
+    return loaded.problems
+
+
+def shortcomings(source: str, loaded: ProblemSet) -> str:
+    """What a file of problems cannot teach: those left out, and those that ask for nothing; or nothing."""
     said = []
     if loaded.left_out:
         (first, reason), count = loaded.left_out[0], len(loaded.left_out)
@@ -422,6 +429,4 @@ def read_problems(cfg: ProblemConfig) -> tuple[Problem, ...]:
         said.append(
             f"{len(lazy)} solved without trying (problem {problem.problem_id}: returning {found[0]} is right)"
         )
-    if said:
-        logger.warning("problems of {}: {}; {}", source, ", ".join(said), lint_hint(source))
-    return loaded.problems
+    return f"{', '.join(said)}; {lint_hint(source)}" if said else ""

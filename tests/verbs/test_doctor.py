@@ -228,6 +228,28 @@ def test_problems_are_read(tmp_path):
     assert found.status == "FAIL" and f"{path}:1" in found.text and "\n" not in found.line()
 
 
+def test_problems_that_teach_nothing_are_counted(tmp_path):
+    """As `train` warns of them: by a count, and the verb that tells more."""
+    row = {
+        "difficulty": "Easy",
+        "problem_description": "Change xs in place.",
+        "starter_code": "class Solution:\n    def go(self, xs: list) -> None:\n",
+        "prompt": "",
+        "completion": "class Solution:\n    def go(self, xs):\n        xs.sort()\n",
+        "entry_point": "Solution().go",
+    }
+    rows = [
+        row
+        | {"question_id": i, "test": f"def check(candidate):\n    assert candidate(xs = [{i}]) == {expected}"}
+        for i, expected in enumerate([None, None, None, 7, 8, 9])
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = finding("problems", problems=str(tmp_path / "p.jsonl"))
+    assert found.status == "WARN" and found.text.startswith("6 usable problems of ")
+    assert "3 solved without trying (problem 0: returning None is right)" in found.text
+    assert "problems lint" in found.text
+
+
 def test_the_pool_must_cover_the_problems(tmp_path):
     assert "empty, no prompt" in finding("pool", teacher_pool_dir=tmp_path).text
     row = {"problem_id": "zz", "completion": "x", "reward": 0.5, "hacked": False, "gt_pass": False}

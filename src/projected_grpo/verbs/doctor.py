@@ -29,7 +29,7 @@ from projected_grpo.experiment import expected_of
 from projected_grpo.options.verbs import DoctorOptions
 from projected_grpo.pairs import chosen_pairs
 from projected_grpo.pools import join, load_pool
-from projected_grpo.problems import Problem, load_problems
+from projected_grpo.problems import Problem, load_problems, shortcomings
 from projected_grpo.runlog import start_logging
 from projected_grpo.sandbox.host import Sandbox
 
@@ -217,9 +217,8 @@ def check_problems(cfg: TrainConfig) -> Finding:
     if fitting < wanted:
         text += f", {fitting} of them with room for --max-new {cfg.sampling.max_new} in the model's positions"
         return Finding("FAIL", "problems", text, "shorter ones, or another --model")
-    if loaded.left_out:
-        (first, reason), more = loaded.left_out[0], len(loaded.left_out)
-        return Finding("WARN", "problems", f"{text}; {more} left out, {first} because {reason}")
+    if said := shortcomings(cfg.problems.problems, loaded):
+        return Finding("WARN", "problems", f"{text}: {said}")
     return Finding("OK", "problems", text)
 
 
