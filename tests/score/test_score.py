@@ -134,6 +134,22 @@ def test_bad_input_is_one_line(argv, said, tmp_path_factory, monkeypatch, capsys
     assert len(error) == 1 and said in error[0]
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["score", "core"], "they are for another model"),
+        (["score", "nano", "--max-new=5000"], "every prompt plus --max-new 5000"),
+        (["verify", "--score=gradient", "--max-new=5000"], "every prompt plus --max-new 5000"),
+        (["pairs", "lint", "core", "--model=nano"], "they are for another model"),
+    ],
+)
+def test_what_is_too_long_for_the_model_is_refused_before_its_svd(argv, said, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("projected_grpo.engine.chat.wrap", lambda *_, **__: pytest.fail("an SVD"))
+    assert main([*argv, "--model=nano"] if argv[0] != "pairs" else argv) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_gradients_are_those_of_minus_log_likelihood(nano):
     """Against autograd through each completion alone, whatever batches and parts the passes were cut into."""
     pairs = load_pairs(Path("nano-sampled")).pairs[:3]

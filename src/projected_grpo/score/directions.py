@@ -15,7 +15,7 @@ from projected_grpo.basis_file import load_extraction, weights_hash
 from projected_grpo.concept import completion_states, direction
 from projected_grpo.config import BasisConfig, LossConfig
 from projected_grpo.engine.chat import Chat
-from projected_grpo.engine.models import positions
+from projected_grpo.engine.models import Loaded, encode_chat, positions
 from projected_grpo.engine.passes import rollout_logps
 from projected_grpo.errors import UserError
 from projected_grpo.extract_vhack_grad import pair_grads, pair_rollouts, principal_axes, select
@@ -104,7 +104,7 @@ def of_pairs(
 ) -> Source:
     """A pair set without those held out. Raises UserError if they are longer than the model can read."""
     used, _ = pairs.split()
-    check_lengths(chat, pairs)
+    check_lengths((chat.policy.model, chat.tokenizer), pairs)
     grads = pair_grads(chat, used, loss, length_norm=cfg.v_hack_length_norm)
     rollouts = pair_rollouts(chat, used)
     states = completion_states(chat.policy, rollouts, arm.advmod_depth, loss.tokens_per_microbatch)
@@ -117,11 +117,16 @@ def name_of(name: str) -> str:
     return Path(name).stem if name.endswith((".json", BASIS)) else name
 
 
-def check_lengths(chat: Chat, pairs: PairSet) -> None:
+def check_lengths(loaded: Loaded, pairs: PairSet) -> None:
     """Refuse pairs that are longer than the model's positions: they are another model's."""
-    model: Any = chat.policy.model
-    room = positions(model.config)
-    longest = max(len(r.prompt_ids) + len(r.completion_ids) for r in pair_rollouts(chat, pairs.pairs))
+    model: Any = loaded[0]
+    tokenizer, room = loaded[1], positions(model.config)
+    longest = 1 + max(  # the end of a turn
+        len(encode_chat(tokenizer, pair.messages))
+        + len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for pair in pairs.pairs
+        for text in (pair.hack, pair.clean)
+    )
     if longest > room:
         raise UserError(
             f"pairs {pairs.name!r} take up to {longest} tokens, and the model has {room} positions: "

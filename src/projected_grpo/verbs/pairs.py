@@ -6,6 +6,7 @@ from typing import Any
 
 from projected_grpo.config import LossConfig, ModelConfig
 from projected_grpo.engine.chat import open_chat
+from projected_grpo.engine.models import load_model
 from projected_grpo.errors import GATE_FAILED, UserError
 from projected_grpo.options.verbs import PairsFromPoolOptions, PairsLintOptions
 from projected_grpo.pairs import PairSet, parse_pairs, read_pairs
@@ -47,8 +48,10 @@ def pairs_lint_verb(options: PairsLintOptions) -> int:
 
 def support_by(model: str, pairs: PairSet) -> Support:
     """How likely this model finds both sides of each pair."""
-    chat = open_chat(ModelConfig(model=model))
-    check_lengths(chat, pairs)
+    cfg = ModelConfig(model=model)
+    loaded = load_model(cfg)
+    check_lengths(loaded, pairs)
+    chat = open_chat(cfg, loaded=loaded)
     return support(chat, pairs, LossConfig(tokens_per_microbatch=TOKENS))
 
 

@@ -16,6 +16,7 @@ from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, heldout_json
 from projected_grpo.config import GraderConfig, ModelConfig, TrainConfig
 from projected_grpo.deploy.trained import file_hash
 from projected_grpo.engine.chat import Chat, open_chat
+from projected_grpo.engine.models import Loaded, load_model
 from projected_grpo.errors import GATE_FAILED, SIGNALLED, OneKind, UserError, goes_on
 from projected_grpo.extract_vhack_grad import obtain, pair_grads, select, verify_vhack_heldout
 from projected_grpo.options.typed import flags
@@ -46,10 +47,10 @@ HEARD_S = 1.0  # after which a process that still runs may not have heard Ctrl-C
 STOPPED = (SIGNALLED + signal.SIGINT, SIGNALLED + signal.SIGTERM)
 
 
-def chat_of(options: ExtractOptions, verb: str) -> Chat:
+def loaded_of(options: ExtractOptions, verb: str) -> Loaded:
     """The model asked for. Raises UserError, with one to try where the default is meant and is not here."""
     try:
-        return open_chat(options.model)
+        return load_model(options.model)
     except UserError as error:
         if options.model.model != ModelConfig.model:
             raise
@@ -63,7 +64,7 @@ def chat_of(options: ExtractOptions, verb: str) -> Chat:
 def extract_verb(options: ExtractOptions) -> int:
     """Extract the hack basis (or check the one that is there) and say what is in it."""
     pairs = chosen_pairs(options.basis)
-    chat = chat_of(options, "extract")
+    chat = open_chat(options.model, loaded=loaded_of(options, "extract"))
     extraction, path = obtain(chat, pairs, options.basis, options.loss, options.model.model, options.out_dir)
     basis = select(extraction.axes, options.basis.v_hack_k, options.basis.v_hack_drop_bottom_frac)
     axes = sum(len(V) for V in basis.V.values())
@@ -84,8 +85,10 @@ def verify_verb(options: VerifyOptions) -> int:
     if options.score == "none" and options.on != ScoredOn():
         raise UserError("completions are for gate B2: --score=gradient or --score=activation asks it")
     asks_b2 = options.score != "none"
-    completions = completions_of(options.on, model, options.grader) if asks_b2 else None
-    chat = chat_of(options, "verify")
+    asked = completions_of(options.on, model, options.grader) if asks_b2 else None
+    loaded = loaded_of(options, "verify")
+    completions = asked(loaded) if asked else None  # prompts that are too long are refused before the SVD
+    chat = open_chat(options.model, loaded=loaded)
     extraction, path = obtain(chat, pairs, options.basis, loss, model, options.out_dir)
     basis = select(extraction.axes, options.basis.v_hack_k, options.basis.v_hack_drop_bottom_frac)
     grads = pair_grads(chat, pairs.split()[1], loss, length_norm=options.basis.v_hack_length_norm)

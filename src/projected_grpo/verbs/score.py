@@ -3,23 +3,26 @@
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from projected_grpo.config import NANO, NANO_PRESET, GraderConfig, LossConfig, ProblemConfig, SamplingConfig
 from projected_grpo.engine.chat import Chat, open_chat, sampler_opener
+from projected_grpo.engine.models import Loaded, load_model
 from projected_grpo.errors import UserError
 from projected_grpo.evaluate import Samples, evaluate
 from projected_grpo.experiment import SPLIT_SEED
 from projected_grpo.options.verbs import ScoredOn, ScoreOptions
+from projected_grpo.pairs import load_pairs
 from projected_grpo.prepare.sample_pool import fitting_prompts
 from projected_grpo.problems import Problem, is_eval, take
 from projected_grpo.results.plots import separations
 from projected_grpo.rewards import open_grader
 from projected_grpo.runlog import git_commit, versions, write_json
-from projected_grpo.score.directions import BASIS, name_of, read_source
+from projected_grpo.score.directions import BASIS, check_lengths, name_of, read_source
 from projected_grpo.score.graded import Completion, of_evaluation, read_graded
 from projected_grpo.score.measure import ADVMOD
 from projected_grpo.score.report import score, table
@@ -41,8 +44,14 @@ def score_verb(options: ScoreOptions) -> int:
         if name.endswith(BASIS) and not Path(name).exists():
             raise UserError(f"{name}: no such file; `projected-grpo extract` makes a basis")
     basis, loss = NANO_PRESET.basis, LossConfig(tokens_per_microbatch=options.tokens_per_microbatch)
-    completions = completions_of(options.on, options.model.model, options.grader)
-    chat = open_chat(options.model, sampler_opener(options.model))
+    asked = completions_of(options.on, options.model.model, options.grader)
+    pair_sets = [load_pairs(Path(name)) for name in options.directions if not name.endswith(BASIS)]
+    open_sampler = sampler_opener(options.model)
+    loaded = load_model(options.model)
+    for pairs in pair_sets:
+        check_lengths(loaded, pairs)
+    completions = asked(loaded)  # too long ones are refused before the SVD
+    chat = open_chat(options.model, open_sampler, loaded)
     sources = [read_source(chat, name, basis, loss, ADVMOD) for name in options.directions]
     document = {
         "command": shlex.join(sys.argv),
@@ -59,14 +68,23 @@ def score_verb(options: ScoreOptions) -> int:
     return 0
 
 
-def completions_of(on: ScoredOn, model: str, grader: GraderConfig) -> Callable[[Chat], list[Completion]]:
-    """What gives the completions once there is a model. A pool is read at once, and refused if it is bad."""
+Completions = Callable[[Chat], list[Completion]]
+
+
+def completions_of(on: ScoredOn, model: str, grader: GraderConfig) -> Callable[[Loaded], Completions]:
+    """What gives the completions, once there is a model and then its chat.
+
+    A pool is read at once, and refused if it is bad; so are prompts as soon as the model has its positions.
+    """
     check(on)
     problems = problems_of(on, model)
     if on.pool is None:
-        return lambda chat: drawn(chat, problems, on, model, grader)
+        held_out, max_new = held_out_of(problems, on, model)
+        return lambda loaded: partial(
+            drawn, problems=fitting_prompts(loaded, held_out, max_new), max_new=max_new, on=on, grader=grader
+        )
     stored = stored_completions(on.pool, on.rollouts, problems)
-    return lambda chat: stored
+    return lambda loaded: lambda chat: stored
 
 
 def check(on: ScoredOn) -> None:
@@ -110,20 +128,23 @@ def named(on: ScoredOn, model: str) -> str:
     return on.problems or (NANO if model == NANO else "")
 
 
-def drawn(
-    chat: Chat, problems: tuple[Problem, ...], on: ScoredOn, model: str, grader: GraderConfig
-) -> list[Completion]:
-    """Completions of held-out problems, sampled from the model and graded."""
+def held_out_of(problems: Sequence[Problem], on: ScoredOn, model: str) -> tuple[list[Problem], int]:
+    """The held-out problems that are sampled, and the tokens of a completion. UserError if there is none."""
     held_out = list(take([p for p in problems if is_eval(p)], max(1, on.rollouts // PER_PROBLEM), SPLIT_SEED))
     if not held_out:
         raise UserError(
             f"no problem of {named(on, model)} is held out; give --pool, or a file with more of them"
         )
     own = NANO_PRESET.sampling.max_new if named(on, model) == NANO else OTHERS_MAX_NEW
-    max_new = on.max_new or own
-    held_out = fitting_prompts((chat.policy.model, chat.tokenizer), held_out, max_new)
+    return held_out, on.max_new or own
+
+
+def drawn(
+    chat: Chat, problems: Sequence[Problem], max_new: int, on: ScoredOn, grader: GraderConfig
+) -> list[Completion]:
+    """Completions of these problems, sampled from the model and graded."""
     sampling = SamplingConfig(max_new=max_new, temperature=on.temperature, top_p=1.0, top_k=0)
-    how = Samples(sampling, max(2, on.rollouts // len(held_out)), on.seed, tokens_at_once=131072)
+    how = Samples(sampling, max(2, on.rollouts // len(problems)), on.seed, tokens_at_once=131072)
     with ExitStack() as stack:
         opened = open_grader(grader, stack)
-        return of_evaluation(evaluate(chat, opened, held_out, how, ablate_quarantine=False))
+        return of_evaluation(evaluate(chat, opened, problems, how, ablate_quarantine=False))
