@@ -26,7 +26,15 @@ from projected_grpo.config import (
 from projected_grpo.engine.chat import Chat, open_chat, sampler_opener
 from projected_grpo.engine.cost import Cost, cost_of, kind_of_device
 from projected_grpo.engine.memory import names_its_sizes
-from projected_grpo.engine.models import encode_chat, load_model, outline, room_of, too_long, too_long_ones
+from projected_grpo.engine.models import (
+    check_there,
+    encode_chat,
+    load_model,
+    outline,
+    room_of,
+    too_long,
+    too_long_ones,
+)
 from projected_grpo.engine.placement import pick_dtype, refuse_cpu
 from projected_grpo.errors import UserError
 from projected_grpo.pairs import PairSet, chosen_pairs
@@ -215,6 +223,7 @@ def prepare(cfg: TrainConfig, stack: ExitStack, ranks: Ranks = ALONE) -> Experim
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
     refuse_cpu(cfg.preset, cfg.model.device)
+    check_there(cfg.model.model)  # before read_data, which may write a pool
     open_sampler = sampler_opener(cfg.model, ranks.size)
     pairs = chosen_pairs(cfg.basis)
     grader = open_grader(replace(cfg.run, workers=cfg.run.workers or ranks.cores), stack)

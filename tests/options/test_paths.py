@@ -16,10 +16,12 @@ from projected_grpo.config import (
     ProblemConfig,
     RunConfig,
     TeacherConfig,
+    to_json,
 )
 from projected_grpo.errors import UserError
 from projected_grpo.options import verbs
 from projected_grpo.options.paths import check_paths, marks_of
+from projected_grpo.runlog import write_json
 
 OUTPUTS = ("out", "json", "plot", "page", "out_dir")
 
@@ -90,6 +92,25 @@ def test_training_asks_too(place, capsys):
     assert main(["train", "smoke", "--teacher-pool-dir=pool", "--out-dir=./pool"]) == 2
     line = "error: --out-dir pool: is the folder of --teacher-pool-dir; name another\n"
     assert capsys.readouterr().err == line
+
+
+def test_so_does_a_run_that_goes_on(place, capsys):
+    """Under its own settings, or where --resume=auto finds none to go on with."""
+    cfg = replace(SMOKE, basis=BasisConfig(v_hack_path=X / "v.safetensors"))
+    write_json(RUN / "config.json", {"config": to_json(cfg)})
+    before = sorted(place.rglob("*"))
+    for options in (["--resume=run"], ["--resume=auto", "--v-hack-path=x.jsonl/v.safetensors"]):
+        assert main(["train", "smoke", *options]) == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert told.startswith("error: --v-hack-path x.jsonl/v.safetensors: ") and "is a file" in told
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_model_that_is_not_there_is_told_before_a_pool_is_made(place, capsys):
+    """As of a run with a relative path that goes on from another folder."""
+    assert main(["train", "smoke", "--model=./gone"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"error: --model ./gone: no such folder in {place}" and not Path("out").exists()
 
 
 @pytest.mark.parametrize(

@@ -175,16 +175,23 @@ def _source(name: str, *, ask: bool = True) -> Iterator[tuple[str, bool]]:
         with as_file(files("projected_grpo") / "data" / PACKAGED[name]) as folder:
             yield str(folder), True
         return
+    check_there(name)
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        if looks_local(name):
-            raise UserError(f"--model {name}: no such folder")
         online = ask and _hub_resolves()  # else every file is asked for six times before the error comes
         yield name, not online
         return
     if damaged := damage(folder):
         raise UserError(f"--model {name}: {damaged}")
     yield str(folder), True
+
+
+def check_there(name: str) -> None:
+    """Raises UserError if a model that is a folder's path is not there."""
+    folder = Path(name).expanduser()
+    if looks_local(name) and not folder.is_dir():
+        where = "" if folder.is_absolute() else f" in {Path.cwd()}"  # where a run was begun may be another
+        raise UserError(f"--model {name}: no such folder{where}")
 
 
 def looks_local(name: str) -> bool:

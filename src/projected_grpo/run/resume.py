@@ -15,6 +15,7 @@ from projected_grpo.concept import concept_from_json
 from projected_grpo.config import TrainConfig, from_json
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Experiment
+from projected_grpo.options.paths import check_paths
 from projected_grpo.options.typed import flags
 from projected_grpo.ranks import Ranks, odd_one
 from projected_grpo.run.checkpoint import SavedState, read_state, restore_state, state_path, state_paths
@@ -151,6 +152,7 @@ def finished_or_none(folder: Path) -> bool | None:
 def resume(cfg: TrainConfig, folder: Path, ranks: Ranks, stack: ExitStack) -> Opened:
     """Lock the folder, restore its newest good state, and cut the logs back to it."""
     validate(cfg)
+    check_paths(cfg)
     view = live_module(cfg)
     start_logging(None)
     lock_folder(folder, stack, "--resume")

@@ -25,6 +25,7 @@ from projected_grpo.engine.cost import hardware, kind_of_device
 from projected_grpo.errors import UserError
 from projected_grpo.experiment import Experiment, prepare
 from projected_grpo.extract_vhack_grad import in_use, obtain, pair_rollouts, without_contrast
+from projected_grpo.options.paths import check_paths
 from projected_grpo.proj import HackBasis, PairGrads
 from projected_grpo.ranks import Ranks
 from projected_grpo.run.checkpoint import load_adapter, read_adapter_meta
@@ -80,6 +81,7 @@ def start_run(asked: TrainConfig, ranks: Ranks, stack: ExitStack) -> Opened:
     """A new run; its folder is made last, so that refused input leaves none."""
     cfg = replace(asked, run=replace(asked.run, resume=None))
     validate(cfg)
+    check_paths(cfg)  # --resume=auto comes here unchecked
     view = live_module(cfg)
     start_logging(None)
     if cfg.optim.init_adapter is not None:
