@@ -254,6 +254,15 @@ def test_extract_gets_what_makes_the_basis_of_the_run():
     assert again == cfg
 
 
+def test_a_sweep_for_a_larger_machine_is_shown_on_a_small_one(here, capsys):
+    command = ["sweep", "--preset=nano", "--grid=seed=41", "--gpus=99"]
+    assert main([*command, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("# not on this machine: --gpus 99: this machine has ") for line in lines)
+    assert lines[-1].startswith("projected-grpo train nano")
+    assert main(command) == 2 and "--gpus 99: this machine has" in capsys.readouterr().err
+
+
 # Slots, locks, the pool
 
 

@@ -180,11 +180,16 @@ def slots_of(limits: SweepLimits) -> list[Slot]:
 
 
 def plan(work: Submission) -> list[str]:
-    slots = slots_of(work.limits)
+    """The commands, and where they would run; of a sweep for a larger machine, why not on this one."""
+    commands = [job.command() for job in work.jobs]
+    try:
+        slots = slots_of(work.limits)
+    except UserError as error:
+        return [f"# not on this machine: {error}", *commands]
     places = sorted(
         {f"cores {sorted(s.cores or ())}" + (f" GPUs {','.join(s.gpus)}" if s.gpus else "") for s in slots}
     )
-    return [f"# {len(slots)} at a time: {'; '.join(places)}", *(job.command() for job in work.jobs)]
+    return [f"# {len(slots)} at a time: {'; '.join(places)}", *commands]
 
 
 def start(work: Submission) -> list[JobResult]:
