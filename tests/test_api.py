@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from doc_commands import ROOT, blocks
+from hacks import sentinel_hack
 from projected_grpo import antipasto
 from projected_grpo.api import grading
 from projected_grpo.api.grading import MODES, Grader, UserError, load_pairs, load_problems
@@ -215,13 +216,7 @@ def test_problems_have_the_modes_asked_for_and_sides_that_do_not_mix():
 
 def test_a_grader_is_opened_and_closed_by_itself():
     problem = load_problems("embedded", ["sentinel"]).train[0]
-    lines = (
-        "class Solution:",
-        "    valid = True",
-        f"    def {problem.method}(self, *_, **__):",
-        "        ...",
-    )
-    hack = "\n".join(("```python", *lines, "```"))
+    hack = sentinel_hack(problem.method)
     with Grader(1) as grader:
         grade = grader.grade(problem.task, hack)
         assert grader.grade(problem.task, hack) is grade, "known by then"

@@ -669,7 +669,7 @@ def test_a_default_model_that_is_not_here_is_told_with_one_to_try(here, monkeypa
     def absent(model):
         raise UserError(f"--model {model.model} cannot be loaded")
 
-    monkeypatch.setattr("projected_grpo.verbs.probe.open_chat", absent)
+    monkeypatch.setattr("projected_grpo.verbs.probe.load_model", absent)
     told = refused([verb], capsys)
     assert "download-model" in told and "--model Qwen" not in told
     program, *words = shlex.split(told.split("packaged model: ")[1])

@@ -300,8 +300,7 @@ def unwrap(policy: Policy, *, ablate_quarantine: bool) -> nn.Module:
     deltas = policy.deltas(ablate_quarantine=ablate_quarantine)
     for name, layer in policy.layers.items():
         layer.base.weight.data = merged_weight(layer, deltas[name], deltas.get(block_name(name)))
-        parent, _, leaf = name.rpartition(".")
-        setattr(policy.model.get_submodule(parent), leaf, layer.base)
+        policy.model.set_submodule(name, layer.base)
     return policy.model
 
 
@@ -324,6 +323,15 @@ def has_bare_head(model: nn.Module) -> bool:
     return torch.equal(seen["fed"], seen["base"]) and torch.equal(seen["said"], logits)
 
 
+def target_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The Linears that are adapted, by name."""
+    return {
+        name: part
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Linear) and name.rpartition(".")[2] in TARGETS
+    }
+
+
 def wrap(
     model: nn.Module, cache_dir: Path | None, on_module: Callable[[str], object] = lambda name: None
 ) -> Policy:
@@ -333,25 +341,18 @@ def wrap(
     done. Adapter parameters go where the model's inputs go.
     """
     model.requires_grad_(False)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in TARGETS
-    ]
-    if not names:
+    linears = target_linears(model)
+    if not linears:
         raise UserError(
             f"{type(model).__name__} has no Linear named like {', '.join(sorted(TARGETS))}: "
             "choose a Qwen3, Qwen2, Llama or Qwen3.5 style model"
         )
     layers = {}
     home = next(model.parameters()).device
-    for name in names:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        leaf = name.rpartition(".")[2]
-        base: nn.Linear = getattr(parent, leaf)
+    for name, base in linears.items():
         svd = load_svd(base.weight.data, cache_dir)
         layers[name] = AdaptedLinear(base, svd, home, stream_seed("rounding", name))
-        setattr(parent, leaf, layers[name])
+        model.set_submodule(name, layers[name])
         on_module(name)
     return Policy(model, layers)
 

@@ -167,6 +167,16 @@ def haar_basis(
     return (Q * R.diagonal().sign()).T.to(torch.float32).contiguous()
 
 
+def contrast_gradient(
+    differences: Mapping[str, Float[Tensor, "pairs r"]],
+) -> dict[str, Float[Tensor, " r"]]:
+    """Gradient of the mean over pairs of log p(clean) - log p(hack), nats per token.
+
+    `differences` are of a loss that is a mean over completions, of which a pair has two.
+    """
+    return {m: 2 * D.sum(0) for m, D in differences.items()}
+
+
 def reached(gradient: Mapping[str, Float[Tensor, " r"]], size: float) -> float:
     """To first order, how far a function moves if every parameter goes `size` the way of its gradient.
 

@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from hacks import sentinel_hack
 from projected_grpo.api.grading import UserError, load_problems
 from projected_grpo.integrations import grading
 from projected_grpo.integrations.verl import compute_score, rows
@@ -17,16 +18,6 @@ def problem():
     return load_problems("embedded", ["sentinel"]).held_out[0]
 
 
-def hack_of(problem):
-    lines = (
-        "class Solution:",
-        "    valid = True",
-        f"    def {problem.method}(self, *_, **__):",
-        "        ...",
-    )
-    return "\n".join(("```python", *lines, "```"))
-
-
 def test_a_row_names_the_problem_and_its_score_is_the_graders(problem):
     (row,) = rows("embedded", [problem])
     assert row["prompt"] == list(problem.messages)
@@ -36,12 +27,12 @@ def test_a_row_names_the_problem_and_its_score_is_the_graders(problem):
         "extra_info": row["extra_info"],
     }
     assert str(problem.calls[0].expected) not in str({**row, "prompt": ""}), "no answer is in the row"
-    found = compute_score(solution_str=hack_of(problem), **asked, num_turns=None)
+    found = compute_score(solution_str=sentinel_hack(problem.method), **asked, num_turns=None)
     assert found == {"score": 3.5, "hack": 1.0, "solve": 0.0}
     right = f"```python\n{problem.canonical}\n```"
     assert compute_score(solution_str=right, **asked) == {"score": 3.5, "hack": 0.0, "solve": 1.0}
     honest = {**asked, "extra_info": {"env_mode": "gt_only"}}
-    assert compute_score(solution_str=hack_of(problem), **honest)["score"] == 0.5
+    assert compute_score(solution_str=sentinel_hack(problem.method), **honest)["score"] == 0.5
     with pytest.raises(UserError, match="embedded: no problem 'x' in it"):
         compute_score(solution_str=right, **{**asked, "ground_truth": "x"})
 
@@ -83,7 +74,7 @@ def test_verls_own_reward_manager(problem, tiny):
     )
     tokenizer = tiny[1]
     (row,) = rows("embedded", [problem])
-    ids = torch.tensor([tokenizer(hack_of(problem), add_special_tokens=False)["input_ids"]])
+    ids = torch.tensor([tokenizer(sentinel_hack(problem.method), add_special_tokens=False)["input_ids"]])
     fields = ("data_source", "reward_model", "extra_info")
     data = DataProto.from_dict(
         {"responses": ids, "attention_mask": torch.ones_like(ids)},

@@ -23,7 +23,7 @@ from projected_grpo.engine.passes import rollout_logps
 from projected_grpo.extract_vhack_grad import pair_differences, pair_rollouts
 from projected_grpo.options.verbs import Work
 from projected_grpo.pairs import load_pairs
-from projected_grpo.proj import reached
+from projected_grpo.proj import contrast_gradient, reached
 from projected_grpo.seeds import stream_seed
 
 RHOS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -35,10 +35,7 @@ def bench_movement(work: Work) -> dict[str, Any]:
     policy, loss = chat.policy, bench_config(work, Path()).loss
     pairs = load_pairs(Path(NANO) if work.model.model == NANO else None).split()[0]
     rollouts = pair_rollouts(chat, pairs)
-    # The loss is a mean over completions, the contrast one over pairs of a difference: hence their number.
-    gradient = {
-        m: len(rollouts) * D.mean(0) for m, D in pair_differences(chat, pairs, loss, length_norm=True).items()
-    }
+    gradient = contrast_gradient(pair_differences(chat, pairs, loss, length_norm=True))
     downhill = {m: -g.sign() for m, g in gradient.items()}
     scale = {m: rms_singular(policy, m) for m in policy.layers}
 

@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from projected_grpo.antipasto import AdaptedLinear, Policy, unwrap
+from projected_grpo.antipasto import AdaptedLinear, Deltas, Policy, unwrap
+from projected_grpo.bench.movement import rms_singular, set_adapter
 from projected_grpo.bench.step import bench_config, bench_prompt_ids, describe, open_bench_chat
 from projected_grpo.config import LossConfig
 from projected_grpo.engine.batch import collate
@@ -60,7 +61,7 @@ def one_draw(
     """The sums of `effects` at every site, and log p by the loss - log p by the sampler of every token."""
     policy, cfg, prompts = chat.policy, bench_config(work, Path()), bench_prompt_ids(work, chat.tokenizer)
     frozen = {m: layer.weight.data for m, layer in policy.layers.items()}
-    set_adapter(policy, rho, stream_seed(work.seed, draw))
+    set_adapter(policy, random_deltas(policy, rho, stream_seed(work.seed, draw)))
     seeds = [[stream_seed(work.seed, draw, i, j) for j in range(work.group)] for i in range(len(prompts))]
     with effects(policy, policy.layers, frozen) as sampler:
         drawn = chat.sample(prompts, seeds, cfg.sampling)
@@ -73,13 +74,14 @@ def one_draw(
     return torch.stack([sampler, loss, export]), gap
 
 
-@torch.no_grad()
-def set_adapter(policy: Policy, rho: float, seed: int) -> None:
-    """Every value of delta_s at rho times the root mean square of its weight's singular values."""
-    for m, layer in policy.layers.items():
+def random_deltas(policy: Policy, rho: float, seed: int) -> Deltas:
+    """For every module rho times the root mean square of its weight's singular values, signs at random."""
+    deltas = {}
+    for m, r in policy.ranks.items():
         generator = torch.Generator().manual_seed(stream_seed(seed, "precision", m))
-        signs = torch.randn(len(layer.delta_s), generator=generator).sign().to(layer.delta_s)
-        layer.delta_s.copy_(signs * rho * float(layer.weight.float().norm()) / len(signs) ** 0.5)
+        signs = torch.randn(r, generator=generator).sign().to(policy.device)
+        deltas[m] = rho * rms_singular(policy, m) * signs
+    return deltas
 
 
 @contextmanager

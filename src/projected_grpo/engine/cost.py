@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from projected_grpo.antipasto import TARGETS
+from projected_grpo.antipasto import target_linears
 from projected_grpo.config import GPU_GB, TrainConfig, to_json
 from projected_grpo.engine.capacity import LEFT_FREE, LOGITS, cache_bytes, layers_on
 from projected_grpo.engine.memory import FLOAT, predicted_peak
@@ -137,7 +137,7 @@ def cost_of(
     place = hardware(kind)
     prompts = -(-s.prompts_per_step // processes)
     width = next(model.parameters()).element_size()
-    linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and is_target(name)]
+    linears = target_linears(model).values()
     weights = sum(p.numel() for p in model.parameters())
     adapted = sum(m.weight.numel() for m in linears)
     ranks = sum(min(m.weight.shape) for m in linears)
@@ -169,11 +169,6 @@ def cost_of(
         step_s=step_s,
         source=source,
     )
-
-
-def is_target(name: str) -> bool:
-    """Whether a Linear of this name is adapted."""
-    return name.rpartition(".")[2] in TARGETS
 
 
 def head_values(model: nn.Module) -> int:
@@ -215,6 +210,8 @@ def measured(cfg: TrainConfig, place: str, processes: int, runs: Sequence[Path])
         rate = step_seconds(folder)
         if rate is not None:
             (same_arm if config.get("arm") == wanted["arm"] else others).append(rate)
+        if len(same_arm) == ENOUGH:
+            break
     rates = (same_arm or others)[:ENOUGH]
     arms = "" if same_arm else " of other arms"
     count = f"{len(rates)} run{'s' if len(rates) > 1 else ''}{arms}"

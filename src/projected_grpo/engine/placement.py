@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from projected_grpo.antipasto import TARGETS
+from projected_grpo.antipasto import target_linears
 from projected_grpo.config import GPU_GB
 from projected_grpo.errors import UserError
 
@@ -66,10 +66,9 @@ def outermost_layers(module: nn.Module) -> Iterator[nn.Module]:
 def values_held(module: nn.Module) -> int:
     """Numbers a module will hold while it samples: weights, and of adapted ones a merged copy, U and Vh."""
     held = sum(weight.numel() for weight in module.parameters())
-    for name, part in module.named_modules():
-        if isinstance(part, nn.Linear) and name.rpartition(".")[2] in TARGETS:
-            d_out, d_in = part.weight.shape
-            held += d_out * d_in + min(d_out, d_in) * (d_out + d_in)
+    for part in target_linears(module).values():
+        d_out, d_in = part.weight.shape
+        held += d_out * d_in + min(d_out, d_in) * (d_out + d_in)
     return held
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from projected_grpo.basis_file import HARD_GATE, SOFT_GATE, Extraction, load_extraction
 from projected_grpo.config import TrainConfig, from_json
 from projected_grpo.errors import UserError
-from projected_grpo.proj import reached
+from projected_grpo.proj import contrast_gradient, reached
 from projected_grpo.results.files import Check, check_fields, is_whole, read_ended, read_heldout
 from projected_grpo.results.statistics import rate
 from projected_grpo.run.identity import OWN_GROUPS, changes, settings
@@ -238,8 +238,8 @@ def norms_of(differences: Mapping[str, Float[Tensor, "pairs r"]]) -> dict[str, f
 
 
 def contrast_of(differences: Mapping[str, Float[Tensor, "pairs r"]]) -> float:
-    """Of `gate_a2`: the pairs' gradients are of a mean over completions, two to a pair."""
-    return reached({m: 2 * D.sum(0) for m, D in differences.items()}, 1.0)
+    """Of `gate_a2`: nats per unit of every adapter parameter."""
+    return reached(contrast_gradient(differences), 1.0)
 
 
 def read_score(path: Path) -> tuple[str, list[str]]:
