@@ -69,6 +69,7 @@ def a_run(runs, name, intervention="none", place=HERE, seconds=None, sec=1.0, st
 
 def test_time_is_of_earlier_runs_of_this_work_on_this_hardware(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # away from runs under out/
+
     def rate(cfg=None):
         return expected_of(cfg or config("none"), [tmp_path]).step_s
 
